@@ -1,0 +1,91 @@
+"""The folder of a run: its configuration, vocabulary and checkpoints, written and read back."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple, Sequence
+
+from .config import Config, write_json
+from .data.vocab import Vocabulary
+from .errors import BadInput
+from .files import written_aside
+from .model.bert import BERTModel
+from .runtime import mx
+
+CONFIG, VOCABULARY, CHECKPOINTS = "config.json", "vocab.json", "checkpoints"
+
+# Raised when an older gluon_bert could not read what is written now.
+FORMAT = 1
+
+_NAME = "step-{:08d}.params"
+_STEP = re.compile(r"step-(\d{8,})\.params")
+
+
+class Run(NamedTuple):
+    """A run read back from its folder: the network of its latest checkpoint, and what belongs to it."""
+
+    net: Any
+    vocab: Vocabulary
+    config: Config
+    step: int
+
+
+def create_run(folder: Path, config: Config, vocab: Vocabulary, facts: dict[str, Any]) -> None:
+    """Make a run's folder with its configuration and vocabulary.
+
+    facts: what else it takes to repeat the run, such as versions and contexts. Raises BadInput where the
+    folder holds a run already or cannot be written.
+    """
+    if (folder / CONFIG).exists():
+        raise BadInput(f"--output {folder}: holds a run already; name a new folder")
+    try:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        vocab.save(folder / VOCABULARY)
+        write_json(folder / CONFIG, {"format": FORMAT, **config.to_json(), "facts": facts})
+    except OSError as error:
+        raise BadInput(f"--output {folder}: cannot be written ({error.strerror or error})") from error
+
+
+def save(folder: Path, net: Any, step: int) -> Path:
+    """Write the weights after a step, whole or not at all; `load_run` is the inverse."""
+    path = folder / CHECKPOINTS / _NAME.format(step)
+    with written_aside(path, "wb") as file:
+        net.save_parameters(file.name)
+    return path
+
+
+def latest(folder: Path) -> int | None:
+    """The step of the newest checkpoint, or None."""
+    names = (_STEP.fullmatch(path.name) for path in (folder / CHECKPOINTS).glob("step-*.params"))
+    return max((int(name[1]) for name in names if name), default=None)
+
+
+def load_run(folder: Path, contexts: Sequence[Any] | None = None) -> Run:
+    """Read a run's latest checkpoint onto the contexts, by default one CPU; BadInput says what is missing."""
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / CONFIG).read_text("utf-8"))
+        groups = {name: content[name] for name in ("model", "data", "train")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder}: is no run, its {CONFIG} cannot be read ({error})") from error
+    if content.get("format") != FORMAT:
+        raise BadInput(
+            f"{folder / CONFIG}: format {content.get('format')}, where this gluon_bert reads {FORMAT}"
+        )
+    config = Config.from_json(groups, where=str(folder / CONFIG))
+    vocab = Vocabulary.load(folder / VOCABULARY)
+    step = latest(folder)
+    if step is None:
+        raise BadInput(f"{folder}: the run has no checkpoint yet")
+    path = folder / CHECKPOINTS / _NAME.format(step)
+    net = BERTModel(len(vocab), config.model)
+    try:
+        net.load_parameters(str(path), ctx=list(contexts or [mx.cpu()]))
+    except (mx.MXNetError, AssertionError, ValueError, OSError) as error:
+        raise BadInput(
+            f"{path}: cannot be read as the weights of this run ({str(error).splitlines()[0]})"
+        ) from error
+    net.hybridize(static_alloc=True)
+    return Run(net, vocab, config, step)

@@ -1,0 +1,287 @@
+"""What can be set: three frozen dataclasses, their presets and their JSON. Parses no command line.
+
+A field is the one place of its option: its name is the flag (`max_len` -> `--max-len`) and the JSON key,
+its metadata the help text and the bounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Sequence, Tuple, get_type_hints
+
+from .errors import BadInput
+from .files import written_aside
+
+# [CLS] a [SEP] b [SEP] is 5 tokens; with fewer than 8 hardly a sentence keeps a second word.
+SHORTEST_MAX_LEN = 8
+
+
+def option(
+    default: Any, help: str, *, at_least: Any = None, at_most: Any = None, choices: Sequence[str] = ()
+) -> Any:
+    """A dataclass field that carries what its flag needs: help text, bounds, choices."""
+    return field(
+        default=default,
+        metadata={"help": help, "at_least": at_least, "at_most": at_most, "choices": tuple(choices)},
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The size and the variant of the network; the vocabulary's size is not part of it."""
+
+    num_layers: int = option(2, "encoder layers", at_least=1)
+    units: int = option(128, "C, the width of every hidden state", at_least=1)
+    ffn_units: int = option(256, "the width inside a layer's feed-forward network", at_least=1)
+    num_heads: int = option(2, "H, attention heads a layer; must divide --units", at_least=1)
+    dropout: float = option(
+        0.2, "dropout rate of attention, layers and embeddings", at_least=0.0, at_most=0.9
+    )
+    max_positions: int = option(1000, "the longest sequence that has position embeddings", at_least=1)
+    activation: str = option("relu", "of the feed-forward network and the MLM head", choices=("relu", "gelu"))
+    norm: str = option(
+        "post", "LayerNorm after (post) or before (pre) each sub-layer", choices=("post", "pre")
+    )
+    norm_epsilon: float = option(1e-5, "epsilon of every LayerNorm", at_least=1e-12)
+    embedding_norm: bool = option(False, "LayerNorm and dropout on the embeddings, as the original BERT has")
+    tied_decoder: bool = option(False, "the MLM decoder shares its weight with the token embedding")
+    init: str = option("xavier", "weights from Xavier or from N(0, 0.02)", choices=("xavier", "normal"))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes masked pairs."""
+
+    corpus: Tuple[str, ...] = option(
+        ("pydoc",),
+        "pydoc (the prose in this Python installation), wikitext-2 (downloaded once), or files and folders "
+        "of UTF-8 text, also .gz; a name ending in .tokens is read as WikiText",
+    )
+    text_format: str = option(
+        "auto",
+        "of text files: wikitext (a paragraph a line, tokens apart by spaces), sentences (one a line, blank "
+        "lines between documents), prose (running text, blank lines between documents), or auto",
+        choices=("auto", "wikitext", "sentences", "prose"),
+    )
+    language: str = option("en", "of running text, as a two-letter code: the rules its sentences end by")
+    held_out: float = option(
+        0.05,
+        "share of the documents kept for evaluation, unless the corpus has a file of its own for that",
+        at_least=0.0,
+        at_most=0.5,
+    )
+    lowercase: bool = option(True, "lower-case the text")
+    min_freq: int = option(5, "rarer words become <unk>", at_least=1)
+    max_len: int = option(
+        64, "T, the longest pair in tokens, with its <cls> and two <sep>", at_least=SHORTEST_MAX_LEN
+    )
+    long_pairs: str = option(
+        "truncate", "what to do with pairs above --max-len", choices=("truncate", "drop")
+    )
+    negatives: str = option(
+        "matched",
+        "random second sentences: any of the corpus, or matched (of another document and never its first "
+        "sentence, like a true one)",
+        choices=("matched", "any"),
+    )
+    negative_rate: float = option(
+        0.5, "share of pairs with a random second sentence", at_least=0.0, at_most=1.0
+    )
+    redraw: bool = option(True, "draw pairs and masks anew each epoch, not once for all")
+    mask_rate: float = option(
+        0.15, "share of a pair's tokens to predict; one at least", at_least=0.001, at_most=1.0
+    )
+    mask_count: str = option(
+        "floor",
+        "tokens to predict: floor of the rate times the pair's words, or round of the rate times its length "
+        "with the special tokens",
+        choices=("floor", "round"),
+    )
+    mask_token_rate: float = option(0.8, "of those, the share shown as <mask>", at_least=0.0, at_most=1.0)
+    random_token_rate: float = option(
+        0.1, "of those, the share shown as a random token", at_least=0.0, at_most=1.0
+    )
+    random_token: str = option(
+        "word", "what a random token may be: a word, or any with special tokens", choices=("word", "any")
+    )
+    predict_unknown: bool = option(False, "let <unk> be a word to predict")
+    num_buckets: int = option(
+        1, "batches of like length, padded to this many lengths; 1: all to --max-len", at_least=1
+    )
+    num_workers: int = option(0, "processes that read and split the text; 0: this one", at_least=0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the network is trained."""
+
+    batch_size: int = option(512, "B, sentence pairs an optimizer step, over all contexts", at_least=1)
+    num_steps: int = option(50, "optimizer steps", at_least=1)
+    lr: float = option(1e-3, "Adam's learning rate", at_least=0.0)
+    seed: int = option(0, "of every random draw: weights, dropout, pairs, masks, order", at_least=0)
+    log_every: int = option(10, "steps between two lines of the log", at_least=1)
+    eval_every: int = option(
+        0, "steps between two evaluations on held-out text; 0: at the end only", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a run but for where it runs and where it writes."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+    def to_json(self) -> Dict[str, Any]:
+        """The three groups as plain values; the inverse of `from_json`."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, groups: Mapping[str, Any], where: str = "config") -> Config:
+        """The configuration that `to_json` gave; BadInput names an unknown or ill-typed key."""
+        fields: Dict[str, Dict[str, Any]] = {name: {} for name in GROUPS}
+        for group, values in groups.items():
+            if group not in GROUPS or not isinstance(values, Mapping):
+                raise BadInput(f"{where}: {group!r} is no group; the groups are {', '.join(GROUPS)}")
+            for name, value in values.items():
+                hint = get_type_hints(GROUPS[group]).get(name)
+                if hint is None:
+                    raise BadInput(f"{where}: unknown key {group}.{name}")
+                fields[group][name] = _typed(value, hint, f"{where}: {group}.{name}")
+        return cls(**{name: group(**fields[name]) for name, group in GROUPS.items()})
+
+    def replace(self, **values: Any) -> Config:
+        """A copy with fields changed by their own names, whichever group they stand in.
+
+        >>> preset("d2l").replace(batch_size=8, units=64).train.batch_size
+        8
+        """
+        groups = {}
+        for group_name in GROUPS:
+            group = getattr(self, group_name)
+            names = {f.name for f in dataclasses.fields(group)} & values.keys()
+            groups[group_name] = dataclasses.replace(group, **{name: values.pop(name) for name in names})
+        if values:
+            raise BadInput(f"unknown option {', '.join(sorted(values))}")
+        return Config(**groups)
+
+    def check(self) -> None:
+        """Raise one BadInput that tells everything that is wrong, a line a problem, naming the flags."""
+        problems = [problem for group in GROUPS for problem in _out_of_bounds(getattr(self, group))]
+        problems += _contradictions(self)
+        if problems:
+            raise BadInput("\n".join(problems))
+
+
+GROUPS: Dict[str, Any] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+
+
+def flag(name: str) -> str:
+    """The flag of a field: `max_len` -> `--max-len`."""
+    return "--" + name.replace("_", "-")
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    if hint == Tuple[str, ...]:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    raise BadInput(f"{where} is {value!r}, which is no {getattr(hint, '__name__', 'list of strings')}")
+
+
+def _out_of_bounds(group: Any) -> List[str]:
+    problems = []
+    for f in dataclasses.fields(group):
+        value, meta = getattr(group, f.name), f.metadata
+        low, high, choices = meta["at_least"], meta["at_most"], meta["choices"]
+        # "not above" rather than "below", so that a NaN is refused too.
+        if low is not None and not value >= low:
+            problems.append(f"{flag(f.name)} {value}: must be at least {low}")
+        elif high is not None and not value <= high:
+            problems.append(f"{flag(f.name)} {value}: must be at most {high}")
+        elif choices and value not in choices:
+            problems.append(f"{flag(f.name)} {value}: must be one of {', '.join(choices)}")
+    return problems
+
+
+def _contradictions(config: Config) -> List[str]:
+    model, data = config.model, config.data
+    problems = []
+    if model.num_heads > 0 and model.units % model.num_heads:
+        problems.append(f"--num-heads {model.num_heads}: must divide --units {model.units}")
+    if data.max_len > model.max_positions:
+        problems.append(f"--max-len {data.max_len}: must not exceed --max-positions {model.max_positions}")
+    if data.mask_token_rate + data.random_token_rate > 1 + 1e-9:
+        problems.append(
+            f"--mask-token-rate {data.mask_token_rate} and --random-token-rate {data.random_token_rate}: "
+            "must not exceed 1 together"
+        )
+    if not data.corpus:
+        problems.append("--corpus: must name a corpus, a file or a folder")
+    if not config.train.lr > 0:
+        problems.append(f"--lr {config.train.lr}: must be above 0")
+    return problems
+
+
+def _bert(layers: int, units: int, batch_size: int) -> Config:
+    """A size of Turc et al. 2019 (arXiv 1908.08962, table 1) or Devlin et al. 2018, trained as the latter."""
+    model = ModelConfig(
+        num_layers=layers,
+        units=units,
+        ffn_units=4 * units,
+        num_heads=units // 64,
+        dropout=0.1,
+        max_positions=512,
+        activation="gelu",
+        norm_epsilon=1e-12,
+        embedding_norm=True,
+        tied_decoder=True,
+        init="normal",
+    )
+    data = DataConfig(max_len=128, num_buckets=4)
+    # Devlin et al. 2018, appendix A.2: Adam at 1e-4.
+    return Config(model, data, TrainConfig(batch_size=batch_size, num_steps=1000, lr=1e-4, eval_every=500))
+
+
+PRESETS: Dict[str, Config] = {
+    # The book's section "Pretraining BERT": its model, its preparation of the data, its 50 steps.
+    "d2l": Config(
+        ModelConfig(),
+        DataConfig(
+            long_pairs="drop",
+            negatives="any",
+            redraw=False,
+            mask_count="round",
+            random_token="any",
+            predict_unknown=True,
+        ),
+        TrainConfig(),
+    ),
+    "bert-tiny": _bert(2, 128, 256),
+    "bert-mini": _bert(4, 256, 256),
+    "bert-small": _bert(4, 512, 256),
+    "bert-medium": _bert(8, 512, 256),
+    "bert-base": _bert(12, 768, 256),
+    "bert-large": _bert(24, 1024, 256),
+}
+
+
+def preset(name: str) -> Config:
+    """The configuration of that name; BadInput lists the names there are."""
+    if name not in PRESETS:
+        raise BadInput(f"--preset {name}: must be one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    with written_aside(path) as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")

@@ -1,0 +1,1 @@
+"""Text to batches: documents -> pairs -> masked examples -> Batch. Only `batch` knows MXNet."""

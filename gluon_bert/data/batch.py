@@ -1,0 +1,130 @@
+"""A batch with named arrays, and its shards on devices. The one file of this package that knows MXNet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+import numpy as np
+
+from ..config import DataConfig
+from ..runtime import mx
+from .documents import Documents
+from .masking import mask
+from .pairs import Pairs
+from .vocab import Vocabulary
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Masked pairs, padded to one length.
+
+    tokens: (B, T) int32. segments: (B, T) int32, 0 up to the first <sep>, then 1, and 0 on padding.
+    lengths: (B,) int32, real tokens a row. predictions: (2, M) int32, row and position of the masked
+    tokens, rows rising. labels: (M,) int32. is_next: (B,) int32, 1 where the second segment follows.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    lengths: np.ndarray
+    predictions: np.ndarray
+    labels: np.ndarray
+    is_next: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.is_next)
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """The batch of the rows from `start` up to `stop`."""
+        first, last = np.searchsorted(self.predictions[0], [start, stop])
+        return Batch(
+            self.tokens[start:stop],
+            self.segments[start:stop],
+            self.lengths[start:stop],
+            self.predictions[:, first:last] - np.array([[start], [0]], dtype=np.int32),
+            self.labels[first:last],
+            self.is_next[start:stop],
+        )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows of a batch that one context computes, as float32 NDArrays named as in Batch.
+
+    num_pairs, num_predictions: what the shard adds to the batch; both 0 for a shard that is only there
+    because the batch has fewer rows than there are contexts.
+    mlm_weight, nsp_weight: what the shard's summed losses count in the batch's mean.
+    """
+
+    tokens: Any
+    segments: Any
+    lengths: Any
+    predictions: Any
+    labels: Any
+    is_next: Any
+    num_pairs: int
+    num_predictions: int
+    mlm_weight: float
+    nsp_weight: float
+
+
+def make_batch(
+    documents: Documents, pairs: Pairs, noise: np.ndarray, vocab_size: int, config: DataConfig
+) -> Batch:
+    """Pairs to a masked batch: `<cls> first <sep> second <sep>`, padded to the noise's T, (3, B, T)."""
+    num_rows, length = noise.shape[1:]
+    first_len = pairs.first[:, 1] - pairs.first[:, 0]
+    lengths = pairs.lengths()
+    position = np.arange(length)
+    first_end = first_len[:, None] + 1  # the place of the first <sep>
+    last = lengths[:, None] - 1  # the place of the second
+    in_first = (position > 0) & (position < first_end)
+    in_second = (position > first_end) & (position < last)
+    source = np.where(in_first, pairs.first[:, :1] + position - 1, 0)
+    source = np.where(in_second, pairs.second[:, :1] + position - first_end - 1, source)
+    tokens = np.full((num_rows, length), Vocabulary.pad, dtype=np.int32)
+    word = in_first | in_second
+    tokens[word] = documents.tokens[source[word]]
+    tokens[:, 0] = Vocabulary.cls
+    tokens[(position == first_end) | (position == last)] = Vocabulary.sep
+    segments = ((position > first_end) & (position <= last)).astype(np.int32)
+    masked = mask(tokens, lengths, noise, vocab_size, config)
+    return Batch(
+        masked.tokens,
+        segments,
+        lengths.astype(np.int32),
+        masked.predictions,
+        masked.labels,
+        pairs.is_next.astype(np.int32),
+    )
+
+
+def split_and_load(batch: Batch, contexts: Sequence[Any]) -> list[Shard]:
+    """A shard for every context, like `gluon.utils.split_and_load`, for any batch size.
+
+    The rows are divided as evenly as they go. A context for which none is left gets a copy of the first
+    row with weight 0: its gradient is then zero, where it would otherwise be that of the step before.
+    """
+    bounds = np.linspace(0, len(batch), len(contexts) + 1).astype(int)
+    return [_load(batch, start, stop, ctx) for start, stop, ctx in zip(bounds, bounds[1:], contexts)]
+
+
+def _load(batch: Batch, start: int, stop: int, ctx: Any) -> Shard:
+    used = stop > start
+    part = batch.rows(start, stop) if used else batch.rows(0, 1)
+
+    def load(array: np.ndarray) -> Any:
+        return mx.nd.array(array, ctx=ctx, dtype=np.float32)
+
+    return Shard(
+        load(part.tokens),
+        load(part.segments),
+        load(part.lengths),
+        load(part.predictions),
+        load(part.labels),
+        load(part.is_next),
+        num_pairs=len(part) if used else 0,
+        num_predictions=len(part.labels) if used else 0,
+        mlm_weight=1 / len(batch.labels) if used else 0.0,
+        nsp_weight=1 / len(batch) if used else 0.0,
+    )

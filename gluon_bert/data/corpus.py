@@ -1,0 +1,287 @@
+"""Where text comes from: a corpus as documents, lists of sentences whose tokens stand apart by spaces.
+
+No ids here, and no MXNet: pieces of text are read in order and may be parsed in worker processes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import logging
+import multiprocessing
+import re
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Callable, Iterable, Iterator, List, NamedTuple, Sequence
+
+import sentencex
+
+from ..config import DataConfig
+from ..errors import BadInput
+from . import pydoc_prose
+from .vocab import split_words
+from .wikitext import wikitext2_folder
+
+log = logging.getLogger(__name__)
+
+Document = List[str]
+
+ENDINGS = (".txt", ".text", ".md", ".tokens")
+WIKITEXT_TRAIN, WIKITEXT_VALID = "wiki.train.tokens", "wiki.valid.tokens"
+
+# Bytes read at once: large enough to keep worker processes busy, small enough to stay out of sight in memory.
+_PIECE_BYTES = 1 << 20
+_SAMPLED_LINES = 200
+# Above this mean length, in characters, a line is a paragraph and not a row of wrapped text.
+_PARAGRAPH_LINE = 200
+_ENDS_A_SENTENCE = re.compile(r"[.!?…。！？]['\"’”)\]]*\s*$")
+
+
+class Piece(NamedTuple):
+    """Some whole documents of one text file, not parsed yet."""
+
+    text: str
+    text_format: str
+
+
+class TextFile(NamedTuple):
+    """A file of text and whether all of it is held out (None: by the share asked for)."""
+
+    path: Path
+    held_out: bool | None
+
+
+class Corpus:
+    """The documents of one or more sources, each document told apart as training or held-out text.
+
+    Iterating gives (document, is it held out); `fingerprint` tells one content from another.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self._config = config
+        self._files: list[TextFile] = []
+        self._prose: list[pydoc_prose.Source] = []
+        for name in config.corpus:
+            if name == "pydoc":
+                self._prose = pydoc_prose.source_files()
+            else:
+                folder = wikitext2_folder() if name == "wikitext-2" else Path(name)
+                self._files += text_files(folder)
+
+    def __iter__(self) -> Iterator[tuple[Document, bool]]:
+        config = self._config
+        with _mapping(config.num_workers) as parse_all:
+            parse = partial(parse_source, language=config.language, lowercase=config.lowercase)
+            for document in _unique(parse_all(parse, self._prose)):
+                yield document, is_held_out(document, config.held_out)
+            parse_text = partial(parse_piece, language=config.language, lowercase=config.lowercase)
+            for file in self._files:
+                for documents in parse_all(parse_text, pieces(file.path, config.text_format)):
+                    for document in documents:
+                        held_out = file.held_out
+                        if held_out is None:
+                            held_out = is_held_out(document, config.held_out)
+                        yield document, held_out
+
+    def fingerprint(self) -> str:
+        """A hash of what would be read: the files' content, or the versions behind the pydoc prose."""
+        digest = hashlib.sha1()
+        if self._prose:
+            digest.update(pydoc_prose.fingerprint().encode())
+        for file in self._files:
+            digest.update(f"{file.path.name} {file.held_out} ".encode())
+            with _opened(file.path) as stream:
+                for block in iter(lambda: stream.read(_PIECE_BYTES), b""):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+def text_files(path: Path) -> list[TextFile]:
+    """The files of text at a path, in the order of their names; BadInput where there is none.
+
+    WikiText's train file comes with the valid file beside it, which is held out whole.
+    """
+    if not path.exists():
+        raise BadInput(
+            f"--corpus {path}: no such file or folder; or name pydoc or wikitext-2, the corpora known by name"
+        )
+    if path.is_dir():
+        train = path / WIKITEXT_TRAIN
+        if train.is_file():
+            return text_files(train)
+        found = [
+            file for file in sorted(path.rglob("*")) if file.is_file() and _is_text(file.relative_to(path))
+        ]
+        if not found:
+            raise BadInput(
+                f"--corpus {path}: the folder holds no file that ends in {', '.join(ENDINGS)} or .gz"
+            )
+        return [TextFile(file, None) for file in found]
+    valid = path.with_name(WIKITEXT_VALID)
+    if path.name == WIKITEXT_TRAIN and valid.is_file():
+        return [TextFile(path, False), TextFile(valid, True)]
+    return [TextFile(path, None)]
+
+
+def pieces(path: Path, text_format: str) -> Iterator[Piece]:
+    """A file's text in pieces that end where a document does; BadInput names a line that is not UTF-8."""
+    if text_format == "auto" and _without_gz(path).suffix == ".tokens":
+        text_format = "wikitext"
+    line_number, rest = 1, ""
+    for block in _blocks(path):
+        text = rest + _decoded(block, path, line_number)
+        line_number += block.count(b"\n")
+        if text_format == "auto":
+            text_format = guess_format(text)
+            log.info("%s is read as %s; --text-format says otherwise", path, text_format)
+        end = _end_of_documents(text, text_format)
+        if end:
+            yield Piece(text[:end], text_format)
+        rest = text[end:]
+    if rest:
+        yield Piece(rest, text_format)
+
+
+def guess_format(text: str) -> str:
+    """What a text looks like from its first lines: sentences, paragraphs or prose."""
+    lines = [line for line in text.split("\n") if line.strip()][:_SAMPLED_LINES]
+    if not lines:
+        return "prose"
+    single = [
+        line for line in lines if _ENDS_A_SENTENCE.search(line) and len(split_sentences(line, "en")) == 1
+    ]
+    if len(single) >= 0.9 * len(lines):
+        return "sentences"
+    return "paragraphs" if sum(map(len, lines)) > _PARAGRAPH_LINE * len(lines) else "prose"
+
+
+def parse_piece(piece: Piece, language: str, lowercase: bool) -> list[Document]:
+    """The documents of a piece that have two sentences at least."""
+    text = piece.text.lower() if lowercase else piece.text
+    if piece.text_format == "wikitext":
+        return [line.strip().split(" . ") for line in text.split("\n") if " . " in line]
+    if piece.text_format == "sentences":
+        documents = [block.split("\n") for block in _between_blank_lines(text)]
+    else:
+        lines = text.split("\n") if piece.text_format == "paragraphs" else _between_blank_lines(text)
+        documents = [split_sentences(" ".join(line.split()), language) for line in lines]
+    return _of_two_sentences(documents)
+
+
+def parse_source(source: pydoc_prose.Source, language: str, lowercase: bool) -> list[Document]:
+    """The documents of one file of the pydoc prose, a paragraph each."""
+    paragraphs = (p.lower() if lowercase else p for p in pydoc_prose.paragraphs(source))
+    return _of_two_sentences([split_sentences(paragraph, "en") for paragraph in paragraphs])
+
+
+def split_sentences(text: str, language: str) -> list[str]:
+    """Running text to sentences, by the rules of a two-letter language code."""
+    return [sentence.strip() for sentence in sentencex.segment(language, text)]
+
+
+def is_held_out(document: Document, share: float) -> bool:
+    """Whether a document belongs to the held-out share: a matter of its text alone, not of its place.
+
+    So equal documents are always on the same side, and the number of processes changes nothing.
+    """
+    return zlib.crc32("\n".join(document).encode("utf-8", "surrogatepass")) < share * 2**32
+
+
+def _of_two_sentences(documents: Iterable[Sequence[str]]) -> list[Document]:
+    tokenized = ([" ".join(split_words(s)) for s in sentences] for sentences in documents)
+    filled = ([s for s in sentences if s] for sentences in tokenized)
+    return [sentences for sentences in filled if len(sentences) >= 2]
+
+
+def _unique(batches: Iterable[list[Document]]) -> Iterator[Document]:
+    seen: set[bytes] = set()
+    for documents in batches:
+        for document in documents:
+            key = hashlib.md5("\n".join(document).encode("utf-8", "surrogatepass")).digest()
+            if key not in seen:
+                seen.add(key)
+                yield document
+
+
+def _between_blank_lines(text: str) -> list[str]:
+    return re.split(r"\n[^\S\n]*(?:\n[^\S\n]*)+", text.strip())
+
+
+def _end_of_documents(text: str, text_format: str) -> int:
+    """Where the last whole document of a text ends: its last line end, or its last blank line."""
+    if text_format in ("wikitext", "paragraphs"):
+        return text.rfind("\n") + 1
+    last = 0
+    for match in re.finditer(r"\n[^\S\n]*\n", text):
+        last = match.end()
+    return last
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes in blocks of whole lines."""
+    with _opened(path) as stream:
+        while True:
+            block = stream.read(_PIECE_BYTES)
+            if not block:
+                return
+            yield block + stream.readline()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    opener: Callable[..., IO[bytes]] = gzip.open if path.suffix == ".gz" else open  # type: ignore[assignment]
+    try:
+        with opener(path, "rb") as stream:
+            yield stream
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise BadInput(f"--corpus {path}: the .gz file is damaged or cut short ({error})") from error
+    except OSError as error:
+        raise BadInput(f"--corpus {path}: cannot be read ({error.strerror or error})") from error
+
+
+def _decoded(block: bytes, path: Path, first_line: int) -> str:
+    try:
+        text = block.decode("utf-8-sig" if first_line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + block.count(b"\n", 0, error.start)
+        raise BadInput(
+            f"--corpus {path}, line {line}: byte {block[error.start]:#04x} is not UTF-8; convert the file first"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _is_text(path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and (path.suffix == ".gz" or path.suffix in ENDINGS)
+
+
+def _without_gz(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix == ".gz" else path
+
+
+@contextmanager
+def _mapping(num_workers: int) -> Iterator[Callable[..., Iterable[list[Document]]]]:
+    """A map that keeps the order, over processes or (0) in this one."""
+    if not num_workers:
+        yield map
+        return
+    # Spawned, since a fork of a process in which MXNet runs may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+        yield partial(_bounded_map, pool, 4 * num_workers)
+
+
+def _bounded_map(
+    pool: ProcessPoolExecutor, ahead: int, parse: Callable[..., list[Document]], items: Iterable[object]
+) -> Iterator[list[Document]]:
+    """Like pool.map, but reads only `ahead` items in advance, so that memory stays bounded."""
+    waiting = []
+    for item in items:
+        waiting.append(pool.submit(parse, item))
+        if len(waiting) > ahead:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()

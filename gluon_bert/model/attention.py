@@ -1,0 +1,61 @@
+"""Multi-head self-attention over padded sequences. Knows nothing of layers or of the batch's origin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..runtime import mx
+
+# Added to the score of a position past the end: far below any real score, finite so that nothing becomes NaN.
+PADDING_SCORE = -1e9
+
+
+def padding_scores(F: Any, tokens: Any, lengths: Any, num_heads: int) -> Any:
+    """What to add to attention scores so that no position attends to padding, (B * H, T, T).
+
+    It is spelt out for every head and query because an element-wise sum has no reduction in its
+    backward pass; a broadcast one takes longer than the softmax.
+
+    Parameters: tokens (B, T) for its shape, lengths (B,) real tokens a row, both float32.
+    """
+    positions = F.contrib.arange_like(tokens, axis=1)  # (T,)
+    padded = F.broadcast_greater_equal(positions.expand_dims(0), lengths.expand_dims(1))  # (B, T)
+    keys = F.repeat(padded * PADDING_SCORE, repeats=num_heads, axis=0).expand_dims(1)  # (B * H, 1, T)
+    queries = F.zeros_like(keys).swapaxes(1, 2)  # (B * H, T, 1)
+    return F.BlockGrad(F.broadcast_add(queries, keys))
+
+
+class SelfAttention(mx.gluon.HybridBlock):
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2) with biases, as BERT has it.
+
+    (B, T, C) and the padding scores (B * H, T, T) -> (B, T, C), all float32.
+    """
+
+    def __init__(self, units: int, num_heads: int, dropout: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._num_heads = num_heads
+        self._scale = (units // num_heads) ** -0.5
+        with self.name_scope():
+            self.query = mx.gluon.nn.Dense(units, flatten=False, in_units=units)
+            self.key = mx.gluon.nn.Dense(units, flatten=False, in_units=units)
+            self.value = mx.gluon.nn.Dense(units, flatten=False, in_units=units)
+            self.output = mx.gluon.nn.Dense(units, flatten=False, in_units=units)
+            self.dropout = mx.gluon.nn.Dropout(dropout)
+
+    def hybrid_forward(self, F: Any, x: Any, padding: Any) -> Any:
+        query = self._split_heads(self.query(x) * self._scale)
+        key = self._split_heads(self.key(x))
+        value = self._split_heads(self.value(x))
+        scores = F.batch_dot(query, key, transpose_b=True) + padding  # (B * H, T, T)
+        weights = self.dropout(F.softmax(scores, axis=-1))
+        return self.output(self._join_heads(F.batch_dot(weights, value)))
+
+    def _split_heads(self, x: Any) -> Any:
+        """(B, T, C) -> (B * H, T, C / H)."""
+        heads = x.reshape(shape=(0, 0, self._num_heads, -1)).transpose(axes=(0, 2, 1, 3))
+        return heads.reshape(shape=(-1, 0, 0), reverse=True)
+
+    def _join_heads(self, x: Any) -> Any:
+        """(B * H, T, C / H) -> (B, T, C), the inverse of `_split_heads`."""
+        heads = x.reshape(shape=(-4, -1, self._num_heads, 0, 0)).transpose(axes=(0, 2, 1, 3))
+        return heads.reshape(shape=(0, 0, -1))

@@ -1,0 +1,53 @@
+"""BERT as it is pretrained: the encoder with both heads, one HybridBlock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import ModelConfig
+from ..errors import BadInput
+from ..runtime import mx
+from .encoder import Encoder
+from .heads import MaskedLanguageModelHead, NextSentenceHead, Pooler
+
+# Devlin et al. 2018 draw weights from N(0, 0.02); the figure is in their code, run_pretraining.py.
+NORMAL_SIGMA = 0.02
+
+
+class BERTModel(mx.gluon.HybridBlock):
+    """BERT for pretraining; `net.encoder` alone encodes without predictions.
+
+    Call it with tokens (B, T), segments (B, T), lengths (B,) and predictions (2, M) - the rows of the
+    masked positions above their places in the row - all float32. It returns the encoded tokens
+    (B, T, C), the scores of the masked words (M, V) and of the next sentence (B, 2), float32.
+
+    >>> net = BERTModel(vocab_size=100, config=ModelConfig())       # doctest: +SKIP
+    >>> net.setup(mx.cpu())
+    >>> encoded, mlm_scores, nsp_scores = net(tokens, segments, lengths, predictions)
+    """
+
+    def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if mx.util.is_np_array():
+            raise BadInput("gluon_bert computes with MXNet's classic arrays: call mxnet.npx.reset_np() first")
+        self.vocab_size, self.config = vocab_size, config
+        with self.name_scope():
+            self.encoder = Encoder(vocab_size, config)
+            self.pooler = Pooler(config)
+            tied = self.encoder.embeddings.tokens if config.tied_decoder else None
+            self.mlm = MaskedLanguageModelHead(vocab_size, config, embedding=tied)
+            self.nsp = NextSentenceHead(config)
+
+    def hybrid_forward(
+        self, F: Any, tokens: Any, segments: Any, lengths: Any, predictions: Any
+    ) -> tuple[Any, Any, Any]:
+        encoded = self.encoder(tokens, segments, lengths)
+        return encoded, self.mlm(encoded, predictions), self.nsp(self.pooler(encoded))
+
+    def setup(self, contexts: Any, seed: int = 0) -> None:
+        """Draw the initial weights onto these contexts and hybridize; seeds MXNet, so dropout as well."""
+        mx.random.seed(seed)
+        xavier = self.config.init == "xavier"
+        weights = mx.init.Xavier() if xavier else mx.init.Normal(NORMAL_SIGMA)
+        self.initialize(weights, ctx=contexts)
+        self.hybridize(static_alloc=True)

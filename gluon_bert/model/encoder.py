@@ -1,0 +1,110 @@
+"""Tokens to vectors: the embeddings and the stack of encoder layers. No heads, no losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import ModelConfig
+from ..runtime import mx
+from .attention import SelfAttention, padding_scores
+
+NUM_SEGMENTS = 2
+
+
+def layer_norm(config: ModelConfig) -> Any:
+    """A LayerNorm over C with the configuration's epsilon."""
+    return mx.gluon.nn.LayerNorm(epsilon=config.norm_epsilon, in_channels=config.units)
+
+
+class Embeddings(mx.gluon.HybridBlock):
+    """The sum of token, segment and learned position embeddings: (B, T), (B, T) -> (B, T, C).
+
+    More positions than `max_positions` are an error, raised by the graph itself.
+    """
+
+    def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._max_positions = config.max_positions
+        with self.name_scope():
+            self.tokens = mx.gluon.nn.Embedding(vocab_size, config.units)
+            self.segments = mx.gluon.nn.Embedding(NUM_SEGMENTS, config.units)
+            self.positions = mx.gluon.nn.Embedding(config.max_positions, config.units)
+            self.norm: Any = layer_norm(config) if config.embedding_norm else None
+            self.dropout: Any = mx.gluon.nn.Dropout(config.dropout) if config.embedding_norm else None
+
+    def hybrid_forward(self, F: Any, tokens: Any, segments: Any) -> Any:
+        # slice_like refuses a T above max_positions, where a look-up alone would clip without a word.
+        row = F.slice_like(F.arange(self._max_positions).expand_dims(0), tokens, axes=(1,))
+        positions = F.broadcast_like(row, tokens)  # (B, T)
+        x = self.tokens(tokens) + self.segments(segments) + self.positions(positions)
+        return self.dropout(self.norm(x)) if self.norm else x
+
+
+class FeedForward(mx.gluon.HybridBlock):
+    """Two dense layers with an activation between them, position by position: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        with self.name_scope():
+            self.expand = mx.gluon.nn.Dense(config.ffn_units, flatten=False, in_units=config.units)
+            self.activation = activation(config.activation)
+            self.project = mx.gluon.nn.Dense(config.units, flatten=False, in_units=config.ffn_units)
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        return self.project(self.activation(self.expand(x)))
+
+
+class EncoderLayer(mx.gluon.HybridBlock):
+    """Self-attention and a feed-forward network, each with dropout, a residual and LayerNorm.
+
+    LayerNorm stands after the residual (post, Devlin et al. 2018) or before the sub-layer (pre, Xiong
+    et al. 2020): (B, T, C), (B * H, T, T) -> (B, T, C).
+    """
+
+    def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._pre = config.norm == "pre"
+        with self.name_scope():
+            self.attend = SelfAttention(config.units, config.num_heads, config.dropout)
+            self.norm1 = layer_norm(config)
+            self.feed_forward = FeedForward(config)
+            self.norm2 = layer_norm(config)
+            self.dropout = mx.gluon.nn.Dropout(config.dropout)
+
+    def hybrid_forward(self, F: Any, x: Any, padding: Any) -> Any:
+        if self._pre:
+            x = x + self.dropout(self.attend(self.norm1(x), padding))
+            return x + self.dropout(self.feed_forward(self.norm2(x)))
+        x = self.norm1(x + self.dropout(self.attend(x, padding)))
+        return self.norm2(x + self.dropout(self.feed_forward(x)))
+
+
+class Encoder(mx.gluon.HybridBlock):
+    """Padded token ids to a vector a position.
+
+    tokens (B, T), segments (B, T) of 0 and 1, lengths (B,), all float32 -> (B, T, C) float32. What
+    stands in tokens past a row's length changes nothing before it.
+    """
+
+    def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._num_heads = config.num_heads
+        with self.name_scope():
+            self.embeddings = Embeddings(vocab_size, config)
+            self.layers: Any = mx.gluon.nn.HybridSequential()
+            for _ in range(config.num_layers):
+                self.layers.add(EncoderLayer(config))
+            # Pre-LayerNorm leaves the last residual sum unnormalised.
+            self.norm: Any = layer_norm(config) if config.norm == "pre" else None
+
+    def hybrid_forward(self, F: Any, tokens: Any, segments: Any, lengths: Any) -> Any:
+        padding = padding_scores(F, tokens, lengths, self._num_heads)
+        x = self.embeddings(tokens, segments)
+        for layer in self.layers:
+            x = layer(x, padding)
+        return self.norm(x) if self.norm else x
+
+
+def activation(name: str) -> Any:
+    """The block of that activation; gelu is the exact one, x times the normal distribution function."""
+    return mx.gluon.nn.GELU() if name == "gelu" else mx.gluon.nn.Activation(name)

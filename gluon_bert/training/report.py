@@ -1,0 +1,167 @@
+"""What the user sees of a run: a progress bar or lines, log.jsonl, losses.png, the closing summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple, Sequence, TextIO
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from ..files import written_aside
+from .meters import Averages, Progress
+
+
+class References(NamedTuple):
+    """Losses in nats that say how far a run is, each that of a model which knows only so much."""
+
+    uniform: float  # ln V: the size of the vocabulary
+    unigram: float  # the entropy of the words' frequencies
+    coin: float  # ln 2: next sentence or not, one half each
+
+    @classmethod
+    def of(cls, vocab_size: int, unigram_entropy: float) -> References:
+        """The references for a vocabulary and the entropy of its words."""
+        return cls(math.log(vocab_size), unigram_entropy, math.log(2))
+
+
+class Report:
+    """Tells of a run on the screen, in log.jsonl and in losses.png.
+
+    On a terminal there is a progress bar; elsewhere a plain line per window. The log has a JSON object a
+    line: a window of steps, or (with the key `held_out`) an evaluation.
+    """
+
+    def __init__(
+        self, folder: Path, num_steps: int, lr: float, references: References, screen: TextIO = sys.stderr
+    ) -> None:
+        self.folder, self.references = folder, references
+        self.step = 0
+        self.last: Progress | None = None
+        self.held_out: Averages | None = None
+        self._num_steps, self._lr, self._screen = num_steps, lr, screen
+        self._records: list[dict[str, Any]] = []
+        self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self._bar = tqdm(
+            total=num_steps, unit="step", file=screen, disable=not screen.isatty(), dynamic_ncols=True
+        )
+
+    def stepped(self, step: int) -> None:
+        self.step = step
+        self._bar.update(1)
+
+    def progressed(self, progress: Progress) -> None:
+        self.last = progress
+        self._record(
+            {
+                "step": progress.step,
+                **progress.window._asdict(),
+                "lr": self._lr,
+                "pairs_per_second": progress.pairs_per_second,
+                "seconds": progress.seconds,
+            }
+        )
+        told = f"{in_words(progress.window)}, lr {self._lr:g}, {progress.pairs_per_second:.1f} pairs/s"
+        self._bar.set_postfix_str(told)
+        if self._bar.disable:
+            left = progress.seconds / progress.step * (self._num_steps - progress.step)
+            print(f"step {progress.step}/{self._num_steps}: {told}, {_clock(left)} left", file=self._screen)
+
+    def evaluated(self, step: int, held_out: Averages) -> None:
+        self.held_out = held_out
+        self._record({"step": step, "held_out": held_out._asdict()})
+        self._bar.write(f"held-out text after step {step}: {in_words(held_out)}", file=self._screen)
+
+    def close(self) -> None:
+        """Close the log and draw losses.png; once more does no harm."""
+        self._bar.close()
+        self._log.close()
+        if self._records:
+            draw_losses(self.folder / "losses.png", self._records, self.references)
+
+    def summary(self, contexts: Sequence[Any]) -> list[str]:
+        """The closing lines: the book's two, then what they leave open."""
+        if self.last is None:
+            return []
+        run, window, references = self.last.run, self.last.window, self.references
+        lines = [
+            f"MLM loss {run.mlm_loss:.3f}, NSP loss {run.nsp_loss:.3f} (means of all {self.last.step} steps)",
+            f"{self.last.run_pairs_per_second:.1f} sentence pairs/sec on {list(contexts)}",
+            f"last window: {in_words(window)}",
+        ]
+        if self.held_out:
+            lines.append(f"held-out text: {in_words(self.held_out)}")
+        lines.append(
+            f"for comparison: MLM {references.uniform:.3f} = ln V, all words alike; "
+            f"MLM {references.unigram:.3f} = entropy of the words' frequencies; "
+            f"NSP {references.coin:.3f} = ln 2, a coin"
+        )
+        reached = (self.held_out or window).mlm_loss
+        if not reached < references.unigram:
+            lines.append(
+                f"The MLM loss, {reached:.3f}, is still above {references.unigram:.3f}: so far the model has "
+                "at best learnt how frequent words are, not what surrounds them. This is how BERT begins; "
+                "more steps are needed (--num-steps)."
+            )
+        return lines
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+        json.dump(_finite(record), self._log)
+        self._log.write("\n")
+        self._log.flush()
+
+
+def in_words(averages: Averages) -> str:
+    """Losses and accuracies for a person.
+
+    >>> in_words(Averages(7.0, 0.7, 0.051, 0.5))
+    'MLM loss 7.000 (5.1 % right), NSP loss 0.700 (50.0 % right)'
+    """
+    return (
+        f"MLM loss {averages.mlm_loss:.3f} ({averages.mlm_accuracy:.1%} right), "
+        f"NSP loss {averages.nsp_loss:.3f} ({averages.nsp_accuracy:.1%} right)"
+    ).replace("%", " %")
+
+
+def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: References) -> None:
+    """Draw the two losses over the steps, with the reference lines, as a PNG."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    mlm, nsp = figure.subplots(1, 2)
+    trained = [r for r in records if "held_out" not in r]
+    held_out = [r for r in records if "held_out" in r]
+    for axes, name, title in ((mlm, "mlm_loss", "Masked language model"), (nsp, "nsp_loss", "Next sentence")):
+        axes.plot([r["step"] for r in trained], [r[name] for r in trained], ".-", label="training")
+        if held_out:
+            values = [r["held_out"][name] for r in held_out]
+            axes.plot([r["step"] for r in held_out], values, "o", color="tab:orange", label="held-out text")
+        axes.set(title=title, xlabel="optimizer step", ylabel="loss [nats]", xlim=(0, None))
+        axes.grid(alpha=0.3)
+    mlm.axhline(references.uniform, color="grey", ls=":", label=f"ln V = {references.uniform:.2f}")
+    mlm.axhline(
+        references.unigram,
+        color="tab:red",
+        ls="--",
+        label=f"word frequencies alone = {references.unigram:.2f}",
+    )
+    nsp.axhline(references.coin, color="tab:red", ls="--", label="a coin, ln 2 = 0.69")
+    for axes in (mlm, nsp):
+        axes.legend()
+    with written_aside(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def _finite(record: Any) -> Any:
+    """JSON has no NaN: what is none becomes null."""
+    if isinstance(record, dict):
+        return {name: _finite(value) for name, value in record.items()}
+    return None if isinstance(record, float) and not math.isfinite(record) else record
+
+
+def _clock(seconds: float) -> str:
+    return tqdm.format_interval(seconds)

@@ -1,0 +1,89 @@
+"""The training loop: step, evaluate, fit. Shows and writes nothing; a reporter is told what happens."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+from typing import Any, Iterable, Protocol, Sequence
+
+from ..config import TrainConfig
+from ..data.batch import Batch, Shard, split_and_load
+from ..data.loader import Data
+from ..runtime import mx
+from .loss import ShardLoss, shard_loss
+from .meters import Averages, Clock, Meter, Progress
+
+# Steps that may be queued on the devices. Two keep them busy while the next batch is made; more would
+# only take memory, and make an interrupt wait.
+QUEUED_STEPS = 2
+
+
+class Reporter(Protocol):
+    """Who is told of a run's progress."""
+
+    def stepped(self, step: int) -> None:
+        """A step has been queued."""
+
+    def progressed(self, progress: Progress) -> None:
+        """A window of steps is done."""
+
+    def evaluated(self, step: int, held_out: Averages) -> None:
+        """The held-out text was evaluated after this step."""
+
+
+class Trainer:
+    """Adam on the pretraining losses, with every batch spread over the contexts.
+
+    >>> trainer = Trainer(net, preset("d2l").train, [mx.cpu(0), mx.cpu(1)])     # doctest: +SKIP
+    >>> trainer.fit(data)
+    """
+
+    def __init__(self, net: Any, config: TrainConfig, contexts: Sequence[Any]) -> None:
+        self.net, self.config, self.contexts = net, config, list(contexts)
+        self._optimizer = mx.gluon.Trainer(
+            net.collect_params(), "adam", {"learning_rate": config.lr}, update_on_kvstore=False
+        )
+
+    def step(self, batch: Batch) -> tuple[list[Shard], list[ShardLoss]]:
+        """One optimizer step on one batch; returns what each context computed, without waiting for it."""
+        shards = split_and_load(batch, self.contexts)
+        with mx.autograd.record():
+            losses = [shard_loss(self.net, shard) for shard in shards]
+        mx.autograd.backward([loss.total for loss in losses])
+        self._optimizer.step(1)  # the losses are divided by the global counts already
+        return shards, losses
+
+    def evaluate(self, batches: Iterable[Batch]) -> Averages:
+        """The means over all batches, with dropout off. Waits for the devices."""
+        meter = Meter()
+        for batch in batches:
+            shards = split_and_load(batch, self.contexts)
+            losses = [shard_loss(self.net, shard) for shard in shards]
+            meter.add(shards, losses, count_hits=True)
+            losses[0].total.wait_to_read()
+        return meter.totals().averages()
+
+    def fit(self, data: Data, reporter: Reporter | None = None) -> Progress | None:
+        """Train for `num_steps` steps; returns how the run stands after the last one."""
+        config, clock, meter = self.config, Clock(), Meter()
+        queue: deque[Any] = deque()
+        progress = None
+        for step, batch in enumerate(islice(data.train.forever(), config.num_steps), 1):
+            logged = step % config.log_every == 0 or step == config.num_steps
+            shards, losses = self.step(batch)
+            meter.add(shards, losses, count_hits=logged)
+            queue.append(losses[0].total)
+            if len(queue) > QUEUED_STEPS:
+                queue.popleft().wait_to_read()
+            if reporter:
+                reporter.stepped(step)
+            if logged:
+                progress = clock.progress(step, meter.totals())  # waits for the devices
+                meter = Meter()
+                if reporter:
+                    reporter.progressed(progress)
+            due = step == config.num_steps or (config.eval_every and step % config.eval_every == 0)
+            if due and data.held_out and reporter:
+                with clock.stopped():
+                    reporter.evaluated(step, self.evaluate(data.held_out.epoch(0)))
+        return progress

@@ -1,0 +1,53 @@
+"""Installs gluon_bert; the extras choose which MXNet comes with it."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+PACKAGE = (HERE / "gluon_bert" / "__init__.py").read_text("utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', PACKAGE, re.M)[1]
+
+# CUDA 11 and cuDNN 8 as wheels: what mxnet-cu112's library asks for when it is loaded.
+CUDA_LIBRARIES = [
+    "nvidia-cudnn-cu11<9",
+    "nvidia-cublas-cu11",
+    "nvidia-cuda-runtime-cu11",
+    "nvidia-cufft-cu11",
+    "nvidia-cusolver-cu11",
+    "nvidia-curand-cu11",
+    "nvidia-cuda-nvrtc-cu11",
+    "nvidia-nccl-cu11",
+    "nvidia-nvtx-cu11",
+]
+# An sdist with a C extension: installing it takes a C compiler, so pretraining does without it.
+GLUONNLP = ["gluonnlp==0.10.0"]
+
+setup(
+    name="gluon_bert",
+    version=VERSION,
+    description="Pretrains BERT on Apache MXNet Gluon, on one device or many",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["gluon_bert", "gluon_bert.*"]),
+    package_data={"gluon_bert": ["py.typed"]},
+    python_requires=">=3.8,<3.13",
+    install_requires=[
+        "numpy>=1.17,<2",
+        "matplotlib>=3.5",
+        "requests>=2.20",
+        "sentencex>=0.6.1",
+        "tqdm>=4.60",
+        # MXNet imports distutils, which Python 3.12 left to setuptools.
+        "setuptools; python_version >= '3.12'",
+    ],
+    extras_require={
+        "cpu": ["mxnet==1.9.1"],
+        "cu112": ["mxnet-cu112==1.9.1", *CUDA_LIBRARIES],
+        "gluonnlp": GLUONNLP,
+        "test": ["pytest>=7", *GLUONNLP],
+        "lint": ["ruff", "mypy", "pre-commit"],
+    },
+)

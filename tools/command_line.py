@@ -1,0 +1,88 @@
+"""What the commands share: flags from the configuration's fields, and how errors are told. Trains nothing."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from typing import Any, Callable, Dict, List, Tuple, get_type_hints
+
+from gluon_bert.config import GROUPS, Config, flag
+from gluon_bert.errors import BadInput
+
+TITLES = {"model": "the network", "data": "the text and its masks", "train": "training"}
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of the configuration, in groups; those not given stay as the preset has them."""
+    for group_name, group in GROUPS.items():
+        flags = parser.add_argument_group(TITLES[group_name])
+        hints = get_type_hints(group)
+        for field in dataclasses.fields(group):
+            flags.add_argument(
+                flag(field.name),
+                help=_help(field),
+                default=argparse.SUPPRESS,
+                **_parsing(hints[field.name], field.metadata["choices"]),
+            )
+
+
+def config_from(arguments: argparse.Namespace, preset: Config) -> Config:
+    """The preset with what the command line changed, checked."""
+    names = {field.name for group in GROUPS.values() for field in dataclasses.fields(group)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    config = preset.replace(**given)
+    config.check()
+    return config
+
+
+def run(main: Callable[[List[str]], int]) -> None:
+    """Run a command and leave with its exit status."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def guarded(body: Callable[[], int], name: str) -> int:
+    """The exit status of a command: its own, 2 for bad input told in words, 130 for Ctrl-C."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr, force=True)
+    try:
+        return body()
+    except BadInput as error:
+        for line in str(error).splitlines():
+            print(f"{name}: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _help(field: Any) -> str:
+    # argparse takes a percent sign for the start of a format.
+    return f"{field.metadata['help']} ({_shown(field.default)})".replace("%", "%%")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _parsing(hint: Any, choices: Tuple[str, ...]) -> Dict[str, Any]:
+    if hint is bool:
+        return {"type": _yes_or_no, "metavar": "{yes,no}"}
+    if hint == Tuple[str, ...]:
+        return {"nargs": "+", "action": _AsTuple, "metavar": "NAME"}
+    if choices:
+        return {"metavar": "{" + ",".join(choices) + "}"}
+    return {"type": hint, "metavar": "X" if hint is float else "N" if hint is int else "NAME"}
+
+
+def _yes_or_no(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text}: must be yes or no")
+    return text == "yes"
+
+
+class _AsTuple(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, tuple(values))

@@ -1,0 +1,117 @@
+"""Pretrains BERT: `python tools/pretrain.py --help` tells how."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from command_line import add_config_flags, config_from, guarded, run
+
+from gluon_bert import runtime
+from gluon_bert.config import PRESETS, Config, preset
+
+EXAMPLES = """\
+examples:
+  python tools/pretrain.py                                   the book's small BERT on the text in this Python
+  python tools/pretrain.py --corpus wikitext-2 --gpus 0,1    the book's text, on two GPUs
+  python tools/pretrain.py --preset bert-tiny --corpus my_texts/ --num-steps 5000 --eval-every 500
+  python tools/pretrain.py --cpus 2 --batch-size 64 --seed 7
+
+The defaults in brackets are those of the preset d2l. A run's folder holds config.json, vocab.json, log.jsonl,
+losses.png and checkpoints/.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = argparse.ArgumentParser(
+        prog="pretrain",
+        description="Pretrain BERT (masked language model, next-sentence prediction) on one device or many.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--preset", default="d2l", metavar="NAME", help=f"{', '.join(PRESETS)} (d2l)")
+    p.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="the run's new folder (runs/PRESET-1, or the next free number)",
+    )
+    where = p.add_argument_group("where it runs (every GPU that MXNet sees, else one CPU)")
+    where.add_argument("--gpus", metavar="N[,N...]", help="these GPUs, such as 0 or 0,1")
+    where.add_argument(
+        "--cpus", type=int, metavar="N", help="N contexts on the CPU, each with its shard of the batch"
+    )
+    add_config_flags(p)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has told what is wrong
+        return int(stop.code or 0)
+    return guarded(lambda: pretrain(arguments), "pretrain")
+
+
+def pretrain(arguments: argparse.Namespace) -> int:
+    """Pretrain as the flags say."""
+    config = config_from(arguments, preset(arguments.preset))
+    gpus = None if arguments.gpus is None else runtime.parse_gpus(arguments.gpus)
+    runtime.reuse_freed_memory()
+    contexts = runtime.contexts(gpus, arguments.cpus)
+    output = arguments.output or _free_folder(arguments.preset)
+    return train(config, contexts, output)
+
+
+def train(config: Config, contexts: list[Any], output: Path) -> int:
+    """The run itself: data, network, steps, and what is left in the folder."""
+    from gluon_bert import checkpoint
+    from gluon_bert.data.loader import load_data
+    from gluon_bert.model.bert import BERTModel
+    from gluon_bert.training.report import References, Report
+    from gluon_bert.training.trainer import Trainer
+
+    data = load_data(config.data, config.train.batch_size, config.train.seed)
+    references = References.of(len(data.vocab), data.unigram_entropy)
+    net = BERTModel(len(data.vocab), config.model)
+    net.setup(contexts, config.train.seed)
+    facts = {"contexts": [str(c) for c in contexts], "versions": runtime.versions(), **references._asdict()}
+    checkpoint.create_run(output, config, data.vocab, facts)
+    print(f"{describe(net, data, contexts)}\nrun folder: {output}", file=sys.stderr)
+    report = Report(output, config.train.num_steps, config.train.lr, references)
+    trainer = Trainer(net, config.train, contexts)
+    try:
+        trainer.fit(data, report)
+    finally:
+        report.close()
+        if report.step:
+            checkpoint.save(output, net, report.step)
+    print("\n".join(report.summary(contexts)))
+    return 0
+
+
+def describe(net: Any, data: Any, contexts: list[Any]) -> str:
+    """A line on what is about to be trained."""
+    parameters = sum(p.data(contexts[0]).size for p in net.collect_params().values())
+    held_out = data.held_out.documents if data.held_out else ()
+    return (
+        f"{len(data.train.documents):,} documents to train on and {len(held_out):,} held out, "
+        f"{len(data.train.pairs(0)):,} sentence pairs, a vocabulary of {len(data.vocab):,}, "
+        f"{parameters:,} parameters, on {contexts}"
+    )
+
+
+def _free_folder(preset_name: str) -> Path:
+    number = 1
+    while Path("runs", f"{preset_name}-{number}").exists():
+        number += 1
+    return Path("runs", f"{preset_name}-{number}")
+
+
+if __name__ == "__main__":
+    run(main)
