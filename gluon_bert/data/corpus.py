@@ -248,7 +248,7 @@ def _decoded(block: bytes, path: Path, first_line: int) -> str:
     except UnicodeDecodeError as error:
         line = first_line + block.count(b"\n", 0, error.start)
         raise BadInput(
-            f"--corpus {path}, line {line}: byte {block[error.start]:#04x} is not UTF-8; convert the file first"
+            f"--corpus {path}, line {line}: byte {block[error.start]:#04x} is not UTF-8; convert it first"
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

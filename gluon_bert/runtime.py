@@ -1,0 +1,386 @@
+"""The one door to MXNet: what must be right before `import mxnet`, and which devices to use.
+
+`from gluon_bert.runtime import mx` is how every file of the project gets MXNet; the import happens at that
+moment, so the rest of this file works (and is tested) without it. It knows nothing of models or training.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import importlib
+import importlib.util
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Mapping, NamedTuple, Sequence
+
+import numpy
+
+from gluon_bert.errors import BadInput
+
+if TYPE_CHECKING:
+    import mxnet as mx
+
+INSTALL_CPU = "pip install -e '.[cpu]'"
+INSTALL_CUDA = "pip install -e '.[cu112]'"
+CUDA_WHEEL = "mxnet-cu112"
+
+# What the CUDA wheel's libmxnet.so asks the loader for, and the package that brings it. A library stands
+# after those that it needs itself: the loader takes one that is already there before it searches any folder.
+CUDA_LIBRARIES = {
+    "libcudart.so.11.0": "nvidia-cuda-runtime-cu11",
+    "libnvrtc.so.11.2": "nvidia-cuda-nvrtc-cu11",
+    "libnvToolsExt.so.1": "nvidia-nvtx-cu11",
+    "libcublasLt.so.11": "nvidia-cublas-cu11",
+    "libcublas.so.11": "nvidia-cublas-cu11",
+    "libcufft.so.10": "nvidia-cufft-cu11",
+    "libcurand.so.10": "nvidia-curand-cu11",
+    "libcusolver.so.11": "nvidia-cusolver-cu11",
+    "libcudnn.so.8": "nvidia-cudnn-cu11",
+    "libnccl.so.2": "nvidia-nccl-cu11",
+}
+DRIVER = "libcuda.so.1"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "mx":
+        return import_mxnet()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def import_mxnet() -> Any:
+    """The module mxnet, imported at the first call, once everything that it needs is there.
+
+    Raises BadInput, with the remedy, for whatever is missing or does not fit.
+    """
+    if "mx" not in globals():
+        wheel = the_only_wheel(installed_wheels())
+        refuse_numpy_2(numpy.__version__)
+        give_numpy_bool_back()
+        need_distutils()
+        if wheel is not None and wheel.name == CUDA_WHEEL:
+            load_driver()
+            load_cuda_libraries(cuda_folders(sys.path))
+        globals()["mx"] = importlib.import_module("mxnet")
+    return globals()["mx"]
+
+
+class Wheel(NamedTuple):
+    """An installed wheel that brings MXNet's native library, as its own RECORD describes it."""
+
+    name: str  # mxnet, mxnet-cu112, ...
+    version: str
+    library: Path  # where its libmxnet.so belongs
+    size: int  # of the library that it brought, in bytes
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+def installed_wheels(path: Sequence[str] | None = None) -> list[Wheel]:
+    """The wheels of MXNet in the first folder of `path` (default: sys.path) that has any, by name.
+
+    Two wheels in one folder overwrite each other; one in a later folder is only hidden, which is harmless.
+    """
+    for folder in sys.path if path is None else path:
+        described = (describe_wheel(info) for info in sorted(Path(folder).glob("mxnet*.dist-info")))
+        wheels = [wheel for wheel in described if wheel is not None]
+        if wheels:
+            return wheels
+    return []
+
+
+def describe_wheel(info: Path) -> Wheel | None:
+    """The wheel of a .dist-info folder, or None if it brings no libmxnet (mxnet-model-server, say)."""
+    wheel = metadata.PathDistribution(info)
+    # Not wheel.files: from Python 3.12 on it leaves out the files that are gone, which are the point here.
+    for name, _, size in csv.reader((wheel.read_text("RECORD") or "").splitlines()):
+        if name.startswith("mxnet/libmxnet."):
+            library = Path(str(wheel.locate_file(name)))
+            return Wheel(wheel.metadata["Name"].lower().replace("_", "-"), wheel.version, library, int(size))
+    return None
+
+
+def the_only_wheel(wheels: Sequence[Wheel]) -> Wheel | None:
+    """The one wheel that is installed and whole, or None for an MXNet that came without a wheel.
+
+    Raises BadInput if there is no MXNet; if two wheels share the folder `mxnet/`, which pip allows although
+    the second overwrites the first; and if the library on disk is not the one that the wheel brought.
+    """
+    if len(wheels) > 1:
+        both = in_words([str(wheel) for wheel in wheels])
+        raise BadInput(
+            f"{both} overwrite each other in {wheels[0].library.parent}: "
+            f"pip uninstall -y {' '.join(wheel.name for wheel in wheels)}, "
+            f"then {INSTALL_CPU} or {INSTALL_CUDA}"
+        )
+    if not wheels:
+        spec = importlib.util.find_spec("mxnet")
+        # No origin: only a folder of that name, such as a removed MXNet can leave behind.
+        if spec is None or spec.origin is None:
+            raise BadInput(f"MXNet is not installed: {INSTALL_CPU}, or {INSTALL_CUDA} for NVIDIA GPUs")
+        return None
+    (wheel,) = wheels
+    found = wheel.library.stat().st_size if wheel.library.exists() else None
+    # The size tells the wheels apart (154 MB and 891 MB); a hash would take seconds.
+    if found != wheel.size:
+        what = "is gone" if found is None else f"has {found:,} bytes instead of {wheel.size:,}"
+        install = INSTALL_CUDA if wheel.name == CUDA_WHEEL else INSTALL_CPU
+        raise BadInput(
+            f"{wheel.library} of {wheel} {what}, as after the removal of a second wheel of MXNet: "
+            f"pip uninstall -y {wheel.name}, then {install}"
+        )
+    return wheel
+
+
+def refuse_numpy_2(version: str) -> None:
+    """Raises BadInput for NumPy 2 or later: MXNet uses names that it removed, and misprints its scalars."""
+    if int(version.split(".")[0]) >= 2:
+        raise BadInput(f"MXNet does not work with NumPy {version}: pip install 'numpy<2'")
+
+
+def give_numpy_bool_back() -> None:
+    """Puts `numpy.bool`, which NumPy 1.24 removed and MXNet reads while it is imported, back in its place."""
+    # Through vars, since hasattr(numpy, "bool") prints a warning in the versions that announce a change.
+    vars(numpy).setdefault("bool", bool)
+
+
+def need_distutils() -> None:
+    """Raises BadInput if `distutils`, which MXNet imports and Python 3.12 left to setuptools, is missing."""
+    try:
+        importlib.import_module("distutils.version")
+    except ImportError as error:
+        raise BadInput(
+            f"MXNet needs distutils, which on Python {platform.python_version()} comes with setuptools: "
+            "pip install setuptools"
+        ) from error
+
+
+def load_driver(library: str = DRIVER) -> ctypes.CDLL:
+    """The NVIDIA driver's library, loaded; raises BadInput if this machine has none."""
+    try:
+        return ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise BadInput(
+            f"{CUDA_WHEEL} needs an NVIDIA driver ({error}): install the driver, "
+            f"or for the CPU pip uninstall -y {CUDA_WHEEL}, then {INSTALL_CPU}"
+        ) from error
+
+
+def cuda_folders(path: Sequence[str]) -> list[Path]:
+    """The folders of native libraries that the nvidia-* wheels installed: `nvidia/*/lib` under `path`."""
+    return [lib for folder in path for lib in sorted(Path(folder).glob("nvidia/*/lib"))]
+
+
+def load_cuda_libraries(folders: Sequence[Path], libraries: Mapping[str, str] = CUDA_LIBRARIES) -> None:
+    """Loads the libraries (soname -> package), from `folders` or else from where the system finds them.
+
+    After that libmxnet.so finds them by name, without LD_LIBRARY_PATH. Raises BadInput that names all that
+    are missing.
+    """
+    errors = {}
+    for soname, package in libraries.items():
+        file = next((str(folder / soname) for folder in folders if (folder / soname).exists()), soname)
+        try:
+            ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            errors[f"{soname} ({package})"] = error
+    if errors:
+        first = next(iter(errors.values()))
+        raise BadInput(
+            f"{CUDA_WHEEL} needs {in_words(list(errors))}, and the loader says: {first}; {INSTALL_CUDA}"
+        ) from first
+
+
+def parse_gpus(text: str) -> list[int]:
+    """The GPU numbers of a flag: "0,1" -> [0, 1]; raises BadInput for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise BadInput(f"--gpus {text!r}: numbers with commas between them, such as 0 or 0,1")
+    numbers = [int(part) for part in parts]
+    refuse_repeated_gpus(numbers)
+    return numbers
+
+
+def contexts(gpus: Sequence[int] | None = None, cpus: int | None = None) -> list[mx.Context]:
+    """The contexts to train on: the GPUs named, or `cpus` CPU contexts, or else every GPU, or else one CPU.
+
+    Never falls back to the CPU when GPUs were named. Raises BadInput for a GPU that is not there, is named
+    twice, or cannot run this MXNet.
+    """
+    if gpus is not None and cpus is not None:
+        raise BadInput("--gpus and --cpus exclude each other: give one of them")
+    mx = import_mxnet()
+    if cpus is not None:
+        if cpus < 1:
+            raise BadInput(f"--cpus {cpus}: at least 1")
+        return [mx.cpu(number) for number in range(cpus)]
+    # Asked beforehand, since mx.gpu(0) fails only where it is first used.
+    count = gpu_count()
+    capabilities = compute_capabilities(load_driver()) if has_cuda_wheel() else []
+    refuse_old_driver(count, capabilities)
+    if gpus is None:
+        gpus = range(count)
+    else:
+        refuse_absent_gpus(gpus, count)
+    if not gpus:
+        return [mx.cpu(0)]
+    refuse_foreign_gpus(gpus, capabilities)
+    return [mx.gpu(number) for number in gpus]
+
+
+def gpu_count() -> int:
+    """The number of GPUs that MXNet sees, without touching one; raises BadInput if CUDA itself fails."""
+    mx = import_mxnet()
+    try:
+        return int(mx.context.num_gpus())
+    except mx.MXNetError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise BadInput(
+            f"CUDA cannot count the GPUs ({reason}): see whether nvidia-smi works, or use --cpus 1"
+        ) from error
+
+
+def refuse_old_driver(count: int, capabilities: Sequence[tuple[int, int]]) -> None:
+    """Raises BadInput if the driver has GPUs of which MXNet sees none.
+
+    MXNet takes the error "driver too old" for "no GPU", and would train on the CPU without a word.
+    """
+    if capabilities and not count:
+        raise BadInput(
+            f"the NVIDIA driver lists {listed(range(len(capabilities)))} but is too old for CUDA 11: "
+            "install version 450.80.02 or later, or use --cpus 1"
+        )
+
+
+def refuse_repeated_gpus(gpus: Sequence[int]) -> None:
+    """Raises BadInput if a GPU is named twice: the two shards would only wait for each other."""
+    repeated = sorted({number for number in gpus if list(gpus).count(number) > 1})
+    if repeated:
+        raise BadInput(f"--gpus {flag(gpus)}: {listed(repeated)} named more than once")
+
+
+def refuse_absent_gpus(gpus: Sequence[int], count: int) -> None:
+    """Raises BadInput, which says what is there, unless `gpus` are some of the numbers below `count`."""
+    if not gpus:
+        raise BadInput("--gpus: at least one number, such as 0 or 0,1")
+    refuse_repeated_gpus(gpus)
+    if count and not all(0 <= number < count for number in gpus):
+        raise BadInput(f"--gpus {flag(gpus)}: this machine has {listed(range(count))}")
+    if not count and not built_with_cuda():
+        wheel = the_only_wheel(installed_wheels())
+        raise BadInput(
+            f"--gpus {flag(gpus)}: this MXNet ({wheel or 'not from a wheel'}) is built without CUDA; "
+            f"pip uninstall -y {wheel.name if wheel else 'mxnet'}, then {INSTALL_CUDA}, "
+            "or leave --gpus out to use the CPU"
+        )
+    if not count:
+        raise BadInput(
+            f"--gpus {flag(gpus)}: MXNet sees no GPU here; see whether nvidia-smi lists one "
+            "and CUDA_VISIBLE_DEVICES does not hide it, or leave --gpus out to use the CPU"
+        )
+
+
+def has_cuda_wheel() -> bool:
+    """Whether MXNet comes from the wheel of the cu112 extra."""
+    return any(wheel.name == CUDA_WHEEL for wheel in installed_wheels())
+
+
+def built_with_cuda() -> bool:
+    """Whether this MXNet can use GPUs at all."""
+    return bool(import_mxnet().runtime.Features().is_enabled("CUDA"))
+
+
+def refuse_foreign_gpus(gpus: Sequence[int], capabilities: Sequence[tuple[int, int]]) -> None:
+    """Raises BadInput if one of `gpus` cannot run the CUDA wheel's kernels.
+
+    `capabilities[number]` is the compute capability of GPU `number`. The wheel holds machine code for 5.0,
+    6.0, 7.0, 8.0 and 8.6 and no PTX that the driver could translate: each serves the later minor versions of
+    its major version, and no other.
+    """
+    foreign = {
+        number: f"{major}.{minor}"
+        for number, (major, minor) in enumerate(capabilities)
+        if number in gpus and not 5 <= major <= 8
+    }
+    if foreign:
+        rest = [number for number in gpus if number not in foreign]
+        raise BadInput(
+            f"{listed(list(foreign))} cannot run {CUDA_WHEEL} (compute capability "
+            f"{in_words(list(foreign.values()))}; it is built for 5.0 to 8.9, Maxwell to Ada): "
+            + (f"use --gpus {flag(rest)}" if rest else "use another GPU, or --cpus 1")
+        )
+
+
+def compute_capabilities(driver: ctypes.CDLL) -> list[tuple[int, int]]:
+    """The compute capability (major, minor) of every GPU that CUDA_VISIBLE_DEVICES leaves, in its order.
+
+    Asks the driver: MXNet's own get_cuda_compute_capability wants a libcuda.so, which many machines lack.
+    """
+    count, device, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+
+    def ask(function: str, *arguments: Any) -> None:
+        code = driver[function](*arguments)
+        if code:
+            raise BadInput(
+                f"the NVIDIA driver answers {function} with error {code}: see whether nvidia-smi works, "
+                "or use --cpus 1"
+            )
+
+    def attribute(which: int) -> int:
+        ask("cuDeviceGetAttribute", ctypes.byref(value), which, device)
+        return value.value
+
+    if driver.cuInit(0) == 100:  # CUDA_ERROR_NO_DEVICE
+        return []
+    ask("cuInit", 0)
+    ask("cuDeviceGetCount", ctypes.byref(count))
+    capabilities = []
+    for number in range(count.value):
+        ask("cuDeviceGet", ctypes.byref(device), number)
+        # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR in cuda.h
+        capabilities.append((attribute(75), attribute(76)))
+    return capabilities
+
+
+def flag(gpus: Sequence[int]) -> str:
+    """GPU numbers as --gpus takes them: [0, 1] -> "0,1"; the inverse of parse_gpus."""
+    return ",".join(map(str, gpus))
+
+
+def listed(gpus: Sequence[int]) -> str:
+    """GPU numbers in words: [0] -> "GPU 0", [0, 1, 2] -> "GPUs 0, 1 and 2"."""
+    return f"GPU{'s' if len(gpus) > 1 else ''} {in_words([str(number) for number in gpus])}"
+
+
+def in_words(items: Sequence[str]) -> str:
+    """A list in a sentence: ["a"] -> "a", ["a", "b", "c"] -> "a, b and c"."""
+    *others, last = items
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def reuse_freed_memory() -> bool:
+    """Makes glibc keep freed memory for the next array; returns whether it could (it needs glibc).
+
+    To be called before the first allocation. glibc returns blocks of more than 32 MB to the system at once,
+    and the page faults of getting them anew made x * y 2.5 times slower for arrays of 64 MB (65 ms instead
+    of 25, 2 cores), though hardly for 16 MB. The price: memory never returns to the system, and many
+    different shapes fragment it; use few shapes, and watch it grow.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, and M_ARENA_MAX, so that all threads reuse the same memory
+    return all([mallopt(-4, 0), mallopt(-1, 2**31 - 1), mallopt(-8, 1)])
+
+
+def versions() -> dict[str, str]:
+    """What a run runs on: the versions of python, numpy and mxnet (with the wheel's name); the platform."""
+    return {
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "mxnet": " and ".join(map(str, installed_wheels())) or "not from a wheel",
+        "platform": platform.platform(),
+    }

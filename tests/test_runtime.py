@@ -1,0 +1,502 @@
+"""The door to MXNet: what it refuses, in which words, and which contexts it gives; on the CPU."""
+
+import ctypes
+import platform
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any, List, Optional, Tuple
+
+import numpy
+import pytest
+from stub_libcuda import build_stub
+
+from gluon_bert import runtime
+from gluon_bert.errors import BadInput
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU_WHEEL = runtime.Wheel("mxnet", "1.9.1", Path("mxnet/libmxnet.so"), 5)
+
+
+def run(code: str) -> "subprocess.CompletedProcess[str]":
+    """Runs Python code in a fresh interpreter, where nothing has imported MXNet yet."""
+    return subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), capture_output=True, text=True)
+
+
+def install(site: Path, name: str, version: str = "1.9.1", library: Optional[bytes] = b"12345") -> Path:
+    """Lays down what pip would: a .dist-info, and mxnet/libmxnet.so (none for library=None)."""
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    rows = ["mxnet/__init__.py,sha256=x,0", f"{info.name}/RECORD,,"]
+    if library is not None:
+        (site / "mxnet").mkdir(exist_ok=True)
+        (site / "mxnet" / "libmxnet.so").write_bytes(library)
+        rows.insert(1, f"mxnet/libmxnet.so,sha256=x,{len(library)}")
+    (info / "RECORD").write_text("\n".join(rows) + "\n")
+    return site / "mxnet" / "libmxnet.so"
+
+
+def one_sentence(refused: "pytest.ExceptionInfo[BadInput]") -> str:
+    text = str(refused.value)
+    assert "\n" not in text
+    assert not text.endswith(".")
+    return text
+
+
+# The import
+
+
+def test_importing_the_door_does_not_import_mxnet() -> None:
+    code = "import sys, gluon_bert.runtime as r; print(bool(r.versions()), 'mxnet' in sys.modules)"
+    assert run(code).stdout.strip() == "True False"
+
+
+def test_mx_comes_through_the_door_with_the_numpy_that_is_installed() -> None:
+    done = run("from gluon_bert.runtime import mx; print(mx.nd.ones(3).sum().asscalar())")
+    assert done.stdout.strip() == "3.0", done.stderr
+
+
+@pytest.mark.skipif(not hasattr(numpy, "__future_scalars__"), reason="NumPy < 1.24 has a bool")
+def test_mxnet_needs_the_door_since_numpy_1_24() -> None:
+    done = run("import mxnet")
+    assert "has no attribute 'bool'" in done.stderr
+
+
+def test_mx_is_imported_once() -> None:
+    assert runtime.mx is runtime.mx is runtime.import_mxnet()
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'mxx'"):
+        runtime.mxx  # noqa: B018
+
+
+def test_a_refusal_reaches_whoever_imports_mx() -> None:
+    done = run("import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p] + ['none']\n"
+               "sys.modules['numpy'] = type(sys)('numpy'); sys.modules['numpy'].__version__ = '1.26.4'\n"
+               "from gluon_bert.runtime import mx")  # fmt: skip
+    assert "BadInput: MXNet is not installed" in done.stderr
+
+
+# The wheels
+
+
+def test_a_wheel_is_found_with_its_library_and_its_size(tmp_path: Path) -> None:
+    library = install(tmp_path, "mxnet-cu112", "1.9.1", b"123")
+    wheels = runtime.installed_wheels(["nowhere", str(tmp_path)])
+    assert wheels == [runtime.Wheel("mxnet-cu112", "1.9.1", library, 3)]
+    assert runtime.the_only_wheel(wheels) == wheels[0]
+    assert str(wheels[0]) == "mxnet-cu112 1.9.1"
+
+
+def test_a_package_that_is_only_named_like_mxnet_is_no_wheel_of_it(tmp_path: Path) -> None:
+    install(tmp_path, "mxnet-model-server", "1.0", library=None)
+    assert runtime.installed_wheels([str(tmp_path)]) == []
+
+
+def test_a_wheel_in_a_later_folder_is_hidden_and_harmless(tmp_path: Path) -> None:
+    for folder, name in ("first", "mxnet"), ("second", "mxnet-cu112"):
+        install(tmp_path / folder, name)
+    wheels = runtime.installed_wheels([str(tmp_path / "first"), str(tmp_path / "second")])
+    assert [wheel.name for wheel in wheels] == ["mxnet"]
+
+
+@pytest.mark.parametrize("other", ["mxnet-cu112", "mxnet_cu110", "mxnet-native"])
+def test_two_wheels_in_one_folder_are_refused_by_name(tmp_path: Path, other: str) -> None:
+    install(tmp_path, "mxnet")
+    install(tmp_path, other, library=b"longer than the other")
+    with pytest.raises(BadInput, match="overwrite each other") as refused:
+        runtime.the_only_wheel(runtime.installed_wheels([str(tmp_path)]))
+    text = one_sentence(refused)
+    other = other.replace("_", "-")
+    assert text.startswith(f"mxnet 1.9.1 and {other} 1.9.1 ")
+    assert f"pip uninstall -y mxnet {other}, then {runtime.INSTALL_CPU}" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("mxnet", runtime.INSTALL_CPU), ("mxnet-cu112", runtime.INSTALL_CUDA)]
+)
+def test_a_library_that_another_wheel_overwrote_is_refused(tmp_path: Path, name: str, remedy: str) -> None:
+    install(tmp_path, name).write_bytes(b"of the other")
+    with pytest.raises(BadInput, match="has 12 bytes instead of 5") as refused:
+        runtime.the_only_wheel(runtime.installed_wheels([str(tmp_path)]))
+    assert one_sentence(refused).endswith(f"pip uninstall -y {name}, then {remedy}")
+
+
+def test_a_library_that_went_with_another_wheel_is_refused(tmp_path: Path) -> None:
+    install(tmp_path, "mxnet-cu112")
+    shutil.rmtree(str(tmp_path / "mxnet"))
+    with pytest.raises(BadInput, match=r"of mxnet-cu112 1\.9\.1 is gone") as refused:
+        runtime.the_only_wheel(runtime.installed_wheels([str(tmp_path)]))
+    assert "pip uninstall -y mxnet-cu112" in one_sentence(refused)
+
+
+def test_no_mxnet_is_refused_with_both_ways_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="not installed") as refused:
+        runtime.the_only_wheel([])
+    assert runtime.INSTALL_CPU in one_sentence(refused)
+    assert runtime.INSTALL_CUDA in one_sentence(refused)
+
+
+def test_an_empty_folder_named_mxnet_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mxnet").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "mxnet", raising=False)
+    with pytest.raises(BadInput, match="not installed"):
+        runtime.the_only_wheel([])
+
+
+def test_an_mxnet_without_a_wheel_is_let_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mxnet").mkdir()
+    (tmp_path / "mxnet" / "__init__.py").write_text("")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "mxnet", raising=False)
+    assert runtime.the_only_wheel([]) is None
+
+
+# NumPy and distutils
+
+
+@pytest.mark.parametrize("version", ["2.0.0", "2.1.0rc1", "3.0"])
+def test_numpy_2_is_refused_with_the_remedy(version: str) -> None:
+    with pytest.raises(BadInput, match=f"NumPy {version}: pip install 'numpy<2'") as refused:
+        runtime.refuse_numpy_2(version)
+    one_sentence(refused)
+
+
+@pytest.mark.parametrize("version", ["1.17.0", "1.26.4"])
+def test_numpy_1_is_accepted(version: str) -> None:
+    runtime.refuse_numpy_2(version)
+
+
+def test_numpy_bool_is_given_back_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(vars(numpy), "bool", raising=False)
+    runtime.give_numpy_bool_back()
+    assert vars(numpy)["bool"] is bool
+
+
+def test_numpy_bool_is_left_alone_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vars(numpy), "bool", "its own")
+    runtime.give_numpy_bool_back()
+    assert vars(numpy)["bool"] == "its own"
+
+
+def test_missing_distutils_is_a_sentence_about_setuptools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distutils", None)
+    monkeypatch.delitem(sys.modules, "distutils.version", raising=False)
+    with pytest.raises(BadInput, match="pip install setuptools") as refused:
+        runtime.need_distutils()
+    assert platform.python_version() in one_sentence(refused)
+
+
+# The CUDA wheel's libraries
+
+
+def test_a_missing_driver_is_a_sentence_with_both_remedies() -> None:
+    with pytest.raises(BadInput, match="needs an NVIDIA driver") as refused:
+        runtime.load_driver("libcuda-of-no-machine.so.1")
+    text = one_sentence(refused)
+    assert "libcuda-of-no-machine.so.1" in text
+    assert "install the driver" in text
+    assert runtime.INSTALL_CPU in text
+
+
+def test_missing_cuda_libraries_are_all_named_with_their_packages(tmp_path: Path) -> None:
+    libraries = {"libnone1.so.8": "nvidia-one-cu11", "libnone2.so.2": "nvidia-two-cu11"}
+    with pytest.raises(BadInput, match="needs") as refused:
+        runtime.load_cuda_libraries([tmp_path], libraries)
+    text = one_sentence(refused)
+    assert "libnone1.so.8 (nvidia-one-cu11) and libnone2.so.2 (nvidia-two-cu11)" in text
+    assert text.endswith(runtime.INSTALL_CUDA)
+
+
+def test_a_damaged_cuda_library_is_refused_in_the_loaders_words(tmp_path: Path) -> None:
+    (tmp_path / "libdamaged.so.1").write_bytes(b"not a library")
+    with pytest.raises(BadInput, match="libdamaged") as refused:
+        runtime.load_cuda_libraries([tmp_path], {"libdamaged.so.1": "nvidia-damaged-cu11"})
+    assert "the loader says: " + str(tmp_path) in one_sentence(refused)
+
+
+def test_cuda_libraries_come_from_the_wheels_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "nvidia" / "stub" / "lib"
+    folder.mkdir(parents=True)
+    library = build_stub(folder).rename(folder / "libstub-of-a-wheel.so.1")
+    folders = runtime.cuda_folders(["nowhere", str(tmp_path)])
+    assert folders == [folder]
+    runtime.load_cuda_libraries(folders, {library.name: "nvidia-stub-cu11"})
+    assert str(library) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="names glibc's own library")
+def test_cuda_libraries_that_the_system_finds_need_no_wheel() -> None:
+    runtime.load_cuda_libraries([], {"libc.so.6": "nvidia-libc-cu11"})
+
+
+def test_a_cuda_library_stands_after_those_that_it_needs() -> None:
+    order = list(runtime.CUDA_LIBRARIES)
+    for first, later in [
+        ("libcudart.so.11.0", "libcublas.so.11"),
+        ("libcublasLt.so.11", "libcublas.so.11"),
+        ("libcublas.so.11", "libcusolver.so.11"),
+        ("libcublas.so.11", "libcudnn.so.8"),
+    ]:
+        assert order.index(first) < order.index(later)
+
+
+# --gpus
+
+
+@pytest.mark.parametrize(("text", "numbers"), [("0", [0]), ("0,1", [0, 1]), ("3, 1", [3, 1]), ("10", [10])])
+def test_gpus_are_parsed_in_their_order(text: str, numbers: List[int]) -> None:
+    assert runtime.parse_gpus(text) == numbers
+    assert runtime.parse_gpus(runtime.flag(numbers)) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "0,", ",", "0;1", "1.0", "0 1", "²"])
+def test_anything_but_numbers_is_refused_by_the_flags_name(text: str) -> None:
+    with pytest.raises(BadInput, match=r"^--gpus ") as refused:
+        runtime.parse_gpus(text)
+    assert repr(text) in one_sentence(refused)
+
+
+def test_a_gpu_named_twice_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"^--gpus 1,0,1: GPU 1 named more than once$"):
+        runtime.parse_gpus("1,0,1")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"), [([0], "GPU 0"), ([0, 1], "GPUs 0 and 1"), ([0, 1, 2], "GPUs 0, 1 and 2")]
+)
+def test_gpus_are_listed_in_words(numbers: List[int], words: str) -> None:
+    assert runtime.listed(numbers) == words
+
+
+# Contexts
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """machine(capabilities...): as if MXNet were the CUDA wheel, on a machine with such GPUs."""
+
+    def pretend(*capabilities: Tuple[int, int], count: Optional[int] = None) -> None:
+        cuda = CPU_WHEEL._replace(name="mxnet-cu112")
+        monkeypatch.setattr(runtime, "gpu_count", lambda: len(capabilities) if count is None else count)
+        monkeypatch.setattr(runtime, "built_with_cuda", lambda: True)
+        monkeypatch.setattr(runtime, "installed_wheels", lambda: [cuda])
+        monkeypatch.setattr(runtime, "load_driver", lambda: None)
+        monkeypatch.setattr(runtime, "compute_capabilities", lambda driver: list(capabilities))
+
+    runtime.import_mxnet()
+    return pretend
+
+
+def names(*arguments: Any, **named: Any) -> List[str]:
+    return [str(context) for context in runtime.contexts(*arguments, **named)]
+
+
+def test_without_a_wish_and_a_gpu_there_is_one_cpu(machine: Any) -> None:
+    machine()
+    assert names() == ["cpu(0)"]
+
+
+def test_without_a_wish_every_gpu_is_used(machine: Any) -> None:
+    machine((7, 5), (8, 6), (8, 9))
+    assert names() == ["gpu(0)", "gpu(1)", "gpu(2)"]
+
+
+def test_named_gpus_are_used_in_their_order(machine: Any) -> None:
+    machine((7, 0), (7, 0), (7, 0))
+    assert names(gpus=[2, 0]) == ["gpu(2)", "gpu(0)"]
+
+
+def test_cpus_are_counted_from_zero_even_where_there_are_gpus(machine: Any) -> None:
+    machine((7, 0))
+    assert names(cpus=3) == ["cpu(0)", "cpu(1)", "cpu(2)"]
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_cpus_are_refused(machine: Any, count: int) -> None:
+    with pytest.raises(BadInput, match=f"^--cpus {count}: at least 1$"):
+        runtime.contexts(cpus=count)
+
+
+def test_gpus_and_cpus_exclude_each_other() -> None:
+    with pytest.raises(BadInput, match="--gpus and --cpus exclude each other"):
+        runtime.contexts(gpus=[0], cpus=1)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "count", "message"),
+    [
+        ([7], 2, "--gpus 7: this machine has GPUs 0 and 1"),
+        ([0, 1], 1, "--gpus 0,1: this machine has GPU 0"),
+        ([-1], 1, "--gpus -1: this machine has GPU 0"),
+        ([0, 0], 1, "--gpus 0,0: GPU 0 named more than once"),
+        ([], 1, "--gpus: at least one number, such as 0 or 0,1"),
+    ],
+)
+def test_a_wrong_choice_of_gpus_is_answered_with_what_is_there(
+    machine: Any, gpus: List[int], count: int, message: str
+) -> None:
+    machine(*[(7, 0)] * count)
+    with pytest.raises(BadInput) as refused:
+        runtime.contexts(gpus=gpus)
+    assert one_sentence(refused) == message
+
+
+def test_a_gpu_wish_never_falls_back_to_the_cpu(machine: Any) -> None:
+    machine()
+    with pytest.raises(BadInput, match=r"^--gpus 0: MXNet sees no GPU here") as refused:
+        runtime.contexts(gpus=[0])
+    assert "CUDA_VISIBLE_DEVICES" in one_sentence(refused)
+
+
+def test_a_gpu_wish_with_the_cpu_wheel_is_told_which_wheel_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.import_mxnet()
+    monkeypatch.setattr(runtime, "gpu_count", lambda: 0)
+    monkeypatch.setattr(runtime, "built_with_cuda", lambda: False)
+    monkeypatch.setattr(runtime, "installed_wheels", lambda: [CPU_WHEEL])
+    monkeypatch.setattr(runtime, "the_only_wheel", lambda wheels: wheels[0])
+    with pytest.raises(BadInput, match=r"^--gpus 0: this MXNet \(mxnet 1\.9\.1\) is built with") as refused:
+        runtime.contexts(gpus=[0])
+    assert f"without CUDA; pip uninstall -y mxnet, then {runtime.INSTALL_CUDA}" in one_sentence(refused)
+
+
+def test_a_driver_that_is_too_old_does_not_become_a_silent_cpu(machine: Any) -> None:
+    machine((8, 6), (8, 6), count=0)
+    for gpus in None, [0]:
+        with pytest.raises(BadInput, match="lists GPUs 0 and 1 but is too old for CUDA 11") as refused:
+            runtime.contexts(gpus=gpus)
+        one_sentence(refused)
+    assert names(cpus=1) == ["cpu(0)"]
+
+
+def test_a_cuda_error_while_counting_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failure(RuntimeError):
+        pass
+
+    def fail() -> int:
+        raise Failure("Traceback\n  stack\nCUDA: unknown error")
+
+    fake = types.SimpleNamespace(MXNetError=Failure, context=types.SimpleNamespace(num_gpus=fail))
+    monkeypatch.setattr(runtime, "import_mxnet", lambda: fake)
+    with pytest.raises(BadInput, match=r"cannot count the GPUs \(CUDA: unknown error\)") as refused:
+        runtime.gpu_count()
+    one_sentence(refused)
+
+
+# Compute capabilities
+
+
+@pytest.mark.parametrize("capability", [(5, 0), (5, 2), (6, 1), (7, 5), (8, 0), (8, 6), (8, 9)])
+def test_maxwell_to_ada_are_accepted(capability: Tuple[int, int]) -> None:
+    runtime.refuse_foreign_gpus([0], [capability])
+
+
+@pytest.mark.parametrize("capability", [(3, 7), (9, 0), (10, 0), (12, 0)])
+def test_older_and_newer_gpus_are_refused_before_a_kernel_runs(
+    machine: Any, capability: Tuple[int, int]
+) -> None:
+    machine(capability)
+    for gpus in None, [0]:
+        with pytest.raises(BadInput, match=r"^GPU 0 cannot run mxnet-cu112") as refused:
+            runtime.contexts(gpus=gpus)
+        assert "compute capability {}.{};".format(*capability) in one_sentence(refused)
+        assert "--cpus 1" in one_sentence(refused)
+
+
+def test_only_the_named_gpus_have_to_fit_and_the_others_are_proposed(machine: Any) -> None:
+    machine((8, 6), (9, 0))
+    assert names(gpus=[0]) == ["gpu(0)"]
+    for gpus in None, [0, 1]:
+        with pytest.raises(BadInput, match=r"^GPU 1 cannot run .* 9.0; .*: use --gpus 0$"):
+            runtime.contexts(gpus=gpus)
+
+
+@pytest.mark.parametrize(
+    ("option", "capabilities"),
+    [("-DCAPABILITIES={8,6},{9,0},", [(8, 6), (9, 0)]), ("-DCAPABILITIES={12,0},", [(12, 0)]), ("-O0", [])],
+)
+def test_the_driver_is_asked_for_the_capabilities(
+    tmp_path: Path, option: str, capabilities: List[Tuple[int, int]]
+) -> None:
+    driver = runtime.load_driver(str(build_stub(tmp_path, option)))
+    assert runtime.compute_capabilities(driver) == capabilities
+
+
+def test_a_driver_that_fails_is_a_sentence(tmp_path: Path) -> None:
+    driver = runtime.load_driver(str(build_stub(tmp_path, "-DCAPABILITIES={8,6},", "-DINIT=999")))
+    with pytest.raises(BadInput, match="answers cuInit with error 999") as refused:
+        runtime.compute_capabilities(driver)
+    one_sentence(refused)
+
+
+# Memory and versions
+
+
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+LIBC = """if True:
+    import ctypes, resource, threading
+    from gluon_bert import runtime
+    print({} and runtime.reuse_freed_memory())
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+"""
+
+
+@needs_glibc
+def test_freed_memory_is_kept_for_the_next_array() -> None:
+    # 64 MiB written, freed and written again: kept memory brings no page fault the second time.
+    code = (
+        LIBC
+        + """
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = libc.malloc(1 << 26)
+        ctypes.memset(block, 1, 1 << 26)
+        libc.free(block)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    )
+    result, faults = run(code.format(True)).stdout.split()
+    assert result == "True"
+    assert int(faults) < 1000
+    assert int(run(code.format(False)).stdout.split()[-1]) > 10000
+
+
+@needs_glibc
+def test_all_threads_share_the_memory_that_is_kept() -> None:
+    code = (
+        LIBC
+        + """
+    together = threading.Barrier(4)
+    threads = [threading.Thread(target=lambda: (libc.malloc(1000), together.wait())) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    libc.malloc_stats()"""
+    )
+    assert run(code.format(True)).stderr.count("Arena ") == 1
+    assert run(code.format(False)).stderr.count("Arena ") > 1
+
+
+def test_without_glibc_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(ctypes, "CDLL", None)
+    assert runtime.reuse_freed_memory() is False
+
+
+def test_versions_name_what_a_run_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "installed_wheels", lambda: [CPU_WHEEL])
+    assert runtime.versions() == {
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "mxnet": "mxnet 1.9.1",
+        "platform": platform.platform(),
+    }
