@@ -9,17 +9,18 @@ HERE = Path(__file__).parent
 PACKAGE = (HERE / "gluon_bert" / "__init__.py").read_text("utf-8")
 VERSION = re.search(r'^__version__ = "(.+)"$', PACKAGE, re.M)[1]
 
-# CUDA 11 and cuDNN 8 as wheels: what mxnet-cu112's library asks for when it is loaded.
+# CUDA 11 and cuDNN 8 as wheels: what mxnet-cu112's library asks for when it is loaded. The upper bounds
+# keep the names of the files, such as libcudnn.so.8.
 CUDA_LIBRARIES = [
-    "nvidia-cudnn-cu11<9",
-    "nvidia-cublas-cu11",
-    "nvidia-cuda-runtime-cu11",
-    "nvidia-cufft-cu11",
-    "nvidia-cusolver-cu11",
-    "nvidia-curand-cu11",
-    "nvidia-cuda-nvrtc-cu11",
-    "nvidia-nccl-cu11",
-    "nvidia-nvtx-cu11",
+    "nvidia-cudnn-cu11>=8.5,<9",
+    "nvidia-cublas-cu11>=11.10,<12",
+    "nvidia-cuda-runtime-cu11>=11.7,<12",
+    "nvidia-cufft-cu11>=10.7,<11",
+    "nvidia-cusolver-cu11>=11.4,<12",
+    "nvidia-curand-cu11>=10.2.10,<11",
+    "nvidia-cuda-nvrtc-cu11>=11.7,<12",
+    "nvidia-nccl-cu11>=2.13,<3",
+    "nvidia-nvtx-cu11>=11.7,<12",
 ]
 # An sdist with a C extension: installing it takes a C compiler, so pretraining does without it.
 GLUONNLP = ["gluonnlp==0.10.0"]

@@ -1,0 +1,63 @@
+"""What the tests share: small texts, the real corpus where it is, a data folder of their own."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from gluon_bert.data.documents import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+WIKITEXT = ROOT.parent / "shared" / "wikitext-2"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_home(tmp_path_factory):
+    """MXNet's data folder, where downloads and prepared text go; never the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("mxnet")
+        patch.setenv("MXNET_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def wikitext():
+    """The folder of the real WikiText-2."""
+    if not (WIKITEXT / "wiki.train.tokens").is_file():
+        pytest.skip(f"WikiText-2 is not at {WIKITEXT}")
+    return WIKITEXT
+
+
+@pytest.fixture(scope="session")
+def wikitext_prepared(wikitext):
+    """The real WikiText-2 as ids, as the preset d2l prepares it."""
+    from gluon_bert.config import preset
+
+    return prepare(preset("d2l").replace(corpus=(str(wikitext),)).data)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """A file of 200 documents of two to six short sentences, a sentence a line."""
+    path = tmp_path / "text.txt"
+    path.write_text(small_text(), "utf-8")
+    return path
+
+
+def small_text(num_documents: int = 200, seed: int = 0) -> str:
+    """Sentences of a small grammar, so that a small model can learn something."""
+    rng = random.Random(seed)
+    nouns = "crane bird driver city river tower storm engine".split()
+    verbs = "lifts sees leaves finds passes follows".split()
+    documents = []
+    for _ in range(num_documents):
+        noun = rng.choice(nouns)
+        count = rng.randint(2, 6)
+        lines = [
+            f"the {noun} {rng.choice(verbs)}" + rng.choice(["", " it", f" the {rng.choice(nouns)}"]) + " ."
+            for _ in range(count)
+        ]
+        documents.append("\n".join(lines))
+    return "\n\n".join(documents) + "\n"

@@ -1,0 +1,95 @@
+"""Batches and their shards."""
+
+import numpy as np
+import pytest
+
+from gluon_bert.config import DataConfig, preset
+from gluon_bert.data.batch import Batch, make_batch, split_and_load
+from gluon_bert.data.documents import number
+from gluon_bert.data.masking import pair_noise
+from gluon_bert.data.pairs import draw_pairs
+from gluon_bert.runtime import mx
+
+NO_MASK = DataConfig(mask_token_rate=0.0, random_token_rate=0.0, negative_rate=0.0)
+
+
+def prepared():
+    return number([(["a b c", "d", "e f"], False), (["g h", "a a a a"], False)], min_freq=1)
+
+
+def batch_of(config, length=16, num_rows=None):
+    text = prepared()
+    pairs = draw_pairs(text.train, config, np.random.default_rng(0)).take(slice(num_rows))
+    noise = pair_noise(0, 0, np.arange(len(pairs)), length)
+    return make_batch(text.train, pairs, noise, len(text.vocab), config), text.vocab
+
+
+def random_batch(num_rows, length=12, seed=0):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 4, num_rows)
+    rows = np.repeat(np.arange(num_rows), counts)
+    positions = np.concatenate([np.sort(rng.permutation(length)[:n]) for n in counts])
+    return Batch(
+        rng.integers(0, 50, (num_rows, length)),
+        rng.integers(0, 2, (num_rows, length)),
+        rng.integers(5, length + 1, num_rows),
+        np.stack([rows, positions]).astype(np.int32),
+        np.arange(len(rows)),
+        rng.integers(0, 2, num_rows),
+    )
+
+
+def test_a_pair_is_laid_out_as_the_paper_says():
+    batch, vocab = batch_of(NO_MASK)
+    spelt = [" ".join(vocab.words(row)) for row in batch.tokens]
+    assert spelt == [
+        "<cls> a b c <sep> d <sep>" + " <pad>" * 9,
+        "<cls> d <sep> e f <sep>" + " <pad>" * 10,
+        "<cls> g h <sep> a a a a <sep>" + " <pad>" * 7,
+    ]
+    assert batch.segments[0].tolist() == [0, 0, 0, 0, 0, 1, 1] + [0] * 9
+    assert batch.lengths.tolist() == [7, 6, 9]
+    assert batch.is_next.tolist() == [1, 1, 1]
+
+
+def test_padding_further_changes_no_token_and_no_prediction():
+    short, _ = batch_of(preset("d2l").data, length=10)
+    long, _ = batch_of(preset("d2l").data, length=30)
+    np.testing.assert_array_equal(long.tokens[:, :10], short.tokens)
+    np.testing.assert_array_equal(long.predictions, short.predictions)
+    np.testing.assert_array_equal(long.labels, short.labels)
+
+
+def test_rows_carry_their_own_predictions():
+    batch = random_batch(10)
+    part = batch.rows(3, 7)
+    assert len(part) == 4
+    for row in range(4):
+        ours = batch.predictions[1][batch.predictions[0] == row + 3]
+        np.testing.assert_array_equal(part.predictions[1][part.predictions[0] == row], ours)
+    inside = (batch.predictions[0] >= 3) & (batch.predictions[0] < 7)
+    np.testing.assert_array_equal(part.labels, batch.labels[inside])
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 7, 64])
+@pytest.mark.parametrize("num_contexts", [1, 2, 3, 4])
+def test_shards_hold_every_row_and_prediction_once(num_rows, num_contexts):
+    batch = random_batch(num_rows)
+    shards = split_and_load(batch, [mx.cpu(i) for i in range(num_contexts)])
+    assert [shard.tokens.context for shard in shards] == [mx.cpu(i) for i in range(num_contexts)]
+    used = [shard for shard in shards if shard.num_pairs]
+    np.testing.assert_array_equal(np.concatenate([s.tokens.asnumpy() for s in used]), batch.tokens)
+    np.testing.assert_array_equal(np.concatenate([s.is_next.asnumpy() for s in used]), batch.is_next)
+    np.testing.assert_array_equal(np.concatenate([s.labels.asnumpy() for s in used]), batch.labels)
+    sizes = [shard.num_pairs for shard in shards]
+    assert sum(sizes) == num_rows and max(sizes) - min(sizes) <= 1
+    assert sum(s.num_pairs * s.nsp_weight for s in shards) == pytest.approx(1)
+    assert sum(s.num_predictions * s.mlm_weight for s in shards) == pytest.approx(1)
+
+
+def test_a_shard_without_rows_has_weight_zero_and_a_row_to_compute():
+    idle = [s for s in split_and_load(random_batch(1), [mx.cpu(i) for i in range(3)]) if not s.num_pairs]
+    assert len(idle) == 2
+    for shard in idle:
+        assert (shard.mlm_weight, shard.nsp_weight) == (0.0, 0.0)
+        assert shard.tokens.shape == (1, 12)

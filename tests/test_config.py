@@ -1,0 +1,90 @@
+"""The configuration: fields, presets, JSON, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+from gluon_bert.config import GROUPS, PRESETS, Config, preset
+from gluon_bert.errors import BadInput
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_json(name):
+    config = preset(name)
+    config.check()
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_the_book_preset_has_the_books_figures():
+    d2l = preset("d2l")
+    assert (d2l.model.num_layers, d2l.model.units, d2l.model.ffn_units, d2l.model.num_heads) == (2, 128, 256, 2)
+    assert (d2l.model.dropout, d2l.data.max_len, d2l.data.min_freq) == (0.2, 64, 5)
+    assert (d2l.train.batch_size, d2l.train.num_steps, d2l.train.lr) == (512, 50, 1e-3)
+
+
+def test_no_two_options_share_a_name():
+    names = [field.name for group in GROUPS.values() for field in dataclasses.fields(group)]
+    assert len(names) == len(set(names))
+
+
+def test_every_option_explains_itself():
+    for group in GROUPS.values():
+        for field in dataclasses.fields(group):
+            assert len(field.metadata["help"]) > 8, field.name
+
+
+def test_replace_reaches_every_group_and_refuses_other_names():
+    changed = preset("d2l").replace(units=64, max_len=32, seed=5)
+    assert (changed.model.units, changed.data.max_len, changed.train.seed) == (64, 32, 5)
+    with pytest.raises(BadInput, match="unitz"):
+        preset("d2l").replace(unitz=64)
+
+
+def test_all_problems_are_told_at_once():
+    config = preset("d2l").replace(num_heads=3, max_len=2, batch_size=0, long_pairs="burn", lr=float("nan"))
+    with pytest.raises(BadInput) as told:
+        config.check()
+    lines = str(told.value).splitlines()
+    assert "--num-heads 3: must divide --units 128" in lines
+    assert "--max-len 2: must be at least 8" in lines
+    assert "--batch-size 0: must be at least 1" in lines
+    assert "--long-pairs burn: must be one of truncate, drop" in lines
+    assert any(line.startswith("--lr nan") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"max_len": 1001}, "--max-len 1001: must not exceed --max-positions 1000"),
+        ({"mask_token_rate": 0.9, "random_token_rate": 0.2}, "must not exceed 1 together"),
+        ({"corpus": ()}, "--corpus"),
+        ({"lr": 0.0}, "--lr 0.0: must be above 0"),
+        ({"held_out": 0.9}, "--held-out 0.9: must be at most 0.5"),
+        ({"num_heads": 0}, "--num-heads 0: must be at least 1"),
+    ],
+)
+def test_contradictions_name_the_flags(changes, told):
+    with pytest.raises(BadInput, match=told):
+        preset("d2l").replace(**changes).check()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"model": {"unitz": 1}}, "config: unknown key model.unitz"),
+        ({"modle": {}}, "'modle' is no group"),
+        ({"model": {"units": "many"}}, "model.units is 'many', which is no int"),
+        ({"model": {"units": True}}, "model.units is True"),
+        ({"data": {"corpus": "pydoc"}}, "data.corpus is 'pydoc'"),
+        ({"train": 3}, "'train' is no group"),
+    ],
+)
+def test_json_with_unknown_keys_or_types_is_refused_by_name(content, told):
+    with pytest.raises(BadInput, match=told):
+        Config.from_json(content)
+
+
+def test_an_unknown_preset_lists_the_known():
+    with pytest.raises(BadInput, match="--preset bert-huge: must be one of d2l, bert-tiny"):
+        preset("bert-huge")

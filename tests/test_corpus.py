@@ -1,0 +1,147 @@
+"""Text files to documents."""
+
+import gzip
+
+import pytest
+from conftest import small_text
+
+from gluon_bert.config import DataConfig
+from gluon_bert.data.corpus import Corpus, guess_format, is_held_out, parse_piece, pieces, text_files
+from gluon_bert.errors import BadInput
+
+PROSE = """The crane is flying over the city. It is
+a large bird, and nobody sees it.
+
+A crane driver came. He just left.
+"""
+
+
+def documents(path, **changes):
+    return [document for document, _ in Corpus(DataConfig(corpus=(str(path),), **changes))]
+
+
+def parsed(text, text_format):
+    from gluon_bert.data.corpus import Piece
+
+    return parse_piece(Piece(text, text_format), "en", lowercase=True)
+
+
+def test_running_text_is_split_into_sentences_across_line_ends():
+    assert parsed(PROSE, "prose") == [
+        ["the crane is flying over the city .", "it is a large bird , and nobody sees it ."],
+        ["a crane driver came .", "he just left ."],
+    ]
+
+
+def test_a_line_is_a_sentence_where_the_file_says_so():
+    text = "One line. Two full stops.\nthe second line\n\n \nAnother document\nof two\n\nalone\n"
+    assert parsed(text, "sentences") == [
+        ["one line . two full stops .", "the second line"],
+        ["another document", "of two"],
+    ]
+
+
+def test_wikitext_is_split_as_the_book_splits_it():
+    # The book strips the line after it has counted: a paragraph may be left with one sentence.
+    lines = " = Title = \n\n A crane . It flies . \n Only one . \n no end \n"
+    assert parsed(lines, "wikitext") == [["a crane", "it flies ."], ["only one ."]]
+
+
+@pytest.mark.parametrize(
+    ("text", "text_format"),
+    [
+        (PROSE, "prose"),
+        (small_text(20), "sentences"),
+        ("A long paragraph of running text. " * 10 + "\n" + "And one more line of it. " * 12, "paragraphs"),
+        ("\n\n", "prose"),
+    ],
+)
+def test_the_format_is_told_by_the_text(text, text_format):
+    assert guess_format(text) == text_format
+
+
+def test_pieces_end_between_documents_and_hold_all_of_the_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 500)
+    path = tmp_path / "t.txt"
+    text = small_text(100)
+    path.write_text(text, "utf-8")
+    cut = [piece.text for piece in pieces(path, "sentences")]
+    assert len(cut) > 10
+    assert "".join(cut) == text
+    whole = parsed(text, "sentences")
+    assert [document for part in cut for document in parsed(part, "sentences")] == whole
+    assert len(whole) == 100
+
+
+def test_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path):
+    plain, windows = tmp_path / "a.txt", tmp_path / "b.txt"
+    plain.write_bytes(PROSE.encode())
+    windows.write_bytes(b"\xef\xbb\xbf" + PROSE.replace("\n", "\r\n").encode())
+    assert documents(plain) == documents(windows)
+
+
+def test_gzip_is_read_like_the_plain_file(tmp_path, text_file):
+    packed = tmp_path / "text.txt.gz"
+    packed.write_bytes(gzip.compress(text_file.read_bytes()))
+    assert documents(packed) == documents(text_file)
+    assert len(documents(packed)) == 200
+
+
+def test_a_folder_is_read_in_the_order_of_names_without_hidden_files(tmp_path):
+    for name, word in (("b.txt", "two"), ("a/z.md", "one"), (".hidden.txt", "no"), ("c.png", "no")):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{word} line\nand its next\n", "utf-8")
+    read = documents(tmp_path, text_format="sentences")
+    assert [document[0] for document in read] == ["one line", "two line"]
+
+
+def test_the_valid_file_beside_wikitexts_train_file_is_held_out(tmp_path):
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"wiki.{name}.tokens").write_text(f" {name} one . {name} two . \n" * 3, "utf-8")
+    for path in (tmp_path, tmp_path / "wiki.train.tokens"):
+        sides = [(d[0], held_out) for d, held_out in Corpus(DataConfig(corpus=(str(path),)))]
+        assert sides == [("train one", False)] * 3 + [("valid one", True)] * 3
+
+
+def test_the_held_out_share_depends_on_the_text_alone(text_file):
+    read = list(Corpus(DataConfig(corpus=(str(text_file),), held_out=0.3)))
+    share = sum(held_out for _, held_out in read) / len(read)
+    assert 0.15 < share < 0.45
+    assert all(is_held_out(document, 0.3) == held_out for document, held_out in read)
+    assert not any(held for _, held in Corpus(DataConfig(corpus=(str(text_file),), held_out=0.0)))
+
+
+def test_worker_processes_change_nothing(text_file, monkeypatch):
+    alone = list(Corpus(DataConfig(corpus=(str(text_file),), text_format="prose")))
+    spread = list(Corpus(DataConfig(corpus=(str(text_file),), text_format="prose", num_workers=2)))
+    assert spread == alone
+
+
+def test_text_that_is_not_utf8_is_told_with_file_and_line(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"first line\n" * 3 + "caf\xe9\n".encode("latin-1"))
+    with pytest.raises(BadInput, match=r"latin.txt, line 4: byte 0xe9 is not UTF-8"):
+        documents(path)
+
+
+def test_the_line_is_right_behind_the_first_block_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 64)
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"a line of text\n" * 50 + b"\xff\n")
+    with pytest.raises(BadInput, match="line 51"):
+        documents(path)
+
+
+def test_a_damaged_gz_is_told(tmp_path):
+    path = tmp_path / "cut.gz"
+    path.write_bytes(gzip.compress(small_text().encode())[:-20])
+    with pytest.raises(BadInput, match=r"cut.gz: the .gz file is damaged"):
+        documents(path)
+
+
+def test_paths_that_cannot_be_read_are_told(tmp_path):
+    with pytest.raises(BadInput, match="--corpus .*nowhere: no such file or folder"):
+        text_files(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="holds no file that ends in .txt"):
+        text_files(tmp_path)

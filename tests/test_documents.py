@@ -1,0 +1,122 @@
+"""Documents to ids, and their cache."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+
+from gluon_bert.config import DataConfig
+from gluon_bert.data.documents import number, prepare
+from gluon_bert.errors import BadInput
+
+
+def config_of(path, **changes):
+    return DataConfig(corpus=(str(path),), text_format="sentences", **changes)
+
+
+def test_ids_spell_the_documents():
+    documents = [["a b", "b c"], ["c a a"], ["b b b", "zz"]]
+    prepared = number([(d, False) for d in documents], min_freq=2)
+    train, vocab = prepared.train, prepared.vocab
+    spelt = [
+        [
+            " ".join(vocab.words(train.tokens[train.sentences[s] : train.sentences[s + 1]]))
+            for s in range(train.documents[d], train.documents[d + 1])
+        ]
+        for d in range(len(train))
+    ]
+    assert spelt == [["a b", "b c"], ["c a a"], ["b b b", "<unk>"]]
+
+
+def test_the_vocabulary_is_made_of_the_training_text_only():
+    prepared = number([(["a a", "a"], False), (["b b", "b a"], True)], min_freq=1)
+    assert "b" not in prepared.vocab
+    assert prepared.vocab.words(prepared.held_out.tokens) == ["<unk>"] * 3 + ["a"]
+
+
+def test_special_tokens_in_the_text_are_unknown_words():
+    prepared = number([(["<mask> <sep> a <unk>", "a <cls> <pad>"], False)], min_freq=1)
+    assert prepared.vocab.words(prepared.train.tokens) == ["<unk>", "<unk>", "a", "<unk>", "a", "<unk>", "<unk>"]
+
+
+def test_unigram_entropy_is_that_of_the_words_to_predict():
+    prepared = number([(["a a b <unk>", "c b b <unk>"], False)], min_freq=2)
+    # <unk> 3 times (one of them the rare c), b 3, a 2
+    def entropy(*counts):
+        p = np.array(counts) / sum(counts)
+        return -(p * np.log(p)).sum()
+
+    assert prepared.unigram_entropy(predict_unknown=True) == pytest.approx(entropy(3, 3, 2))
+    assert prepared.unigram_entropy(predict_unknown=False) == pytest.approx(entropy(3, 2))
+
+
+def test_the_cache_gives_the_same_and_spares_the_reading(text_file, tmp_path, monkeypatch):
+    first = prepare(config_of(text_file), tmp_path / "cache")
+    monkeypatch.setattr("gluon_bert.data.documents.number", None)
+    again = prepare(config_of(text_file), tmp_path / "cache")
+    assert again.vocab.tokens == first.vocab.tokens
+    for side in ("train", "held_out"):
+        for field in dataclasses.fields(first.train):
+            ours, theirs = (getattr(getattr(p, side), field.name) for p in (first, again))
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("changes", [{"min_freq": 2}, {"lowercase": False}, {"held_out": 0.2}])
+def test_another_setting_is_another_cache(text_file, tmp_path, changes):
+    prepare(config_of(text_file), tmp_path / "cache")
+    prepare(config_of(text_file, **changes), tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_another_text_under_the_same_name_is_another_cache(text_file, tmp_path):
+    before = prepare(config_of(text_file, min_freq=1), tmp_path / "cache")
+    text_file.write_text(text_file.read_text() + "\nzebra one\nzebra two\n", "utf-8")
+    after = prepare(config_of(text_file, min_freq=1, held_out=0.0), tmp_path / "cache")
+    assert "zebra" not in before.vocab
+    assert "zebra" in after.vocab
+
+
+def test_a_damaged_cache_is_made_anew(text_file, tmp_path, caplog):
+    first = prepare(config_of(text_file), tmp_path / "cache")
+    (cached,) = (tmp_path / "cache").iterdir()
+    cached.write_bytes(cached.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING):
+        again = prepare(config_of(text_file), tmp_path / "cache")
+    assert "damaged" in caplog.text
+    np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_does_without(text_file, tmp_path, caplog):
+    (tmp_path / "taken").write_text("a file, no folder")
+    with caplog.at_level(logging.WARNING):
+        prepared = prepare(config_of(text_file), tmp_path / "taken")
+    assert "not kept for next time" in caplog.text
+    assert len(prepared.train)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "told"),
+    [
+        ("one line only\n", {}, "0 documents of two sentences or more"),
+        ("one document\nof two lines\n", {"held_out": 0.0}, "1 documents of two sentences or more"),
+        ("a b\nc d\n\ne f\ng h\n", {"held_out": 0.0}, "--min-freq 5: no word of"),
+        ("", {}, "0 documents"),
+    ],
+)
+def test_a_corpus_without_enough_text_is_refused(tmp_path, text, changes, told):
+    path = tmp_path / "t.txt"
+    path.write_text(text, "utf-8")
+    with pytest.raises(BadInput, match=told):
+        prepare(config_of(path, **changes), tmp_path / "cache")
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_wikitext2_gives_the_books_counts(wikitext_prepared):
+    train = wikitext_prepared.train
+    assert len(train) == 15_496
+    assert int(np.diff(train.documents).sum() - len(train)) == 59_135
+    assert len(wikitext_prepared.vocab) == 20_256
+    assert wikitext_prepared.unigram_entropy(predict_unknown=True) == pytest.approx(6.870, abs=5e-4)
+    assert wikitext_prepared.vocab.words(range(8)) == ["<unk>", "<pad>", "<mask>", "<cls>", "<sep>", "the", ",", "of"]

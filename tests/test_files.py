@@ -1,0 +1,36 @@
+"""Files are whole or not there at all."""
+
+import os
+import stat
+
+import pytest
+
+from gluon_bert.files import written_aside
+
+
+def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), written_aside(path) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_the_file_appears_only_when_the_block_ends(tmp_path):
+    path = tmp_path / "a.bin"
+    with written_aside(path, "wb") as file:
+        file.write(b"whole")
+        file.flush()
+        assert not path.exists()
+    assert path.read_bytes() == b"whole"
+
+
+def test_the_file_is_as_readable_as_any_other(tmp_path):
+    (tmp_path / "plain").write_text("")
+    with written_aside(tmp_path / "aside") as file:
+        file.write("ü\n")
+    modes = {stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("plain", "aside")}
+    assert len(modes) == 1
+    assert (tmp_path / "aside").read_bytes() == b"\xc3\xbc\n"
