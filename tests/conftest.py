@@ -49,8 +49,8 @@ def text_file(tmp_path):
 def small_text(num_documents: int = 200, seed: int = 0) -> str:
     """Sentences of a small grammar, so that a small model can learn something."""
     rng = random.Random(seed)
-    nouns = "crane bird driver city river tower storm engine".split()
-    verbs = "lifts sees leaves finds passes follows".split()
+    nouns = ["crane", "bird", "driver", "city", "river", "tower", "storm", "engine"]
+    verbs = ["lifts", "sees", "leaves", "finds", "passes", "follows"]
     documents = []
     for _ in range(num_documents):
         noun = rng.choice(nouns)

@@ -18,8 +18,9 @@ def test_presets_are_valid_and_survive_json(name):
 
 def test_the_book_preset_has_the_books_figures():
     d2l = preset("d2l")
-    assert (d2l.model.num_layers, d2l.model.units, d2l.model.ffn_units, d2l.model.num_heads) == (2, 128, 256, 2)
-    assert (d2l.model.dropout, d2l.data.max_len, d2l.data.min_freq) == (0.2, 64, 5)
+    model = d2l.model
+    assert (model.num_layers, model.units, model.ffn_units, model.num_heads) == (2, 128, 256, 2)
+    assert (model.dropout, d2l.data.max_len, d2l.data.min_freq) == (0.2, 64, 5)
     assert (d2l.train.batch_size, d2l.train.num_steps, d2l.train.lr) == (512, 50, 1e-3)
 
 

@@ -141,7 +141,7 @@ def test_a_damaged_gz_is_told(tmp_path):
 
 
 def test_paths_that_cannot_be_read_are_told(tmp_path):
-    with pytest.raises(BadInput, match="--corpus .*nowhere: no such file or folder"):
+    with pytest.raises(BadInput, match=r"--corpus .*nowhere: no such file or folder"):
         text_files(tmp_path / "nowhere")
-    with pytest.raises(BadInput, match="holds no file that ends in .txt"):
+    with pytest.raises(BadInput, match=r"holds no file that ends in \.txt"):
         text_files(tmp_path)

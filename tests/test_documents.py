@@ -37,11 +37,13 @@ def test_the_vocabulary_is_made_of_the_training_text_only():
 
 def test_special_tokens_in_the_text_are_unknown_words():
     prepared = number([(["<mask> <sep> a <unk>", "a <cls> <pad>"], False)], min_freq=1)
-    assert prepared.vocab.words(prepared.train.tokens) == ["<unk>", "<unk>", "a", "<unk>", "a", "<unk>", "<unk>"]
+    spelt = " ".join(prepared.vocab.words(prepared.train.tokens))
+    assert spelt == "<unk> <unk> a <unk> a <unk> <unk>"
 
 
 def test_unigram_entropy_is_that_of_the_words_to_predict():
     prepared = number([(["a a b <unk>", "c b b <unk>"], False)], min_freq=2)
+
     # <unk> 3 times (one of them the rare c), b 3, a 2
     def entropy(*counts):
         p = np.array(counts) / sum(counts)
@@ -119,4 +121,4 @@ def test_wikitext2_gives_the_books_counts(wikitext_prepared):
     assert int(np.diff(train.documents).sum() - len(train)) == 59_135
     assert len(wikitext_prepared.vocab) == 20_256
     assert wikitext_prepared.unigram_entropy(predict_unknown=True) == pytest.approx(6.870, abs=5e-4)
-    assert wikitext_prepared.vocab.words(range(8)) == ["<unk>", "<pad>", "<mask>", "<cls>", "<sep>", "the", ",", "of"]
+    assert " ".join(wikitext_prepared.vocab.words(range(8))) == "<unk> <pad> <mask> <cls> <sep> the , of"

@@ -1,6 +1,5 @@
 """Files are whole or not there at all."""
 
-import os
 import stat
 
 import pytest
@@ -15,7 +14,7 @@ def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path):
         file.write("half")
         raise RuntimeError
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.txt"]
+    assert [found.name for found in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_the_file_appears_only_when_the_block_ends(tmp_path):
@@ -31,6 +30,6 @@ def test_the_file_is_as_readable_as_any_other(tmp_path):
     (tmp_path / "plain").write_text("")
     with written_aside(tmp_path / "aside") as file:
         file.write("ü\n")
-    modes = {stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("plain", "aside")}
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "aside")}
     assert len(modes) == 1
     assert (tmp_path / "aside").read_bytes() == b"\xc3\xbc\n"

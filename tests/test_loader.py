@@ -1,5 +1,7 @@
 """Epochs: what is in them, and what they depend on."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -12,8 +14,8 @@ from gluon_bert.errors import BadInput
 @pytest.fixture
 def loader_of(text_file, tmp_path):
     def build(batch_size=32, seed=0, config=None, **changes):
-        data = (config or DataConfig()).__class__(
-            **{**vars(config or DataConfig()), "corpus": (str(text_file),), "max_len": 16, **changes}
+        data = dataclasses.replace(
+            config or DataConfig(), **{"corpus": (str(text_file),), "max_len": 16, **changes}
         )
         prepared = prepare(data, tmp_path / "cache")
         return Loader(prepared.train, prepared.vocab, data, batch_size, seed)
@@ -27,10 +29,8 @@ def rows(batches):
     for batch in batches:
         for i in range(len(batch)):
             part = batch.rows(i, i + 1)
-            length = part.lengths[0]
-            result.append(
-                (tuple(part.tokens[0, :length]), tuple(part.predictions[1]), tuple(part.labels), part.is_next[0])
-            )
+            tokens = tuple(part.tokens[0, : part.lengths[0]])
+            result.append((tokens, tuple(part.predictions[1]), tuple(part.labels), part.is_next[0]))
     return result
 
 
@@ -79,7 +79,9 @@ def test_load_data_tells_when_no_pair_fits(tmp_path):
     path = tmp_path / "long.txt"
     sentence = "word " * 30
     path.write_text(f"{sentence}\n{sentence}\n\n" * 3, "utf-8")
-    config = DataConfig(corpus=(str(path),), text_format="sentences", max_len=16, long_pairs="drop", held_out=0.0)
+    config = DataConfig(
+        corpus=(str(path),), text_format="sentences", max_len=16, long_pairs="drop", held_out=0.0
+    )
     with pytest.raises(BadInput, match="--max-len 16: no pair of sentences fits"):
         load_data(config, batch_size=4)
 

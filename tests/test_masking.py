@@ -53,10 +53,7 @@ def test_the_count_per_row_is_as_documented(config):
     counts = np.bincount(masked(config, tokens, lengths).predictions[0], minlength=len(tokens))
     for row, length, count in zip(tokens, lengths, counts):
         words = int(is_word(row, True).sum())
-        if config.mask_count == "round":
-            wanted = round(length * 0.15)
-        else:
-            wanted = words * 15 // 100
+        wanted = round(length * 0.15) if config.mask_count == "round" else words * 15 // 100
         candidates = int(is_word(row, config.predict_unknown).sum())
         assert count == min(max(1, wanted), candidates)
 
@@ -71,7 +68,9 @@ def test_a_rate_of_1_masks_every_word_and_a_tiny_rate_exactly_one():
 
 
 @pytest.mark.parametrize(
-    ("mask_token_rate", "random_token_rate"), [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)], ids=["mask", "random", "keep"]
+    ("mask_token_rate", "random_token_rate"),
+    [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)],
+    ids=["mask", "random", "keep"],
 )
 def test_replacement_rates_of_0_and_1_are_exact(mask_token_rate, random_token_rate):
     config = DataConfig(mask_rate=1.0, mask_token_rate=mask_token_rate, random_token_rate=random_token_rate)

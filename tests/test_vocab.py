@@ -54,7 +54,7 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, content, told):
     path.write_text(content, "utf-8")
     with pytest.raises(BadInput, match=told):
         Vocabulary.load(path)
-    with pytest.raises(BadInput, match="none.json"):
+    with pytest.raises(BadInput, match=r"none\.json"):
         Vocabulary.load(tmp_path / "none.json")
 
 
