@@ -32,14 +32,19 @@ class Run(NamedTuple):
     step: int
 
 
+def check_new(folder: Path) -> None:
+    """Raise BadInput where a folder holds a run already; writes nothing."""
+    if (folder / CONFIG).exists():
+        raise BadInput(f"--output {folder}: holds a run already; name a new folder")
+
+
 def create_run(folder: Path, config: Config, vocab: Vocabulary, facts: dict[str, Any]) -> None:
     """Make a run's folder with its configuration and vocabulary.
 
     facts: what else it takes to repeat the run, such as versions and contexts. Raises BadInput where the
     folder holds a run already or cannot be written.
     """
-    if (folder / CONFIG).exists():
-        raise BadInput(f"--output {folder}: holds a run already; name a new folder")
+    check_new(folder)
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         vocab.save(folder / VOCABULARY)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from command_line import add_config_flags, config_from, guarded, run
 
@@ -76,6 +78,7 @@ def train(config: Config, contexts: list[Any], output: Path) -> int:
     from gluon_bert.training.report import References, Report
     from gluon_bert.training.trainer import Trainer
 
+    checkpoint.check_new(output)
     data = load_data(config.data, config.train.batch_size, config.train.seed)
     references = References.of(len(data.vocab), data.unigram_entropy)
     net = BERTModel(len(data.vocab), config.model)
@@ -84,15 +87,34 @@ def train(config: Config, contexts: list[Any], output: Path) -> int:
     checkpoint.create_run(output, config, data.vocab, facts)
     print(f"{describe(net, data, contexts)}\nrun folder: {output}", file=sys.stderr)
     report = Report(output, config.train.num_steps, config.train.lr, references)
-    trainer = Trainer(net, config.train, contexts)
     try:
-        trainer.fit(data, report)
+        with interrupts_between_steps(report):
+            Trainer(net, config.train, contexts).fit(data, report)
+    except KeyboardInterrupt:
+        checkpoint.save(output, net, report.step)
+        print(f"the weights after step {report.step} are kept in {output}", file=sys.stderr)
+        raise
     finally:
         report.close()
-        if report.step:
-            checkpoint.save(output, net, report.step)
+    checkpoint.save(output, net, report.step)
     print("\n".join(report.summary(contexts)))
     return 0
+
+
+@contextmanager
+def interrupts_between_steps(report: Any) -> Iterator[None]:
+    """Let a first Ctrl-C wait for the end of the step; a second one ends at once."""
+
+    def handle(*_: Any) -> None:
+        if report.interrupted:
+            raise KeyboardInterrupt
+        report.interrupted = True
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def describe(net: Any, data: Any, contexts: list[Any]) -> str:

@@ -41,6 +41,7 @@ class Report:
     ) -> None:
         self.folder, self.references = folder, references
         self.step = 0
+        self.interrupted = False
         self.last: Progress | None = None
         self.held_out: Averages | None = None
         self._num_steps, self._lr, self._screen = num_steps, lr, screen
@@ -51,8 +52,11 @@ class Report:
         )
 
     def stepped(self, step: int) -> None:
+        """A step has been queued. Here, between two steps, an interrupt leaves the weights whole."""
         self.step = step
         self._bar.update(1)
+        if self.interrupted:
+            raise KeyboardInterrupt
 
     def progressed(self, progress: Progress) -> None:
         self.last = progress

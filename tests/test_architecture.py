@@ -1,0 +1,89 @@
+"""The floors of the house: a file imports only from lower floors or its own folder."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "gluon_bert"
+FLOORS = {
+    "errors": 0,
+    "files": 0,
+    "config": 0,
+    "runtime": 0,
+    "data": 1,
+    "model": 1,
+    "checkpoint": 2,
+    "training": 3,
+    "encode": 3,
+}
+# Floor 0 is one room: errors and files serve the others.
+SHARED_GROUND = {"errors", "files", "config", "runtime"}
+WITHOUT_MXNET = ["corpus", "vocab", "pairs", "masking", "documents", "pydoc_prose", "wikitext"]
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_rooms(path: Path):
+    """The rooms of this package that a file imports from, wherever in the file it does."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            depth = len(path.relative_to(PACKAGE).parts)
+            if node.level == depth or (node.level == 0 and (node.module or "").split(".")[0] == "gluon_bert"):
+                parts = (node.module or "").replace("gluon_bert", "").strip(".").split(".")
+                yield from [parts[0]] if parts[0] else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("gluon_bert."):
+                    yield alias.name.split(".")[1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_from_lower_floors_or_its_own_folder(path):
+    room = room_of(path)
+    assert room in FLOORS, "a new room needs a floor"
+    for other in imported_rooms(path):
+        same_ground = {room, other} <= SHARED_GROUND
+        assert other == room or same_ground or FLOORS[other] < FLOORS[room], f"{room} imports {other}"
+
+
+def test_the_rule_sees_imports():
+    assert "data" in set(imported_rooms(PACKAGE / "training" / "loss.py"))
+    assert "runtime" in set(imported_rooms(PACKAGE / "model" / "bert.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_door_imports_mxnet_and_only_commands_parse_and_exit(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").split(".")[0])
+    if room_of(path) != "runtime":
+        assert "mxnet" not in names
+    assert "argparse" not in names
+    assert "sys.exit" not in path.read_text("utf-8")
+
+
+@pytest.mark.parametrize("module", WITHOUT_MXNET)
+def test_text_is_prepared_without_mxnet(module):
+    code = f"import sys, gluon_bert.data.{module}; sys.exit('mxnet' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_every_file_says_first_what_it_is():
+    for path in [*FILES, *ROOT.glob("tools/*.py"), *ROOT.glob("tests/*.py"), ROOT / "setup.py"]:
+        if path.read_text("utf-8").strip():
+            assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), path
+
+
+def test_there_is_no_room_for_odds_and_ends():
+    assert not [path for path in FILES if path.stem in ("utils", "util", "constants", "helpers", "common")]

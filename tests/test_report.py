@@ -1,0 +1,107 @@
+"""What the user sees of a run."""
+
+import io
+import json
+
+import pytest
+
+from gluon_bert.training.meters import Averages, Progress
+from gluon_bert.training.report import References, Report, in_words
+
+REFERENCES = References.of(vocab_size=100, unigram_entropy=4.0)
+
+
+def progress(step, mlm_loss):
+    window = Averages(mlm_loss, 0.7, 0.05, 0.5)
+    return Progress(step, window, window, 100.0, 90.0, float(step))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def told(folder, mlm_losses, held_out=None, screen=None):
+    screen = screen or io.StringIO()
+    report = Report(folder, num_steps=10, lr=1e-3, references=REFERENCES, screen=screen)
+    for step, loss in enumerate(mlm_losses, 1):
+        report.stepped(step)
+        report.progressed(progress(step, loss))
+    if held_out is not None:
+        report.evaluated(len(mlm_losses), Averages(held_out, 0.69, 0.1, 0.5))
+    report.close()
+    return report, screen.getvalue()
+
+
+def test_without_a_terminal_there_is_a_plain_line_per_window(tmp_path):
+    _, screen = told(tmp_path, [5.0, 4.5], held_out=4.4)
+    lines = screen.splitlines()
+    assert lines[0].startswith(
+        "step 1/10: MLM loss 5.000 (5.0 % right), NSP loss 0.700 (50.0 % right), lr 0.001"
+    )
+    assert lines[0].endswith("100.0 pairs/s, 00:09 left")
+    assert (
+        lines[2] == "held-out text after step 2: MLM loss 4.400 (10.0 % right), NSP loss 0.690 (50.0 % right)"
+    )
+    assert "\r" not in screen
+
+
+def test_on_a_terminal_there_is_a_bar(tmp_path):
+    _, screen = told(tmp_path, [5.0, 4.5], screen=Terminal())
+    assert "\r" in screen
+    assert "2/10" in screen
+    assert "MLM loss 4.500" in screen
+
+
+def test_the_log_has_an_object_a_line(tmp_path):
+    told(tmp_path, [5.0, float("nan")], held_out=4.4)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert records[0] == {
+        "step": 1,
+        "mlm_loss": 5.0,
+        "nsp_loss": 0.7,
+        "mlm_accuracy": 0.05,
+        "nsp_accuracy": 0.5,
+        "lr": 1e-3,
+        "pairs_per_second": 100.0,
+        "seconds": 1.0,
+    }
+    assert records[1]["mlm_loss"] is None
+    assert records[2] == {
+        "step": 2,
+        "held_out": {"mlm_loss": 4.4, "nsp_loss": 0.69, "mlm_accuracy": 0.1, "nsp_accuracy": 0.5},
+    }
+
+
+def test_the_summary_begins_with_the_books_two_lines_and_names_the_references(tmp_path):
+    report, _ = told(tmp_path, [5.0], held_out=3.0)
+    lines = report.summary(["cpu(0)"])
+    assert lines[0] == "MLM loss 5.000, NSP loss 0.700 (means of all 1 steps)"
+    assert lines[1] == "90.0 sentence pairs/sec on ['cpu(0)']"
+    assert "4.605 = ln V" in lines[-1] and "4.000 = entropy" in lines[-1] and "0.693 = ln 2" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("training", "held_out", "warned"),
+    [(5.0, None, True), (3.0, None, False), (3.0, 4.1, True), (5.0, 3.9, False)],
+)
+def test_a_loss_above_the_words_entropy_is_explained(tmp_path, training, held_out, warned):
+    report, _ = told(tmp_path, [training], held_out)
+    assert ("is still above 4.000" in report.summary([])[-1]) == warned
+
+
+def test_a_diverged_loss_counts_as_above(tmp_path):
+    report, _ = told(tmp_path, [float("nan")])
+    assert "is still above" in report.summary([])[-1]
+
+
+def test_the_picture_is_a_png_of_a_readable_size(tmp_path):
+    told(tmp_path, [5.0, 4.5, 4.2], held_out=4.4)
+    content = (tmp_path / "losses.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+    assert width >= 1000 and height >= 400
+
+
+def test_accuracies_are_percentages():
+    assert in_words(Averages(7.0, 0.7, 0.051, 1.0)).endswith("NSP loss 0.700 (100.0 % right)")
