@@ -37,18 +37,24 @@ class Report:
     """
 
     def __init__(
-        self, folder: Path, num_steps: int, lr: float, references: References, screen: TextIO = sys.stderr
+        self, folder: Path, num_steps: int, lr: float, references: References, screen: TextIO | None = None
     ) -> None:
         self.folder, self.references = folder, references
         self.step = 0
         self.interrupted = False
         self.last: Progress | None = None
         self.held_out: Averages | None = None
-        self._num_steps, self._lr, self._screen = num_steps, lr, screen
+        self._num_steps, self._lr = num_steps, lr
+        # Looked up now, not at import: notebooks and tests put another stream in its place.
+        self._screen = screen or sys.stderr
         self._records: list[dict[str, Any]] = []
         self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
         self._bar = tqdm(
-            total=num_steps, unit="step", file=screen, disable=not screen.isatty(), dynamic_ncols=True
+            total=num_steps,
+            unit="step",
+            file=self._screen,
+            disable=not self._screen.isatty(),
+            dynamic_ncols=True,
         )
 
     def stepped(self, step: int) -> None:
