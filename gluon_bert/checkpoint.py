@@ -57,7 +57,7 @@ def save(folder: Path, net: Any, step: int) -> Path:
     """Write the weights after a step, whole or not at all; `load_run` is the inverse."""
     path = folder / CHECKPOINTS / _NAME.format(step)
     with written_aside(path, "wb") as file:
-        net.save_parameters(file.name)
+        net.save_parameters(file.name, deduplicate=True)
     return path
 
 
@@ -92,5 +92,5 @@ def load_run(folder: Path, contexts: Sequence[Any] | None = None) -> Run:
         raise BadInput(
             f"{path}: cannot be read as the weights of this run ({str(error).splitlines()[0]})"
         ) from error
-    net.hybridize(static_alloc=True)
+    net.compile()
     return Run(net, vocab, config, step)

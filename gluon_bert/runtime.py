@@ -10,6 +10,7 @@ import csv
 import ctypes
 import importlib
 import importlib.util
+import os
 import platform
 import sys
 from importlib import metadata
@@ -60,6 +61,8 @@ def import_mxnet() -> Any:
         refuse_numpy_2(numpy.__version__)
         give_numpy_bool_back()
         need_distutils()
+        # MXNet would use half the cores that it sees, taking them for hyper-threads, whatever they are.
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
         if wheel is not None and wheel.name == CUDA_WHEEL:
             load_driver()
             load_cuda_libraries(cuda_folders(sys.path))
@@ -156,6 +159,16 @@ def need_distutils() -> None:
             f"MXNet needs distutils, which on Python {platform.python_version()} comes with setuptools: "
             "pip install setuptools"
         ) from error
+
+
+def usable_cores() -> int:
+    """The cores, not hyper-threads, that this process may run on."""
+    try:
+        threads = os.sched_getaffinity(0)
+        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+        return len({Path(siblings.format(thread)).read_text() for thread in threads})
+    except (AttributeError, OSError):  # no Linux
+        return os.cpu_count() or 1
 
 
 def load_driver(library: str = DRIVER) -> ctypes.CDLL:
@@ -359,21 +372,6 @@ def in_words(items: Sequence[str]) -> str:
     """A list in a sentence: ["a"] -> "a", ["a", "b", "c"] -> "a, b and c"."""
     *others, last = items
     return f"{', '.join(others)} and {last}" if others else last
-
-
-def reuse_freed_memory() -> bool:
-    """Makes glibc keep freed memory for the next array; returns whether it could (it needs glibc).
-
-    To be called before the first allocation. glibc returns blocks of more than 32 MB to the system at once,
-    and the page faults of getting them anew made x * y 2.5 times slower for arrays of 64 MB (65 ms instead
-    of 25, 2 cores), though hardly for 16 MB. The price: memory never returns to the system, and many
-    different shapes fragment it; use few shapes, and watch it grow.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, and M_ARENA_MAX, so that all threads reuse the same memory
-    return all([mallopt(-4, 0), mallopt(-1, 2**31 - 1), mallopt(-8, 1)])
 
 
 def versions() -> dict[str, str]:

@@ -48,7 +48,7 @@ def test_the_latest_checkpoint_is_that_of_the_highest_step(run_folder):
 
 
 def test_a_failing_write_leaves_the_checkpoint_before(run_folder, net, monkeypatch):
-    def half(name):
+    def half(name, **options):
         Path(name).write_bytes(b"half")
         raise OSError("no space left")
 

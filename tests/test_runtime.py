@@ -1,6 +1,6 @@
 """The door to MXNet: what it refuses, in which words, and which contexts it gives; on the CPU."""
 
-import ctypes
+import os
 import platform
 import shutil
 import subprocess
@@ -439,57 +439,20 @@ def test_a_driver_that_fails_is_a_sentence(tmp_path: Path) -> None:
     one_sentence(refused)
 
 
-# Memory and versions
+# Threads and versions
 
 
-needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
-LIBC = """if True:
-    import ctypes, resource, threading
-    from gluon_bert import runtime
-    print({} and runtime.reuse_freed_memory())
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-"""
+def test_mxnet_gets_a_thread_for_every_core_unless_the_user_says_otherwise() -> None:
+    code = "import os; from gluon_bert.runtime import mx, usable_cores; print(os.environ['OMP_NUM_THREADS'])"
+    assert int(run(code).stdout) == runtime.usable_cores() >= 1
+    assert int(run("import os; os.environ['OMP_NUM_THREADS'] = '3'; " + code).stdout) == 3
 
 
-@needs_glibc
-def test_freed_memory_is_kept_for_the_next_array() -> None:
-    # 64 MiB written, freed and written again: kept memory brings no page fault the second time.
-    code = (
-        LIBC
-        + """
-    for _ in range(2):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        block = libc.malloc(1 << 26)
-        ctypes.memset(block, 1, 1 << 26)
-        libc.free(block)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    )
-    result, faults = run(code.format(True)).stdout.split()
-    assert result == "True"
-    assert int(faults) < 1000
-    assert int(run(code.format(False)).stdout.split()[-1]) > 10000
-
-
-@needs_glibc
-def test_all_threads_share_the_memory_that_is_kept() -> None:
-    code = (
-        LIBC
-        + """
-    together = threading.Barrier(4)
-    threads = [threading.Thread(target=lambda: (libc.malloc(1000), together.wait())) for _ in range(4)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    libc.malloc_stats()"""
-    )
-    assert run(code.format(True)).stderr.count("Arena ") == 1
-    assert run(code.format(False)).stderr.count("Arena ") > 1
-
-
-def test_without_glibc_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    monkeypatch.setattr(ctypes, "CDLL", None)
-    assert runtime.reuse_freed_memory() is False
+def test_hyper_threads_are_no_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    siblings = {0: "0,4", 1: "1,5", 4: "0,4", 5: "1,5"}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(siblings))
+    monkeypatch.setattr(Path, "read_text", lambda path: siblings[int(path.parts[5][3:])])
+    assert runtime.usable_cores() == 2
 
 
 def test_versions_name_what_a_run_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:

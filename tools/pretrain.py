@@ -64,7 +64,6 @@ def pretrain(arguments: argparse.Namespace) -> int:
     """Pretrain as the flags say."""
     config = config_from(arguments, preset(arguments.preset))
     gpus = None if arguments.gpus is None else runtime.parse_gpus(arguments.gpus)
-    runtime.reuse_freed_memory()
     contexts = runtime.contexts(gpus, arguments.cpus)
     output = arguments.output or _free_folder(arguments.preset)
     return train(config, contexts, output)

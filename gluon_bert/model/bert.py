@@ -45,9 +45,14 @@ class BERTModel(mx.gluon.HybridBlock):
         return encoded, self.mlm(encoded, predictions), self.nsp(self.pooler(encoded))
 
     def setup(self, contexts: Any, seed: int = 0) -> None:
-        """Draw the initial weights onto these contexts and hybridize; seeds MXNet, so dropout as well."""
+        """Draw the initial weights onto these contexts and compile; seeds MXNet, so dropout as well."""
         mx.random.seed(seed)
         xavier = self.config.init == "xavier"
         weights = mx.init.Xavier() if xavier else mx.init.Normal(NORMAL_SIGMA)
-        self.initialize(weights, ctx=contexts)
-        self.hybridize(static_alloc=True)
+        self.initialize(weights, ctx=contexts, force_reinit=True)
+        self.compile()
+
+    def compile(self) -> None:
+        """Hybridize; the encoder, whose shapes are few, keeps its memory from step to step."""
+        self.hybridize()
+        self.encoder.hybridize(static_alloc=True)

@@ -23,32 +23,56 @@ class Pooler(mx.gluon.HybridBlock):
         return self.dense(F.slice_axis(encoded, axis=1, begin=0, end=1).reshape(shape=(0, -1)))
 
 
-class MaskedLanguageModelHead(mx.gluon.HybridBlock):
-    """Scores of every word of the vocabulary at the positions asked for.
+class MaskedTransform(mx.gluon.HybridBlock):
+    """The vectors of the masked positions, made ready for the decoder.
 
-    encoded (B, T, C), predictions (2, M) with rows above positions -> (M, V). Only the predictions that
-    exist are computed. With `embedding` the decoder's weight is that embedding's.
+    encoded (B, T, C), predictions (2, M) with rows above positions -> (M, C). Only the predictions that
+    exist are computed.
+    """
+
+    def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        with self.name_scope():
+            self.dense = mx.gluon.nn.Dense(config.units, flatten=False, in_units=config.units)
+            self.activation = activation(config.activation)
+            self.norm = layer_norm(config)
+
+    def hybrid_forward(self, F: Any, encoded: Any, predictions: Any) -> Any:
+        return self.norm(self.activation(self.dense(F.gather_nd(encoded, predictions))))
+
+
+class Decoder(mx.gluon.HybridBlock):
+    """A score for every word of the vocabulary: (M, C) -> (M, V).
+
+    With `params` of an embedding its weight is that embedding's (tied), else it is the decoder's own.
+    """
+
+    def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._vocab_size = vocab_size
+        with self.name_scope():
+            self.weight = self.params.get("weight", shape=(vocab_size, config.units))
+            self.bias = self.params.get("bias", shape=(vocab_size,), init="zeros")
+
+    def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any) -> Any:
+        return F.FullyConnected(x, weight, bias, num_hidden=self._vocab_size, flatten=False)
+
+
+class MaskedLanguageModelHead(mx.gluon.HybridBlock):
+    """Scores of every word at the masked positions: (B, T, C), (2, M) -> (M, V).
+
+    Its two halves can be called one after the other, since all scores at once take the most memory of all
+    that a network computes.
     """
 
     def __init__(self, vocab_size: int, config: ModelConfig, embedding: Any | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._vocab_size = vocab_size
         with self.name_scope():
-            self.transform = mx.gluon.nn.Dense(config.units, flatten=False, in_units=config.units)
-            self.activation = activation(config.activation)
-            self.norm = layer_norm(config)
-            if embedding is None:
-                self.decoder_weight = self.params.get("decoder_weight", shape=(vocab_size, config.units))
-            else:
-                self.decoder_weight = embedding.weight
-            self.decoder_bias = self.params.get("decoder_bias", shape=(vocab_size,), init="zeros")
+            self.transform = MaskedTransform(config)
+            self.decoder = Decoder(vocab_size, config, params=embedding.params if embedding else None)
 
-    def hybrid_forward(
-        self, F: Any, encoded: Any, predictions: Any, decoder_weight: Any, decoder_bias: Any
-    ) -> Any:
-        x = F.gather_nd(encoded, predictions)  # (M, C)
-        x = self.norm(self.activation(self.transform(x)))
-        return F.FullyConnected(x, decoder_weight, decoder_bias, num_hidden=self._vocab_size, flatten=False)
+    def hybrid_forward(self, F: Any, encoded: Any, predictions: Any) -> Any:
+        return self.decoder(self.transform(encoded, predictions))
 
 
 class NextSentenceHead(mx.gluon.HybridBlock):

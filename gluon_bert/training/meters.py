@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.batch import Shard
 from ..runtime import mx
-from .loss import ShardLoss, hits
+from .loss import ShardLoss
 
 
 class Averages(NamedTuple):
@@ -51,8 +51,7 @@ class Totals(NamedTuple):
 class Meter:
     """Sums over batches of any size on any contexts, kept there until `totals` waits for them.
 
-    Counting the MLM's hits costs a pass over all scores, so a batch may leave them out; the accuracies
-    are those of the batches that did not.
+    Batches may leave out the counting of hits; the accuracies are those of the batches that did not.
     """
 
     def __init__(self) -> None:
@@ -64,11 +63,7 @@ class Meter:
         for shard, loss in zip(shards, losses):
             if not shard.num_pairs:
                 continue
-            if count_hits:
-                counted = [hits(loss.mlm_scores, shard.labels), hits(loss.nsp_scores, shard.is_next)]
-            else:
-                counted = [mx.nd.zeros((2,), ctx=loss.mlm.context)]
-            sums = mx.nd.concat(loss.mlm, loss.nsp, *counted, dim=0)
+            sums = mx.nd.concat(loss.mlm, loss.nsp, loss.hits, dim=0)
             before = self._sums.get(sums.context)
             self._sums[sums.context] = sums if before is None else before + sums
             counts = np.array([shard.num_predictions, shard.num_pairs])

@@ -44,11 +44,11 @@ class Trainer:
             net.collect_params(), "adam", {"learning_rate": config.lr}, update_on_kvstore=False
         )
 
-    def step(self, batch: Batch) -> tuple[list[Shard], list[ShardLoss]]:
+    def step(self, batch: Batch, count_hits: bool = False) -> tuple[list[Shard], list[ShardLoss]]:
         """One optimizer step on one batch; returns what each context computed, without waiting for it."""
         shards = split_and_load(batch, self.contexts)
         with mx.autograd.record():
-            losses = [shard_loss(self.net, shard) for shard in shards]
+            losses = [shard_loss(self.net, shard, count_hits) for shard in shards]
         mx.autograd.backward([loss.total for loss in losses])
         self._optimizer.step(1)  # the losses are divided by the global counts already
         return shards, losses
@@ -58,7 +58,7 @@ class Trainer:
         meter = Meter()
         for batch in batches:
             shards = split_and_load(batch, self.contexts)
-            losses = [shard_loss(self.net, shard) for shard in shards]
+            losses = [shard_loss(self.net, shard, count_hits=True) for shard in shards]
             meter.add(shards, losses, count_hits=True)
             losses[0].total.wait_to_read()
         return meter.totals().averages()
@@ -70,7 +70,7 @@ class Trainer:
         progress = None
         for step, batch in enumerate(islice(data.train.forever(), config.num_steps), 1):
             logged = step % config.log_every == 0 or step == config.num_steps
-            shards, losses = self.step(batch)
+            shards, losses = self.step(batch, count_hits=logged)
             meter.add(shards, losses, count_hits=logged)
             queue.append(losses[0].total)
             if len(queue) > QUEUED_STEPS:

@@ -1,0 +1,163 @@
+"""BERT in NumPy float64, written from the papers, and random inputs to compare on. Not fast, on purpose.
+
+Where gluon_bert adds a score to padding, this leaves padding out; where it batches, this loops. Parameters
+are arrays by their structural names, such as "encoder.layers.0.attend.query.weight".
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gluon_bert.data.batch import Batch
+
+
+def forward(config, parameters, batch):
+    """Encoded tokens (B, T, C), MLM scores (M, V) and NSP scores (B, 2) (Devlin et al. 2018, section 3)."""
+    p = parameters
+    encoded = encode(config, p, batch)
+    masked = np.stack([encoded[row, position] for row, position in batch.predictions.T])
+    x = ACTIVATIONS[config.activation](dense(p, "mlm.transform.dense", masked))
+    x = layer_norm(p, "mlm.transform.norm", x, config.norm_epsilon)
+    decoder = p["encoder.embeddings.tokens.weight"] if config.tied_decoder else p["mlm.decoder.weight"]
+    mlm_scores = x @ decoder.T + p["mlm.decoder.bias"]
+    pooled = np.tanh(dense(p, "pooler.dense", encoded[:, 0]))
+    return encoded, mlm_scores, dense(p, "nsp.dense", pooled)
+
+
+def encode(config, p, batch):
+    """Embeddings and layers: a batch -> (B, T, C)."""
+    epsilon = config.norm_epsilon
+    x = p["encoder.embeddings.tokens.weight"][batch.tokens]
+    x = x + p["encoder.embeddings.segments.weight"][batch.segments]
+    x = x + p["encoder.embeddings.positions.weight"][: batch.tokens.shape[1]]
+    if config.embedding_norm:
+        x = layer_norm(p, "encoder.embeddings.norm", x, epsilon)
+    for i in range(config.num_layers):
+        name = f"encoder.layers.{i}"
+
+        def attend(x, name=name):
+            return attention(p, f"{name}.attend", x, batch.lengths, config.num_heads)
+
+        def feed_forward(x, name=name):
+            hidden = ACTIVATIONS[config.activation](dense(p, f"{name}.feed_forward.expand", x))
+            return dense(p, f"{name}.feed_forward.project", hidden)
+
+        for sub_layer, norm in ((attend, f"{name}.norm1"), (feed_forward, f"{name}.norm2")):
+            if config.norm == "pre":
+                x = x + sub_layer(layer_norm(p, norm, x, epsilon))
+            else:
+                x = layer_norm(p, norm, x + sub_layer(x), epsilon)
+    return layer_norm(p, "encoder.norm", x, epsilon) if config.norm == "pre" else x
+
+
+def attention(p, name, x, lengths, num_heads):
+    """Softmax attention, a row and a head at a time, over the real tokens only (Vaswani et al. 2017, 3.2)."""
+    size = x.shape[2] // num_heads
+    query, key, value = (dense(p, f"{name}.{which}", x) for which in ("query", "key", "value"))
+    heads = np.zeros_like(x)
+    for row, length in enumerate(lengths):
+        for start in range(0, x.shape[2], size):
+            part = slice(start, start + size)
+            scores = query[row, :, part] @ key[row, :length, part].T / math.sqrt(size)
+            heads[row, :, part] = np.exp(log_softmax(scores)) @ value[row, :length, part]
+    return dense(p, f"{name}.output", heads)
+
+
+def dense(p, name, x):
+    """x W' + b."""
+    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+
+def layer_norm(p, name, x, epsilon):
+    """Ba et al. 2016, equation 4."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    variance = (centred**2).mean(axis=-1, keepdims=True)
+    return p[f"{name}.gamma"] * centred / np.sqrt(variance + epsilon) + p[f"{name}.beta"]
+
+
+def gelu(x):
+    """x times the normal distribution function (Hendrycks and Gimpel 2016), exact."""
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def relu(x):
+    """The positive part."""
+    return np.maximum(x, 0)
+
+
+ACTIVATIONS = {"gelu": gelu, "relu": relu}
+
+
+def log_softmax(scores):
+    """Over the last axis."""
+    shifted = scores - scores.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def cross_entropy(scores, labels):
+    """The sum over rows of -log softmax(scores)[label], in nats."""
+    return -sum(row[label] for row, label in zip(log_softmax(np.asarray(scores, np.float64)), labels))
+
+
+def losses(config, parameters, batch):
+    """The summed MLM loss, the summed NSP loss, and mean plus mean."""
+    _, mlm_scores, nsp_scores = forward(config, parameters, batch)
+    mlm, nsp = cross_entropy(mlm_scores, batch.labels), cross_entropy(nsp_scores, batch.is_next)
+    return mlm, nsp, mlm / len(batch.labels) + nsp / len(batch.is_next)
+
+
+def hits(scores, labels):
+    """How many rows have their highest score at the label."""
+    return int((np.argmax(scores, axis=-1) == labels).sum())
+
+
+def random_batch(lengths, padded_to, vocab_size, seed=0):
+    """A batch of random tokens, rows of these lengths; every row has one to three words to predict."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array(lengths, dtype=np.int32)
+    real = np.arange(padded_to) < lengths[:, None]
+    tokens = np.where(real, rng.integers(0, vocab_size, real.shape), 1).astype(np.int32)
+    second = np.arange(padded_to) >= (lengths[:, None] + 1) // 2
+    chosen = [rng.choice(n, size=rng.integers(1, min(3, n) + 1), replace=False) for n in lengths]
+    predictions = [[row, position] for row, places in enumerate(chosen) for position in sorted(places)]
+    return Batch(
+        tokens,
+        (second & real).astype(np.int32),
+        lengths,
+        np.array(predictions, dtype=np.int32).T,
+        rng.integers(0, vocab_size, len(predictions)).astype(np.int32),
+        rng.integers(0, 2, len(lengths)).astype(np.int32),
+    )
+
+
+def values(net, dtype=np.float64):
+    """The network's parameters by structural name; a shared one is the same array under both names."""
+    arrays, seen = {}, {}
+    for name, parameter in net._collect_params_with_prefix().items():
+        if parameter.name not in seen:
+            seen[parameter.name] = parameter.data(parameter.list_ctx()[0]).asnumpy().astype(dtype)
+        arrays[name] = seen[parameter.name]
+    return arrays
+
+
+def gradients(net, dtype=np.float64):
+    """The gradients on the first context, by structural name."""
+    parameters = net._collect_params_with_prefix()
+    return {name: p.list_grad()[0].asnumpy().astype(dtype) for name, p in parameters.items()}
+
+
+def randomise(net, seed=0):
+    """Give every parameter, biases and LayerNorm's included, values that matter in the result."""
+    rng = np.random.default_rng(seed)
+    for name, parameter in net._collect_params_with_prefix().items():
+        noise = rng.normal(size=parameter.shape)
+        if name.endswith("weight"):
+            value = noise * (0.7 if "embeddings" in name else parameter.shape[-1] ** -0.5)
+        else:
+            value = 0.2 * noise + name.endswith("gamma")
+        # set_data wants an array of MXNet's own; the parameter's says which kind, without importing it.
+        array = parameter.data(parameter.list_ctx()[0]).copy()
+        array[:] = value.astype(np.float32)
+        parameter.set_data(array)

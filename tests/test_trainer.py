@@ -1,0 +1,400 @@
+"""The training loop: the same on any number of contexts, repeatable, able to learn, honest in its reports."""
+
+import dataclasses
+import random
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import reference
+
+from gluon_bert.config import DataConfig, ModelConfig, TrainConfig
+from gluon_bert.data.batch import split_and_load
+from gluon_bert.data.documents import number
+from gluon_bert.data.loader import Data, Loader
+from gluon_bert.model.bert import BERTModel
+from gluon_bert.runtime import mx
+from gluon_bert.training import meters
+from gluon_bert.training.loss import shard_loss
+from gluon_bert.training.meters import Clock, Meter, Totals
+from gluon_bert.training.trainer import Trainer
+
+MODEL = ModelConfig(num_layers=1, units=16, ffn_units=32, num_heads=2, dropout=0.0, max_positions=16)
+BERT = dataclasses.replace(MODEL, activation="gelu", embedding_norm=True, tied_decoder=True, init="normal")
+NOISY = dataclasses.replace(BERT, dropout=0.3)
+TEXT = DataConfig(max_len=16, num_buckets=2)
+TRAIN = TrainConfig(batch_size=8, num_steps=7, lr=1e-3, log_every=3)
+
+
+def documents(how_many, seed, held_out=False):
+    """Documents of two to five sentences of two to six words."""
+    rng = random.Random(seed)
+    words = [f"w{i}" for i in range(30)]
+    for _ in range(how_many):
+        sentences = [rng.choices(words, k=rng.randint(2, 6)) for _ in range(rng.randint(2, 5))]
+        yield [" ".join(sentence) for sentence in sentences], held_out
+
+
+@pytest.fixture(scope="module")
+def data():
+    prepared = number([*documents(20, 0), *documents(6, 1, held_out=True)], min_freq=1)
+    train, held_out = (
+        Loader(side, prepared.vocab, TEXT, TRAIN.batch_size, seed=0)
+        for side in (prepared.train, prepared.held_out)
+    )
+    return Data(train, held_out, prepared.vocab, prepared.unigram_entropy(predict_unknown=False))
+
+
+@pytest.fixture(scope="module")
+def batch(data):
+    """The first whole batch; all its rows differ in length and in what they predict."""
+    return next(b for b in data.train.epoch(0) if len(b) == TRAIN.batch_size)
+
+
+def trainer_on(num_contexts, data, model=MODEL, seed=1, **changes):
+    contexts = [mx.cpu(i) for i in range(num_contexts)]
+    net = BERTModel(len(data.vocab), model)
+    net.setup(contexts, seed)
+    return Trainer(net, dataclasses.replace(TRAIN, **changes), contexts)
+
+
+def parameters(trainer):
+    return trainer.net._collect_params_with_prefix()
+
+
+def gradients_of(trainer, *batches):
+    """The gradients after the last of these batches; with a learning rate of 0 the weights stay."""
+    for each in batches:
+        trainer.step(each)
+    for name, parameter in parameters(trainer).items():
+        first, *others = (grad.asnumpy() for grad in parameter.list_grad())
+        for other in others:
+            np.testing.assert_array_equal(other, first, err_msg=name)
+    return reference.gradients(trainer.net)
+
+
+def assert_same(ours, theirs, tolerance):
+    """Equal relative to the largest value of each array."""
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        scale = max(np.abs(theirs[name]).max(), 1e-3)
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+# One context, two or four
+
+
+@pytest.mark.parametrize("num_contexts", [2, 3, 4])
+@pytest.mark.parametrize("num_rows", [8, 7, 3, 2, 1])
+@pytest.mark.parametrize("model", [MODEL, BERT], ids=["d2l", "bert"])
+def test_the_gradient_does_not_depend_on_the_number_of_contexts(data, batch, model, num_rows, num_contexts):
+    part = batch.rows(0, num_rows)
+    one, many = (gradients_of(trainer_on(n, data, model, lr=0.0), part) for n in (1, num_contexts))
+    assert max(np.abs(grad).max() for grad in one.values()) > 1e-2
+    assert_same(many, one, 1e-5)
+
+
+@pytest.mark.parametrize("num_contexts", [1, 4])
+@pytest.mark.parametrize("num_rows", [7, 2, 1])
+def test_no_gradient_is_left_from_the_step_before(data, batch, num_rows, num_contexts):
+    part = batch.rows(0, num_rows)
+    fresh = gradients_of(trainer_on(1, data, lr=0.0), part)
+    after = gradients_of(trainer_on(num_contexts, data, lr=0.0), batch, part)
+    assert_same(after, fresh, 1e-5)
+
+
+def test_the_gradient_is_that_of_the_mean_losses(data, batch):
+    trainer = trainer_on(3, data, lr=0.0)
+    gradient = gradients_of(trainer, batch)["mlm.decoder.bias"]
+    # The derivative of a mean cross-entropy by the bias: mean softmax minus the labels' shares.
+    _, scores, _ = reference.forward(MODEL, reference.values(trainer.net), batch)
+    shares = np.bincount(batch.labels, minlength=len(data.vocab)) / len(batch.labels)
+    expected = np.exp(reference.log_softmax(scores)).mean(axis=0) - shares
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-6)
+
+
+def test_a_step_is_adams(data, batch):
+    trainer = trainer_on(2, data, lr=1e-3)
+    before = reference.values(trainer.net)
+    gradients = gradients_of(trainer, batch)
+    for name, after in reference.values(trainer.net).items():
+        # Kingma and Ba 2015, algorithm 1 at t = 1: the estimates' corrections leave g and |g|.
+        first, root = 0.1 * gradients[name], np.sqrt(0.001 * gradients[name] ** 2)
+        rate = 1e-3 * np.sqrt(1 - 0.999) / (1 - 0.9)
+        expected = before[name] - rate * first / (root + 1e-8)
+        np.testing.assert_allclose(after, expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+def run(trainer, data, num_steps):
+    """The mean losses of each step."""
+    totals = []
+    for batch in islice(data.train.forever(), num_steps):
+        _, losses = trainer.step(batch)
+        totals.append(sum(loss.total.asscalar() for loss in losses))
+    return totals
+
+
+@pytest.mark.parametrize("model", [MODEL, BERT], ids=["d2l", "bert"])
+def test_twenty_steps_give_the_same_on_one_two_and_three_contexts(data, model):
+    one, *others = (trainer_on(n, data, model) for n in (1, 2, 3))
+    losses = run(one, data, 20)
+    weights = reference.values(one.net)
+    assert losses[-1] < losses[0]
+    for other in others:
+        np.testing.assert_allclose(run(other, data, 20), losses, rtol=1e-5)
+        for name, value in reference.values(other.net).items():
+            # A key's bias has no gradient but rounding errors, and Adam makes steps of any gradient.
+            if not name.endswith("key.bias"):
+                np.testing.assert_allclose(value, weights[name], rtol=0, atol=1e-4, err_msg=name)
+
+
+def test_all_contexts_hold_the_same_weights_after_steps(data):
+    trainer = trainer_on(3, data, NOISY)
+    before = reference.values(trainer.net)
+    run(trainer, data, 5)
+    for name, parameter in parameters(trainer).items():
+        first, *others = (value.asnumpy() for value in parameter.list_data())
+        assert (first != before[name]).any(), name
+        for other in others:
+            np.testing.assert_array_equal(other, first, err_msg=name)
+
+
+def test_contexts_draw_their_own_dropout(data, batch):
+    trainer = trainer_on(2, data, NOISY)
+    same_rows = batch.rows(0, 1)
+    with mx.autograd.record():
+        losses = [shard_loss(trainer.net, *split_and_load(same_rows, [ctx])) for ctx in trainer.contexts]
+    one, other = (loss.mlm.asscalar() for loss in losses)
+    assert one != other
+
+
+# Learning
+
+
+def test_eight_examples_can_be_learnt_by_heart(data, batch):
+    trainer = trainer_on(1, data, dataclasses.replace(BERT, units=32), lr=3e-3)
+    for _ in range(200):
+        _, (loss,) = trainer.step(batch)
+    assert loss.total.asscalar() < 0.05
+    learnt = trainer.evaluate([batch])
+    assert learnt.mlm_loss + learnt.nsp_loss < 0.05
+    assert (learnt.mlm_accuracy, learnt.nsp_accuracy) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("model", [NOISY, dataclasses.replace(MODEL, dropout=0.3)], ids=["bert", "d2l"])
+def test_one_seed_repeats_a_run_bit_for_bit(data, model):
+    def trained(seed):
+        trainer = trainer_on(1, data, model, seed=seed)
+        progress = trainer.fit(data)
+        return progress, reference.values(trainer.net, np.float32)
+
+    (progress, weights), (again, same), (_, other) = trained(1), trained(1), trained(2)
+    assert (progress.window, progress.run) == (again.window, again.run)
+    for name, value in weights.items():
+        np.testing.assert_array_equal(value, same[name], err_msg=name)
+    assert any((value != other[name]).any() for name, value in weights.items())
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("num_contexts", [1, 2, 4])
+def test_evaluation_is_the_mean_over_everything_without_dropout(data, num_contexts):
+    trainer = trainer_on(num_contexts, data, NOISY)
+    reference.randomise(trainer.net)
+    values, batches = reference.values(trainer.net), list(data.held_out.epoch(0))
+    assert len({len(b) for b in batches}) > 1  # or a mean of the batches' means would do as well
+    sums = np.zeros(4)
+    for batch in batches:
+        _, mlm_scores, nsp_scores = reference.forward(NOISY, values, batch)
+        both = ((mlm_scores, batch.labels), (nsp_scores, batch.is_next))
+        sums += [f(*each) for f in (reference.cross_entropy, reference.hits) for each in both]
+    counts = [sum(len(b.labels) for b in batches), sum(len(b) for b in batches)] * 2
+    averages = trainer.evaluate(iter(batches))
+    np.testing.assert_allclose(averages, sums / counts, rtol=1e-5)
+    assert trainer.evaluate(batches) == averages
+    for name, value in reference.values(trainer.net).items():
+        np.testing.assert_array_equal(value, values[name], err_msg=name)
+
+
+# fit and its reporter
+
+
+class Recorder:
+    """A reporter that notes what it is told, in order."""
+
+    def __init__(self):
+        self.calls, self.progresses, self.held_out = [], [], []
+
+    def stepped(self, step):
+        self.calls.append(("stepped", step))
+
+    def progressed(self, progress):
+        self.calls.append(("progressed", progress.step))
+        self.progresses.append(progress)
+
+    def evaluated(self, step, held_out):
+        self.calls.append(("evaluated", step))
+        self.held_out.append(held_out)
+
+    def steps(self, name):
+        return [step for call, step in self.calls if call == name]
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "log_every", "eval_every", "logged", "evaluated"),
+    [
+        (7, 3, 2, [3, 6, 7], [2, 4, 6, 7]),
+        (6, 3, 3, [3, 6], [3, 6]),
+        (4, 1, 0, [1, 2, 3, 4], [4]),
+        (2, 10, 10, [2], [2]),
+    ],
+)
+def test_the_reporter_is_told_of_every_step_window_and_evaluation(
+    data, num_steps, log_every, eval_every, logged, evaluated
+):
+    trainer = trainer_on(1, data, num_steps=num_steps, log_every=log_every, eval_every=eval_every)
+    recorder = Recorder()
+    last = trainer.fit(data, recorder)
+    assert recorder.steps("stepped") == list(range(1, num_steps + 1))
+    assert recorder.steps("progressed") == logged
+    assert recorder.steps("evaluated") == evaluated
+    order = ["stepped", "progressed", "evaluated"]
+    assert recorder.calls == sorted(recorder.calls, key=lambda call: (call[1], order.index(call[0])))
+    assert last == recorder.progresses[-1]
+    # The last evaluation is that of the network as it is left.
+    assert recorder.held_out[-1] == trainer.evaluate(data.held_out.epoch(0))
+
+
+def test_without_held_out_text_nothing_is_evaluated(data):
+    recorder = Recorder()
+    trainer_on(1, data, eval_every=2).fit(data._replace(held_out=None), recorder)
+    assert recorder.steps("progressed") == [3, 6, 7]
+    assert recorder.steps("evaluated") == []
+
+
+def test_a_reporter_and_evaluations_do_not_change_the_training(data):
+    silent, told = trainer_on(1, data, NOISY), trainer_on(1, data, NOISY, log_every=1, eval_every=1)
+    mx.random.seed(5)
+    silent.fit(data)
+    mx.random.seed(5)
+    told.fit(data, Recorder())
+    ours = reference.values(told.net)
+    for name, value in reference.values(silent.net).items():
+        np.testing.assert_array_equal(value, ours[name], err_msg=name)
+
+
+class Remembering(Trainer):
+    """A trainer that remembers the sums and the counts of its steps."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.sums, self.counts = [], []
+
+    def step(self, batch, count_hits=False):
+        shards, losses = super().step(batch, count_hits)
+        sums = np.zeros(4)
+        for shard, loss in zip(shards, losses):
+            if shard.num_pairs:
+                sums += [loss.mlm.asscalar(), loss.nsp.asscalar(), *loss.hits.asnumpy()]
+        self.sums.append(sums)
+        self.counts.append(np.array([len(batch.labels), len(batch)] * 2))
+        return shards, losses
+
+
+@pytest.mark.parametrize("num_contexts", [1, 3])
+def test_averages_are_means_over_all_predictions_and_pairs(data, num_contexts):
+    plain = trainer_on(num_contexts, data, NOISY, num_steps=20, log_every=6)
+    trainer, recorder = Remembering(plain.net, plain.config, plain.contexts), Recorder()
+    trainer.fit(data, recorder)
+    sums, counts = np.array(trainer.sums), np.array(trainer.counts)
+    assert len(set(counts[:, 1])) > 1  # batches of different sizes
+    logged = recorder.steps("progressed")
+    assert logged == [6, 12, 18, 20]
+    for progress, start in zip(recorder.progresses, [0, *logged]):
+        window = slice(start, progress.step)
+        for averages, part in ((progress.window, window), (progress.run, slice(0, progress.step))):
+            losses = sums[part].sum(axis=0) / counts[part].sum(axis=0)
+            np.testing.assert_allclose(averages[:2], losses[:2], rtol=1e-5)
+        # Hits are counted in the steps that are logged.
+        last = progress.step - 1
+        np.testing.assert_allclose(progress.window[2:], sums[last, 2:] / counts[last, 2:], rtol=1e-6)
+        seen = [step - 1 for step in logged if step <= progress.step]
+        hits = sums[seen].sum(axis=0) / counts[seen].sum(axis=0)
+        np.testing.assert_allclose(progress.run[2:], hits[2:], rtol=1e-6)
+
+
+# Meters
+
+
+def test_a_meter_counts_hits_only_where_it_is_asked_to(data, batch):
+    trainer, meter = trainer_on(2, data), Meter()
+    small = batch.rows(0, 1)  # leaves a context without rows of its own
+    added = []
+    for each, count_hits in ((batch, False), (batch, True), (small, True), (small, False)):
+        shards = split_and_load(each, trainer.contexts)
+        losses = [shard_loss(trainer.net, shard, count_hits) for shard in shards]
+        meter.add(shards, losses, count_hits)
+        _, mlm_scores, nsp_scores = reference.forward(MODEL, reference.values(trainer.net), each)
+        mlm, nsp, _ = reference.losses(MODEL, reference.values(trainer.net), each)
+        right = [reference.hits(mlm_scores, each.labels), reference.hits(nsp_scores, each.is_next)]
+        counts = np.array([len(each.labels), len(each)])
+        sums = [mlm, nsp, *np.multiply(right, count_hits)]
+        added.append([sums, [*counts, *(counts * count_hits)]])
+    sums, counts = np.sum(added, axis=0)
+    totals = meter.totals()
+    np.testing.assert_allclose(totals.sums, sums, rtol=1e-5)
+    np.testing.assert_array_equal(totals.counts, counts)
+    assert totals.num_pairs == 18
+    np.testing.assert_allclose(totals.averages(), sums / counts, rtol=1e-5)
+    # Asking changes nothing.
+    np.testing.assert_array_equal(meter.totals().sums, totals.sums)
+
+
+def test_what_was_not_counted_is_nan_and_no_warning(recwarn):
+    assert np.isnan(Meter().totals().averages()).all()
+    losses_only = Totals(np.array([6.0, 1.0, 0.0, 0.0]), np.array([3.0, 2.0, 0.0, 0.0])).averages()
+    assert losses_only[:2] == (2.0, 0.5)
+    assert np.isnan(losses_only[2:]).all()
+    assert not recwarn.list
+
+
+def test_the_clock_leaves_out_the_time_it_is_stopped(monkeypatch):
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+
+    def window(num_pairs):
+        return Totals(np.zeros(4), np.array([9, num_pairs, 0, 0]))
+
+    clock = Clock()
+    now.seconds += 10
+    first = clock.progress(3, window(50))
+    assert (first.pairs_per_second, first.run_pairs_per_second, first.seconds) == (5.0, 5.0, 10.0)
+    now.seconds += 2
+    with clock.stopped():
+        now.seconds += 1000
+    now.seconds += 3
+    second = clock.progress(6, window(20))
+    assert (second.pairs_per_second, second.seconds) == (4.0, 15.0)
+    assert second.run_pairs_per_second == pytest.approx(70 / 15)
+    assert (first.step, second.step) == (3, 6)
+
+
+def test_fit_does_not_count_evaluations_as_training_time(data, monkeypatch):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+
+    class Slow(Trainer):
+        def step(self, batch, count_hits=False):
+            now.seconds += 1
+            return super().step(batch, count_hits)
+
+        def evaluate(self, batches):
+            now.seconds += 100
+            return super().evaluate(batches)
+
+    plain, recorder = trainer_on(1, data, eval_every=2), Recorder()
+    Slow(plain.net, plain.config, plain.contexts).fit(data, recorder)
+    assert recorder.steps("evaluated") == [2, 4, 6, 7]
+    assert [progress.seconds for progress in recorder.progresses] == [3.0, 6.0, 7.0]
