@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
-from .config import Config, write_json
+from .config import GROUPS, Config, write_json
 from .data.vocab import Vocabulary
 from .errors import BadInput
 from .files import written_aside
@@ -67,19 +67,22 @@ def latest(folder: Path) -> int | None:
     return max((int(name[1]) for name in names if name), default=None)
 
 
+def read_config(path: Path) -> Config:
+    """The configuration in a run's config.json; BadInput where it is none."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        groups = {name: content[name] for name in GROUPS}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: cannot be read as a run's configuration ({error})") from error
+    if content.get("format") != FORMAT:
+        raise BadInput(f"{path}: format {content.get('format')}, where this gluon_bert reads {FORMAT}")
+    return Config.from_json(groups, where=str(path))
+
+
 def load_run(folder: Path, contexts: Sequence[Any] | None = None) -> Run:
     """Read a run's latest checkpoint onto the contexts, by default one CPU; BadInput says what is missing."""
     folder = Path(folder)
-    try:
-        content = json.loads((folder / CONFIG).read_text("utf-8"))
-        groups = {name: content[name] for name in ("model", "data", "train")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{folder}: is no run, its {CONFIG} cannot be read ({error})") from error
-    if content.get("format") != FORMAT:
-        raise BadInput(
-            f"{folder / CONFIG}: format {content.get('format')}, where this gluon_bert reads {FORMAT}"
-        )
-    config = Config.from_json(groups, where=str(folder / CONFIG))
+    config = read_config(folder / CONFIG)
     vocab = Vocabulary.load(folder / VOCABULARY)
     step = latest(folder)
     if step is None:

@@ -375,10 +375,14 @@ def in_words(items: Sequence[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What a run runs on: the versions of python, numpy and mxnet (with the wheel's name); the platform."""
+    """What a run runs on: python, numpy, mxnet (with the wheel's name), the platform, MXNet's threads.
+
+    The number of threads belongs to it since MXNet draws dropout thread by thread.
+    """
     return {
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "mxnet": " and ".join(map(str, installed_wheels())) or "not from a wheel",
         "platform": platform.platform(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "not set"),
     }

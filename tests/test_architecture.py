@@ -18,7 +18,7 @@ FLOORS = {
     "model": 1,
     "checkpoint": 2,
     "training": 3,
-    "encode": 3,
+    "encoding": 3,
 }
 # Floor 0 is one room: errors and files serve the others.
 SHARED_GROUND = {"errors", "files", "config", "runtime"}

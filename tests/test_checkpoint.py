@@ -9,7 +9,7 @@ import pytest
 from gluon_bert.checkpoint import create_run, latest, load_run, save
 from gluon_bert.config import preset
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.encode import encode
+from gluon_bert.encoding import encode
 from gluon_bert.errors import BadInput
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
 
 
 def test_what_is_no_run_is_told(tmp_path, run_folder):
-    with pytest.raises(BadInput, match=r"nowhere: is no run"):
+    with pytest.raises(BadInput, match=r"nowhere/config\.json: cannot be read as a run's configuration"):
         load_run(tmp_path / "nowhere")
     config = json.loads((run_folder / "config.json").read_text())
     for change, told in (

@@ -41,16 +41,20 @@ def test_special_tokens_in_the_text_are_unknown_words():
     assert spelt == "<unk> <unk> a <unk> a <unk> <unk>"
 
 
-def test_unigram_entropy_is_that_of_the_words_to_predict():
-    prepared = number([(["a a b <unk>", "c b b <unk>"], False)], min_freq=2)
+def test_the_unigram_loss_is_that_of_the_words_to_predict():
+    prepared = number([(["a a b <unk>", "c b b <unk>"], False), (["a", "zz"], True)], min_freq=2)
 
     # <unk> 3 times (one of them the rare c), b 3, a 2
     def entropy(*counts):
         p = np.array(counts) / sum(counts)
         return -(p * np.log(p)).sum()
 
-    assert prepared.unigram_entropy(predict_unknown=True) == pytest.approx(entropy(3, 3, 2))
-    assert prepared.unigram_entropy(predict_unknown=False) == pytest.approx(entropy(3, 2))
+    train, held_out = prepared.train, prepared.held_out
+    assert prepared.unigram_loss(train, predict_unknown=True) == pytest.approx(entropy(3, 3, 2))
+    assert prepared.unigram_loss(train, predict_unknown=False) == pytest.approx(entropy(3, 2))
+    both = -(np.log(2 / 8) + np.log(3 / 8)) / 2
+    assert prepared.unigram_loss(held_out, predict_unknown=True) == pytest.approx(both)
+    assert prepared.unigram_loss(held_out, predict_unknown=False) == pytest.approx(-np.log(2 / 5))
 
 
 def test_the_cache_gives_the_same_and_spares_the_reading(text_file, tmp_path, monkeypatch):
@@ -120,5 +124,5 @@ def test_wikitext2_gives_the_books_counts(wikitext_prepared):
     assert len(train) == 15_496
     assert int(np.diff(train.documents).sum() - len(train)) == 59_135
     assert len(wikitext_prepared.vocab) == 20_256
-    assert wikitext_prepared.unigram_entropy(predict_unknown=True) == pytest.approx(6.870, abs=5e-4)
+    assert wikitext_prepared.unigram_loss(train, predict_unknown=True) == pytest.approx(6.870, abs=5e-4)
     assert " ".join(wikitext_prepared.vocab.words(range(8))) == "<unk> <pad> <mask> <cls> <sep> the , of"

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from gluon_bert.checkpoint import load_run
-from gluon_bert.encode import encode
+from gluon_bert.encoding import encode
 
 SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "16"]
 SMALL += ["--num-steps", "6", "--log-every", "2"]
@@ -66,7 +66,7 @@ def test_a_run_leaves_all_that_it_promises(command, capsys):
     content = json.loads((folder / "config.json").read_text())
     assert content["train"]["seed"] == 0
     assert content["facts"]["contexts"] == ["cpu(0)"]
-    assert {"python", "numpy", "mxnet"} <= content["facts"]["versions"].keys()
+    assert {"gluon_bert", "python", "numpy", "mxnet"} <= content["facts"]["versions"].keys()
 
 
 def test_the_run_can_be_loaded_and_encodes(command):
@@ -82,6 +82,13 @@ def test_a_seed_repeats_a_run_bit_for_bit_and_another_does_not(command):
     ours, theirs = weights_of(first), weights_of(second)
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_a_runs_own_configuration_repeats_it(command, tmp_path):
+    _, first = command("--seed", "5", "--dropout", "0.3")
+    flags = ["--config", str(first / "config.json"), "--output", str(tmp_path / "again")]
+    assert pretrain.main(flags) == 0
+    assert untimed(tmp_path / "again") == untimed(first)
 
 
 def test_two_contexts_give_the_result_of_one(command):
@@ -116,6 +123,7 @@ def test_losses_fall(command):
         (["--min-freq", "100000"], "--min-freq 100000: no word of --corpus"),
         (["--units", "many"], "argument --units: invalid int value: 'many'"),
         (["--tied-decoder", "maybe"], "argument --tied-decoder: maybe: must be yes or no"),
+        (["--config", "/no/where.json"], "/no/where.json: cannot be read as a run's configuration"),
         (["--unitz", "4"], "unrecognized arguments: --unitz 4"),
         (["--output", "/proc/nowhere/run"], "--output /proc/nowhere/run: cannot be written"),
     ],

@@ -457,9 +457,11 @@ def test_hyper_threads_are_no_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_versions_name_what_a_run_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "installed_wheels", lambda: [CPU_WHEEL])
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert runtime.versions() == {
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "mxnet": "mxnet 1.9.1",
         "platform": platform.platform(),
+        "threads": "3",
     }

@@ -43,7 +43,7 @@ def data():
         Loader(side, prepared.vocab, TEXT, TRAIN.batch_size, seed=0)
         for side in (prepared.train, prepared.held_out)
     )
-    return Data(train, held_out, prepared.vocab, prepared.unigram_entropy(predict_unknown=False))
+    return Data(train, held_out, prepared.vocab, 3.0, 3.0, "")
 
 
 @pytest.fixture(scope="module")

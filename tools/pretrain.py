@@ -11,7 +11,7 @@ from typing import Any, Iterator
 
 from command_line import add_config_flags, config_from, guarded, run
 
-from gluon_bert import runtime
+from gluon_bert import __version__, runtime
 from gluon_bert.config import PRESETS, Config, preset
 
 EXAMPLES = """\
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     p.add_argument("--preset", default="d2l", metavar="NAME", help=f"{', '.join(PRESETS)} (d2l)")
+    p.add_argument("--config", type=Path, metavar="FILE", help="an earlier run's config.json, not a preset")
     p.add_argument(
         "--output",
         type=Path,
@@ -62,11 +63,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def pretrain(arguments: argparse.Namespace) -> int:
     """Pretrain as the flags say."""
-    config = config_from(arguments, preset(arguments.preset))
+    config = config_from(arguments, starting_point(arguments))
     gpus = None if arguments.gpus is None else runtime.parse_gpus(arguments.gpus)
     contexts = runtime.contexts(gpus, arguments.cpus)
     output = arguments.output or _free_folder(arguments.preset)
     return train(config, contexts, output)
+
+
+def starting_point(arguments: argparse.Namespace) -> Config:
+    """The configuration that the flags change: a preset's, or an earlier run's."""
+    if arguments.config is None:
+        return preset(arguments.preset)
+    from gluon_bert.checkpoint import read_config  # needs MXNet, which --help does not
+
+    return read_config(arguments.config)
 
 
 def train(config: Config, contexts: list[Any], output: Path) -> int:
@@ -79,13 +89,17 @@ def train(config: Config, contexts: list[Any], output: Path) -> int:
 
     checkpoint.check_new(output)
     data = load_data(config.data, config.train.batch_size, config.train.seed)
-    references = References.of(len(data.vocab), data.unigram_entropy)
     net = BERTModel(len(data.vocab), config.model)
     net.setup(contexts, config.train.seed)
-    facts = {"contexts": [str(c) for c in contexts], "versions": runtime.versions(), **references._asdict()}
+    facts = {
+        "contexts": [str(context) for context in contexts],
+        "versions": {"gluon_bert": __version__, **runtime.versions()},
+        "text": data.fingerprint,
+        "losses_for_comparison": References.of(data)._asdict(),
+    }
     checkpoint.create_run(output, config, data.vocab, facts)
     print(f"{describe(net, data, contexts)}\nrun folder: {output}", file=sys.stderr)
-    report = Report(output, config.train.num_steps, config.train.lr, references)
+    report = Report(output, config.train, data)
     try:
         with interrupts_between_steps(report):
             Trainer(net, config.train, contexts).fit(data, report)

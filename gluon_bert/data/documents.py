@@ -55,19 +55,32 @@ class Documents:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A corpus as ids: the text to train on, the held-out text, and the vocabulary of the former."""
+    """A corpus as ids: the text to train on, the held-out text, and the vocabulary of the former.
+
+    `fingerprint` is a hash of the text and of all that made these ids of it.
+    """
 
     train: Documents
     held_out: Documents
     vocab: Vocabulary
+    fingerprint: str
 
-    def unigram_entropy(self, predict_unknown: bool) -> float:
-        """The entropy in nats of the words to predict: the loss of a model that ignores all context."""
-        counts = np.bincount(self.train.tokens, minlength=len(self.vocab)).astype(np.float64)
+    def unigram_loss(self, documents: Documents, predict_unknown: bool) -> float:
+        """The loss in nats, on these documents, of a model that knows the words' frequencies in training.
+
+        On the training text itself it is the entropy of the words to predict. Below it a model must have
+        learnt something of the words' context.
+        """
+        frequent, asked = (
+            np.bincount(text.tokens, minlength=len(self.vocab)).astype(np.float64)
+            for text in (self.train, documents)
+        )
         if not predict_unknown:
-            counts[self.vocab.unk] = 0
-        share = counts[counts > 0] / counts.sum()
-        return float(-(share * np.log(share)).sum())
+            frequent[self.vocab.unk] = asked[self.vocab.unk] = 0
+        met = asked > 0
+        # Every word of the vocabulary stands in the training text; <unk> may not.
+        loss = -np.log(np.maximum(frequent[met], 1) / frequent.sum())
+        return float((asked[met] * loss).sum() / asked.sum())
 
 
 def prepare(config: DataConfig, cache: Path | None = None) -> Prepared:
@@ -77,11 +90,12 @@ def prepare(config: DataConfig, cache: Path | None = None) -> Prepared:
     """
     corpus = Corpus(config)
     folder = data_folder() / "gluon_bert" if cache is None else cache
-    path = folder / f"{_cache_key(corpus, config)}.npz"
+    fingerprint = _fingerprint(corpus, config)
+    path = folder / f"{fingerprint}.npz"
     prepared = _load(path)
     if prepared is None:
         log.info("reading %s", ", ".join(config.corpus))
-        prepared = number(corpus, config.min_freq)
+        prepared = number(corpus, config.min_freq, fingerprint)
         _check(prepared, config)
         _save(prepared, path)
     else:
@@ -89,7 +103,7 @@ def prepare(config: DataConfig, cache: Path | None = None) -> Prepared:
     return prepared
 
 
-def number(documents: Iterable[tuple[Document, bool]], min_freq: int) -> Prepared:
+def number(documents: Iterable[tuple[Document, bool]], min_freq: int, fingerprint: str = "") -> Prepared:
     """Documents of words, each with whether it is held out, to documents of ids.
 
     The vocabulary is made of the training text; in both texts the other words become <unk>.
@@ -104,7 +118,7 @@ def number(documents: Iterable[tuple[Document, bool]], min_freq: int) -> Prepare
     # A special token that stands in the text as a word is an unknown word, never the token itself.
     final = vocab.ids([word if word in vocab else UNK for word in words])
     final[final < vocab.num_special] = vocab.unk
-    return Prepared(sides[False].finished(final), sides[True].finished(final), vocab)
+    return Prepared(sides[False].finished(final), sides[True].finished(final), vocab, fingerprint)
 
 
 class _Growing:
@@ -142,7 +156,7 @@ def _check(prepared: Prepared, config: DataConfig) -> None:
         )
 
 
-def _cache_key(corpus: Corpus, config: DataConfig) -> str:
+def _fingerprint(corpus: Corpus, config: DataConfig) -> str:
     settings = [config.text_format, config.language, config.lowercase, config.held_out, config.min_freq]
     content = json.dumps([_FORMAT, corpus.fingerprint(), *settings])
     return hashlib.sha1(content.encode()).hexdigest()
@@ -175,4 +189,4 @@ def _load(path: Path) -> Prepared | None:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         log.warning("%s is damaged and made anew (%s)", path, error)
         return None
-    return Prepared(train, held_out, Vocabulary(words))
+    return Prepared(train, held_out, Vocabulary(words), path.stem)

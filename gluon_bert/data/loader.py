@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Iterator, NamedTuple
 
 import numpy as np
@@ -75,12 +76,19 @@ class Loader:
 
 
 class Data(NamedTuple):
-    """What a run trains on: batches to train on, batches held out (None: no text for it), vocabulary."""
+    """What a run trains on.
+
+    held_out: batches for evaluation, or None where there is too little text for them. unigram_loss and
+    held_out_unigram_loss: on either text, of a model that knows only how frequent words are, in nats.
+    fingerprint: a hash of the text and its preparation.
+    """
 
     train: Loader
     held_out: Loader | None
     vocab: Vocabulary
-    unigram_entropy: float
+    unigram_loss: float
+    held_out_unigram_loss: float
+    fingerprint: str
 
 
 def load_data(config: DataConfig, batch_size: int, seed: int = 0) -> Data:
@@ -94,5 +102,11 @@ def load_data(config: DataConfig, batch_size: int, seed: int = 0) -> Data:
         raise BadInput(f"--max-len {config.max_len}: no pair of sentences fits; a larger figure is needed")
     held_out = Loader(prepared.held_out, prepared.vocab, config, batch_size, seed)
     usable = prepared.held_out.with_pairs() >= 2 and len(held_out.pairs(0)) > 0
-    entropy = prepared.unigram_entropy(config.predict_unknown)
-    return Data(train, held_out if usable else None, prepared.vocab, entropy)
+    return Data(
+        train,
+        held_out if usable else None,
+        prepared.vocab,
+        prepared.unigram_loss(prepared.train, config.predict_unknown),
+        prepared.unigram_loss(prepared.held_out, config.predict_unknown) if usable else math.nan,
+        prepared.fingerprint,
+    )

@@ -12,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from ..config import TrainConfig
+from ..data.loader import Data
 from ..files import written_aside
 from .meters import Averages, Progress
 
@@ -20,13 +22,14 @@ class References(NamedTuple):
     """Losses in nats that say how far a run is, each that of a model which knows only so much."""
 
     uniform: float  # ln V: the size of the vocabulary
-    unigram: float  # the entropy of the words' frequencies
+    unigram: float  # the entropy of the words' frequencies in the training text
+    held_out_unigram: float  # what a model of those frequencies loses on the held-out text; NaN without one
     coin: float  # ln 2: next sentence or not, one half each
 
     @classmethod
-    def of(cls, vocab_size: int, unigram_entropy: float) -> References:
-        """The references for a vocabulary and the entropy of its words."""
-        return cls(math.log(vocab_size), unigram_entropy, math.log(2))
+    def of(cls, data: Data) -> References:
+        """The references for a text."""
+        return cls(math.log(len(data.vocab)), data.unigram_loss, data.held_out_unigram_loss, math.log(2))
 
 
 class Report:
@@ -36,21 +39,20 @@ class Report:
     line: a window of steps, or (with the key `held_out`) an evaluation.
     """
 
-    def __init__(
-        self, folder: Path, num_steps: int, lr: float, references: References, screen: TextIO | None = None
-    ) -> None:
-        self.folder, self.references = folder, references
+    def __init__(self, folder: Path, config: TrainConfig, data: Data, screen: TextIO | None = None) -> None:
+        self.folder, self.references = Path(folder), References.of(data)
         self.step = 0
         self.interrupted = False
         self.last: Progress | None = None
         self.held_out: Averages | None = None
-        self._num_steps, self._lr = num_steps, lr
+        self._config = config
         # Looked up now, not at import: notebooks and tests put another stream in its place.
         self._screen = screen or sys.stderr
         self._records: list[dict[str, Any]] = []
-        self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
         self._bar = tqdm(
-            total=num_steps,
+            total=config.num_steps,
             unit="step",
             file=self._screen,
             disable=not self._screen.isatty(),
@@ -70,16 +72,17 @@ class Report:
             {
                 "step": progress.step,
                 **progress.window._asdict(),
-                "lr": self._lr,
+                "lr": self._config.lr,
                 "pairs_per_second": progress.pairs_per_second,
                 "seconds": progress.seconds,
             }
         )
-        told = f"{in_words(progress.window)}, lr {self._lr:g}, {progress.pairs_per_second:.1f} pairs/s"
+        told = f"{in_words(progress.window)}, lr {self._config.lr:g}, {progress.pairs_per_second:.1f} pairs/s"
         self._bar.set_postfix_str(told)
         if self._bar.disable:
-            left = progress.seconds / progress.step * (self._num_steps - progress.step)
-            print(f"step {progress.step}/{self._num_steps}: {told}, {_clock(left)} left", file=self._screen)
+            steps = self._config.num_steps
+            left = tqdm.format_interval(progress.seconds / progress.step * (steps - progress.step))
+            print(f"step {progress.step}/{steps}: {told}, {left} left", file=self._screen)
 
     def evaluated(self, step: int, held_out: Averages) -> None:
         self.held_out = held_out
@@ -105,15 +108,19 @@ class Report:
         ]
         if self.held_out:
             lines.append(f"held-out text: {in_words(self.held_out)}")
+        frequencies = f"{references.unigram:.3f} = entropy of the words' frequencies"
+        if self.held_out:
+            frequencies += f" ({references.held_out_unigram:.3f} on the held-out text)"
         lines.append(
-            f"for comparison: MLM {references.uniform:.3f} = ln V, all words alike; "
-            f"MLM {references.unigram:.3f} = entropy of the words' frequencies; "
+            f"for comparison: MLM {references.uniform:.3f} = ln V, all words alike; MLM {frequencies}; "
             f"NSP {references.coin:.3f} = ln 2, a coin"
         )
-        reached = (self.held_out or window).mlm_loss
-        if not reached < references.unigram:
+        reached, line = window.mlm_loss, references.unigram
+        if self.held_out:
+            reached, line = self.held_out.mlm_loss, references.held_out_unigram
+        if not reached < line:
             lines.append(
-                f"The MLM loss, {reached:.3f}, is still above {references.unigram:.3f}: so far the model has "
+                f"The MLM loss, {reached:.3f}, is still above {line:.3f}: so far the model has "
                 "at best learnt how frequent words are, not what surrounds them. This is how BERT begins; "
                 "more steps are needed (--num-steps)."
             )
@@ -140,7 +147,7 @@ def in_words(averages: Averages) -> str:
 
 def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: References) -> None:
     """Draw the two losses over the steps, with the reference lines, as a PNG."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     mlm, nsp = figure.subplots(1, 2)
     trained = [r for r in records if "held_out" not in r]
@@ -161,7 +168,7 @@ def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: Refer
     )
     nsp.axhline(references.coin, color="tab:red", ls="--", label="a coin, ln 2 = 0.69")
     for axes in (mlm, nsp):
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, frameon=False)
     with written_aside(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
 
@@ -171,7 +178,3 @@ def _finite(record: Any) -> Any:
     if isinstance(record, dict):
         return {name: _finite(value) for name, value in record.items()}
     return None if isinstance(record, float) and not math.isfinite(record) else record
-
-
-def _clock(seconds: float) -> str:
-    return tqdm.format_interval(seconds)

@@ -5,7 +5,7 @@ import pytest
 
 from gluon_bert.config import preset
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.encode import encode
+from gluon_bert.encoding import encode
 from gluon_bert.errors import BadInput
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
