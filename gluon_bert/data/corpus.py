@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 Document = List[str]
 
 ENDINGS = (".txt", ".text", ".md", ".tokens")
-WIKITEXT_TRAIN, WIKITEXT_VALID = "wiki.train.tokens", "wiki.valid.tokens"
+WIKITEXT_TRAIN, WIKITEXT_VALID, WIKITEXT_TEST = (f"wiki.{part}.tokens" for part in ("train", "valid", "test"))
 
 # Bytes read at once: large enough to keep worker processes busy, small enough to stay out of sight in memory.
 _PIECE_BYTES = 1 << 20
@@ -102,28 +102,29 @@ class Corpus:
 def text_files(path: Path) -> list[TextFile]:
     """The files of text at a path, in the order of their names; BadInput where there is none.
 
-    WikiText's train file comes with the valid file beside it, which is held out whole.
+    Beside WikiText's train file its valid file is held out whole, and its test file is left alone.
     """
     if not path.exists():
         raise BadInput(
             f"--corpus {path}: no such file or folder; or name pydoc or wikitext-2, the corpora known by name"
         )
-    if path.is_dir():
-        train = path / WIKITEXT_TRAIN
-        if train.is_file():
-            return text_files(train)
-        found = [
-            file for file in sorted(path.rglob("*")) if file.is_file() and _is_text(file.relative_to(path))
-        ]
-        if not found:
-            raise BadInput(
-                f"--corpus {path}: the folder holds no file that ends in {', '.join(ENDINGS)} or .gz"
-            )
-        return [TextFile(file, None) for file in found]
+    if not path.is_dir():
+        return _with_its_valid_file(path)
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_text(file.relative_to(path))]
+    if not found:
+        raise BadInput(f"--corpus {path}: the folder holds no file that ends in {', '.join(ENDINGS)} or .gz")
+    return [text for file in found if not _belongs_to_train_file(file) for text in _with_its_valid_file(file)]
+
+
+def _with_its_valid_file(path: Path) -> list[TextFile]:
     valid = path.with_name(WIKITEXT_VALID)
     if path.name == WIKITEXT_TRAIN and valid.is_file():
         return [TextFile(path, False), TextFile(valid, True)]
     return [TextFile(path, None)]
+
+
+def _belongs_to_train_file(path: Path) -> bool:
+    return path.name in (WIKITEXT_VALID, WIKITEXT_TEST) and path.with_name(WIKITEXT_TRAIN).is_file()
 
 
 def pieces(path: Path, text_format: str) -> Iterator[Piece]:

@@ -28,7 +28,9 @@ class Embeddings(mx.gluon.HybridBlock):
         with self.name_scope():
             self.tokens = mx.gluon.nn.Embedding(vocab_size, config.units)
             self.segments = mx.gluon.nn.Embedding(NUM_SEGMENTS, config.units)
-            self.positions = mx.gluon.nn.Embedding(config.max_positions, config.units)
+            self.positions = mx.gluon.nn.Embedding(
+                config.max_positions, config.units, weight_initializer=_position_initializer(config)
+            )
             self.norm: Any = layer_norm(config) if config.embedding_norm else None
             self.dropout: Any = mx.gluon.nn.Dropout(config.dropout) if config.embedding_norm else None
 
@@ -38,6 +40,16 @@ class Embeddings(mx.gluon.HybridBlock):
         positions = F.broadcast_like(row, tokens)  # (B, T)
         x = self.tokens(tokens) + self.segments(segments) + self.positions(positions)
         return self.dropout(self.norm(x)) if self.norm else x
+
+
+def _position_initializer(config: ModelConfig) -> Any:
+    """What Xavier makes of the book's position embeddings, an array (1, P, C), or None for N(0, 0.02).
+
+    Of one (P, C) it would make ten times as much.
+    """
+    if config.init != "xavier":
+        return None
+    return mx.init.Uniform((6 / (config.units * (config.max_positions + 1))) ** 0.5)
 
 
 class FeedForward(mx.gluon.HybridBlock):
