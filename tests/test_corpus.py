@@ -97,9 +97,11 @@ def test_a_folder_is_read_in_the_order_of_names_without_hidden_files(tmp_path):
 
 
 def test_the_valid_file_beside_wikitexts_train_file_is_held_out(tmp_path):
+    inner = tmp_path / "wikitext-2"
+    inner.mkdir()
     for name in ("train", "valid", "test"):
-        (tmp_path / f"wiki.{name}.tokens").write_text(f" {name} one . {name} two . \n" * 3, "utf-8")
-    for path in (tmp_path, tmp_path.parent, tmp_path / "wiki.train.tokens"):
+        (inner / f"wiki.{name}.tokens").write_text(f" {name} one . {name} two . \n" * 3, "utf-8")
+    for path in (tmp_path, inner, inner / "wiki.train.tokens"):
         sides = [(d[0], held_out) for d, held_out in Corpus(DataConfig(corpus=(str(path),)))]
         assert sides == [("train one", False)] * 3 + [("valid one", True)] * 3
 
