@@ -101,9 +101,19 @@ def test_the_valid_file_beside_wikitexts_train_file_is_held_out(tmp_path):
     inner.mkdir()
     for name in ("train", "valid", "test"):
         (inner / f"wiki.{name}.tokens").write_text(f" {name} one . {name} two . \n" * 3, "utf-8")
-    for path in (tmp_path, inner, inner / "wiki.train.tokens"):
+    (inner / "README.md").write_text("No part of the corpus. Not a bit of it.\n", "utf-8")
+    for path in (inner, inner / "wiki.train.tokens"):
         sides = [(d[0], held_out) for d, held_out in Corpus(DataConfig(corpus=(str(path),)))]
         assert sides == [("train one", False)] * 3 + [("valid one", True)] * 3
+
+
+def test_the_archives_folder_around_wikitexts_files_does_too(tmp_path):
+    (tmp_path / "wikitext-2").mkdir()
+    for name in ("train", "valid", "test"):
+        (tmp_path / "wikitext-2" / f"wiki.{name}.tokens").write_text(
+            f" {name} one . {name} two . \n", "utf-8"
+        )
+    assert [d[0] for d in documents(tmp_path)] == ["train one", "valid one"]
 
 
 def test_the_held_out_share_depends_on_the_text_alone(text_file):

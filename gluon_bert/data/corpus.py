@@ -102,7 +102,7 @@ class Corpus:
 def text_files(path: Path) -> list[TextFile]:
     """The files of text at a path, in the order of their names; BadInput where there is none.
 
-    Beside WikiText's train file its valid file is held out whole, and its test file is left alone.
+    Beside WikiText's train file its valid file is held out whole, and whatever else is there left alone.
     """
     if not path.exists():
         raise BadInput(
@@ -110,6 +110,8 @@ def text_files(path: Path) -> list[TextFile]:
         )
     if not path.is_dir():
         return _with_its_valid_file(path)
+    if (path / WIKITEXT_TRAIN).is_file():
+        return _with_its_valid_file(path / WIKITEXT_TRAIN)
     found = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_text(file.relative_to(path))]
     if not found:
         raise BadInput(f"--corpus {path}: the folder holds no file that ends in {', '.join(ENDINGS)} or .gz")
