@@ -73,6 +73,14 @@ def test_pieces_end_between_documents_and_hold_all_of_the_text(tmp_path, monkeyp
     assert len(whole) == 100
 
 
+def test_a_document_longer_than_many_blocks_stays_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 50)
+    path = tmp_path / "t.txt"
+    long = "".join(f"sentence number {i} .\n" for i in range(100))
+    path.write_text(f"{long}\nshort one .\nshort two .\n", "utf-8")
+    assert [len(document) for document in documents(path, text_format="sentences")] == [100, 2]
+
+
 def test_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path):
     plain, windows = tmp_path / "a.txt", tmp_path / "b.txt"
     plain.write_bytes(PROSE.encode())

@@ -133,19 +133,20 @@ def pieces(path: Path, text_format: str) -> Iterator[Piece]:
     """A file's text in pieces that end where a document does; BadInput names a line that is not UTF-8."""
     if text_format == "auto" and _without_gz(path).suffix == ".tokens":
         text_format = "wikitext"
-    line_number, rest = 1, ""
+    line_number, pending = 1, []
     for block in _blocks(path):
-        text = rest + _decoded(block, path, line_number)
+        text = _decoded(block, path, line_number)
         line_number += block.count(b"\n")
         if text_format == "auto":
             text_format = guess_format(text)
             log.info("%s is read as %s; --text-format says otherwise", path, text_format)
         end = _end_of_documents(text, text_format)
         if end:
-            yield Piece(text[:end], text_format)
-        rest = text[end:]
-    if rest:
-        yield Piece(rest, text_format)
+            yield Piece("".join([*pending, text[:end]]), text_format)
+            pending = []
+        pending.append(text[end:])
+    if any(pending):
+        yield Piece("".join(pending), text_format)
 
 
 def guess_format(text: str) -> str:
@@ -213,12 +214,12 @@ def _between_blank_lines(text: str) -> list[str]:
     return re.split(r"\n[^\S\n]*(?:\n[^\S\n]*)+", text.strip())
 
 
-def _end_of_documents(text: str, text_format: str) -> int:
-    """Where the last whole document of a text ends: its last line end, or its last blank line."""
+def _end_of_documents(lines: str, text_format: str) -> int:
+    """Where the last whole document of some whole lines ends: behind the last line, or the last blank one."""
     if text_format in ("wikitext", "paragraphs"):
-        return text.rfind("\n") + 1
+        return lines.rfind("\n") + 1
     last = 0
-    for match in re.finditer(r"\n[^\S\n]*\n", text):
+    for match in re.finditer(r"^[^\S\n]*\n", lines, re.M):
         last = match.end()
     return last
 
