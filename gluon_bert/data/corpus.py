@@ -133,7 +133,8 @@ def pieces(path: Path, text_format: str) -> Iterator[Piece]:
     """A file's text in pieces that end where a document does; BadInput names a line that is not UTF-8."""
     if text_format == "auto" and _without_gz(path).suffix == ".tokens":
         text_format = "wikitext"
-    line_number, pending = 1, []
+    line_number = 1
+    pending: list[str] = []
     for block in _blocks(path):
         text = _decoded(block, path, line_number)
         line_number += block.count(b"\n")
