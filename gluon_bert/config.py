@@ -63,8 +63,9 @@ class DataConfig:
     text_format: str = option(
         "auto",
         "of text files: wikitext (a paragraph a line, tokens apart by spaces), sentences (one a line, blank "
-        "lines between documents), prose (running text, blank lines between documents), or auto",
-        choices=("auto", "wikitext", "sentences", "prose"),
+        "lines between documents), prose (running text, blank lines between documents), paragraphs (running "
+        "text, a document a line), or auto (told by the first lines)",
+        choices=("auto", "wikitext", "sentences", "prose", "paragraphs"),
     )
     language: str = option("en", "of running text, as a two-letter code: the rules its sentences end by")
     held_out: float = option(

@@ -33,6 +33,11 @@ def test_running_text_is_split_into_sentences_across_line_ends():
     ]
 
 
+def test_a_line_is_a_document_where_lines_are_paragraphs():
+    text = "The crane flies. It is large.\nA driver came. He left. Why?\nalone\n"
+    assert [len(document) for document in parsed(text, "paragraphs")] == [2, 3]
+
+
 def test_a_line_is_a_sentence_where_the_file_says_so():
     text = "One line. Two full stops.\nthe second line\n\n \nAnother document\nof two\n\nalone\n"
     assert parsed(text, "sentences") == [

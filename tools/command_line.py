@@ -8,7 +8,7 @@ import logging
 import sys
 from typing import Any, Callable, Dict, List, Tuple, get_type_hints
 
-from gluon_bert.config import GROUPS, Config, flag
+from gluon_bert.config import GROUPS, PRESETS, Config, flag
 from gluon_bert.errors import BadInput
 
 TITLES = {"model": "the network", "data": "the text and its masks", "train": "training"}
@@ -22,7 +22,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         for field in dataclasses.fields(group):
             flags.add_argument(
                 flag(field.name),
-                help=_help(field),
+                help=_help(group_name, field),
                 default=argparse.SUPPRESS,
                 **_parsing(hints[field.name], field.metadata["choices"]),
             )
@@ -56,9 +56,17 @@ def guarded(body: Callable[[], int], name: str) -> int:
         return 130
 
 
-def _help(field: Any) -> str:
+def _help(group_name: str, field: Any) -> str:
     # argparse takes a percent sign for the start of a format.
-    return f"{field.metadata['help']} ({_shown(field.default)})".replace("%", "%%")
+    return f"{field.metadata['help']} ({_defaults(group_name, field.name)})".replace("%", "%%")
+
+
+def _defaults(group_name: str, name: str) -> str:
+    """What the presets have: the first one's value, and the others' where they agree on another."""
+    first, *others = (_shown(getattr(getattr(config, group_name), name)) for config in PRESETS.values())
+    if set(others) == {first}:
+        return first
+    return f"d2l: {first}, bert-*: {others[0] if len(set(others)) == 1 else 'by size'}"
 
 
 def _shown(value: Any) -> str:

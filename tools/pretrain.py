@@ -21,7 +21,7 @@ examples:
   python tools/pretrain.py --preset bert-tiny --corpus my_texts/ --num-steps 5000 --eval-every 500
   python tools/pretrain.py --cpus 2 --batch-size 64 --seed 7
 
-The defaults in brackets are those of the preset d2l. A run's folder holds config.json, vocab.json, log.jsonl,
+What stands in brackets is what the presets have. A run's folder holds config.json, vocab.json, log.jsonl,
 losses.png and checkpoints/.
 """
 
@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     p = argparse.ArgumentParser(
         prog="pretrain",
+        usage="python tools/pretrain.py [flags]",
         description="Pretrain BERT (masked language model, next-sentence prediction) on one device or many.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
