@@ -10,6 +10,7 @@ import hashlib
 import logging
 import multiprocessing
 import re
+import signal
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -275,7 +276,9 @@ def _mapping(num_workers: int) -> Iterator[Callable[..., Iterable[list[Document]
         return
     # Spawned, since a fork of a process in which MXNet runs may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+    # Ctrl-C is for this process to tell of; the workers end with it.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(num_workers, context, signal.signal, ignore) as pool:
         yield partial(_bounded_map, pool, 4 * num_workers)
 
 
