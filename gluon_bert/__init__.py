@@ -20,10 +20,12 @@ _PUBLIC = {
     "Trainer": "training.trainer",
     "Vocabulary": "data.vocab",
     "contexts": "runtime",
+    "create_run": "checkpoint",
     "encode": "encoding",
     "load_data": "data.loader",
     "load_run": "checkpoint",
     "preset": "config",
+    "save_checkpoint": "checkpoint",
 }
 
 __all__ = sorted(_PUBLIC)  # noqa: PLE0605 - a list of strings, which ruff cannot see

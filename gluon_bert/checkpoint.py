@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
 from .config import GROUPS, Config, write_json
 from .data.vocab import Vocabulary
@@ -33,29 +34,37 @@ class Run(NamedTuple):
 
 
 def check_new(folder: Path) -> None:
-    """Raise BadInput where a folder holds a run already; writes nothing."""
+    """Raise BadInput where no new run can be written; writes nothing."""
     if (folder / CONFIG).exists():
         raise BadInput(f"--output {folder}: holds a run already; name a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise BadInput(f"--output {folder}: is not empty; name a new folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"--output {folder}: cannot be written, as {there} is no folder that can")
 
 
-def create_run(folder: Path, config: Config, vocab: Vocabulary, facts: dict[str, Any]) -> None:
+def create_run(
+    folder: Path, config: Config, vocab: Vocabulary, facts: Mapping[str, Any] | None = None
+) -> None:
     """Make a run's folder with its configuration and vocabulary.
 
     facts: what else it takes to repeat the run, such as versions and contexts. Raises BadInput where the
     folder holds a run already or cannot be written.
     """
+    folder = Path(folder)
     check_new(folder)
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         vocab.save(folder / VOCABULARY)
-        write_json(folder / CONFIG, {"format": FORMAT, **config.to_json(), "facts": facts})
+        write_json(folder / CONFIG, {"format": FORMAT, **config.to_json(), "facts": facts or {}})
     except OSError as error:
         raise BadInput(f"--output {folder}: cannot be written ({error.strerror or error})") from error
 
 
-def save(folder: Path, net: Any, step: int) -> Path:
+def save_checkpoint(folder: Path, net: Any, step: int) -> Path:
     """Write the weights after a step, whole or not at all; `load_run` is the inverse."""
-    path = folder / CHECKPOINTS / _NAME.format(step)
+    path = Path(folder) / CHECKPOINTS / _NAME.format(step)
     with written_aside(path, "wb") as file:
         net.save_parameters(file.name, deduplicate=True)
     return path

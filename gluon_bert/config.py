@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple, get_type_hints
@@ -121,8 +122,10 @@ class TrainConfig:
 
     batch_size: int = option(512, "B, sentence pairs an optimizer step, over all contexts", at_least=1)
     num_steps: int = option(50, "optimizer steps", at_least=1)
-    lr: float = option(1e-3, "Adam's learning rate", at_least=0.0)
-    seed: int = option(0, "of every random draw: weights, dropout, pairs, masks, order", at_least=0)
+    lr: float = option(1e-3, "Adam's learning rate", at_least=0.0, at_most=1e3)
+    seed: int = option(
+        0, "of every random draw: weights, dropout, pairs, masks, order", at_least=0, at_most=2**31 - 1
+    )
     log_every: int = option(10, "steps between two lines of the log", at_least=1)
     eval_every: int = option(
         0, "steps between two evaluations on held-out text; 0: at the end only", at_least=0
@@ -162,18 +165,26 @@ class Config:
         8
         """
         groups = {}
-        for group_name in GROUPS:
-            group = getattr(self, group_name)
-            names = {f.name for f in dataclasses.fields(group)} & values.keys()
-            groups[group_name] = dataclasses.replace(group, **{name: values.pop(name) for name in names})
+        for group_name, kind in GROUPS.items():
+            hints = get_type_hints(kind)
+            changes = {
+                name: _typed(values.pop(name), hints[name], flag(name))
+                for name in hints.keys() & values.keys()
+            }
+            groups[group_name] = dataclasses.replace(getattr(self, group_name), **changes)
         if values:
             raise BadInput(f"unknown option {', '.join(sorted(values))}")
         return Config(**groups)
 
     def check(self) -> None:
         """Raise one BadInput that tells everything that is wrong, a line a problem, naming the flags."""
-        problems = [problem for group in GROUPS for problem in _out_of_bounds(getattr(self, group))]
-        problems += _contradictions(self)
+        problems = [problem for group in GROUPS for problem in problems_of(getattr(self, group))]
+        if self.data.max_len > self.model.max_positions:
+            problems.append(
+                f"--max-len {self.data.max_len}: must not exceed --max-positions {self.model.max_positions}"
+            )
+        if self.train.lr == 0:
+            problems.append("--lr 0.0: must be above 0")
         if problems:
             raise BadInput("\n".join(problems))
 
@@ -188,16 +199,25 @@ def flag(name: str) -> str:
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
     if hint == Tuple[str, ...]:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
             return tuple(value)
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     elif type(value) is hint:
         return value
-    raise BadInput(f"{where} is {value!r}, which is no {getattr(hint, '__name__', 'list of strings')}")
+    kind = "list of strings" if hint == Tuple[str, ...] else hint.__name__
+    raise BadInput(f"{where} is {value!r}, which is no {kind}")
 
 
-def _out_of_bounds(group: Any) -> List[str]:
+def check_group(group: Any) -> None:
+    """Raise BadInput where one group of the configuration cannot be used, whatever the others are."""
+    problems = problems_of(group)
+    if problems:
+        raise BadInput("\n".join(problems))
+
+
+def problems_of(group: Any) -> List[str]:
+    """A sentence for everything that is wrong in one group of the configuration."""
     problems = []
     for f in dataclasses.fields(group):
         value, meta = getattr(group, f.name), f.metadata
@@ -209,16 +229,17 @@ def _out_of_bounds(group: Any) -> List[str]:
             problems.append(f"{flag(f.name)} {value}: must be at most {high}")
         elif choices and value not in choices:
             problems.append(f"{flag(f.name)} {value}: must be one of {', '.join(choices)}")
-    return problems
+    return problems + _CONTRADICTIONS[type(group)](group)
 
 
-def _contradictions(config: Config) -> List[str]:
-    model, data = config.model, config.data
-    problems = []
+def _model_contradictions(model: ModelConfig) -> List[str]:
     if model.num_heads > 0 and model.units % model.num_heads:
-        problems.append(f"--num-heads {model.num_heads}: must divide --units {model.units}")
-    if data.max_len > model.max_positions:
-        problems.append(f"--max-len {data.max_len}: must not exceed --max-positions {model.max_positions}")
+        return [f"--num-heads {model.num_heads}: must divide --units {model.units}"]
+    return []
+
+
+def _data_contradictions(data: DataConfig) -> List[str]:
+    problems = []
     if data.mask_token_rate + data.random_token_rate > 1 + 1e-9:
         problems.append(
             f"--mask-token-rate {data.mask_token_rate} and --random-token-rate {data.random_token_rate}: "
@@ -226,9 +247,16 @@ def _contradictions(config: Config) -> List[str]:
         )
     if not data.corpus:
         problems.append("--corpus: must name a corpus, a file or a folder")
-    if not config.train.lr > 0:
-        problems.append(f"--lr {config.train.lr}: must be above 0")
+    if data.num_buckets > data.max_len:
+        problems.append(f"--num-buckets {data.num_buckets}: must not exceed --max-len {data.max_len}")
     return problems
+
+
+_CONTRADICTIONS: Dict[Any, Any] = {
+    ModelConfig: _model_contradictions,
+    DataConfig: _data_contradictions,
+    TrainConfig: lambda train: [],
+}
 
 
 def _bert(layers: int, units: int, batch_size: int) -> Config:
@@ -284,5 +312,12 @@ def preset(name: str) -> Config:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     with written_aside(path) as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
+        json.dump(without_nan(content), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
+
+
+def without_nan(content: Any) -> Any:
+    """Plain values with null for every number that JSON has no word for."""
+    if isinstance(content, Mapping):
+        return {name: without_nan(value) for name, value in content.items()}
+    return None if isinstance(content, float) and not math.isfinite(content) else content

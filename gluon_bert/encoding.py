@@ -22,6 +22,8 @@ def encode(
     >>> encode(net, vocab, ["a", "crane", "is", "flying"]).shape        # doctest: +SKIP
     (1, 6, 128)
     """
+    if isinstance(tokens_a, str) or isinstance(tokens_b, str):
+        raise BadInput("encode takes lists of tokens: split the text first, such as text.split()")
     segment_a = [vocab.cls, *vocab.ids(tokens_a), vocab.sep]
     segment_b = [] if tokens_b is None else [*vocab.ids(tokens_b), vocab.sep]
     ids = segment_a + segment_b

@@ -384,5 +384,6 @@ def versions() -> dict[str, str]:
         "numpy": numpy.__version__,
         "mxnet": " and ".join(map(str, installed_wheels())) or "not from a wheel",
         "platform": platform.platform(),
+        "sentencex": metadata.version("sentencex"),
         "threads": os.environ.get("OMP_NUM_THREADS", "not set"),
     }

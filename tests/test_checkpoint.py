@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gluon_bert.checkpoint import create_run, latest, load_run, save
+from gluon_bert.checkpoint import create_run, latest, load_run, save_checkpoint
 from gluon_bert.config import preset
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.encoding import encode
@@ -29,8 +29,8 @@ def net():
 def run_folder(tmp_path, net):
     folder = tmp_path / "run"
     create_run(folder, CONFIG, VOCAB, {"versions": {}})
-    save(folder, net, step=9)
-    save(folder, net, step=100)
+    save_checkpoint(folder, net, step=9)
+    save_checkpoint(folder, net, step=100)
     return folder
 
 
@@ -54,7 +54,7 @@ def test_a_failing_write_leaves_the_checkpoint_before(run_folder, net, monkeypat
 
     monkeypatch.setattr(net, "save_parameters", half)
     with pytest.raises(OSError, match="no space left"):
-        save(run_folder, net, step=100)
+        save_checkpoint(run_folder, net, step=100)
     assert sorted(p.name for p in (run_folder / "checkpoints").iterdir()) == [
         "step-00000009.params",
         "step-00000100.params",

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from gluon_bert.config import GROUPS, PRESETS, Config, preset
+from gluon_bert.config import GROUPS, PRESETS, Config, preset, write_json
 from gluon_bert.errors import BadInput
 
 
@@ -35,6 +35,16 @@ def test_every_option_explains_itself():
             assert len(field.metadata["help"]) > 8, field.name
 
 
+def test_json_files_hold_no_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"a": {"b": float("nan"), "c": 1.5}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": {"b": None, "c": 1.5}}
+
+
+def test_replace_refuses_other_types():
+    with pytest.raises(BadInput, match="--corpus is 'pydoc', which is no list of strings"):
+        preset("d2l").replace(corpus="pydoc")
+
+
 def test_replace_reaches_every_group_and_refuses_other_names():
     changed = preset("d2l").replace(units=64, max_len=32, seed=5)
     assert (changed.model.units, changed.data.max_len, changed.train.seed) == (64, 32, 5)
@@ -61,6 +71,9 @@ def test_all_problems_are_told_at_once():
         ({"mask_token_rate": 0.9, "random_token_rate": 0.2}, "must not exceed 1 together"),
         ({"corpus": ()}, "--corpus"),
         ({"lr": 0.0}, "--lr 0.0: must be above 0"),
+        ({"num_buckets": 65}, "--num-buckets 65: must not exceed --max-len 64"),
+        ({"seed": 2**31}, "--seed 2147483648: must be at most 2147483647"),
+        ({"lr": float("inf")}, "--lr inf: must be at most"),
         ({"held_out": 0.9}, "--held-out 0.9: must be at most 0.5"),
         ({"num_heads": 0}, "--num-heads 0: must be at least 1"),
     ],

@@ -1,12 +1,13 @@
 """Text files to documents."""
 
 import gzip
+import os
 
 import pytest
 from conftest import small_text
 
 from gluon_bert.config import DataConfig
-from gluon_bert.data.corpus import Corpus, guess_format, is_held_out, parse_piece, pieces, text_files
+from gluon_bert.data.corpus import Corpus, Piece, guess_format, is_held_out, parse_piece, pieces, text_files
 from gluon_bert.errors import BadInput
 
 PROSE = """The crane is flying over the city. It is
@@ -21,8 +22,6 @@ def documents(path, **changes):
 
 
 def parsed(text, text_format):
-    from gluon_bert.data.corpus import Piece
-
     return parse_piece(Piece(text, text_format), "en", lowercase=True)
 
 
@@ -36,6 +35,22 @@ def test_running_text_is_split_into_sentences_across_line_ends():
 def test_a_line_is_a_document_where_lines_are_paragraphs():
     text = "The crane flies. It is large.\nA driver came. He left. Why?\nalone\n"
     assert [len(document) for document in parsed(text, "paragraphs")] == [2, 3]
+
+
+def test_sentences_are_found_before_the_text_is_lower_cased():
+    text = "Das ist gut. Der Hund läuft hier. Er ist da."
+    piece = Piece(text, "prose")
+    assert parse_piece(piece, "de", lowercase=True) == [
+        ["das ist gut .", "der hund läuft hier .", "er ist da ."]
+    ]
+
+
+@pytest.mark.parametrize("space", ["\u00a0", "\u2028", "\u0085", "\t"])
+def test_unusual_white_space_is_white_space(tmp_path, space):
+    path = tmp_path / "t.txt"
+    path.write_text(f"See section A{space}. And{space}section B{space}.\n\n" * 3, "utf-8")
+    assert documents(path, text_format="prose") == [["see section a .", "and section b ."]] * 3
+    assert documents(path)
 
 
 def test_a_line_is_a_sentence_where_the_file_says_so():
@@ -62,7 +77,7 @@ def test_wikitext_is_split_as_the_book_splits_it():
     ],
 )
 def test_the_format_is_told_by_the_text(text, text_format):
-    assert guess_format(text) == text_format
+    assert guess_format(text, "en") == text_format
 
 
 def test_pieces_end_between_documents_and_hold_all_of_the_text(tmp_path, monkeypatch):
@@ -129,6 +144,14 @@ def test_the_archives_folder_around_wikitexts_files_does_too(tmp_path):
     assert [d[0] for d in documents(tmp_path)] == ["train one", "valid one"]
 
 
+def test_no_text_is_read_twice_nor_held_out_and_trained_on(tmp_path):
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"wiki.{name}.tokens").write_text(f" {name} one . {name} two . \n", "utf-8")
+    names = [str(path) for path in sorted(tmp_path.iterdir())] + [str(tmp_path)]
+    sides = [(d[0], held_out) for d, held_out in Corpus(DataConfig(corpus=tuple(names)))]
+    assert sides == [("train one", False), ("valid one", True)]
+
+
 def test_the_held_out_share_depends_on_the_text_alone(text_file):
     read = list(Corpus(DataConfig(corpus=(str(text_file),), held_out=0.3)))
     share = sum(held_out for _, held_out in read) / len(read)
@@ -163,6 +186,27 @@ def test_a_damaged_gz_is_told(tmp_path):
     path.write_bytes(gzip.compress(small_text().encode())[:-20])
     with pytest.raises(BadInput, match=r"cut.gz: the .gz file is damaged"):
         documents(path)
+
+
+def test_all_paths_that_cannot_be_read_are_told(tmp_path):
+    with pytest.raises(BadInput) as told:
+        Corpus(DataConfig(corpus=("/no/where", "pydoc", "/not/there")))
+    assert [line.split(":")[0] for line in str(told.value).splitlines()] == [
+        "--corpus /no/where",
+        "--corpus /not/there",
+    ]
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadInput, match="pipe: is no regular file"):
+        text_files(tmp_path / "pipe")
+
+
+def test_only_text_is_taken_from_a_folder(tmp_path):
+    for name in ("a.TXT", "b.txt.gz", "c.tar.gz", "d.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b""))
+    assert [file.path.name for file in text_files(tmp_path)] == ["a.TXT", "b.txt.gz"]
 
 
 def test_paths_that_cannot_be_read_are_told(tmp_path):

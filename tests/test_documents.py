@@ -2,9 +2,12 @@
 
 import dataclasses
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from gluon_bert.config import DataConfig
 from gluon_bert.data.documents import number, prepare
@@ -84,10 +87,11 @@ def test_another_text_under_the_same_name_is_another_cache(text_file, tmp_path):
     assert "zebra" in after.vocab
 
 
-def test_a_damaged_cache_is_made_anew(text_file, tmp_path, caplog):
+@pytest.mark.parametrize("size", [0, 100, -10])
+def test_a_damaged_cache_is_made_anew(text_file, tmp_path, caplog, size):
     first = prepare(config_of(text_file), tmp_path / "cache")
     (cached,) = (tmp_path / "cache").iterdir()
-    cached.write_bytes(cached.read_bytes()[:100])
+    cached.write_bytes(cached.read_bytes()[:size])
     with caplog.at_level(logging.WARNING):
         again = prepare(config_of(text_file), tmp_path / "cache")
     assert "damaged" in caplog.text
@@ -105,10 +109,14 @@ def test_a_cache_that_cannot_be_written_is_told_and_does_without(text_file, tmp_
 @pytest.mark.parametrize(
     ("text", "changes", "told"),
     [
-        ("one line only\n", {}, "0 documents of two sentences or more"),
-        ("one document\nof two lines\n", {"held_out": 0.0}, "1 documents of two sentences or more"),
+        ("one line only\n", {}, "0 of the documents to train on have two sentences"),
+        (
+            "one document\nof two lines\n",
+            {"held_out": 0.0},
+            "1 of the documents to train on have two sentences",
+        ),
         ("a b\nc d\n\ne f\ng h\n", {"held_out": 0.0}, "--min-freq 5: no word of"),
-        ("", {}, "0 documents"),
+        ("", {}, "0 of the documents"),
     ],
 )
 def test_a_corpus_without_enough_text_is_refused(tmp_path, text, changes, told):
@@ -117,6 +125,19 @@ def test_a_corpus_without_enough_text_is_refused(tmp_path, text, changes, told):
     with pytest.raises(BadInput, match=told):
         prepare(config_of(path, **changes), tmp_path / "cache")
     assert not list(tmp_path.glob("cache/*"))
+
+
+def test_preparing_wikitext2_takes_less_than_300_mb(wikitext):
+    code = f"""if True:
+        import resource
+        from gluon_bert.data.documents import prepare
+        from gluon_bert.config import DataConfig
+        import pathlib, tempfile
+        with tempfile.TemporaryDirectory() as cache:
+            prepare(DataConfig(corpus=({str(wikitext)!r},)), pathlib.Path(cache))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 300 * 1024
 
 
 def test_wikitext2_gives_the_books_counts(wikitext_prepared):

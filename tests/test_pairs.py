@@ -71,6 +71,19 @@ def test_one_document_holding_nearly_all_text_still_gets_foreign_negatives():
         assert (document_of(text, a) != document_of(text, b)).all()
 
 
+def test_negatives_of_a_large_document_are_not_always_the_same():
+    sizes = np.array([5000] + [5] * 100)
+    documents = np.concatenate([[0], np.cumsum(sizes)])
+    sentences = np.arange(0, 3 * documents[-1] + 1, 3)
+    text = Documents(np.arange(5, 5 + sentences[-1], dtype=np.int32), sentences, documents)
+    pairs = draw_pairs(text, DataConfig(negative_rate=1.0), np.random.default_rng(0))
+    of_large = pairs.take(document_of(text, sentence_of(text, pairs.first)) == 0)
+    times = np.bincount(sentence_of(text, of_large.second))
+    times = times[times > 0]
+    assert len(times) == 400  # every follower of the others
+    assert times.max() < 4 * times.mean()
+
+
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_rates_of_0_and_1_are_exact(rate):
     pairs = draw_pairs(random_documents(), DataConfig(negative_rate=rate), np.random.default_rng(0))

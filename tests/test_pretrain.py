@@ -15,6 +15,9 @@ from conftest import ROOT
 
 from gluon_bert.checkpoint import load_run
 from gluon_bert.encoding import encode
+from gluon_bert.runtime import mx
+
+MXNetError = mx.MXNetError
 
 SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "16"]
 SMALL += ["--num-steps", "6", "--log-every", "2"]
@@ -126,6 +129,11 @@ def test_losses_fall(command):
         (["--config", "/no/where.json"], "/no/where.json: cannot be read as a run's configuration"),
         (["--unitz", "4"], "unrecognized arguments: --unitz 4"),
         (["--output", "/proc/nowhere/run"], "--output /proc/nowhere/run: cannot be written"),
+        (
+            ["--output", "/dev/null/run"],
+            "--output /dev/null/run: cannot be written, as /dev/null is no folder",
+        ),
+        (["--config", "x", "--preset", "d2l"], "--config and --preset exclude each other"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_status_2(command, capsys, tmp_path, flags, told):
@@ -153,6 +161,49 @@ def test_a_folder_with_a_run_is_refused_before_any_text_is_read(command, capsys)
     assert status == 2
     assert "holds a run already" in capsys.readouterr().err
     assert (folder / "log.jsonl").read_text() == before
+
+
+def test_a_folder_with_something_else_is_refused(command, capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.doc").write_text("")
+    assert command()[0] == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_run_without_held_out_text_says_so_and_writes_valid_json(command, capsys):
+    status, folder = command("--held-out", "0")
+    assert status == 0
+    assert "too little text is held out" in capsys.readouterr().err
+    (folder / "config.json").read_text().index('"held_out_unigram": null')
+
+
+def test_evaluated_weights_are_kept(command):
+    _, folder = command("--eval-every", "4")
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000004.params", "step-00000006.params"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), MXNetError("C++\nMXNetError: bad")]
+)
+def test_a_failure_of_the_machine_is_told_in_a_line_with_status_1(command, capsys, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("gluon_bert.training.trainer.Trainer.fit", fail)
+    assert command()[0] == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("pretrain: ") and ("No space left" in told or "MXNetError: bad" in told)
+
+
+def test_a_picture_that_cannot_be_drawn_loses_no_weights(command, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gluon_bert.training.report.draw_losses", fail)
+    status, folder = command()
+    assert (status, load_run(folder).step) == (0, 6)
+    assert "no picture of the losses (No space left on device)" in capsys.readouterr().err
 
 
 def test_without_output_every_run_gets_a_new_folder(text_file, tmp_path, monkeypatch):

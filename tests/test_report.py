@@ -94,11 +94,6 @@ def test_a_loss_above_that_of_the_words_frequencies_is_explained(tmp_path, train
     assert (f"is still above {line}" in last) if line else ("is still above" not in last)
 
 
-def test_a_diverged_loss_counts_as_above(tmp_path):
-    report, _ = told(tmp_path, [float("nan")])
-    assert "is still above" in report.summary([])[-1]
-
-
 def test_the_picture_is_a_png_of_a_readable_size(tmp_path):
     told(tmp_path, [5.0, 4.5, 4.2], held_out=4.4)
     content = (tmp_path / "losses.png").read_bytes()

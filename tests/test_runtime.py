@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import types
+from importlib import metadata
 from pathlib import Path
 from typing import Any, List, Optional, Tuple
 
@@ -463,5 +464,6 @@ def test_versions_name_what_a_run_ran_on(monkeypatch: pytest.MonkeyPatch) -> Non
         "numpy": numpy.__version__,
         "mxnet": "mxnet 1.9.1",
         "platform": platform.platform(),
+        "sentencex": metadata.version("sentencex"),
         "threads": "3",
     }

@@ -13,6 +13,7 @@ from gluon_bert.config import DataConfig, ModelConfig, TrainConfig
 from gluon_bert.data.batch import split_and_load
 from gluon_bert.data.documents import number
 from gluon_bert.data.loader import Data, Loader
+from gluon_bert.errors import BadInput
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
 from gluon_bert.training import meters
@@ -292,8 +293,8 @@ class Remembering(Trainer):
         super().__init__(*args)
         self.sums, self.counts = [], []
 
-    def step(self, batch, count_hits=False):
-        shards, losses = super().step(batch, count_hits)
+    def step(self, batch, count_mlm_hits=False):
+        shards, losses = super().step(batch, count_mlm_hits)
         sums = np.zeros(4)
         for shard, loss in zip(shards, losses):
             if shard.num_pairs:
@@ -315,20 +316,21 @@ def test_averages_are_means_over_all_predictions_and_pairs(data, num_contexts):
     for progress, start in zip(recorder.progresses, [0, *logged]):
         window = slice(start, progress.step)
         for averages, part in ((progress.window, window), (progress.run, slice(0, progress.step))):
-            losses = sums[part].sum(axis=0) / counts[part].sum(axis=0)
-            np.testing.assert_allclose(averages[:2], losses[:2], rtol=1e-5)
-        # Hits are counted in the steps that are logged.
+            means = sums[part].sum(axis=0) / counts[part].sum(axis=0)
+            np.testing.assert_allclose(averages[:2], means[:2], rtol=1e-5)
+            assert averages.nsp_accuracy == pytest.approx(means[3])
+        # Hits among the predictions are counted in the steps that are logged.
         last = progress.step - 1
-        np.testing.assert_allclose(progress.window[2:], sums[last, 2:] / counts[last, 2:], rtol=1e-6)
+        assert progress.window.mlm_accuracy == pytest.approx(sums[last, 2] / counts[last, 2])
         seen = [step - 1 for step in logged if step <= progress.step]
         hits = sums[seen].sum(axis=0) / counts[seen].sum(axis=0)
-        np.testing.assert_allclose(progress.run[2:], hits[2:], rtol=1e-6)
+        assert progress.run.mlm_accuracy == pytest.approx(hits[2])
 
 
 # Meters
 
 
-def test_a_meter_counts_hits_only_where_it_is_asked_to(data, batch):
+def test_a_meter_counts_mlm_hits_only_where_it_is_asked_to(data, batch):
     trainer, meter = trainer_on(2, data), Meter()
     small = batch.rows(0, 1)  # leaves a context without rows of its own
     added = []
@@ -340,8 +342,8 @@ def test_a_meter_counts_hits_only_where_it_is_asked_to(data, batch):
         mlm, nsp, _ = reference.losses(MODEL, reference.values(trainer.net), each)
         right = [reference.hits(mlm_scores, each.labels), reference.hits(nsp_scores, each.is_next)]
         counts = np.array([len(each.labels), len(each)])
-        sums = [mlm, nsp, *np.multiply(right, count_hits)]
-        added.append([sums, [*counts, *(counts * count_hits)]])
+        asked = np.array([count_hits, True])
+        added.append([[mlm, nsp, *(right * asked)], [*counts, *(counts * asked)]])
     sums, counts = np.sum(added, axis=0)
     totals = meter.totals()
     np.testing.assert_allclose(totals.sums, sums, rtol=1e-5)
@@ -386,9 +388,9 @@ def test_fit_does_not_count_evaluations_as_training_time(data, monkeypatch):
     monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
 
     class Slow(Trainer):
-        def step(self, batch, count_hits=False):
+        def step(self, batch, count_mlm_hits=False):
             now.seconds += 1
-            return super().step(batch, count_hits)
+            return super().step(batch, count_mlm_hits)
 
         def evaluate(self, batches):
             now.seconds += 100
@@ -398,3 +400,62 @@ def test_fit_does_not_count_evaluations_as_training_time(data, monkeypatch):
     Slow(plain.net, plain.config, plain.contexts).fit(data, recorder)
     assert recorder.steps("evaluated") == [2, 4, 6, 7]
     assert [progress.seconds for progress in recorder.progresses] == [3.0, 6.0, 7.0]
+
+
+def test_time_of_queued_steps_is_training_time_though_an_evaluation_waits_for_them(data, monkeypatch):
+    # Steps that take their time only when they are waited for, as on a device.
+    now = SimpleNamespace(seconds=0.0, queued=0)
+
+    def wait_for_all():
+        now.seconds += 10 * now.queued
+        now.queued = 0
+
+    class Queueing(Trainer):
+        def step(self, batch, count_mlm_hits=False):
+            now.queued += 1
+            return super().step(batch, count_mlm_hits)
+
+        def evaluate(self, batches):
+            wait_for_all()
+            now.seconds += 1000
+            return super().evaluate(batches)
+
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(mx.nd, "waitall", wait_for_all)
+    plain, recorder = trainer_on(1, data, log_every=7, eval_every=2), Recorder()
+    Queueing(plain.net, plain.config, plain.contexts).fit(data, recorder)
+    assert recorder.progresses[-1].seconds == 70.0
+
+
+def test_a_loss_that_is_no_number_ends_the_run_in_words(data):
+    trainer, recorder = trainer_on(1, data, lr=1e3, log_every=1), Recorder()
+    bias = trainer.net.nsp.dense.bias
+    bias.set_data(mx.nd.array([np.nan, 0]))
+    with pytest.raises(BadInput, match=r"--lr 1000: by step 1 the loss is no number any more"):
+        trainer.fit(data, recorder)
+    assert recorder.steps("progressed") == [1]
+
+
+def test_an_interrupt_ends_between_steps_and_inside_an_evaluation(data):
+    trainer = trainer_on(1, data)
+
+    class Interrupting(Recorder):
+        def stepped(self, step):
+            super().stepped(step)
+            trainer.interrupted = step == 3
+
+    recorder = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(data, recorder)
+    assert recorder.steps("stepped") == [1, 2, 3]
+    trainer.interrupted = True
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate(seen.append(batch) or batch for batch in data.held_out.epoch(0))
+    assert len(seen) == 1
+
+
+def test_contexts_that_the_network_is_not_on_are_refused(data):
+    net = trainer_on(1, data).net
+    with pytest.raises(BadInput, match=r"the network is on \[cpu\(0\)\], not on \[cpu\(0\), cpu\(1\)\]"):
+        Trainer(net, TRAIN, [mx.cpu(0), mx.cpu(1)])

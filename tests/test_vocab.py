@@ -66,6 +66,8 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, content, told):
         ("x<y", ["x", "<", "y"]),
         ("", []),
         ("日本語 été", ["日本語", "été"]),
+        ("हिन्दी भाषा।", ["हिन्दी", "भाषा", "।"]),
+        ("cafe\u0301 cre\u0300me", ["caf\u00e9", "cr\u00e8me"]),
     ],
 )
 def test_text_is_split_into_words_and_marks(text, words):

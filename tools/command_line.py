@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import logging
 import sys
+from concurrent.futures import BrokenExecutor
 from typing import Any, Callable, Dict, List, Tuple, get_type_hints
 
 from gluon_bert.config import GROUPS, PRESETS, Config, flag
@@ -54,6 +55,24 @@ def guarded(body: Callable[[], int], name: str) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+    except (OSError, MemoryError, BrokenExecutor) as error:
+        return _failed(name, error)
+    except Exception as error:
+        # MXNet's own error, by its name: to import it here would be to import MXNet.
+        if type(error).__name__ != "MXNetError":
+            raise
+        return _failed(name, error)
+
+
+def _failed(name: str, error: BaseException) -> int:
+    """Tell in a line what went wrong outside the user's input; its origin only where the log asks for it."""
+    logging.debug("where it went wrong", exc_info=error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "")
+    if isinstance(error, MemoryError) or "allocate" in told:
+        told += " (less memory: a smaller --batch-size, --max-len or network)"
+    print(f"{name}: {type(error).__name__}: {told}", file=sys.stderr)
+    return 1
 
 
 def _help(group_name: str, field: Any) -> str:

@@ -13,6 +13,7 @@ from command_line import add_config_flags, config_from, guarded, run
 
 from gluon_bert import __version__, runtime
 from gluon_bert.config import PRESETS, Config, preset
+from gluon_bert.errors import BadInput
 
 EXAMPLES = """\
 examples:
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--preset", default="d2l", metavar="NAME", help=f"{', '.join(PRESETS)} (d2l)")
+    p.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (d2l)")
     p.add_argument("--config", type=Path, metavar="FILE", help="an earlier run's config.json, not a preset")
     p.add_argument(
         "--output",
@@ -67,14 +68,17 @@ def pretrain(arguments: argparse.Namespace) -> int:
     config = config_from(arguments, starting_point(arguments))
     gpus = None if arguments.gpus is None else runtime.parse_gpus(arguments.gpus)
     contexts = runtime.contexts(gpus, arguments.cpus)
-    output = arguments.output or _free_folder(arguments.preset)
+    name = arguments.preset or ("d2l" if arguments.config is None else "repeat")
+    output = _free_folder(name) if arguments.output is None else arguments.output
     return train(config, contexts, output)
 
 
 def starting_point(arguments: argparse.Namespace) -> Config:
     """The configuration that the flags change: a preset's, or an earlier run's."""
     if arguments.config is None:
-        return preset(arguments.preset)
+        return preset(arguments.preset or "d2l")
+    if arguments.preset is not None:
+        raise BadInput("--config and --preset exclude each other: give one of them")
     from gluon_bert.checkpoint import read_config  # needs MXNet, which --help does not
 
     return read_config(arguments.config)
@@ -88,6 +92,13 @@ def train(config: Config, contexts: list[Any], output: Path) -> int:
     from gluon_bert.training.report import References, Report
     from gluon_bert.training.trainer import Trainer
 
+    class SavingReport(Report):
+        """Keeps the weights that were evaluated, too."""
+
+        def evaluated(self, step: int, held_out: Any) -> None:
+            super().evaluated(step, held_out)
+            checkpoint.save_checkpoint(output, net, step)
+
     checkpoint.check_new(output)
     data = load_data(config.data, config.train.batch_size, config.train.seed)
     net = BERTModel(len(data.vocab), config.model)
@@ -100,33 +111,36 @@ def train(config: Config, contexts: list[Any], output: Path) -> int:
     }
     checkpoint.create_run(output, config, data.vocab, facts)
     print(f"{describe(net, data, contexts)}\nrun folder: {output}", file=sys.stderr)
-    report = Report(output, config.train, data)
+    trainer = Trainer(net, config.train, contexts)
+    report = SavingReport(output, config.train, data)
     try:
-        with interrupts_between_steps(report):
-            Trainer(net, config.train, contexts).fit(data, report)
+        with interrupts_between_steps(trainer):
+            trainer.fit(data, report)
+        checkpoint.save_checkpoint(output, net, report.step)
     except KeyboardInterrupt:
-        checkpoint.save(output, net, report.step)
+        checkpoint.save_checkpoint(output, net, report.step)
         print(f"the weights after step {report.step} are kept in {output}", file=sys.stderr)
         raise
     finally:
         report.close()
-    checkpoint.save(output, net, report.step)
     print("\n".join(report.summary(contexts)))
     return 0
 
 
 @contextmanager
-def interrupts_between_steps(report: Any) -> Iterator[None]:
-    """Let a first Ctrl-C wait for the end of the step; a second one ends at once."""
+def interrupts_between_steps(trainer: Any) -> Iterator[None]:
+    """Let a first Ctrl-C wait for the end of the step; a second one ends the process at once."""
 
     def handle(*_: Any) -> None:
-        if report.interrupted:
-            raise KeyboardInterrupt
-        report.interrupted = True
+        print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        trainer.interrupted = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     before = signal.signal(signal.SIGINT, handle)
     try:
         yield
+        if trainer.interrupted:
+            raise KeyboardInterrupt
     finally:
         signal.signal(signal.SIGINT, before)
 

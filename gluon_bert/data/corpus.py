@@ -15,6 +15,7 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Callable, Iterable, Iterator, List, NamedTuple, Sequence
 
@@ -65,12 +66,18 @@ class Corpus:
         self._config = config
         self._files: list[TextFile] = []
         self._prose: list[pydoc_prose.Source] = []
+        problems = []
         for name in config.corpus:
-            if name == "pydoc":
-                self._prose = pydoc_prose.source_files()
-            else:
-                folder = wikitext2_folder() if name == "wikitext-2" else Path(name)
-                self._files += text_files(folder)
+            try:
+                if name == "pydoc":
+                    self._prose = pydoc_prose.source_files()
+                else:
+                    self._files += text_files(wikitext2_folder() if name == "wikitext-2" else Path(name))
+            except BadInput as problem:
+                problems.append(str(problem))
+        if problems:
+            raise BadInput("\n".join(problems))
+        self._files = _each_once(self._files)
 
     def __iter__(self) -> Iterator[tuple[Document, bool]]:
         config = self._config
@@ -80,7 +87,9 @@ class Corpus:
                 yield document, is_held_out(document, config.held_out)
             parse_text = partial(parse_piece, language=config.language, lowercase=config.lowercase)
             for file in self._files:
-                for documents in parse_all(parse_text, pieces(file.path, config.text_format)):
+                for documents in parse_all(
+                    parse_text, pieces(file.path, config.text_format, config.language)
+                ):
                     for document in documents:
                         held_out = file.held_out
                         if held_out is None:
@@ -89,7 +98,7 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """A hash of what would be read: the files' content, or the versions behind the pydoc prose."""
-        digest = hashlib.sha1()
+        digest = hashlib.sha1(metadata.version("sentencex").encode())
         if self._prose:
             digest.update(pydoc_prose.fingerprint().encode())
         for file in self._files:
@@ -109,14 +118,32 @@ def text_files(path: Path) -> list[TextFile]:
         raise BadInput(
             f"--corpus {path}: no such file or folder; or name pydoc or wikitext-2, the corpora known by name"
         )
-    if not path.is_dir():
+    if path.is_file():
         return _with_its_valid_file(path)
+    if not path.is_dir():
+        raise BadInput(f"--corpus {path}: is no regular file; write the text to one first")
     if (path / WIKITEXT_TRAIN).is_file():
         return _with_its_valid_file(path / WIKITEXT_TRAIN)
     found = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_text(file.relative_to(path))]
     if not found:
-        raise BadInput(f"--corpus {path}: the folder holds no file that ends in {', '.join(ENDINGS)} or .gz")
-    return [text for file in found if not _belongs_to_train_file(file) for text in _with_its_valid_file(file)]
+        raise BadInput(
+            f"--corpus {path}: the folder holds no file that ends in {', '.join(ENDINGS)} or these and .gz"
+        )
+    return [text for file in found for text in _with_its_valid_file(file)]
+
+
+def _each_once(files: Sequence[TextFile]) -> list[TextFile]:
+    """The files without repetitions, however they were named; what is held out whole stays held out.
+
+    Whoever names all of WikiText's files means its training text: the test file is not part of it.
+    """
+    known: dict[Path, TextFile] = {}
+    for file in files:
+        path = file.path.resolve()
+        if path not in known or known[path].held_out is None:
+            known[path] = file
+    trained = {path.parent for path in known if path.name == WIKITEXT_TRAIN}
+    return [file for path, file in known.items() if path.name != WIKITEXT_TEST or path.parent not in trained]
 
 
 def _with_its_valid_file(path: Path) -> list[TextFile]:
@@ -126,11 +153,7 @@ def _with_its_valid_file(path: Path) -> list[TextFile]:
     return [TextFile(path, None)]
 
 
-def _belongs_to_train_file(path: Path) -> bool:
-    return path.name in (WIKITEXT_VALID, WIKITEXT_TEST) and path.with_name(WIKITEXT_TRAIN).is_file()
-
-
-def pieces(path: Path, text_format: str) -> Iterator[Piece]:
+def pieces(path: Path, text_format: str, language: str = "en") -> Iterator[Piece]:
     """A file's text in pieces that end where a document does; BadInput names a line that is not UTF-8."""
     if text_format == "auto" and _without_gz(path).suffix == ".tokens":
         text_format = "wikitext"
@@ -140,8 +163,8 @@ def pieces(path: Path, text_format: str) -> Iterator[Piece]:
         text = _decoded(block, path, line_number)
         line_number += block.count(b"\n")
         if text_format == "auto":
-            text_format = guess_format(text)
-            log.info("%s is read as %s; --text-format says otherwise", path, text_format)
+            text_format = guess_format(text, language)
+            log.info("%s is read as %s (--text-format changes that)", path, text_format)
         end = _end_of_documents(text, text_format)
         if end:
             yield Piece("".join([*pending, text[:end]]), text_format)
@@ -151,13 +174,13 @@ def pieces(path: Path, text_format: str) -> Iterator[Piece]:
         yield Piece("".join(pending), text_format)
 
 
-def guess_format(text: str) -> str:
+def guess_format(text: str, language: str) -> str:
     """What a text looks like from its first lines: sentences, paragraphs or prose."""
     lines = [line for line in text.split("\n") if line.strip()][:_SAMPLED_LINES]
     if not lines:
         return "prose"
     single = [
-        line for line in lines if _ENDS_A_SENTENCE.search(line) and len(split_sentences(line, "en")) == 1
+        line for line in lines if _ENDS_A_SENTENCE.search(line) and len(split_sentences(line, language)) == 1
     ]
     if len(single) >= 0.9 * len(lines):
         return "sentences"
@@ -166,26 +189,28 @@ def guess_format(text: str) -> str:
 
 def parse_piece(piece: Piece, language: str, lowercase: bool) -> list[Document]:
     """The documents of a piece that have two sentences at least."""
-    text = piece.text.lower() if lowercase else piece.text
+    text = piece.text
     if piece.text_format == "wikitext":
+        text = text.lower() if lowercase else text
         return [line.strip().split(" . ") for line in text.split("\n") if " . " in line]
     if piece.text_format == "sentences":
         documents = [block.split("\n") for block in _between_blank_lines(text)]
     else:
         lines = text.split("\n") if piece.text_format == "paragraphs" else _between_blank_lines(text)
-        documents = [split_sentences(" ".join(line.split()), language) for line in lines]
-    return _of_two_sentences(documents)
+        documents = [split_sentences(line, language) for line in lines]
+    return _of_two_sentences(documents, lowercase)
 
 
 def parse_source(source: pydoc_prose.Source, language: str, lowercase: bool) -> list[Document]:
     """The documents of one file of the pydoc prose, a paragraph each."""
-    paragraphs = (p.lower() if lowercase else p for p in pydoc_prose.paragraphs(source))
-    return _of_two_sentences([split_sentences(paragraph, "en") for paragraph in paragraphs])
+    paragraphs = pydoc_prose.paragraphs(source)
+    return _of_two_sentences([split_sentences(paragraph, "en") for paragraph in paragraphs], lowercase)
 
 
 def split_sentences(text: str, language: str) -> list[str]:
-    """Running text to sentences, by the rules of a two-letter language code."""
-    return [sentence.strip() for sentence in sentencex.segment(language, text)]
+    """Running text to sentences, by the rules of a two-letter language code (English where it has none)."""
+    # Its capitals matter; white space other than single spaces makes some versions of sentencex fail.
+    return [sentence.strip() for sentence in sentencex.segment(language, " ".join(text.split()))]
 
 
 def is_held_out(document: Document, share: float) -> bool:
@@ -196,8 +221,9 @@ def is_held_out(document: Document, share: float) -> bool:
     return zlib.crc32("\n".join(document).encode("utf-8", "surrogatepass")) < share * 2**32
 
 
-def _of_two_sentences(documents: Iterable[Sequence[str]]) -> list[Document]:
-    tokenized = ([" ".join(split_words(s)) for s in sentences] for sentences in documents)
+def _of_two_sentences(documents: Iterable[Sequence[str]], lowercase: bool) -> list[Document]:
+    cased = ([s.lower() if lowercase else s for s in sentences] for sentences in documents)
+    tokenized = ([" ".join(split_words(s)) for s in sentences] for sentences in cased)
     filled = ([s for s in sentences if s] for sentences in tokenized)
     return [sentences for sentences in filled if len(sentences) >= 2]
 
@@ -261,7 +287,7 @@ def _decoded(block: bytes, path: Path, first_line: int) -> str:
 
 def _is_text(path: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and (path.suffix == ".gz" or path.suffix in ENDINGS)
+    return not hidden and _without_gz(path).suffix.lower() in ENDINGS
 
 
 def _without_gz(path: Path) -> Path:

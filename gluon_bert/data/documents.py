@@ -24,7 +24,7 @@ from .wikitext import data_folder
 log = logging.getLogger(__name__)
 
 # Part of every cache key: raise it when the same text would give other ids.
-_FORMAT = 1
+_FORMAT = 2
 _PARTS = ("tokens", "sentences", "documents")
 
 
@@ -146,8 +146,9 @@ def _check(prepared: Prepared, config: DataConfig) -> None:
     usable = prepared.train.with_pairs()
     if usable < 2:
         raise BadInput(
-            f"--corpus {names}: {usable} documents of two sentences or more to train on; next-sentence "
-            "prediction needs two at least (blank lines part documents; see --text-format)"
+            f"--corpus {names}: {usable} of the documents to train on have two sentences or more, where "
+            f"next-sentence prediction needs two such documents; {len(prepared.held_out)} more are held out "
+            "(--held-out), and --text-format says what parts documents and sentences"
         )
     if len(prepared.vocab) == prepared.vocab.num_special:
         raise BadInput(
@@ -186,7 +187,7 @@ def _load(path: Path) -> Prepared | None:
             words = arrays["words"].tobytes().decode("utf-8", "surrogatepass").split("\n")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         log.warning("%s is damaged and made anew (%s)", path, error)
         return None
     return Prepared(train, held_out, Vocabulary(words), path.stem)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Iterator, NamedTuple
 
 import numpy as np
 
-from ..config import DataConfig
+from ..config import DataConfig, check_group
 from ..errors import BadInput
 from .batch import Batch, make_batch
 from .documents import Documents, prepare
@@ -17,6 +18,9 @@ from .vocab import Vocabulary
 
 # What the seed's streams are drawn for: pairs, the order of an epoch. Masks have their noise.
 _PAIRS, _ORDER = 0, 1
+
+
+log = logging.getLogger(__name__)
 
 
 class Loader:
@@ -96,12 +100,15 @@ def load_data(config: DataConfig, batch_size: int, seed: int = 0) -> Data:
 
     Raises BadInput where the corpus cannot be used as the configuration asks.
     """
+    check_group(config)
     prepared = prepare(config)
     train = Loader(prepared.train, prepared.vocab, config, batch_size, seed)
     if not len(train.pairs(0)):
         raise BadInput(f"--max-len {config.max_len}: no pair of sentences fits; a larger figure is needed")
     held_out = Loader(prepared.held_out, prepared.vocab, config, batch_size, seed)
     usable = prepared.held_out.with_pairs() >= 2 and len(held_out.pairs(0)) > 0
+    if not usable:
+        log.info("too little text is held out for an evaluation; --held-out asks for more")
     return Data(
         train,
         held_out if usable else None,

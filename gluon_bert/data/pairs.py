@@ -13,9 +13,6 @@ from .vocab import Vocabulary
 # [CLS] a [SEP] b [SEP]
 NUM_SPECIAL_IN_PAIR = 3
 
-# A negative that falls on the pair's own document is drawn again, this often in bulk and then by walking on.
-_REDRAWS = 8
-
 
 @dataclass(frozen=True)
 class Pairs:
@@ -78,17 +75,14 @@ def _matched_negatives(documents: Documents, a: np.ndarray, rng: np.random.Gener
     In the book's draw three in ten random sentences open a paragraph and no true one does, so up to two
     thirds of the labels can be told without reading the first sentence.
     """
+    # The followers, all sentences but the firsts, stand in the order of their documents: those of a's own
+    # document, (own_start, own_stop), are skipped by drawing from what comes after them, and then around.
     document_of = np.repeat(np.arange(len(documents)), np.diff(documents.documents))
     followers = a + 1
-    chosen = rng.integers(len(followers), size=len(a))
-    for _ in range(_REDRAWS):
-        own = np.flatnonzero(document_of[followers[chosen]] == document_of[a])
-        chosen[own] = rng.integers(len(followers), size=len(own))
-    # A document that holds most of the corpus may still be hit: go to the first follower after it.
-    own = np.flatnonzero(document_of[followers[chosen]] == document_of[a])
-    after = np.searchsorted(document_of[followers], document_of[a[own]], side="right")
-    chosen[own] = after % len(followers)
-    return followers[chosen]
+    owner = document_of[followers]
+    own_start, own_stop = np.searchsorted(owner, owner), np.searchsorted(owner, owner, side="right")
+    foreign = len(followers) - (own_stop - own_start)
+    return followers[(own_stop + rng.integers(0, foreign)) % len(followers)]
 
 
 def _truncated(pairs: Pairs, max_len: int) -> Pairs:

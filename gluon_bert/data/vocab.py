@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Iterable, Mapping, Sequence
 
@@ -15,17 +16,20 @@ from ..errors import BadInput
 # The book's special tokens in the book's order, so that its ids are these: <unk> is 0, words start at 5.
 UNK, PAD, MASK, CLS, SEP = SPECIAL_TOKENS = ("<unk>", "<pad>", "<mask>", "<cls>", "<sep>")
 
+# Vowel signs and accents that are characters of their own, and the joiners between letters: parts of words.
+_MARKS = "".join(chr(c) for c in range(0x300, 0x10000) if unicodedata.category(chr(c))[0] == "M")
+_LETTER = rf"[\w\u200c\u200d{_MARKS}]"
 # A word with its inner apostrophes and hyphens, or one other visible character; <unk> and <mask> stay whole.
-_WORD = re.compile(r"<unk>|<mask>|\w+(?:['’-]\w+)*|[^\w\s]")
+_WORD = re.compile(rf"<unk>|<mask>|{_LETTER}+(?:['’-]{_LETTER}+)*|[^\s]")
 
 
 def split_words(text: str) -> list[str]:
-    """Running text to words and punctuation marks.
+    """Running text to words and punctuation marks, with accented letters in their composed form.
 
     >>> split_words("It's 3.5 km, <unk> said.")
     ["It's", '3', '.', '5', 'km', ',', '<unk>', 'said', '.']
     """
-    return _WORD.findall(text)
+    return _WORD.findall(unicodedata.normalize("NFC", text))
 
 
 class Vocabulary:

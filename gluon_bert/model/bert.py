@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import ModelConfig
+from ..config import ModelConfig, check_group
 from ..errors import BadInput
 from ..runtime import mx
 from .encoder import Encoder
@@ -30,6 +30,7 @@ class BERTModel(mx.gluon.HybridBlock):
         super().__init__(**kwargs)
         if mx.util.is_np_array():
             raise BadInput("gluon_bert computes with MXNet's classic arrays: call mxnet.npx.reset_np() first")
+        check_group(config)
         self.vocab_size, self.config = vocab_size, config
         with self.name_scope():
             self.encoder = Encoder(vocab_size, config)

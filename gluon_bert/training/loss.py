@@ -17,7 +17,7 @@ class ShardLoss(NamedTuple):
 
     `mlm` and `nsp` are sums over the shard's predictions and pairs, (1,). `total`, (1,), is the shard's
     share of the batch's loss, mean MLM plus mean NSP: the totals of all shards add up to it. `hits`, (2,),
-    counts the predictions and the pairs with the highest score at the label; zeros where not asked for.
+    counts the predictions and the pairs with the highest score at the label; predictions only if asked for.
     """
 
     mlm: Any
@@ -26,12 +26,12 @@ class ShardLoss(NamedTuple):
     hits: Any
 
 
-def shard_loss(net: Any, shard: Shard, count_hits: bool = False) -> ShardLoss:
+def shard_loss(net: Any, shard: Shard, count_mlm_hits: bool = False) -> ShardLoss:
     """The MLM, the NSP and the total loss of one shard.
 
     The shard's weights divide by the counts of the whole batch, here and nowhere else: so one context,
-    two or four give the same gradient, however the rows are divided. Counting hits takes one more pass
-    over all scores.
+    two or four give the same gradient, however the rows are divided. Counting the hits among the
+    predictions takes one more pass over all their scores.
     """
     encoded = net.encoder(shard.tokens, shard.segments, shard.lengths)
     nsp_scores = net.nsp(net.pooler(encoded))
@@ -42,9 +42,9 @@ def shard_loss(net: Any, shard: Shard, count_hits: bool = False) -> ShardLoss:
         some = slice(start, start + SLICE)
         mlm_scores, labels = net.mlm.decoder(masked[some]), shard.labels[some]
         mlm = mlm + cross_entropy(mlm_scores, labels)
-        if count_hits:
+        if count_mlm_hits:
             mlm_hits = mlm_hits + hits(mlm_scores, labels)
-    nsp_hits = hits(nsp_scores, shard.is_next) * count_hits
+    nsp_hits = hits(nsp_scores, shard.is_next)
     total = mlm * shard.mlm_weight + nsp * shard.nsp_weight
     return ShardLoss(mlm, nsp, total, mx.nd.concat(mlm_hits, nsp_hits, dim=0))
 

@@ -51,14 +51,14 @@ class Totals(NamedTuple):
 class Meter:
     """Sums over batches of any size on any contexts, kept there until `totals` waits for them.
 
-    Batches may leave out the counting of hits; the accuracies are those of the batches that did not.
+    Batches may leave out the hits among their predictions; the MLM accuracy is that of those that did not.
     """
 
     def __init__(self) -> None:
         self._sums: dict[Any, Any] = {}
         self._counts = np.zeros(4)
 
-    def add(self, shards: list[Shard], losses: list[ShardLoss], count_hits: bool) -> None:
+    def add(self, shards: list[Shard], losses: list[ShardLoss], count_mlm_hits: bool) -> None:
         """Add what one batch gave, shard by shard. Waits for nothing."""
         for shard, loss in zip(shards, losses):
             if not shard.num_pairs:
@@ -66,8 +66,8 @@ class Meter:
             sums = mx.nd.concat(loss.mlm, loss.nsp, loss.hits, dim=0)
             before = self._sums.get(sums.context)
             self._sums[sums.context] = sums if before is None else before + sums
-            counts = np.array([shard.num_predictions, shard.num_pairs])
-            self._counts += np.concatenate([counts, counts * count_hits])
+            predictions, pairs = shard.num_predictions, shard.num_pairs
+            self._counts += [predictions, pairs, predictions * count_mlm_hits, pairs]
 
     def totals(self) -> Totals:
         """What was added up so far. Waits for the devices."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from ..config import TrainConfig
+from ..config import TrainConfig, without_nan
 from ..data.loader import Data
 from ..files import written_aside
 from .meters import Averages, Progress
+
+log = logging.getLogger(__name__)
 
 
 class References(NamedTuple):
@@ -42,7 +45,6 @@ class Report:
     def __init__(self, folder: Path, config: TrainConfig, data: Data, screen: TextIO | None = None) -> None:
         self.folder, self.references = Path(folder), References.of(data)
         self.step = 0
-        self.interrupted = False
         self.last: Progress | None = None
         self.held_out: Averages | None = None
         self._config = config
@@ -60,11 +62,8 @@ class Report:
         )
 
     def stepped(self, step: int) -> None:
-        """A step has been queued. Here, between two steps, an interrupt leaves the weights whole."""
         self.step = step
         self._bar.update(1)
-        if self.interrupted:
-            raise KeyboardInterrupt
 
     def progressed(self, progress: Progress) -> None:
         self.last = progress
@@ -94,7 +93,10 @@ class Report:
         self._bar.close()
         self._log.close()
         if self._records:
-            draw_losses(self.folder / "losses.png", self._records, self.references)
+            try:
+                draw_losses(self.folder / "losses.png", self._records, self.references)
+            except OSError as error:
+                log.warning("%s: no picture of the losses (%s)", self.folder, error.strerror or error)
 
     def summary(self, contexts: Sequence[Any]) -> list[str]:
         """The closing lines: the book's two, then what they leave open."""
@@ -128,7 +130,7 @@ class Report:
 
     def _record(self, record: dict[str, Any]) -> None:
         self._records.append(record)
-        json.dump(_finite(record), self._log)
+        json.dump(without_nan(record), self._log)
         self._log.write("\n")
         self._log.flush()
 
@@ -171,10 +173,3 @@ def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: Refer
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, frameon=False)
     with written_aside(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
-
-
-def _finite(record: Any) -> Any:
-    """JSON has no NaN: what is none becomes null."""
-    if isinstance(record, dict):
-        return {name: _finite(value) for name, value in record.items()}
-    return None if isinstance(record, float) and not math.isfinite(record) else record

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from itertools import islice
 from typing import Any, Iterable, Protocol, Sequence
 
-from ..config import TrainConfig
+from ..config import TrainConfig, check_group
 from ..data.batch import Batch, Shard, split_and_load
 from ..data.loader import Data
+from ..errors import BadInput
 from ..runtime import mx
 from .loss import ShardLoss, shard_loss
 from .meters import Averages, Clock, Meter, Progress
@@ -39,16 +41,23 @@ class Trainer:
     """
 
     def __init__(self, net: Any, config: TrainConfig, contexts: Sequence[Any]) -> None:
+        check_group(config)
+        parameters = net.collect_params()
+        if set(contexts) != set(net.nsp.dense.weight.list_ctx()):
+            raise BadInput(f"the network is on {net.nsp.dense.weight.list_ctx()}, not on {list(contexts)}")
         self.net, self.config, self.contexts = net, config, list(contexts)
+        # Set from a signal handler, it ends `fit` with a KeyboardInterrupt between two steps, where the
+        # weights are whole, or between two batches of an evaluation.
+        self.interrupted = False
         self._optimizer = mx.gluon.Trainer(
-            net.collect_params(), "adam", {"learning_rate": config.lr}, update_on_kvstore=False
+            parameters, "adam", {"learning_rate": config.lr}, update_on_kvstore=False
         )
 
-    def step(self, batch: Batch, count_hits: bool = False) -> tuple[list[Shard], list[ShardLoss]]:
+    def step(self, batch: Batch, count_mlm_hits: bool = False) -> tuple[list[Shard], list[ShardLoss]]:
         """One optimizer step on one batch; returns what each context computed, without waiting for it."""
         shards = split_and_load(batch, self.contexts)
         with mx.autograd.record():
-            losses = [shard_loss(self.net, shard, count_hits) for shard in shards]
+            losses = [shard_loss(self.net, shard, count_mlm_hits) for shard in shards]
         mx.autograd.backward([loss.total for loss in losses])
         self._optimizer.step(1)  # the losses are divided by the global counts already
         return shards, losses
@@ -58,32 +67,51 @@ class Trainer:
         meter = Meter()
         for batch in batches:
             shards = split_and_load(batch, self.contexts)
-            losses = [shard_loss(self.net, shard, count_hits=True) for shard in shards]
-            meter.add(shards, losses, count_hits=True)
+            losses = [shard_loss(self.net, shard, count_mlm_hits=True) for shard in shards]
+            meter.add(shards, losses, count_mlm_hits=True)
             losses[0].total.wait_to_read()
+            self._stop_if_interrupted()
         return meter.totals().averages()
 
     def fit(self, data: Data, reporter: Reporter | None = None) -> Progress | None:
-        """Train for `num_steps` steps; returns how the run stands after the last one."""
+        """Train for `num_steps` steps; returns how the run stands after the last one.
+
+        Raises BadInput when the loss is no number any more, KeyboardInterrupt when `interrupted` is set.
+        """
         config, clock, meter = self.config, Clock(), Meter()
         queue: deque[Any] = deque()
         progress = None
         for step, batch in enumerate(islice(data.train.forever(), config.num_steps), 1):
-            logged = step % config.log_every == 0 or step == config.num_steps
-            shards, losses = self.step(batch, count_hits=logged)
-            meter.add(shards, losses, count_hits=logged)
+            last = step == config.num_steps
+            logged = last or step % config.log_every == 0
+            evaluated = last or (config.eval_every and step % config.eval_every == 0)
+            shards, losses = self.step(batch, count_mlm_hits=logged)
+            meter.add(shards, losses, count_mlm_hits=logged)
             queue.append(losses[0].total)
             if len(queue) > QUEUED_STEPS:
                 queue.popleft().wait_to_read()
             if reporter:
                 reporter.stepped(step)
+            if logged or evaluated:
+                mx.nd.waitall()  # so that each clock stops on finished work
             if logged:
-                progress = clock.progress(step, meter.totals())  # waits for the devices
-                meter = Meter()
+                progress, meter = clock.progress(step, meter.totals()), Meter()
                 if reporter:
                     reporter.progressed(progress)
-            due = step == config.num_steps or (config.eval_every and step % config.eval_every == 0)
-            if due and data.held_out and reporter:
+                self._stop_if_diverged(progress)
+            if evaluated and data.held_out and reporter:
                 with clock.stopped():
                     reporter.evaluated(step, self.evaluate(data.held_out.epoch(0)))
+            self._stop_if_interrupted()
         return progress
+
+    def _stop_if_interrupted(self) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def _stop_if_diverged(self, progress: Progress) -> None:
+        if not math.isfinite(progress.window.mlm_loss + progress.window.nsp_loss):
+            raise BadInput(
+                f"--lr {self.config.lr:g}: by step {progress.step} the loss is no number any more, the "
+                "training has diverged; a smaller learning rate is the usual remedy"
+            )
