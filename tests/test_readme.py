@@ -16,7 +16,7 @@ COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("   
 def test_the_walk_through_runs(text_file, tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     small = code.replace(
-        'corpus=("pydoc",), num_steps=50', f'corpus=("{text_file}",), num_steps=2, batch_size=16'
+        'corpus=["wikitext-2"], num_steps=50', f'corpus=["{text_file}"], num_steps=2, batch_size=16'
     )
     assert small != code
     monkeypatch.chdir(tmp_path)
@@ -26,6 +26,7 @@ def test_the_walk_through_runs(text_file, tmp_path, monkeypatch, capsys):
     assert abs(names["single"][0, 2] - names["pair"][0, 2]).max().asscalar() > 1e-3
     assert "(1, 6, 128) (1, 10, 128)" in capsys.readouterr().out
     assert (tmp_path / "my_run" / "losses.png").exists()
+    assert names["gb"].load_run("my_run").step == 50
 
 
 @pytest.mark.parametrize("command", COMMANDS)
