@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 
 from gluon_bert.config import TrainConfig
 from gluon_bert.training.meters import Averages, Progress
@@ -52,7 +53,7 @@ def test_on_a_terminal_there_is_a_bar(tmp_path):
     _, screen = told(tmp_path, [5.0, 4.5], screen=Terminal())
     assert "\r" in screen
     assert "2/10" in screen
-    assert "MLM loss 4.500" in screen
+    assert "MLM 4.500 (5%) NSP 0.700 (50%) lr 0.001 100 pairs/s" in screen
 
 
 def test_the_log_has_an_object_a_line(tmp_path):
@@ -78,7 +79,7 @@ def test_the_log_has_an_object_a_line(tmp_path):
 def test_the_summary_begins_with_the_books_two_lines_and_names_the_references(tmp_path):
     report, _ = told(tmp_path, [5.0], held_out=3.0)
     lines = report.summary(["cpu(0)"])
-    assert lines[0] == "MLM loss 5.000, NSP loss 0.700 (means of all 1 steps)"
+    assert lines[0] == "MLM loss 5.000, NSP loss 0.700 (means of 1 steps)"
     assert lines[1] == "90.0 sentence pairs/sec on ['cpu(0)']"
     assert "4.605 = ln V" in lines[-1] and "0.693 = ln 2" in lines[-1]
     assert "4.000 = entropy of the words' frequencies (3.500 on the held-out text)" in lines[-1]
@@ -104,3 +105,24 @@ def test_the_picture_is_a_png_of_a_readable_size(tmp_path):
 
 def test_accuracies_are_percentages():
     assert in_words(Averages(7.0, 0.7, 0.051, 1.0)).endswith("NSP loss 0.700 (100.0 % right)")
+
+
+def test_the_picture_names_every_reference(tmp_path, monkeypatch):
+    figures = []
+
+    class Kept(Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            figures.append(self)
+
+    monkeypatch.setattr("gluon_bert.training.report.Figure", Kept)
+    told(tmp_path, [5.0, 4.5], held_out=4.4)
+    labels = {text.get_text() for axes in figures[0].axes for text in axes.get_legend().get_texts()}
+    assert labels == {
+        "training",
+        "held-out text",
+        "ln V = 4.61",
+        "word frequencies alone = 4.00",
+        "word frequencies alone, held out = 3.50",
+        "a coin, ln 2 = 0.69",
+    }

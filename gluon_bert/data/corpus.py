@@ -64,6 +64,7 @@ class Corpus:
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
+        self._told: set[str] = set()
         self._files: list[TextFile] = []
         self._prose: list[pydoc_prose.Source] = []
         problems = []
@@ -87,14 +88,20 @@ class Corpus:
                 yield document, is_held_out(document, config.held_out)
             parse_text = partial(parse_piece, language=config.language, lowercase=config.lowercase)
             for file in self._files:
-                for documents in parse_all(
-                    parse_text, pieces(file.path, config.text_format, config.language)
-                ):
+                for documents in parse_all(parse_text, self._pieces(file.path)):
                     for document in documents:
                         held_out = file.held_out
                         if held_out is None:
                             held_out = is_held_out(document, config.held_out)
                         yield document, held_out
+
+    def _pieces(self, path: Path) -> Iterator[Piece]:
+        """A file's pieces; the first file of each format that was guessed is told."""
+        for piece in pieces(path, self._config.text_format, self._config.language):
+            if self._config.text_format == "auto" and piece.text_format not in self._told:
+                self._told.add(piece.text_format)
+                log.info("%s: read as %s (--text-format changes that)", path, piece.text_format)
+            yield piece
 
     def fingerprint(self) -> str:
         """A hash of what would be read: the files' content, or the versions behind the pydoc prose."""
@@ -164,7 +171,6 @@ def pieces(path: Path, text_format: str, language: str = "en") -> Iterator[Piece
         line_number += block.count(b"\n")
         if text_format == "auto":
             text_format = guess_format(text, language)
-            log.info("%s is read as %s (--text-format changes that)", path, text_format)
         end = _end_of_documents(text, text_format)
         if end:
             yield Piece("".join([*pending, text[:end]]), text_format)

@@ -55,7 +55,7 @@ class Report:
         self._log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
         self._bar = tqdm(
             total=config.num_steps,
-            unit="step",
+            bar_format="{n}/{total} {bar}[{elapsed}<{remaining}{postfix}]",
             file=self._screen,
             disable=not self._screen.isatty(),
             dynamic_ncols=True,
@@ -76,11 +76,16 @@ class Report:
                 "seconds": progress.seconds,
             }
         )
-        told = f"{in_words(progress.window)}, lr {self._config.lr:g}, {progress.pairs_per_second:.1f} pairs/s"
-        self._bar.set_postfix_str(told)
+        window, lr = progress.window, f"lr {self._config.lr:g}"
+        # Short enough for a terminal of 80 columns.
+        self._bar.set_postfix_str(
+            f"MLM {window.mlm_loss:.3f} ({window.mlm_accuracy:.0%}) NSP {window.nsp_loss:.3f} "
+            f"({window.nsp_accuracy:.0%}) {lr} {progress.pairs_per_second:.0f} pairs/s"
+        )
         if self._bar.disable:
             steps = self._config.num_steps
             left = tqdm.format_interval(progress.seconds / progress.step * (steps - progress.step))
+            told = f"{in_words(window)}, {lr}, {progress.pairs_per_second:.1f} pairs/s"
             print(f"step {progress.step}/{steps}: {told}, {left} left", file=self._screen)
 
     def evaluated(self, step: int, held_out: Averages) -> None:
@@ -104,7 +109,7 @@ class Report:
             return []
         run, window, references = self.last.run, self.last.window, self.references
         lines = [
-            f"MLM loss {run.mlm_loss:.3f}, NSP loss {run.nsp_loss:.3f} (means of all {self.last.step} steps)",
+            f"MLM loss {run.mlm_loss:.3f}, NSP loss {run.nsp_loss:.3f} (means of {self.last.step} steps)",
             f"{self.last.run_pairs_per_second:.1f} sentence pairs/sec on {list(contexts)}",
             f"last window: {in_words(window)}",
         ]
@@ -162,13 +167,12 @@ def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: Refer
         axes.set(title=title, xlabel="optimizer step", ylabel="loss [nats]", xlim=(0, None))
         axes.grid(alpha=0.3)
     mlm.axhline(references.uniform, color="grey", ls=":", label=f"ln V = {references.uniform:.2f}")
-    mlm.axhline(
-        references.unigram,
-        color="tab:red",
-        ls="--",
-        label=f"word frequencies alone = {references.unigram:.2f}",
-    )
-    nsp.axhline(references.coin, color="tab:red", ls="--", label="a coin, ln 2 = 0.69")
+    alone = "word frequencies alone"
+    mlm.axhline(references.unigram, color="tab:blue", ls="--", label=f"{alone} = {references.unigram:.2f}")
+    if held_out:
+        value = references.held_out_unigram
+        mlm.axhline(value, color="tab:orange", ls="--", label=f"{alone}, held out = {value:.2f}")
+    nsp.axhline(references.coin, color="grey", ls="--", label=f"a coin, ln 2 = {references.coin:.2f}")
     for axes in (mlm, nsp):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, frameon=False)
     with written_aside(path, "wb") as file:
