@@ -308,10 +308,12 @@ def _mapping(num_workers: int) -> Iterator[Callable[..., Iterable[list[Document]
         return
     # Spawned, since a fork of a process in which MXNet runs may hang.
     context = multiprocessing.get_context("spawn")
-    # Ctrl-C is for this process to tell of; the workers end with it.
-    ignore = (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(num_workers, context, signal.signal, ignore) as pool:
+    with ProcessPoolExecutor(num_workers, context, _leave_interrupts_to_the_command) as pool:
         yield partial(_bounded_map, pool, 4 * num_workers)
+
+
+def _leave_interrupts_to_the_command() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _bounded_map(
