@@ -7,6 +7,7 @@ import pytest
 from conftest import small_text
 
 from gluon_bert.config import DataConfig
+from gluon_bert.data import pydoc_prose
 from gluon_bert.data.corpus import Corpus, Piece, guess_format, is_held_out, parse_piece, pieces, text_files
 from gluon_bert.errors import BadInput
 
@@ -195,6 +196,17 @@ def test_all_paths_that_cannot_be_read_are_told(tmp_path):
         "--corpus /no/where",
         "--corpus /not/there",
     ]
+
+
+def test_a_paragraph_of_the_pydoc_prose_is_read_once(tmp_path, monkeypatch):
+    prose = "This function returns the first of the values that it is given. It never changes any of them."
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(f'"""{prose}"""\n', "utf-8")
+    sources = [pydoc_prose.Source(name, tmp_path / name) for name in ("a.py", "b.py")]
+    monkeypatch.setattr(pydoc_prose, "source_files", lambda: sources)
+    read = [document for document, _ in Corpus(DataConfig())]
+    assert len(read) == 1
+    assert read[0][1] == "it never changes any of them ."
 
 
 def test_what_is_no_regular_file_is_refused(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import sentencex
 
 from gluon_bert.data import pydoc_prose
-from gluon_bert.data.pydoc_prose import Source, fingerprint, paragraphs, source_files, unique
+from gluon_bert.data.pydoc_prose import Source, fingerprint, paragraphs, source_files
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -216,10 +216,6 @@ def test_nothing_is_imported():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
-def test_unique():
-    assert list(unique(["One  day.", "Two.", "one day.", "ONE DAY. "])) == ["One  day.", "Two."]
-
-
 def test_works_in_another_process():
     assert pickle.loads(pickle.dumps(paragraphs)) is paragraphs
     source = Source("stdlib/x.py", Path("x.py"))
@@ -255,7 +251,7 @@ def test_no_package_of_the_tests_is_read():
 @pytest.fixture(scope="module")
 def real_corpus():
     """The multi-sentence paragraphs of this very installation."""
-    found = unique(paragraph for source in source_files() for paragraph in paragraphs(source))
+    found = dict.fromkeys(paragraph for source in source_files() for paragraph in paragraphs(source))
     return [text for text in found if len(list(sentencex.segment("en", text))) > 1]
 
 

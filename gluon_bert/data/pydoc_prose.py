@@ -18,7 +18,7 @@ import sysconfig
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterator, NamedTuple
 
 # Changes the fingerprint: raise it whenever the same files would give other paragraphs.
 VERSION = 1
@@ -98,20 +98,6 @@ def fingerprint() -> str:
         except metadata.PackageNotFoundError:
             continue
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
-
-
-def unique(paragraphs: Iterable[str]) -> Iterator[str]:
-    """The paragraphs without those seen before, whatever their case and white space.
-
-    >>> list(unique(["One day.", "one  DAY.", "Another."]))
-    ['One day.', 'Another.']
-    """
-    seen = set()
-    for paragraph in paragraphs:
-        key = hashlib.blake2b(" ".join(paragraph.lower().split()).encode(), digest_size=12).digest()
-        if key not in seen:
-            seen.add(key)
-            yield paragraph
 
 
 def paragraphs(source: Source) -> list[str]:
