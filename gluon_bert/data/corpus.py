@@ -83,7 +83,7 @@ class Corpus:
     def __iter__(self) -> Iterator[tuple[Document, bool]]:
         config = self._config
         with _mapping(config.num_workers) as parse_all:
-            parse = partial(parse_source, language=config.language, lowercase=config.lowercase)
+            parse = partial(parse_source, lowercase=config.lowercase)
             for document in _unique(parse_all(parse, self._prose)):
                 yield document, is_held_out(document, config.held_out)
             parse_text = partial(parse_piece, language=config.language, lowercase=config.lowercase)
@@ -207,7 +207,7 @@ def parse_piece(piece: Piece, language: str, lowercase: bool) -> list[Document]:
     return _of_two_sentences(documents, lowercase)
 
 
-def parse_source(source: pydoc_prose.Source, language: str, lowercase: bool) -> list[Document]:
+def parse_source(source: pydoc_prose.Source, lowercase: bool) -> list[Document]:
     """The documents of one file of the pydoc prose, a paragraph each."""
     paragraphs = pydoc_prose.paragraphs(source)
     return _of_two_sentences([split_sentences(paragraph, "en") for paragraph in paragraphs], lowercase)

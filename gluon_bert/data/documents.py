@@ -18,7 +18,7 @@ from ..config import DataConfig
 from ..errors import BadInput
 from ..files import written_aside
 from .corpus import Corpus, Document
-from .vocab import UNK, Vocabulary
+from .vocab import Vocabulary
 from .wikitext import data_folder
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def number(documents: Iterable[tuple[Document, bool]], min_freq: int, fingerprin
     counts = np.bincount(sides[False].tokens(), minlength=len(words))
     vocab = Vocabulary.from_counts(dict(zip(words, counts.tolist())), min_freq)
     # A special token that stands in the text as a word is an unknown word, never the token itself.
-    final = vocab.ids([word if word in vocab else UNK for word in words])
+    final = vocab.ids(words)
     final[final < vocab.num_special] = vocab.unk
     return Prepared(sides[False].finished(final), sides[True].finished(final), vocab, fingerprint)
 
