@@ -1,8 +1,10 @@
-"""Files that are whole or not there at all: written aside, synced and renamed. Not for reading."""
+"""Files and folders that are whole or not there at all: written aside, synced and renamed; their hashes."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,38 @@ def written_aside(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         Path(name).unlink()
         raise
+
+
+@contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes its name only when the block ends without an error.
+
+    Until then it is a hidden neighbour. An empty folder of that name gives way.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    try:
+        yield aside
+        aside.chmod(0o777 & ~_umask())
+        aside.replace(path)
+    except BaseException:
+        shutil.rmtree(aside)
+        raise
+
+
+def digest(path: Path, algorithm: str = "sha256") -> str:
+    """A file's hash in hexadecimal."""
+    with path.open("rb") as file:
+        return stream_digest(file, algorithm)
+
+
+def stream_digest(file: IO[bytes], algorithm: str) -> str:
+    """The hash, in hexadecimal, of what is still to be read of a file; read piece by piece."""
+    content = hashlib.new(algorithm)
+    for block in iter(lambda: file.read(1 << 20), b""):
+        content.update(block)
+    return content.hexdigest()
 
 
 def _umask() -> int:

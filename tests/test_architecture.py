@@ -17,12 +17,14 @@ FLOORS = {
     "data": 1,
     "model": 1,
     "checkpoint": 2,
+    "encoding": 2,
     "training": 3,
-    "encoding": 3,
+    "export": 3,
+    "serving": 4,
 }
 # Floor 0 is one room: errors and files serve the others.
 SHARED_GROUND = {"errors", "files", "config", "runtime"}
-WITHOUT_MXNET = ["corpus", "vocab", "pairs", "masking", "documents", "pydoc_prose", "wikitext"]
+WITHOUT_MXNET = ["corpus", "vocab", "pairs", "masking", "documents", "pydoc_prose", "wikitext", "texts"]
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

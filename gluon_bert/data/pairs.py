@@ -90,11 +90,16 @@ def _truncated(pairs: Pairs, max_len: int) -> Pairs:
     room = max_len - NUM_SPECIAL_IN_PAIR
     a = pairs.first[:, 1] - pairs.first[:, 0]
     b = pairs.second[:, 1] - pairs.second[:, 0]
-    kept_a = np.minimum(a, np.maximum(room - b, (room + 1) // 2))
-    kept_b = np.minimum(b, room - kept_a)
+    kept_a, kept_b = kept_lengths(a, b, room)
     first = np.stack([pairs.first[:, 0], pairs.first[:, 0] + kept_a], axis=1)
     second = np.stack([pairs.second[:, 0], pairs.second[:, 0] + kept_b], axis=1)
     return Pairs(first, second, pairs.is_next)
+
+
+def kept_lengths(a: np.ndarray, b: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """What is left of segments of a and b tokens when the longer one is cut until both fit in `room`."""
+    kept_a = np.minimum(a, np.maximum(room - b, (room + 1) // 2))
+    return kept_a, np.minimum(b, room - kept_a)
 
 
 def _predictable(documents: Documents, pairs: Pairs, predict_unknown: bool) -> np.ndarray:

@@ -6,7 +6,6 @@ answers with 243 bytes of XML, and those were saved as the corpus more than once
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import platform
@@ -16,10 +15,10 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path, PurePosixPath
-from typing import IO, Iterable, Sequence
+from typing import IO, Sequence
 
 from ..errors import BadInput
-from ..files import written_aside
+from ..files import digest, stream_digest, written_aside
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ def _missing(folder: Path) -> list[str]:
     return [
         name
         for name, sha1 in FILES.items()
-        if not ((folder / name).is_file() and _sha1(folder / name) == sha1)
+        if not ((folder / name).is_file() and digest(folder / name, "sha1") == sha1)
     ]
 
 
@@ -133,7 +132,7 @@ def _fetched(address: str, sha1: str, folder: Path, timeout: float) -> IO[bytes]
         file.seek(0)
         start = file.read(64)
         file.seek(0)
-        found = _digest(iter(lambda: file.read(_BLOCK), b""))
+        found = stream_digest(file, "sha1")
         if found != sha1:
             raise _Failed(
                 f"wrong content, {size:,} bytes of {_kind(start)} (SHA-1 {found[:12]}, not {sha1[:12]})"
@@ -190,15 +189,3 @@ def _kind(start: bytes) -> str:
     if head.startswith(b"pk\x03\x04"):
         return "another zip archive"
     return f"something that starts with {start[:16]!r}" if start else "nothing"
-
-
-def _sha1(path: Path) -> str:
-    with path.open("rb") as file:
-        return _digest(iter(lambda: file.read(_BLOCK), b""))
-
-
-def _digest(blocks: Iterable[bytes]) -> str:
-    digest = hashlib.sha1()
-    for block in blocks:
-        digest.update(block)
-    return digest.hexdigest()

@@ -1,0 +1,198 @@
+"""A user's texts -> ids as the network was trained on them, in batches of like length. Masks nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Iterable, Iterator, NamedTuple, Sequence
+
+import numpy as np
+
+from ..errors import BadInput
+from .pairs import kept_lengths
+from .vocab import CLS, MASK, SEP, SPECIAL_TOKENS, UNK, Vocabulary, split_words
+
+# Padded lengths are multiples of this, so that a network meets few shapes; each costs a plan of its memory.
+_LENGTH_STEP = 8
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, or a pair of them, as the network reads it: `<cls> a <sep>` or `<cls> a <sep> b <sep>`.
+
+    ids, segments: (T,) int32. tokens: the T tokens as they were given, also those that are <unk> to the
+    network. unknown: which of them are, each once. truncated: how many tokens were cut off.
+    """
+
+    tokens: list[str]
+    ids: np.ndarray
+    segments: np.ndarray
+    unknown: list[str]
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether there is a second segment."""
+        return bool(self.segments[-1])
+
+    @property
+    def masks(self) -> np.ndarray:
+        """(K,) the positions of <mask>, rising."""
+        return np.flatnonzero(self.ids == Vocabulary.mask)
+
+
+class TextReader:
+    """Makes a Text of words, tokens or ids; knows the vocabulary and what length the network was trained on.
+
+    >>> reader = TextReader(Vocabulary(["crane", "a"]), max_len=8, lowercase=True)
+    >>> text = reader.text("A <mask> crane.")
+    >>> text.tokens, text.ids.tolist(), text.unknown
+    (['<cls>', 'a', '<mask>', 'crane', '.', '<sep>'], [3, 6, 2, 5, 0, 4], ['.'])
+    """
+
+    def __init__(self, vocab: Vocabulary, max_len: int, lowercase: bool) -> None:
+        self.vocab, self.max_len, self.lowercase = vocab, max_len, lowercase
+
+    def text(self, first: str, second: str | None = None, truncate: bool = False) -> Text:
+        """Running text, or a pair of texts; BadInput where one is empty or they are too long together.
+
+        truncate: cut what is too long instead, at the end of the longer text, as in training.
+        """
+        return self.tokens(self._words(first), None if second is None else self._words(second), truncate)
+
+    def tokens(
+        self, first: Sequence[str], second: Sequence[str] | None = None, truncate: bool = False
+    ) -> Text:
+        """Text that is split into tokens already, without <cls> and <sep>, which are put in here."""
+        if isinstance(first, str) or isinstance(second, str):
+            raise BadInput(
+                "a text of tokens must be a list of them: split the text first, as in text.split()"
+            )
+        return self._text([first] if second is None else [first, second], truncate)
+
+    def ids(self, first: Sequence[int], second: Sequence[int] | None = None, truncate: bool = False) -> Text:
+        """Text as ids, without <cls> and <sep>; BadInput for an id that is no token's or one of these two."""
+        segments = [first] if second is None else [first, second]
+        for number in (number for segment in segments for number in segment):
+            if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+                raise BadInput(f"{number!r} is no id: ids are whole numbers below {len(self.vocab)}")
+            if not 0 <= number < len(self.vocab):
+                raise BadInput(f"{number} is no id: the vocabulary has {len(self.vocab)} tokens, from 0 on")
+            if number in (Vocabulary.pad, Vocabulary.cls, Vocabulary.sep):
+                raise BadInput(
+                    f"id {number} is {self.vocab.tokens[number]}, which no text holds: it is put in where it "
+                    "belongs"
+                )
+        return self._text([self.vocab.words(segment) for segment in segments], truncate)
+
+    def _words(self, text: str) -> list[str]:
+        """The words of a text: what stands between spaces if it is known, else as `split_words` parts it.
+
+        So text whose tokens stand apart already, such as WikiText's `@-@`, is read as it was in training.
+        """
+        text = text.lower() if self.lowercase else text
+        return [
+            word for part in text.split() for word in ([part] if self._known(part) else split_words(part))
+        ]
+
+    def _known(self, part: str) -> bool:
+        return part in self.vocab and (part == MASK or part not in SPECIAL_TOKENS)
+
+    def _ids(self, tokens: Sequence[str]) -> np.ndarray:
+        ids = self.vocab.ids(tokens)
+        # A special token that stands in a text is an unknown word, as in training; <mask> is a question.
+        ids[(ids < Vocabulary.num_special) & (ids != Vocabulary.mask)] = Vocabulary.unk
+        return ids
+
+    def _text(self, segments: list[Sequence[str]], truncate: bool) -> Text:
+        if not all(segments):
+            which = "the text" if len(segments) == 1 else "one text of the pair"
+            raise BadInput(f"{which} is empty: a word at least is needed")
+        special = len(segments) + 1  # <cls>, and a <sep> behind each
+        excess = max(0, sum(map(len, segments)) + special - self.max_len)
+        if excess:
+            if not truncate:
+                raise BadInput(
+                    f"{self.max_len + excess} tokens with <cls> and <sep>: the network takes {self.max_len}; "
+                    "shorten the text"
+                )
+            segments = _cut(segments, self.max_len - special)
+        tokens, ids, numbers = [CLS], [np.array([Vocabulary.cls], np.int32)], [0]
+        for number, segment in enumerate(segments):
+            tokens += [*segment, SEP]
+            ids += [self._ids(segment), np.array([Vocabulary.sep], np.int32)]
+            numbers += [number] * (len(segment) + 1)
+        all_ids = np.concatenate(ids)
+        unknown = [token for token, i in zip(tokens, all_ids) if i == Vocabulary.unk and token != UNK]
+        return Text(tokens, all_ids, np.array(numbers, dtype=np.int32), list(dict.fromkeys(unknown)), excess)
+
+
+def _cut(segments: list[Sequence[str]], room: int) -> list[Sequence[str]]:
+    """The segments without their ends, so that they have `room` tokens together."""
+    if len(segments) == 1:
+        return [segments[0][:room]]
+    kept = kept_lengths(*(np.array(len(segment)) for segment in segments), room)
+    return [segment[: int(length)] for segment, length in zip(segments, kept)]
+
+
+class Padded(NamedTuple):
+    """Texts side by side: what a network computes at once, all (B, T) or (B,) int32.
+
+    tokens, segments: padded. lengths: real tokens a row. predictions: (2, M), row and position of each
+    <mask>, rows rising.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    lengths: np.ndarray
+    predictions: np.ndarray
+
+
+def padded(texts: Sequence[Text], max_len: int) -> Padded:
+    """Texts to arrays, padded to the next of few lengths and not above max_len."""
+    lengths = np.array([len(text) for text in texts], dtype=np.int32)
+    longest = int(lengths.max())
+    length = max(longest, min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, max_len))
+    tokens = np.full((len(texts), length), Vocabulary.pad, dtype=np.int32)
+    segments = np.zeros((len(texts), length), dtype=np.int32)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = text.ids
+        segments[row, : len(text)] = text.segments
+    predictions = np.stack(np.nonzero(tokens == Vocabulary.mask)).astype(np.int32)
+    return Padded(tokens, segments, lengths, predictions)
+
+
+def chunks(texts: Iterable[Text], max_tokens: int, max_masks: int) -> Iterator[list[Text]]:
+    """Texts in lists of so many tokens and masks at most, or of one text: what is held in memory at once."""
+    chunk: list[Text] = []
+    num_tokens = num_masks = 0
+    for text in texts:
+        num_tokens += len(text)
+        num_masks += len(text.masks)
+        if chunk and (num_tokens > max_tokens or num_masks > max_masks):
+            yield chunk
+            chunk, num_tokens, num_masks = [], len(text), len(text.masks)
+        chunk.append(text)
+    if chunk:
+        yield chunk
+
+
+def by_length(texts: Sequence[Text], max_tokens: int, max_masks: int) -> Iterator[list[int]]:
+    """Which texts to compute together: batches of like length, those with masks apart from those without.
+
+    No batch is padded to more than `max_tokens` tokens or `max_masks` masks, unless it is of one text.
+    """
+    batch: list[int] = []
+    most = 0  # masks in a row of the batch
+    for i in sorted(range(len(texts)), key=lambda i: (len(texts[i].masks) > 0, len(texts[i]))):
+        rows, masks = len(batch) + 1, len(texts[i].masks)
+        too_large = rows * len(texts[i]) > max_tokens or rows * max(most, masks) > max_masks
+        if batch and (too_large or bool(masks) != bool(most)):
+            yield batch
+            batch, most = [], 0
+        batch.append(i)
+        most = max(most, masks)
+    if batch:
+        yield batch

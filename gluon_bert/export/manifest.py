@@ -1,0 +1,142 @@
+"""The manifest of an exported network: what its files are, what goes in, what comes out. Runs nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Iterable, Mapping
+
+from ..config import write_json
+from ..data.texts import TextReader
+from ..data.vocab import Vocabulary
+from ..errors import BadInput
+from ..files import digest
+
+MANIFEST, VOCABULARY = "manifest.json", "vocab.json"
+
+# Raised when an older gluon_bert could not read what is written now.
+VERSION = 1
+
+FORMATS = ("mxnet", "onnx", "int8", "bf16")
+
+# What an export may give: the encoder's vectors, or these and what the heads make of them.
+OUTPUTS = {"encoder": ("encoded",), "all": ("encoded", "pooled", "mask_scores", "next_scores")}
+
+# Axis letters as in the model: B batch, T positions, C units, V vocabulary; K masks a row.
+_INPUTS = {
+    "tokens": ("B T", "token ids, as whole numbers: <cls> a <sep>, or <cls> a <sep> b <sep>, then <pad>"),
+    "segments": ("B T", "0 up to the first <sep> and on padding, 1 from there to the second <sep>"),
+    "lengths": ("B", "tokens of each row, padding not counted"),
+    "positions": ("B K", "where each row has its <mask> tokens; 0, to be ignored, where it has fewer than K"),
+}
+_OUTPUTS = {
+    "encoded": ("B T C", "a vector for each token; those of padding mean nothing"),
+    "pooled": ("B C", "the vector of <cls> through the pooler"),
+    "mask_scores": ("B K V", "for each position a score for each token of the vocabulary; softmax makes "
+                             "probabilities of them"),
+    "next_scores": ("B 2", "scores for: the second text does not follow the first, it does"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What stands in manifest.json.
+
+    format: one of FORMATS. outputs: a key of OUTPUTS. max_len: the longest T; a longer one is an error.
+    tokenizer: how text becomes tokens. vocabulary_size, step: of the run. files: the SHA-256 of each file.
+    versions: what the export was made with. comparison: how far the results are from the run's, and at
+    which shapes or on which text.
+    """
+
+    format: str
+    outputs: str
+    max_len: int
+    vocabulary_size: int
+    tokenizer: Mapping[str, Any]
+    step: int
+    files: Mapping[str, str]
+    versions: Mapping[str, str]
+    comparison: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def input_names(self) -> list[str]:
+        """The names of the graph's inputs, in their order."""
+        return input_names(self.outputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The names of the graph's outputs, in their order."""
+        return OUTPUTS[self.outputs]
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json; `load` is the inverse."""
+        content = {
+            "manifest": VERSION,
+            "inputs": _described(self.input_names, _INPUTS),
+            "results": _described(self.output_names, _OUTPUTS),
+            **asdict(self),
+        }
+        write_json(folder / MANIFEST, content)
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """The manifest of an export's folder whose files are all there and whole; BadInput where not."""
+        path = Path(folder) / MANIFEST
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            version = content["manifest"]
+            manifest = cls(**{each.name: content[each.name] for each in fields(cls)})
+        except FileNotFoundError as error:
+            raise BadInput(f"{folder}: holds no export: there is no {MANIFEST}") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(
+                f"{path}: cannot be read as an export's manifest ({type(error).__name__}: {error})"
+            ) from error
+        if version != VERSION:
+            raise BadInput(f"{path}: version {version}, where this gluon_bert reads {VERSION}")
+        manifest._check(path)
+        return manifest
+
+    def reader(self, folder: Path) -> TextReader:
+        """What makes texts into the network's inputs; BadInput where the vocabulary does not fit."""
+        vocab = Vocabulary.load(Path(folder) / VOCABULARY)
+        if len(vocab) != self.vocabulary_size:
+            raise BadInput(
+                f"{folder}: {VOCABULARY} has {len(vocab)} tokens, the network {self.vocabulary_size}"
+            )
+        return TextReader(vocab, self.max_len, self.tokenizer["lowercase"])
+
+    def _check(self, path: Path) -> None:
+        known = self.format in FORMATS and self.outputs in OUTPUTS
+        sizes = [self.max_len, self.vocabulary_size]
+        if not known or not all(type(size) is int and size > 0 for size in sizes):
+            raise BadInput(f"{path}: format, outputs, max_len or vocabulary_size is not one that there is")
+        if self.tokenizer.get("kind") != "words" or type(self.tokenizer.get("lowercase")) is not bool:
+            raise BadInput(f"{path}: tokenizer is not one that this gluon_bert knows")
+        for name, expected in self.files.items():
+            if Path(name).name != name:
+                raise BadInput(f"{path}: {name!r} is no file of this folder")
+            if not (path.parent / name).is_file():
+                raise BadInput(f"{path.parent}: {name} is missing; export the run again")
+            if digest(path.parent / name) != expected:
+                raise BadInput(
+                    f"{path.parent / name}: is not the file that was exported; export the run again"
+                )
+
+
+def input_names(outputs: str) -> list[str]:
+    """The inputs that a graph with these outputs takes."""
+    return [name for name in _INPUTS if name != "positions" or "mask_scores" in OUTPUTS[outputs]]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file in a folder, by name."""
+    return {path.name: digest(path) for path in sorted(folder.iterdir())}
+
+
+def _described(names: Iterable[str], meanings: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "dtype": "float32", "shape": meanings[name][0].split(), "meaning": meanings[name][1]}
+        for name in names
+    ]
