@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Mapping, NamedTuple, Sequence
 
 import numpy
 
+from gluon_bert import __version__
 from gluon_bert.errors import BadInput
 
 if TYPE_CHECKING:
@@ -375,11 +376,12 @@ def in_words(items: Sequence[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What a run runs on: python, numpy, mxnet (with the wheel's name), the platform, MXNet's threads.
+    """What a run runs on: the packages' versions (mxnet with the wheel's name), the platform, MXNet's threads.
 
     The number of threads belongs to it since MXNet draws dropout thread by thread.
     """
     return {
+        "gluon_bert": __version__,
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "mxnet": " and ".join(map(str, installed_wheels())) or "not from a wheel",

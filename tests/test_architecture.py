@@ -40,7 +40,7 @@ def imported_rooms(path: Path):
             depth = len(path.relative_to(PACKAGE).parts)
             if node.level == depth or (node.level == 0 and (node.module or "").split(".")[0] == "gluon_bert"):
                 parts = (node.module or "").replace("gluon_bert", "").strip(".").split(".")
-                yield from [parts[0]] if parts[0] else [alias.name for alias in node.names]
+                yield from [parts[0]] if parts[0] else [n.name for n in node.names if n.name != "__version__"]
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.startswith("gluon_bert."):

@@ -14,7 +14,7 @@ import numpy
 import pytest
 from stub_libcuda import build_stub
 
-from gluon_bert import runtime
+from gluon_bert import __version__, runtime
 from gluon_bert.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -460,6 +460,7 @@ def test_versions_name_what_a_run_ran_on(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(runtime, "installed_wheels", lambda: [CPU_WHEEL])
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert runtime.versions() == {
+        "gluon_bert": __version__,
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "mxnet": "mxnet 1.9.1",

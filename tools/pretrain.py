@@ -11,7 +11,7 @@ from typing import Any, Iterator
 
 from command_line import add_config_flags, config_from, guarded, run
 
-from gluon_bert import __version__, runtime
+from gluon_bert import runtime
 from gluon_bert.config import PRESETS, Config, preset
 from gluon_bert.errors import BadInput
 
@@ -105,7 +105,7 @@ def train(config: Config, contexts: list[Any], output: Path) -> int:
     net.setup(contexts, config.train.seed)
     facts = {
         "contexts": [str(context) for context in contexts],
-        "versions": {"gluon_bert": __version__, **runtime.versions()},
+        "versions": runtime.versions(),
         "text": data.fingerprint,
         "losses_for_comparison": References.of(data)._asdict(),
     }

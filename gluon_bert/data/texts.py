@@ -133,8 +133,9 @@ def _cut(segments: list[Sequence[str]], room: int) -> list[Sequence[str]]:
     """The segments without their ends, so that they have `room` tokens together."""
     if len(segments) == 1:
         return [segments[0][:room]]
-    kept = kept_lengths(*(np.array(len(segment)) for segment in segments), room)
-    return [segment[: int(length)] for segment, length in zip(segments, kept)]
+    first, second = segments
+    kept_first, kept_second = kept_lengths(np.array(len(first)), np.array(len(second)), room)
+    return [first[: int(kept_first)], second[: int(kept_second)]]
 
 
 class Padded(NamedTuple):

@@ -8,7 +8,6 @@ from typing import Any, Mapping, NamedTuple
 
 import numpy as np
 
-from .. import __version__
 from ..checkpoint import Run
 from ..data.texts import TextReader
 from ..encoding import GluonNetwork, Network
@@ -78,7 +77,7 @@ def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:
         tokenizer={"kind": "words", "lowercase": run.config.data.lowercase},
         step=run.step,
         files=hashes(folder),
-        versions={"gluon_bert": __version__, **versions()},
+        versions=versions(),
     )
 
 
