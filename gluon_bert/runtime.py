@@ -376,7 +376,7 @@ def in_words(items: Sequence[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What a run runs on: the packages' versions (mxnet with the wheel's name), the platform, MXNet's threads.
+    """What a run runs on: packages (mxnet with the wheel's name), the platform, MXNet's threads.
 
     The number of threads belongs to it since MXNet draws dropout thread by thread.
     """
