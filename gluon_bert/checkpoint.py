@@ -10,7 +10,7 @@ from typing import Any, Mapping, NamedTuple, Sequence
 
 from .config import GROUPS, Config, write_json
 from .data.vocab import Vocabulary
-from .errors import BadInput
+from .errors import BadInput, in_a_line
 from .files import written_aside
 from .model.bert import BERTModel
 from .runtime import mx
@@ -91,6 +91,8 @@ def read_config(path: Path) -> Config:
 def load_run(folder: Path, contexts: Sequence[Any] | None = None) -> Run:
     """Read a run's latest checkpoint onto the contexts, by default one CPU; BadInput says what is missing."""
     folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise BadInput(f"{folder}: is no run: it has no {CONFIG}; name a folder that pretrain.py wrote")
     config = read_config(folder / CONFIG)
     vocab = Vocabulary.load(folder / VOCABULARY)
     step = latest(folder)
@@ -101,8 +103,6 @@ def load_run(folder: Path, contexts: Sequence[Any] | None = None) -> Run:
     try:
         net.load_parameters(str(path), ctx=list(contexts or [mx.cpu()]))
     except (mx.MXNetError, AssertionError, ValueError, OSError) as error:
-        raise BadInput(
-            f"{path}: cannot be read as the weights of this run ({str(error).splitlines()[0]})"
-        ) from error
+        raise BadInput(f"{path}: cannot be read as the weights of this run ({in_a_line(error)})") from error
     net.compile()
     return Run(net, vocab, config, step)

@@ -1,4 +1,4 @@
-"""The one exception that means "what you gave is wrong", and nothing about how it is shown."""
+"""The one exception that means "what you gave is wrong", and how others' errors fit into a sentence."""
 
 
 class BadInput(ValueError):
@@ -6,3 +6,9 @@ class BadInput(ValueError):
 
     The commands print the message alone and leave with exit status 2; from Python it is a ValueError.
     """
+
+
+def in_a_line(error: BaseException) -> str:
+    """What an error says, in a line: MXNet's errors begin with a trace, and say what it was at its end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else repr(error))

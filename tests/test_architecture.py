@@ -18,7 +18,9 @@ FLOORS = {
     "model": 1,
     "checkpoint": 2,
     "encoding": 2,
+    "answers": 3,
     "training": 3,
+    "text_files": 3,
     "export": 3,
     "serving": 4,
 }

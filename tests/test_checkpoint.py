@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
 
 
 def test_what_is_no_run_is_told(tmp_path, run_folder):
-    with pytest.raises(BadInput, match=r"nowhere/config\.json: cannot be read as a run's configuration"):
+    with pytest.raises(BadInput, match=r"nowhere: is no run: it has no config\.json"):
         load_run(tmp_path / "nowhere")
     config = json.loads((run_folder / "config.json").read_text())
     for change, told in (

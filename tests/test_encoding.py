@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from gluon_bert import encoding
 from gluon_bert.config import preset
+from gluon_bert.data.texts import TextReader
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.encoding import encode
+from gluon_bert.encoding import GluonNetwork, Predictor, encode
 from gluon_bert.errors import BadInput
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
@@ -47,5 +49,87 @@ def test_a_text_that_was_not_split_is_refused(net):
 
 def test_what_is_too_long_is_refused(net):
     assert encode(net, VOCAB, ["a"] * 10).shape == (1, 12, 128)
-    with pytest.raises(BadInput, match="13 tokens .* the network takes 12"):
+    with pytest.raises(BadInput, match=r"13 tokens .* the network takes 12"):
         encode(net, VOCAB, ["a"] * 11)
+
+
+TEXTS = [
+    "a crane is flying",
+    "a <mask> is <mask>",
+    ("a crane driver came", "he just left"),
+    "crane",
+    "a strange <mask>",
+    ("he", "left a <mask> <mask> crane"),
+]
+
+
+@pytest.fixture(scope="module")
+def predictor(net):
+    return Predictor(GluonNetwork(net), TextReader(VOCAB, 12, lowercase=True))
+
+
+def read(predictor, texts=TEXTS):
+    return [predictor.reader.text(*((text,) if isinstance(text, str) else text)) for text in texts]
+
+
+def test_answers_come_in_order_and_are_those_of_each_text_alone(predictor, monkeypatch):
+    texts = read(predictor) * 3
+    alone = [next(iter(predictor.ask([text]))) for text in texts]
+    for chunk_tokens, batch_tokens, batch_masks in ((65536, 4096, 256), (20, 16, 2), (100, 40, 3)):
+        monkeypatch.setattr(encoding, "CHUNK_TOKENS", chunk_tokens)
+        monkeypatch.setattr(encoding, "BATCH_TOKENS", batch_tokens)
+        monkeypatch.setattr(encoding, "BATCH_MASKS", batch_masks)
+        together = list(predictor.ask(iter(texts)))
+        assert [answer.text for answer in together] == texts
+        for one, other in zip(alone, together):
+            np.testing.assert_allclose(one.vectors, other.vectors, atol=1e-5)
+            np.testing.assert_allclose(one.pooled, other.pooled, atol=1e-5)
+            np.testing.assert_allclose(one.next_scores, other.next_scores, atol=1e-5)
+            if len(one.text.masks):
+                np.testing.assert_allclose(one.mask_scores, other.mask_scores, atol=1e-4)
+
+
+def test_the_vectors_are_those_of_encode(net, predictor):
+    (answer,) = predictor.ask(read(predictor, [("a crane", "he left")]))
+    expected = encode(net, VOCAB, ["a", "crane"], ["he", "left"]).asnumpy()[0]
+    np.testing.assert_allclose(answer.vectors, expected, atol=1e-5)
+    np.testing.assert_array_equal(answer.cls, answer.vectors[0])
+    np.testing.assert_allclose(answer.mean, expected.mean(axis=0), atol=1e-5)
+
+
+def test_the_heads_are_those_of_the_network(net, predictor):
+    (answer,) = predictor.ask(read(predictor, [("a <mask>", "he <mask> left")]))
+    text = answer.text
+    inputs = ([text.ids], [text.segments], [len(text)], [[0, 0], text.masks])
+    _, mlm, nsp = net(*(mx.nd.array(x) for x in inputs))
+    np.testing.assert_allclose(answer.mask_scores, mlm.asnumpy(), atol=1e-4)
+    np.testing.assert_allclose(answer.next_scores, nsp.asnumpy()[0], atol=1e-5)
+
+
+def test_masks_are_filled_with_the_likeliest_words(predictor):
+    (answer,) = predictor.ask(read(predictor, ["a <mask> is <mask>"]))
+    everything = answer.fill_masks(VOCAB, top=len(VOCAB))
+    assert len(everything) == 2
+    for words, scores in zip(everything, answer.mask_scores):
+        assert {word for word, _ in words} == set(VOCAB.tokens)
+        probabilities = [probability for _, probability in words]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        assert words[0][0] == VOCAB.tokens[scores.argmax()]
+        expected = np.exp(np.float64(scores)) / np.exp(np.float64(scores)).sum()
+        assert dict(words)["crane"] == pytest.approx(expected[VOCAB.ids(["crane"])[0]], abs=1e-6)
+    assert [words[:3] for words in everything] == answer.fill_masks(VOCAB, top=3)
+
+
+def test_the_next_sentence_is_a_probability(predictor):
+    (answer,) = predictor.ask(read(predictor, [("a crane", "he left")]))
+    no, yes = np.exp(np.float64(answer.next_scores))
+    assert answer.is_next == pytest.approx(yes / (no + yes), abs=1e-6)
+
+
+def test_what_a_text_cannot_be_asked_is_refused(predictor):
+    single, pair = predictor.ask(read(predictor, ["a crane", ("a", "he")]))
+    with pytest.raises(BadInput, match="no <mask>"):
+        pair.fill_masks(VOCAB)
+    with pytest.raises(BadInput, match="give a pair"):
+        _ = single.is_next

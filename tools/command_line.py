@@ -9,8 +9,9 @@ import sys
 from concurrent.futures import BrokenExecutor
 from typing import Any, Callable, Dict, List, Tuple, get_type_hints
 
+from gluon_bert import runtime
 from gluon_bert.config import GROUPS, PRESETS, Config, flag
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import BadInput, in_a_line
 
 TITLES = {"model": "the network", "data": "the text and its masks", "train": "training"}
 
@@ -36,6 +37,21 @@ def config_from(arguments: argparse.Namespace, preset: Config) -> Config:
     config = preset.replace(**given)
     config.check()
     return config
+
+
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of a command that computes on one device."""
+    parser.add_argument("--gpus", metavar="N", help="compute on this GPU (on the CPU)")
+
+
+def device(arguments: argparse.Namespace) -> Any:
+    """The one context that `--gpus` asks for."""
+    if arguments.gpus is None:
+        return runtime.contexts(cpus=1)[0]
+    numbers = runtime.parse_gpus(arguments.gpus)
+    if len(numbers) > 1:
+        raise BadInput(f"--gpus {arguments.gpus}: this command computes on one device; name one GPU")
+    return runtime.contexts(numbers)[0]
 
 
 def run(main: Callable[[List[str]], int]) -> None:
@@ -67,8 +83,7 @@ def guarded(body: Callable[[], int], name: str) -> int:
 def _failed(name: str, error: BaseException) -> int:
     """Tell in a line what went wrong outside the user's input; its origin only where the log asks for it."""
     logging.debug("where it went wrong", exc_info=error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "")
+    told = in_a_line(error)
     if isinstance(error, MemoryError) or "allocate" in told:
         told += " (less memory: a smaller --batch-size, --max-len or network)"
     print(f"{name}: {type(error).__name__}: {told}", file=sys.stderr)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..data.texts import Padded
 from ..encoding import Outputs
-from ..errors import BadInput
+from ..errors import BadInput, in_a_line
 from ..model.bert import BERTModel
 from ..runtime import mx
 from .manifest import OUTPUTS, Manifest, input_names
@@ -81,7 +81,7 @@ def load_graph(folder: Path) -> Graph:
         arrays = mx.nd.load(str(folder / PARAMETERS))
         symbol = mx.sym.load(str(folder / SYMBOL))
     except mx.MXNetError as error:
-        raise BadInput(f"{folder}: cannot be read as a graph ({str(error).splitlines()[-1]})") from error
+        raise BadInput(f"{folder}: cannot be read as a graph ({in_a_line(error)})") from error
     return Graph(symbol, {name.split(":", 1)[1]: array for name, array in arrays.items()})
 
 
@@ -131,8 +131,7 @@ class BlockNetwork:
                     str(folder / SYMBOL), manifest.input_names, str(folder / PARAMETERS), ctx=self._context
                 )
             except (mx.MXNetError, AssertionError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise BadInput(f"{folder}: cannot be read as a graph ({reason})") from error
+                raise BadInput(f"{folder}: cannot be read as a graph ({in_a_line(error)})") from error
             without_masks = tuple(name for name in manifest.output_names if name != "mask_scores")
             part = mx.gluon.SymbolBlock(
                 part_of(mx.sym.load(str(folder / SYMBOL)), without_masks),

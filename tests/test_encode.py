@@ -1,0 +1,233 @@
+"""The command that asks a run about texts."""
+
+import io
+import json
+import subprocess
+import sys
+
+import encode
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from gluon_bert.checkpoint import create_run, load_run, save_checkpoint
+from gluon_bert.config import preset
+from gluon_bert.data.vocab import Vocabulary
+from gluon_bert.encoding import Predictor
+from gluon_bert.export.formats import export_mxnet
+from gluon_bert.model.bert import BERTModel
+from gluon_bert.runtime import mx
+
+WORDS = ["a", "crane", "is", "flying", "driver", "came", "he", "just", "left"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    config = preset("d2l").replace(max_len=16, units=16, ffn_units=32, max_positions=32)
+    vocab = Vocabulary(WORDS)
+    net = BERTModel(len(vocab), config.model)
+    net.setup([mx.cpu()], seed=0)
+    create_run(folder, config, vocab)
+    save_checkpoint(folder, net, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(run_folder):
+    run = load_run(run_folder)
+    return Predictor.of(run.net, run.vocab, run.config.data)
+
+
+def answer(predictor, *texts):
+    (found,) = predictor.ask([predictor.reader.text(*texts)])
+    return found
+
+
+def lines_of(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_books_sentences(run_folder, predictor, capsys):
+    texts = ["A crane is flying", "a crane driver came || he just left"]
+    assert encode.main([str(run_folder), "--json", *texts]) == 0
+    single, pair = lines_of(capsys)
+    assert single["text"] == "A crane is flying"
+    assert (pair["text"], pair["pair"]) == ("a crane driver came", "he just left")
+    assert single["tokens"] == ["<cls>", "a", "crane", "is", "flying", "<sep>"]
+    np.testing.assert_allclose(single["cls"], answer(predictor, texts[0]).cls, atol=1e-5)
+    np.testing.assert_allclose(single["mean"], answer(predictor, texts[0]).mean, atol=1e-5)
+    expected = answer(predictor, "a crane driver came", "he just left")
+    np.testing.assert_allclose(pair["pooled"], expected.pooled, atol=1e-5)
+
+
+def test_the_token_vectors(run_folder, predictor, capsys):
+    assert encode.main([str(run_folder), "a crane", "--json", "--token-vectors"]) == 0
+    (content,) = lines_of(capsys)
+    np.testing.assert_allclose(content["token_vectors"], answer(predictor, "a crane").vectors, atol=1e-5)
+
+
+def test_for_people(run_folder, capsys):
+    assert encode.main([str(run_folder), "a zebra"]) == 0
+    shown = capsys.readouterr()
+    assert "<cls> a zebra <sep>" in shown.out
+    assert "(16 numbers)" in shown.out
+    assert "not in the vocabulary, read as <unk> (1 of 4 tokens): zebra" in shown.err
+
+
+def test_masks(run_folder, predictor, capsys):
+    text = "the <mask> is <mask>"
+    assert encode.main([str(run_folder), "--fill-mask", text, "--top", "3", "--json"]) == 0
+    (content,) = lines_of(capsys)
+    expected = answer(predictor, text).fill_masks(predictor.reader.vocab, 3)
+    for found, words in zip(content["predictions"], expected):
+        assert [each["token"] for each in found] == [word for word, _ in words]
+        assert [each["probability"] for each in found] == pytest.approx([p for _, p in words], abs=1e-5)
+    assert encode.main([str(run_folder), "--fill-mask", text]) == 0
+    assert "<mask> 2 of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("texts", [["a crane", "he left"], ["a crane || he left"]])
+def test_next(run_folder, predictor, capsys, texts):
+    assert encode.main([str(run_folder), "--json", "--next", *texts]) == 0
+    (content,) = lines_of(capsys)
+    assert content["is_next"] == pytest.approx(answer(predictor, "a crane", "he left").is_next, abs=1e-5)
+
+
+@pytest.fixture
+def sentences(tmp_path):
+    """100 lines of all lengths: also pairs, unknown words, and two that are too long."""
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(WORDS + ["zebra"], size=rng.integers(1, 12))) for _ in range(100)]
+    lines[7] = "a crane || he left"
+    lines[20] = lines[40] = "a " * 30
+    path = tmp_path / "sentences.txt"
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+def test_a_file_to_vectors(run_folder, predictor, sentences, tmp_path, capsys):
+    output = tmp_path / "vectors.npz"
+    arguments = [str(run_folder), "--input", str(sentences), "--output", str(output), "--token-vectors"]
+    assert encode.main(arguments) == 0
+    told = capsys.readouterr().err
+    assert "zebra" in told
+    assert f"longer than 16 tokens and cut (2 of 100 texts): {sentences}, line 21; " in told
+    with np.load(output) as arrays:
+        assert arrays["cls"].shape == arrays["mean"].shape == arrays["pooled"].shape == (100, 16)
+        assert np.flatnonzero(arrays["truncated"]).tolist() == [20, 40]
+        for i, line in enumerate(sentences.read_text("utf-8").splitlines()):
+            text = predictor.reader.text(*line.split(" || "), truncate=True)
+            (expected,) = predictor.ask([text])
+            np.testing.assert_allclose(arrays["mean"][i], expected.mean, atol=1e-5)
+            start, stop = arrays["starts"][i : i + 2]
+            np.testing.assert_allclose(arrays["vectors"][start:stop], expected.vectors, atol=1e-5)
+
+
+def test_a_file_to_lines_of_json(run_folder, sentences, tmp_path, capsys):
+    output = tmp_path / "answers.jsonl"
+    assert encode.main([str(run_folder), "--input", str(sentences), "--output", str(output)]) == 0
+    written = output.read_text("utf-8")
+    capsys.readouterr()
+    assert encode.main([str(run_folder), "--input", str(sentences), "--json"]) == 0
+    assert capsys.readouterr().out == written
+    assert len(written.splitlines()) == 100
+
+
+def test_an_export_answers_like_its_run(run_folder, tmp_path, capsys):
+    export_mxnet(load_run(run_folder), tmp_path / "export")
+    texts = ["a crane", "a <mask>", "a || he"]
+    assert encode.main([str(run_folder), "--json", *texts]) == 0
+    expected = lines_of(capsys)
+    assert encode.main([str(tmp_path / "export"), "--json", *texts]) == 0
+    for one, other in zip(lines_of(capsys), expected):
+        assert one["tokens"] == other["tokens"]
+        np.testing.assert_allclose(one["cls"], other["cls"], atol=1e-5)
+        np.testing.assert_allclose(one["pooled"], other["pooled"], atol=1e-5)
+
+
+def told(capsys, *arguments):
+    """What a refused command says."""
+    assert encode.main([str(argument) for argument in arguments]) == 2
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    return shown.err
+
+
+def test_what_cannot_be_asked(run_folder, sentences, tmp_path, capsys):
+    assert "text 2: there is no <mask>; put one" in told(
+        capsys, run_folder, "--fill-mask", "a <mask>", "a crane"
+    )
+    assert "there is no <mask> in its first 16 tokens" in told(
+        capsys, run_folder, "--fill-mask", "a " * 20 + "<mask>"
+    )
+    assert "text 1: is a single text" in told(capsys, run_folder, "--next", "a crane")
+    assert "text 1: 32 tokens" in told(capsys, run_folder, "a " * 30, "--too-long", "refuse")
+    assert "text 1: one text of the pair is empty" in told(capsys, run_folder, "a ||")
+    assert "no text: give some" in told(capsys, run_folder)
+    assert "--input: texts on the command line too" in told(capsys, run_folder, "a", "--input", sentences)
+    assert "--top 0: must be at least 1" in told(capsys, run_folder, "a", "--top", "0")
+
+
+def test_all_that_is_wrong_with_the_output_is_told(run_folder, tmp_path, capsys):
+    output = tmp_path / "nowhere" / "out.txt"
+    shown = told(capsys, run_folder, "a", "--output", output, "--json")
+    assert "must end in .npz, for vectors, or in .jsonl" in shown
+    assert "there is no folder" in shown
+    assert "--json: is for the screen" in shown
+    assert "holds vectors only" in told(
+        capsys, run_folder, "--next", "a", "he", "--output", tmp_path / "x.npz"
+    )
+
+
+def test_a_bad_line_leaves_no_file(run_folder, sentences, tmp_path, capsys):
+    sentences.write_text(sentences.read_text("utf-8") + "a ||\n", "utf-8")
+    output = tmp_path / "vectors.npz"
+    assert "sentences.txt, line 101: one text of the pair is empty" in told(
+        capsys, run_folder, "--input", sentences, "--output", output
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["sentences.txt"]
+
+
+def test_what_is_no_run(run_folder, tmp_path, capsys):
+    assert "is no run" in told(capsys, tmp_path / "nothing", "a")
+    assert "is no run" in told(capsys, tmp_path, "a")
+
+
+def test_a_run_without_a_checkpoint(tmp_path, capsys):
+    create_run(tmp_path / "run", preset("d2l"), Vocabulary(WORDS))
+    assert "has no checkpoint yet" in told(capsys, tmp_path / "run", "a")
+
+
+def copy_of(run_folder, folder):
+    for path in run_folder.rglob("*"):
+        if path.is_file():
+            copy = folder / path.relative_to(run_folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_damaged_weights(run_folder, tmp_path, capsys, damage):
+    folder = copy_of(run_folder, tmp_path / "run")
+    (weights,) = folder.glob("checkpoints/*.params")
+    content = weights.read_bytes()
+    weights.write_bytes(
+        {"truncated": content[: len(content) // 2], "empty": b"", "text": b"no weights"}[damage]
+    )
+    assert f"{weights}: cannot be read as the weights of this run" in told(capsys, folder, "a")
+
+
+def test_a_vocabulary_that_does_not_fit(run_folder, tmp_path, capsys):
+    folder = copy_of(run_folder, tmp_path / "run")
+    Vocabulary([*WORDS, "more"]).save(folder / "vocab.json")
+    assert "cannot be read as the weights of this run" in told(capsys, folder, "a")
+
+
+def test_the_real_command_from_a_shell(run_folder):
+    command = [sys.executable, str(ROOT / "tools" / "encode.py"), str(run_folder), "a crane", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (line,) = io.StringIO(done.stdout)
+    assert json.loads(line)["tokens"] == ["<cls>", "a", "crane", "<sep>"]
+    assert done.stderr == ""

@@ -1,0 +1,104 @@
+"""A text a line to vectors on disk."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from gluon_bert.data.texts import TextReader
+from gluon_bert.data.vocab import Vocabulary
+from gluon_bert.encoding import Answer
+from gluon_bert.errors import BadInput
+from gluon_bert.text_files import count_lines, parse_line, read_lines, vector_file
+
+READER = TextReader(Vocabulary(["a", "crane"]), max_len=8, lowercase=True)
+
+
+def answers(count, units=4, pooled=True):
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        text = READER.text("a crane " * (1 + i % 5), truncate=True)
+        vectors = rng.standard_normal((len(text), units)).astype(np.float32)
+        yield Answer(text, vectors, vectors[0] * 2 if pooled else None, None, None)
+
+
+def test_a_line_is_a_text_or_a_pair():
+    assert parse_line("here", " a crane \n").given == ("a crane",)
+    assert parse_line("here", "a crane || it flies\r\n").given == ("a crane", "it flies")
+
+
+@pytest.mark.parametrize(
+    "line, what",
+    [
+        ("\n", "here: is empty"),
+        ("a || \n", "here: one text of the pair"),
+        ("||", "here: one text of"),
+        ("a || b || c", "here: 3 texts"),
+    ],
+)
+def test_a_line_that_is_neither_is_refused(line, what):
+    with pytest.raises(BadInput, match=what):
+        parse_line("here", line)
+
+
+def test_a_file_is_read_line_by_line(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_bytes("\ufeffa crane\r\nder Kranich || fliegt, hö".encode())
+    assert [line.given for line in read_lines(path)] == [("a crane",), ("der Kranich", "fliegt, hö")]
+    assert [line.where for line in read_lines(path)] == [f"{path}, line 1", f"{path}, line 2"]
+    assert count_lines(path) == 2
+
+
+def test_a_bad_line_is_named(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_bytes(b"a crane\n\xff\n")
+    with pytest.raises(BadInput, match=r"texts.txt, line 2: byte 0xff is not UTF-8"):
+        count_lines(path)
+    path.write_bytes(b"a crane\n\nagain\n")
+    with pytest.raises(BadInput, match=r"texts.txt, line 2: is empty"):
+        count_lines(path)
+    path.write_bytes(b"")
+    with pytest.raises(BadInput, match=r"--input .*texts.txt: is empty"):
+        count_lines(path)
+    with pytest.raises(BadInput, match=r"--input .*nothing.*: cannot be read"):
+        count_lines(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_the_arrays_come_back(tmp_path, pooled):
+    path = tmp_path / "vectors.npz"
+    with vector_file(path, token_vectors=True) as vectors:
+        for answer in answers(7, pooled=pooled):
+            vectors.add(answer)
+    with np.load(path, allow_pickle=False) as arrays:
+        assert ("pooled" in arrays) == pooled
+        assert arrays["truncated"].tolist() == [answer.text.truncated for answer in answers(7)]
+        assert any(arrays["truncated"])
+        starts = arrays["starts"]
+        for i, answer in enumerate(answers(7)):
+            np.testing.assert_array_equal(arrays["cls"][i], answer.cls)
+            np.testing.assert_array_equal(arrays["mean"][i], answer.mean)
+            np.testing.assert_array_equal(arrays["vectors"][starts[i] : starts[i + 1]], answer.vectors)
+            if pooled:
+                np.testing.assert_array_equal(arrays["pooled"][i], answer.pooled)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_is_left_of_an_interrupted_file(tmp_path):
+    path = tmp_path / "vectors.npz"
+    with pytest.raises(KeyboardInterrupt), vector_file(path) as vectors:
+        vectors.add(next(answers(1)))
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_memory_does_not_grow_with_the_file(tmp_path):
+    path = tmp_path / "vectors.npz"
+    tracemalloc.start()
+    with vector_file(path) as vectors:
+        for answer in answers(2000, units=2048):
+            vectors.add(answer)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 40e6
+    assert peak < 10e6

@@ -1,0 +1,260 @@
+"""Asks a pretrained network about texts: `python tools/encode.py --help` tells how."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from contextlib import ExitStack
+from itertools import tee
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator
+
+import numpy as np
+from command_line import add_device_flag, device, guarded, run
+from tqdm import tqdm
+
+from gluon_bert.errors import BadInput
+from gluon_bert.files import written_aside
+
+EXAMPLES = """\
+examples:
+  python tools/encode.py runs/d2l-1 "a crane is flying" "a crane driver came || he just left"
+  python tools/encode.py runs/d2l-1 --fill-mask "the <mask> is flying over the city" --top 10
+  python tools/encode.py runs/d2l-1 --next "it was raining" "she took an umbrella"
+  python tools/encode.py runs/d2l-1 --input sentences.txt --output vectors.npz
+  python tools/encode.py runs/d2l-1 --input sentences.txt --fill-mask --json > filled.jsonl
+
+RUN is the folder of a run, or that of an export. A text is split into words as in training; one whose tokens
+stand apart by spaces is taken as it is. Words that the vocabulary does not have are told, and so is what was
+cut off where a text is longer than the network was trained for.
+
+vectors.npz holds, for N texts, the arrays cls, mean and pooled, (N, C), and truncated, (N,); with
+--token-vectors also vectors, those of all tokens one text after the other, and starts, (N + 1,), where each
+text begins. mean is over all tokens of a text, <cls> and <sep> among them.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = argparse.ArgumentParser(
+        prog="encode",
+        usage="python tools/encode.py RUN [TEXT ...] [flags]",
+        description="Vectors of texts, words for their masks, or whether one text follows another.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run or of an export")
+    p.add_argument("texts", nargs="*", metavar="TEXT", help='a text, or a pair: "a text || another"')
+    ask = p.add_argument_group("what to ask (vectors)").add_mutually_exclusive_group()
+    ask.add_argument("--fill-mask", nargs="*", metavar="TEXT", help="the likeliest words for each <mask>")
+    ask.add_argument("--next", nargs="*", metavar="TEXT", help="how likely the second text follows the first")
+    p.add_argument("--top", type=int, default=5, metavar="N", help="words for each <mask> (5)")
+    p.add_argument("--token-vectors", action="store_true", help="also the vector of each token")
+    p.add_argument("--input", type=Path, metavar="FILE", help="texts from a UTF-8 file, a line each")
+    p.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="vectors to an .npz, or anything to a .jsonl; may be large",
+    )
+    p.add_argument("--json", action="store_true", help="an object a line, on the screen")
+    p.add_argument(
+        "--too-long",
+        choices=("cut", "refuse"),
+        default="cut",
+        help="what to do with texts above max_len (cut)",
+    )
+    add_device_flag(p)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    try:
+        # Intermixed, since texts may stand before and behind the flags.
+        arguments = parser().parse_intermixed_args(argv)
+    except SystemExit as stop:  # argparse has told what is wrong
+        return int(stop.code or 0)
+    return guarded(lambda: encode(arguments), "encode")
+
+
+def encode(arguments: argparse.Namespace) -> int:
+    """Answer as the flags say."""
+    from gluon_bert.text_files import count_lines, parse_line, read_lines
+
+    ask, texts = asked(arguments)
+    check(arguments, ask, texts)
+    if arguments.input:
+        total, lines = count_lines(arguments.input), read_lines(arguments.input)
+    else:
+        parsed = [parse_line(f"text {number}", text) for number, text in enumerate(texts, 1)]
+        total, lines = len(parsed), iter(parsed)
+    predictor = predictor_of(arguments.run, device(arguments))
+    told, asked_lines = tee(lines)
+    truncate = arguments.too_long == "cut"
+    answers = predictor.ask(readable(predictor.reader, asked_lines, ask, truncate))
+    seen = Seen(predictor.reader.vocab.unk)
+    bar = tqdm(total=total, unit=" texts", disable=not (arguments.input and sys.stderr.isatty()))
+    with ExitStack() as stack:
+        show = sink(arguments, ask, predictor.reader.vocab, stack)
+        for line, answer in zip(told, answers):
+            show(line, answer)
+            seen.add(line, answer)
+            bar.update(1)
+        bar.close()
+    print("".join(seen.report(predictor.reader.max_len)), end="", file=sys.stderr)
+    return 0
+
+
+def asked(arguments: argparse.Namespace) -> tuple[str, list[str]]:
+    """What is asked, and the texts of the command line."""
+    if arguments.fill_mask is not None:
+        return "masks", arguments.texts + arguments.fill_mask
+    if arguments.next is None:
+        return "vectors", arguments.texts
+    texts = arguments.texts + arguments.next
+    if len(texts) == 2 and not any("||" in text for text in texts):
+        texts = [" || ".join(texts)]
+    return "next", texts
+
+
+def check(arguments: argparse.Namespace, ask: str, texts: list[str]) -> None:
+    """Raise one BadInput that tells everything that is wrong with the flags."""
+    problems = []
+    if arguments.input and texts:
+        problems.append("--input: texts on the command line too; give one or the other")
+    if not arguments.input and not texts:
+        problems.append('no text: give some, such as "a crane is flying", or a file of them with --input')
+    if arguments.top < 1:
+        problems.append(f"--top {arguments.top}: must be at least 1")
+    output = arguments.output
+    if output and output.suffix not in (".npz", ".jsonl"):
+        problems.append(f"--output {output}: must end in .npz, for vectors, or in .jsonl")
+    if output and output.suffix == ".npz" and ask != "vectors":
+        problems.append(f"--output {output}: an .npz holds vectors only; name a .jsonl file")
+    if output and not output.absolute().parent.is_dir():
+        problems.append(f"--output {output}: there is no folder {output.parent}")
+    if output and arguments.json:
+        problems.append("--json: is for the screen, --output writes a file; give one of them")
+    if problems:
+        raise BadInput("\n".join(problems))
+
+
+def predictor_of(folder: Path, context: Any) -> Any:
+    """What answers for a run's folder, or for that of an export."""
+    from gluon_bert.checkpoint import load_run
+    from gluon_bert.encoding import Predictor
+    from gluon_bert.export.formats import load_exported
+    from gluon_bert.export.manifest import MANIFEST
+
+    if (folder / MANIFEST).exists():
+        exported = load_exported(folder, context)
+        return Predictor(exported.network, exported.reader)
+    run = load_run(folder, [context])
+    return Predictor.of(run.net, run.vocab, run.config.data)
+
+
+def readable(reader: Any, lines: Iterable[Any], ask: str, truncate: bool) -> Iterator[Any]:
+    """The texts as the network reads them; BadInput says which cannot be asked that."""
+    for line in lines:
+        try:
+            text = reader.text(*line.given, truncate=truncate)
+        except BadInput as problem:
+            raise BadInput(f"{line.where}: {problem}") from problem
+        if ask == "masks" and not len(text.masks):
+            cut = f" in its first {reader.max_len} tokens" if text.truncated else ""
+            raise BadInput(f"{line.where}: there is no <mask>{cut}; put one where a word is to be found")
+        if ask == "next" and not text.is_pair:
+            raise BadInput(f'{line.where}: is a single text; a pair is "a text || another"')
+        yield text
+
+
+def sink(arguments: argparse.Namespace, ask: str, vocab: Any, stack: ExitStack) -> Callable[[Any, Any], None]:
+    """What is done with each line and its answer."""
+    from gluon_bert.answers import as_json
+    from gluon_bert.text_files import vector_file
+
+    def as_line(line: Any, answer: Any) -> str:
+        content = as_json(answer, vocab, [ask], arguments.top, arguments.token_vectors, line.given)
+        return json.dumps(content, ensure_ascii=False)
+
+    if arguments.output is None:
+        show = (
+            as_line if arguments.json else lambda line, answer: in_words(line, answer, ask, vocab, arguments)
+        )
+        return lambda line, answer: print(show(line, answer))
+    if arguments.output.suffix == ".npz":
+        vectors = stack.enter_context(vector_file(arguments.output, arguments.token_vectors))
+        return lambda line, answer: vectors.add(answer)
+    file = stack.enter_context(written_aside(arguments.output))
+    return lambda line, answer: print(as_line(line, answer), file=file)
+
+
+def in_words(line: Any, answer: Any, ask: str, vocab: Any, arguments: argparse.Namespace) -> str:
+    """An answer for people."""
+    told = [" || ".join(line.given)]
+    if ask == "masks":
+        filled = answer.fill_masks(vocab, arguments.top)
+        for number, words in enumerate(filled, 1):
+            told += [f"  <mask> {number} of {len(filled)}"] if len(filled) > 1 else []
+            told += [f"  {probability:8.4f}  {word}" for word, probability in words]
+    elif ask == "next":
+        told.append(f"  {answer.is_next:.4f}  is the probability that the second follows the first")
+    else:
+        named = {"cls": answer.cls, "mean": answer.mean}
+        if answer.pooled is not None:
+            named["pooled"] = answer.pooled
+        told.append(f"  tokens  {' '.join(answer.text.tokens)}")
+        told += [f"  {name:<7} {numbers_in_words(vector)}" for name, vector in named.items()]
+        if arguments.token_vectors:
+            told += [
+                f"  {token:<15} {numbers_in_words(vector)}"
+                for token, vector in zip(answer.text.tokens, answer.vectors)
+            ]
+    return "\n".join(told)
+
+
+def numbers_in_words(vector: np.ndarray, shown: int = 5) -> str:
+    """The first few of a vector's numbers, and how many there are."""
+    return f"{' '.join(f'{number:8.4f}' for number in vector[:shown])} ... ({len(vector)} numbers)"
+
+
+class Seen:
+    """What the user should know of the texts that went by."""
+
+    def __init__(self, unk: int) -> None:
+        self._unk = unk
+        self._texts = self._tokens = self._num_unknown = self._num_cut = 0
+        self._unknown: Counter[str] = Counter()
+        self._cut: list[str] = []
+
+    def add(self, line: Any, answer: Any) -> None:
+        """One more text."""
+        text = answer.text
+        self._texts += 1
+        self._tokens += len(text)
+        self._num_unknown += int((text.ids == self._unk).sum())
+        # Enough to name the most frequent ones, however many texts come.
+        if len(self._unknown) < 10_000:
+            self._unknown.update(text.unknown)
+        if text.truncated:
+            self._num_cut += 1
+            self._cut += [line.where] * (len(self._cut) < 3)
+
+    def report(self, max_len: int) -> Iterator[str]:
+        """Lines on unknown words and on texts that were cut."""
+        if self._num_unknown:
+            words = " ".join(word for word, _ in self._unknown.most_common(10))
+            more = " ..." if len(self._unknown) > 10 else ""
+            share = f"{self._num_unknown} of {self._tokens} tokens"
+            yield f"not in the vocabulary, read as <unk> ({share}): {words}{more}\n"
+        if self._num_cut:
+            where = "; ".join(self._cut) + (" ..." if self._num_cut > len(self._cut) else "")
+            yield f"longer than {max_len} tokens and cut ({self._num_cut} of {self._texts} texts): {where}\n"
+
+
+if __name__ == "__main__":
+    run(main)
