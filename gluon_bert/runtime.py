@@ -64,6 +64,8 @@ def import_mxnet() -> Any:
         need_distutils()
         # MXNet would use half the cores that it sees, taking them for hyper-threads, whatever they are.
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+        # It would tell of every bound graph that its CPU library is in use.
+        os.environ.setdefault("MXNET_SUBGRAPH_VERBOSE", "0")
         if wheel is not None and wheel.name == CUDA_WHEEL:
             load_driver()
             load_cuda_libraries(cuda_folders(sys.path))

@@ -108,12 +108,17 @@ class Manifest:
         return TextReader(vocab, self.max_len, self.tokenizer["lowercase"])
 
     def _check(self, path: Path) -> None:
-        known = self.format in FORMATS and self.outputs in OUTPUTS
         sizes = [self.max_len, self.vocabulary_size]
-        if not known or not all(type(size) is int and size > 0 for size in sizes):
-            raise BadInput(f"{path}: format, outputs, max_len or vocabulary_size is not one that there is")
-        if self.tokenizer.get("kind") != "words" or type(self.tokenizer.get("lowercase")) is not bool:
-            raise BadInput(f"{path}: tokenizer is not one that this gluon_bert knows")
+        sound = [
+            self.format in FORMATS,
+            self.outputs in OUTPUTS,
+            all(type(size) is int and size > 0 for size in sizes),
+            isinstance(self.tokenizer, Mapping) and self.tokenizer.get("kind") == "words",
+            isinstance(self.tokenizer, Mapping) and type(self.tokenizer.get("lowercase")) is bool,
+            isinstance(self.files, Mapping),
+        ]
+        if not all(sound):
+            raise BadInput(f"{path}: does not say what this gluon_bert knows; export the run again")
         for name, expected in self.files.items():
             if Path(name).name != name:
                 raise BadInput(f"{path}: {name!r} is no file of this folder")

@@ -1,0 +1,274 @@
+"""The exported symbol: free of batch and length, named, equal to the run, and read back by MXNet alone."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gluon_bert.checkpoint import Run
+from gluon_bert.config import preset
+from gluon_bert.data.vocab import Vocabulary
+from gluon_bert.encoding import GluonNetwork, Predictor
+from gluon_bert.errors import BadInput
+from gluon_bert.export import formats
+from gluon_bert.export.comparison import differences, random_texts
+from gluon_bert.export.formats import export_mxnet, load_exported
+from gluon_bert.export.manifest import MANIFEST, OUTPUTS, Manifest
+from gluon_bert.export.symbol import PARAMETERS, SYMBOL, BlockNetwork, ModuleNetwork
+from gluon_bert.model.bert import BERTModel
+from gluon_bert.runtime import mx
+
+VOCAB = Vocabulary([f"w{i}" for i in range(50)])
+MAX_LEN = 24
+
+# Every operator of the exported graphs: all are MXNet's own. One more is a decision, not an accident.
+OPERATORS = {
+    "null", "_arange", "_contrib_arange_like", "_copy", "_mul_scalar", "Activation", "batch_dot", "BlockGrad",
+    "broadcast_add", "broadcast_greater_equal", "broadcast_like", "Dropout", "elemwise_add", "Embedding",
+    "expand_dims", "FullyConnected", "gather_nd", "LayerNorm", "LeakyReLU", "repeat", "Reshape", "slice_axis",
+    "slice_like", "softmax", "stack", "SwapAxis", "transpose", "zeros_like",
+}  # fmt: skip
+
+
+def run_of(seed=0, name="bert-tiny", **changes):
+    config = preset(name).replace(units=32, ffn_units=48, num_heads=2, max_len=MAX_LEN, **changes)
+    net = BERTModel(len(VOCAB), config.model)
+    net.setup([mx.cpu()], seed)
+    return Run(net, VOCAB, config, step=7)
+
+
+@pytest.fixture(scope="module")
+def run():
+    return run_of()
+
+
+@pytest.fixture(scope="module")
+def exports(run, tmp_path_factory):
+    """The folders of both kinds of export."""
+    folder = tmp_path_factory.mktemp("exports")
+    for outputs in OUTPUTS:
+        export_mxnet(run, folder / outputs, outputs)
+    return folder
+
+
+@pytest.mark.parametrize("outputs", OUTPUTS)
+@pytest.mark.parametrize("network", [BlockNetwork, ModuleNetwork])
+def test_any_batch_and_length_equals_the_network(run, exports, outputs, network):
+    manifest = Manifest.load(exports / outputs)
+    other = network(exports / outputs, manifest)
+    rng = np.random.default_rng(1)
+    for shape in ((2, 3), (1, MAX_LEN), (5, 11), (9, 17)):
+        texts = random_texts(rng, *shape, len(VOCAB))
+        found = differences(GluonNetwork(run.net), other, [texts])
+        assert set(found) == set(OUTPUTS[outputs])
+        assert max(found.values()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "d2l"},
+        {"norm": "pre"},
+        {"tied_decoder": False, "embedding_norm": False},
+        {"num_layers": 1, "activation": "relu"},
+    ],
+)
+def test_every_variant_of_the_network(tmp_path, changes):
+    manifest = export_mxnet(run_of(**changes), tmp_path / "export")
+    found = manifest.comparison["largest differences"]
+    assert set(found) == {"SymbolBlock", "Module"}
+    assert all(set(by_output) == set(OUTPUTS["all"]) for by_output in found.values())
+
+
+def test_differences_are_seen(run, tmp_path, monkeypatch):
+    other = run_of(seed=1)
+    rng = np.random.default_rng(0)
+    found = differences(GluonNetwork(run.net), GluonNetwork(other.net), [random_texts(rng, 2, 9, len(VOCAB))])
+    assert min(found.values()) > 1e-2
+    monkeypatch.setattr(formats, "GluonNetwork", lambda net: GluonNetwork(other.net))
+    with pytest.raises(BadInput, match="read back by SymbolBlock, the encoded of the export differ by"):
+        export_mxnet(run, tmp_path / "export")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_number_is_a_difference(run):
+    class Broken:
+        def __call__(self, texts):
+            outputs = GluonNetwork(run.net)(texts)
+            outputs.pooled[0, 0] = np.nan
+            return outputs
+
+    texts = [random_texts(np.random.default_rng(0), 2, 9, len(VOCAB)) for _ in range(2)]
+    assert differences(GluonNetwork(run.net), Broken(), texts)["pooled"] == np.inf
+
+
+@pytest.mark.parametrize("network", [BlockNetwork, ModuleNetwork])
+def test_longer_than_max_len_is_an_error_of_the_graph(exports, network):
+    other = network(exports / "all", Manifest.load(exports / "all"))
+    texts = random_texts(np.random.default_rng(0), 2, MAX_LEN + 1, len(VOCAB))
+    with pytest.raises(RuntimeError, match="Slice axis 1 with size 25"):
+        other(texts)
+
+
+def test_inputs_and_outputs_have_names(exports):
+    for outputs, folder in ((name, exports / name) for name in OUTPUTS):
+        symbol = mx.sym.load(str(folder / SYMBOL))
+        content = json.loads((folder / MANIFEST).read_text("utf-8"))
+        inputs = [each["name"] for each in content["inputs"]]
+        assert set(symbol.list_inputs()) == set(inputs) | set(parameters_of(folder))
+        assert symbol.list_outputs() == [f"{each['name']}_output" for each in content["results"]]
+        assert all(each["meaning"] and each["dtype"] == "float32" for each in content["inputs"])
+        assert ("positions" in inputs) == (outputs == "all")
+
+
+def parameters_of(folder):
+    return [name.split(":")[1] for name in mx.nd.load(str(folder / PARAMETERS))]
+
+
+def test_only_mxnets_own_operators(exports):
+    nodes = json.loads((exports / "all" / SYMBOL).read_text("utf-8"))["nodes"]
+    assert {node["op"] for node in nodes} <= OPERATORS
+
+
+def test_mxnet_alone_serves_it(run, exports, tmp_path):
+    """A process that knows nothing of this package, only what the manifest says."""
+    code = """
+import json, sys, numpy
+vars(numpy).setdefault("bool", bool)
+import mxnet as mx
+folder, found = sys.argv[1:]
+manifest = json.load(open(f"{folder}/manifest.json"))
+names = [each["name"] for each in manifest["inputs"]]
+net = mx.gluon.SymbolBlock.imports(f"{folder}/bert-symbol.json", names, f"{folder}/bert-0000.params")
+symbol, parameters, _ = mx.model.load_checkpoint(f"{folder}/bert", 0)
+inputs = {
+    "tokens": [[3, 9, 2, 4, 7, 4], [3, 8, 4, 1, 1, 1]],
+    "segments": [[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]],
+    "lengths": [6, 3],
+    "positions": [[2], [0]],
+}
+arrays = [mx.nd.array(inputs[name]) for name in names]
+module = mx.mod.Module(symbol, names, label_names=None)
+module.bind([(name, array.shape) for name, array in zip(names, arrays)], for_training=False)
+module.set_params(parameters, {})
+module.forward(mx.io.DataBatch(arrays), is_train=False)
+outputs = [each["name"] for each in manifest["results"]]
+numpy.savez(
+    found,
+    **{f"block_{name}": result.asnumpy() for name, result in zip(outputs, net(*arrays))},
+    **{f"module_{name}": result.asnumpy() for name, result in zip(outputs, module.get_outputs())},
+)
+assert not any(name.startswith("gluon_bert") for name in sys.modules)
+"""
+    found = tmp_path / "found.npz"
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-W", "ignore", "-c", code, str(exports / "all"), str(found)]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    inputs = [[3, 9, 2, 4, 7, 4], [3, 8, 4, 1, 1, 1]], [[0, 0, 0, 0, 1, 1], [0] * 6], [6, 3]
+    encoded = run.net.encoder(*(mx.nd.array(each) for each in inputs))
+    pooled = run.net.pooler(encoded)
+    expected = {
+        "encoded": encoded,
+        "pooled": pooled,
+        "mask_scores": run.net.mlm(encoded, mx.nd.array([[0, 1], [2, 0]])).expand_dims(1),
+        "next_scores": run.net.nsp(pooled),
+    }
+    with np.load(found) as arrays:
+        for name, array in expected.items():
+            for reader in ("block", "module"):
+                np.testing.assert_allclose(arrays[f"{reader}_{name}"], array.asnumpy(), atol=1e-5)
+
+
+def test_equal_runs_give_equal_files(exports, tmp_path):
+    export_mxnet(run_of(), tmp_path / "again", "all")
+    for name in (SYMBOL, PARAMETERS, "vocab.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (exports / "all" / name).read_bytes()
+
+
+def test_an_export_answers_like_its_run(run, exports):
+    exported = load_exported(exports / "all")
+    predictors = Predictor(exported.network, exported.reader), Predictor.of(run.net, VOCAB, run.config.data)
+    texts = [exported.reader.text("w1 W2 w9"), exported.reader.text("w1 <mask> w2 <mask>", "w3 <mask> w4")]
+    for one, other in zip(*(predictor.ask(texts) for predictor in predictors)):
+        np.testing.assert_allclose(one.vectors, other.vectors, atol=1e-5)
+        np.testing.assert_allclose(one.next_scores, other.next_scores, atol=1e-5)
+    np.testing.assert_allclose(one.mask_scores, other.mask_scores, atol=1e-5)
+    assert one.mask_scores.shape == (3, len(VOCAB))
+
+
+def test_the_encoder_alone_says_what_it_lacks(exports):
+    exported = load_exported(exports / "encoder")
+    predictor = Predictor(exported.network, exported.reader)
+    (answer,) = predictor.ask([exported.reader.text("w1 <mask>", "w3")])
+    assert answer.vectors.shape == (6, 32)
+    assert answer.pooled is None
+    with pytest.raises(BadInput, match="exported without masked words: export it with --outputs all"):
+        answer.fill_masks(VOCAB)
+    with pytest.raises(BadInput, match="exported without the next sentence"):
+        _ = answer.is_next
+
+
+def test_a_taken_folder_is_left_alone(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(BadInput, match=r"--output .*: is there already; name a new folder"):
+        export_mxnet(run, tmp_path)
+    with pytest.raises(BadInput, match="is there already"):
+        export_mxnet(run, tmp_path / "notes.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "empty").mkdir()
+    export_mxnet(run, tmp_path / "empty")
+    assert (tmp_path / "empty" / MANIFEST).exists()
+
+
+@pytest.fixture
+def export(exports, tmp_path):
+    """A copy of an export, to be damaged."""
+    for path in (exports / "all").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", [SYMBOL, PARAMETERS, "vocab.json"])
+def test_a_damaged_file_is_named(export, name):
+    content = (export / name).read_bytes()
+    (export / name).write_bytes(content[:-7])
+    with pytest.raises(BadInput, match=f"{name}: is not the file that was exported"):
+        load_exported(export)
+    (export / name).unlink()
+    with pytest.raises(BadInput, match=f"{name} is missing"):
+        load_exported(export)
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        ({"manifest": 99}, "version 99, where this gluon_bert reads 1"),
+        ({"format": "tflite"}, "does not say what this gluon_bert knows"),
+        ({"outputs": "some"}, "does not say what this gluon_bert knows"),
+        ({"max_len": "24"}, "does not say what this gluon_bert knows"),
+        ({"max_len": -1}, "does not say what this gluon_bert knows"),
+        ({"tokenizer": {"kind": "sentencepiece"}}, "does not say what"),
+        ({"tokenizer": []}, "does not say what"),
+        ({"files": []}, "does not say what"),
+        ({"files": {"../secret": "0"}}, "no file of this folder"),
+        ({"vocabulary_size": 7}, "has 55 tokens, the network 7"),
+    ],
+)
+def test_a_foreign_manifest_is_refused(export, change, what):
+    content = json.loads((export / MANIFEST).read_text("utf-8"))
+    (export / MANIFEST).write_text(json.dumps({**content, **change}), "utf-8")
+    with pytest.raises(BadInput, match=what):
+        load_exported(export)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"manifest": 1}'])
+def test_what_is_no_manifest_is_refused(export, content):
+    (export / MANIFEST).write_bytes(content)
+    with pytest.raises(BadInput, match="cannot be read as an export's manifest"):
+        load_exported(export)
+    (export / MANIFEST).unlink()
+    with pytest.raises(BadInput, match=r"holds no export: there is no manifest\.json"):
+        load_exported(export)
