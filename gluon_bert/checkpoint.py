@@ -10,12 +10,13 @@ from typing import Any, Mapping, NamedTuple, Sequence
 
 from .config import GROUPS, Config, write_json
 from .data.vocab import Vocabulary
+from .data.wordpiece import load_vocabulary
 from .errors import BadInput, in_a_line
 from .files import written_aside
 from .model.bert import BERTModel
 from .runtime import mx
 
-CONFIG, VOCABULARY, CHECKPOINTS = "config.json", "vocab.json", "checkpoints"
+CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 
 # Raised when an older gluon_bert could not read what is written now.
 FORMAT = 1
@@ -56,7 +57,7 @@ def create_run(
     check_new(folder)
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        vocab.save(folder / VOCABULARY)
+        vocab.save(folder / vocab.FILE)
         write_json(folder / CONFIG, {"format": FORMAT, **config.to_json(), "facts": facts or {}})
     except OSError as error:
         raise BadInput(f"--output {folder}: cannot be written ({error.strerror or error})") from error
@@ -94,7 +95,7 @@ def load_run(folder: Path, contexts: Sequence[Any] | None = None) -> Run:
     if not (folder / CONFIG).is_file():
         raise BadInput(f"{folder}: is no run: it has no {CONFIG}; name a folder that pretrain.py wrote")
     config = read_config(folder / CONFIG)
-    vocab = Vocabulary.load(folder / VOCABULARY)
+    vocab = load_vocabulary(folder)
     step = latest(folder)
     if step is None:
         raise BadInput(f"{folder}: the run has no checkpoint yet")

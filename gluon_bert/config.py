@@ -63,10 +63,11 @@ class DataConfig:
     )
     text_format: str = option(
         "auto",
-        "of text files: wikitext (a paragraph a line, tokens apart by spaces), sentences (one a line, blank "
-        "lines between documents), prose (running text, blank lines between documents), paragraphs (running "
-        "text, a document a line), or auto (told by the first lines)",
-        choices=("auto", "wikitext", "sentences", "prose", "paragraphs"),
+        "of text files: wikitext (a paragraph a line, tokens apart by spaces), articles (WikiText too, but "
+        "whole articles are the documents), sentences (one a line, blank lines between documents), prose "
+        "(running text, blank lines between documents), paragraphs (running text, a document a line), or "
+        "auto (told by the first lines)",
+        choices=("auto", "wikitext", "articles", "sentences", "prose", "paragraphs"),
     )
     language: str = option("en", "of running text, as a two-letter code: the rules its sentences end by")
     held_out: float = option(
@@ -75,18 +76,41 @@ class DataConfig:
         at_least=0.0,
         at_most=0.5,
     )
-    lowercase: bool = option(True, "lower-case the text")
-    min_freq: int = option(5, "rarer words become <unk>", at_least=1)
+    lowercase: bool = option(True, "lower-case the text; WordPiece then takes off the accents, too")
+    tokenizer: str = option(
+        "words",
+        "what a token is: a word, or a piece of one (WordPiece, as the original BERT has; it needs the extra "
+        "wordpiece)",
+        choices=("words", "wordpiece"),
+    )
+    vocab_file: str = option(
+        "", "a published WordPiece vocabulary, vocab.txt, a token a line; without, one is made of the text"
+    )
+    # [PAD] [UNK] [CLS] [SEP] [MASK] and some pieces; the default is Devlin et al. 2018's, uncased.
+    vocab_size: int = option(30522, "V, tokens of a WordPiece vocabulary that is made, at most", at_least=8)
+    min_freq: int = option(
+        5, "of rarer pieces WordPiece makes no token; rarer words become <unk>", at_least=1
+    )
     max_len: int = option(
         64, "T, the longest pair in tokens, with its <cls> and two <sep>", at_least=SHORTEST_MAX_LEN
     )
+    pairs: str = option(
+        "sentences",
+        "a segment is one sentence, or as many as fill --max-len in two segments (packed, as the original "
+        "BERT has), truncated at either end",
+        choices=("sentences", "packed"),
+    )
+    # Devlin et al. 2018's code, create_pretraining_data.py, as is its value.
+    short_pair_rate: float = option(
+        0.1, "share of packed pairs that aim at a random shorter length", at_least=0.0, at_most=1.0
+    )
     long_pairs: str = option(
-        "truncate", "what to do with pairs above --max-len", choices=("truncate", "drop")
+        "truncate", "what to do with pairs of sentences above --max-len", choices=("truncate", "drop")
     )
     negatives: str = option(
         "matched",
-        "random second sentences: any of the corpus, or matched (of another document and never its first "
-        "sentence, like a true one)",
+        "random second segments: any sentence of the corpus, or matched (of another document and never its "
+        "first sentence, like a true one; packed ones also as long as a true one)",
         choices=("matched", "any"),
     )
     negative_rate: float = option(
@@ -102,6 +126,13 @@ class DataConfig:
         "with the special tokens",
         choices=("floor", "round"),
     )
+    masking: str = option(
+        "tokens",
+        "what is masked together: a token, all pieces of a word, or up to --max-ngram words in a row",
+        choices=("tokens", "words", "ngrams"),
+    )
+    # Lan et al. 2019 (ALBERT), section 3.1, has 3, and n words with a probability in proportion to 1/n.
+    max_ngram: int = option(3, "the most words in a row for --masking ngrams", at_least=1, at_most=10)
     mask_token_rate: float = option(0.8, "of those, the share shown as <mask>", at_least=0.0, at_most=1.0)
     random_token_rate: float = option(
         0.1, "of those, the share shown as a random token", at_least=0.0, at_most=1.0
@@ -122,7 +153,42 @@ class TrainConfig:
 
     batch_size: int = option(512, "B, sentence pairs an optimizer step, over all contexts", at_least=1)
     num_steps: int = option(50, "optimizer steps", at_least=1)
-    lr: float = option(1e-3, "Adam's learning rate", at_least=0.0, at_most=1e3)
+    lr: float = option(1e-3, "the learning rate at its peak", at_least=0.0, at_most=1e3)
+    schedule: str = option(
+        "constant",
+        "of the learning rate after the warm-up: constant, or falling to 0 at --num-steps, linear or as a "
+        "cosine",
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup: float = option(
+        0.0, "share of the steps over which the learning rate rises to --lr", at_least=0.0, at_most=1.0
+    )
+    optimizer: str = option(
+        "adam",
+        "adam, adamw (weight decay decoupled from the gradient), bertadam (the original BERT's: adamw "
+        "without bias correction) or lamb (for large batches)",
+        choices=("adam", "adamw", "bertadam", "lamb"),
+    )
+    # Kingma and Ba 2015, section 2, as are MXNet's defaults.
+    beta1: float = option(0.9, "decay rate of the gradient's running mean", at_least=0.0, at_most=0.9999)
+    beta2: float = option(
+        0.999, "decay rate of the running mean of its square", at_least=0.0, at_most=0.999999
+    )
+    epsilon: float = option(
+        1e-8, "the optimizer's, added to the root of that mean", at_least=1e-12, at_most=1.0
+    )
+    weight_decay: float = option(
+        0.0,
+        "a step's decay of the weights, as a share of the learning rate; of biases and LayerNorm none",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    clip_norm: float = option(
+        0.0,
+        "the largest norm of the whole gradient; a longer one is shortened; 0: no limit",
+        at_least=0.0,
+        at_most=1e6,
+    )
     seed: int = option(
         0, "of every random draw: weights, dropout, pairs, masks, order", at_least=0, at_most=2**31 - 1
     )
@@ -249,13 +315,45 @@ def _data_contradictions(data: DataConfig) -> List[str]:
         problems.append("--corpus: must name a corpus, a file or a folder")
     if data.num_buckets > data.max_len:
         problems.append(f"--num-buckets {data.num_buckets}: must not exceed --max-len {data.max_len}")
-    return problems
+    if data.masking == "ngrams" and data.max_ngram == 1:
+        problems.append("--max-ngram 1: must be at least 2 for --masking ngrams; one word is --masking words")
+    if data.pairs == "packed" and data.long_pairs == "drop":
+        problems.append("--long-pairs drop: packed pairs are truncated; add --long-pairs truncate")
+    if data.pairs == "packed" and data.negatives == "any":
+        problems.append("--negatives any: those of packed pairs are matched; add --negatives matched")
+    return problems + _without_effect(data)
+
+
+def _without_effect(data: DataConfig) -> List[str]:
+    """A sentence for everything that was changed and would change nothing, as another option is not set."""
+    makes_pieces = data.tokenizer == "wordpiece" and not data.vocab_file
+    used = {
+        "vocab_file": (data.tokenizer == "wordpiece", "needs --tokenizer wordpiece"),
+        "vocab_size": (makes_pieces, "needs --tokenizer wordpiece, and no --vocab-file, which has its size"),
+        "short_pair_rate": (data.pairs == "packed", "needs --pairs packed"),
+        "max_ngram": (data.masking == "ngrams", "needs --masking ngrams"),
+    }
+    defaults = DataConfig()
+    return [
+        f"{flag(name)} {getattr(data, name)}: has no effect, it {needs}"
+        for name, (is_used, needs) in used.items()
+        if not is_used and getattr(data, name) != getattr(defaults, name)
+    ]
+
+
+def _train_contradictions(train: TrainConfig) -> List[str]:
+    if train.optimizer == "adam" and train.weight_decay:
+        return [
+            f"--weight-decay {train.weight_decay}: must be 0 with --optimizer adam; adamw, bertadam and lamb "
+            "have weight decay"
+        ]
+    return []
 
 
 _CONTRADICTIONS: Dict[Any, Any] = {
     ModelConfig: _model_contradictions,
     DataConfig: _data_contradictions,
-    TrainConfig: lambda train: [],
+    TrainConfig: _train_contradictions,
 }
 
 
@@ -274,9 +372,24 @@ def _bert(layers: int, units: int, batch_size: int) -> Config:
         tied_decoder=True,
         init="normal",
     )
-    data = DataConfig(max_len=128, num_buckets=4)
-    # Devlin et al. 2018, appendix A.2: Adam at 1e-4.
-    return Config(model, data, TrainConfig(batch_size=batch_size, num_steps=1000, lr=1e-4, eval_every=500))
+    data = DataConfig(max_len=128, pairs="packed", num_buckets=4)
+    train = TrainConfig(
+        batch_size=batch_size,
+        num_steps=1000,
+        # Devlin et al. 2018, appendix A.2: Adam at 1e-4, betas .9 and .999, weight decay 0.01, a linear fall.
+        lr=1e-4,
+        schedule="linear",
+        # There 10,000 of 1,000,000 steps; in their code's defaults (run_pretraining.py) of 100,000. A short
+        # run needs the larger share: the running means must settle before the steps are long.
+        warmup=0.1,
+        # In their code (optimization.py), not in the paper: no bias correction, this epsilon, clipping to 1.
+        optimizer="bertadam",
+        epsilon=1e-6,
+        weight_decay=0.01,
+        clip_norm=1.0,
+        eval_every=500,
+    )
+    return Config(model, data, train)
 
 
 PRESETS: Dict[str, Config] = {

@@ -26,7 +26,17 @@ FLOORS = {
 }
 # Floor 0 is one room: errors and files serve the others.
 SHARED_GROUND = {"errors", "files", "config", "runtime"}
-WITHOUT_MXNET = ["corpus", "vocab", "pairs", "masking", "documents", "pydoc_prose", "wikitext", "texts"]
+WITHOUT_MXNET = [
+    "corpus",
+    "vocab",
+    "pairs",
+    "masking",
+    "documents",
+    "pydoc_prose",
+    "wikitext",
+    "texts",
+    "wordpiece",
+]
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

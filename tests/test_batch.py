@@ -19,9 +19,9 @@ def prepared():
 
 def batch_of(config, length=16, num_rows=None):
     text = prepared()
-    pairs = draw_pairs(text.train, config, np.random.default_rng(0)).take(slice(num_rows))
+    pairs = draw_pairs(text.train, config, np.random.default_rng(0), text.vocab.unk).take(slice(num_rows))
     noise = pair_noise(0, 0, np.arange(len(pairs)), length)
-    return make_batch(text.train, pairs, noise, len(text.vocab), config), text.vocab
+    return make_batch(text.train, pairs, noise, text.vocab, config), text.vocab
 
 
 def random_batch(num_rows, length=12, seed=0):

@@ -24,6 +24,20 @@ def test_the_book_preset_has_the_books_figures():
     assert (d2l.train.batch_size, d2l.train.num_steps, d2l.train.lr) == (512, 50, 1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "d2l"])
+def test_the_other_presets_train_as_the_original_bert(name):
+    train = preset(name).train
+    assert (train.optimizer, train.beta1, train.beta2, train.epsilon) == ("bertadam", 0.9, 0.999, 1e-6)
+    assert (train.weight_decay, train.clip_norm) == (0.01, 1.0)
+    assert (train.lr, train.schedule, train.warmup) == (1e-4, "linear", 0.1)
+
+
+def test_the_book_preset_is_plain_adam():
+    train = preset("d2l").train
+    assert (train.optimizer, train.beta1, train.beta2, train.epsilon) == ("adam", 0.9, 0.999, 1e-8)
+    assert (train.weight_decay, train.clip_norm, train.schedule, train.warmup) == (0.0, 0.0, "constant", 0.0)
+
+
 def test_no_two_options_share_a_name():
     names = [field.name for group in GROUPS.values() for field in dataclasses.fields(group)]
     assert len(names) == len(set(names))
@@ -75,7 +89,28 @@ def test_all_problems_are_told_at_once():
         ({"seed": 2**31}, "--seed 2147483648: must be at most 2147483647"),
         ({"lr": float("inf")}, "--lr inf: must be at most"),
         ({"held_out": 0.9}, "--held-out 0.9: must be at most 0.5"),
+        ({"weight_decay": 0.01}, "--weight-decay 0.01: must be 0 with --optimizer adam; adamw, bertadam"),
+        ({"weight_decay": -0.1}, "--weight-decay -0.1: must be at least 0.0"),
+        ({"schedule": "cubic"}, "--schedule cubic: must be one of constant, linear, cosine"),
+        ({"optimizer": "sgd"}, "--optimizer sgd: must be one of adam, adamw, bertadam, lamb"),
+        ({"warmup": 1.5}, "--warmup 1.5: must be at most 1.0"),
+        ({"beta1": 1.0}, "--beta1 1.0: must be at most 0.9999"),
+        ({"beta2": float("nan")}, "--beta2 nan: must be at least 0.0"),
+        ({"epsilon": 0.0}, "--epsilon 0.0: must be at least 1e-12"),
+        ({"clip_norm": -1.0}, "--clip-norm -1.0: must be at least 0.0"),
+        ({"clip_norm": float("inf")}, "--clip-norm inf: must be at most"),
         ({"num_heads": 0}, "--num-heads 0: must be at least 1"),
+        ({"vocab_file": "v.txt"}, "--vocab-file v.txt: has no effect, it needs --tokenizer wordpiece"),
+        ({"vocab_size": 8000}, "--vocab-size 8000: has no effect, it needs --tokenizer wordpiece"),
+        (
+            {"tokenizer": "wordpiece", "vocab_file": "v.txt", "vocab_size": 8000},
+            "--vocab-size 8000: has no effect, it needs --tokenizer wordpiece, and no --vocab-file",
+        ),
+        ({"short_pair_rate": 0.2}, "--short-pair-rate 0.2: has no effect, it needs --pairs packed"),
+        ({"max_ngram": 2}, "--max-ngram 2: has no effect, it needs --masking ngrams"),
+        ({"masking": "ngrams", "max_ngram": 1}, "--max-ngram 1: must be at least 2 for --masking ngrams"),
+        ({"pairs": "packed"}, "--long-pairs drop: packed pairs are truncated"),
+        ({"pairs": "packed", "long_pairs": "truncate"}, "--negatives any: those of packed pairs are matched"),
     ],
 )
 def test_contradictions_name_the_flags(changes, told):

@@ -68,6 +68,45 @@ def test_wikitext_is_split_as_the_book_splits_it():
     assert parsed(lines, "wikitext") == [["a crane", "it flies ."], ["only one ."]]
 
 
+WIKITEXT = (
+    " \n = Crane = \n \n A Crane . It flies . \n \n = = Life = = \n \n Long . It is Key : Pld \n"
+    " = Played , W = \n Won . \n \n = River = \n \n It runs . To the sea . \n"
+)
+
+
+def test_articles_are_documents_where_they_are_asked_for():
+    assert parsed(WIKITEXT, "articles") == [
+        ["a crane", "it flies .", "long", "it is key : pld", "won ."],
+        ["it runs", "to the sea ."],
+    ]
+    assert [len(d) for d in parsed(WIKITEXT, "wikitext")] == [2, 2, 1, 2]
+
+
+def test_an_article_is_never_parted_between_pieces(tmp_path, monkeypatch):
+    path = tmp_path / "wiki.train.tokens"
+    path.write_text(WIKITEXT * 20, "utf-8")
+    whole = documents(path, text_format="articles")
+    assert len(whole) == 40
+    parts = []
+    for size in (1, 7, 40, 100, 333, 1000):
+        monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", size)
+        parts.append(len(list(pieces(path, "articles"))))
+        assert documents(path, text_format="articles") == whole
+    assert min(parts[-2:]) > 3
+
+
+def test_word_pieces_are_made_of_the_text_as_it_stands():
+    text = "It's 3.5 km. Don't: l'été!\n"
+    assert parse_piece(Piece(text, "paragraphs"), "en", lowercase=True, tokenizer="wordpiece") == [
+        ["it ' s 3 . 5 km .", "don ' t : l ' ete !"]
+    ]
+    assert parsed(text, "paragraphs") == [["it's 3 . 5 km .", "don't : l'été !"]]
+    lines = " The <unk> @-@ Crane . It flies . \n"
+    assert parse_piece(Piece(lines, "wikitext"), "en", lowercase=False, tokenizer="wordpiece") == [
+        ["The [UNK] @ - @ Crane", "It flies ."]
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "text_format"),
     [

@@ -4,12 +4,16 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gluon_bert.config import DataConfig, preset
-from gluon_bert.data.masking import mask, pair_noise
+from gluon_bert.data.masking import _ngram_lengths, _Words, mask, num_draws, pair_noise
 from gluon_bert.data.vocab import Vocabulary
+from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
 
 V = 1000
+VOCAB = Vocabulary(map(str, range(V - Vocabulary.num_special)))
 SEED = preset("d2l").data
 
 
@@ -27,7 +31,7 @@ def rows(num_rows=400, length=40, seed=0):
 
 def masked(config, tokens, lengths, seed=0):
     noise = np.random.default_rng(seed).random((3, *tokens.shape))
-    return mask(tokens, lengths, noise, V, config)
+    return mask(tokens, lengths, noise, VOCAB, config)
 
 
 def is_word(tokens, unknown):
@@ -111,7 +115,7 @@ def test_random_tokens_may_be_special_only_in_the_books_preparation():
 def test_every_word_is_masked_equally_often():
     tokens = np.full((20_000, 20), 7, dtype=np.int32)
     noise = pair_noise(0, 0, np.arange(20_000), 20)
-    result = mask(tokens, np.full(20_000, 20), noise, V, DataConfig())
+    result = mask(tokens, np.full(20_000, 20), noise, VOCAB, DataConfig())
     times = np.bincount(result.predictions[1], minlength=20)
     assert abs(times / times.mean() - 1).max() < 0.1
 
@@ -133,3 +137,156 @@ def test_noise_is_uniform_and_differs_by_seed_epoch_pair_draw_and_position():
     for axis in range(3):
         shifted = np.roll(noise, 1, axis=axis)
         assert abs(np.corrcoef(noise.ravel(), shifted.ravel())[0, 1]) < 0.02
+
+
+PIECES = WordPieceVocabulary(
+    [*SPECIAL_TOKENS, *(f"w{i}" for i in range(60)), *(f"##p{i}" for i in range(40))]
+)
+
+
+def rows_of_pieces(seed, num_rows=60, length=40):
+    """Rows of words of one to several pieces and some [UNK], in two segments that may begin with a `##`."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(5, length + 1, num_rows)
+    tokens = rng.integers(5, len(PIECES), (num_rows, length)).astype(np.int32)
+    tokens[rng.random(tokens.shape) < 0.1] = PIECES.unk
+    for row, n in zip(tokens, lengths):
+        row[n:] = PIECES.pad
+        row[[0, n // 2, n - 1]] = PIECES.cls, PIECES.sep, PIECES.sep
+    # after an unknown word a piece cannot follow
+    after = np.roll(tokens == PIECES.unk, 1, axis=1)
+    tokens[after & PIECES.continues[tokens]] = 7
+    return tokens, lengths
+
+
+def words_slowly(row, length, predict_unknown):
+    """The words of a row, each as its positions and whether it may be predicted."""
+    words = []
+    for i in range(length):
+        token = PIECES.tokens[row[i]]
+        if token in ("[CLS]", "[SEP]", "[PAD]"):
+            continue
+        if token.startswith("##") and words and words[-1][0][-1] == i - 1:
+            words[-1][0].append(i)
+        else:
+            words.append(([i], predict_unknown or token != "[UNK]"))
+    return words
+
+
+def chosen_slowly(row, length, noise, config):
+    """What is masked of one row: whole words or n-grams by their noise, shortened or left out to fit."""
+    words = words_slowly(row, length, config.predict_unknown)
+    count = sum(len(positions) for positions, _ in words)
+    wanted = int(config.mask_rate * count + 1e-9)
+    if config.mask_count == "round":
+        wanted = round(config.mask_rate * length)
+    usable = [w for w, (_, may) in enumerate(words) if may]
+    if not usable:
+        return set()
+    wanted = min(max(wanted, 1), sum(len(words[w][0]) for w in usable))
+    wanted = max(wanted, min(len(words[w][0]) for w in usable))
+    most = config.max_ngram if config.masking == "ngrams" else 1
+    chosen = set()
+    for w in sorted(usable, key=lambda w: noise[0, words[w][0][0]]):
+        run = 1
+        while run < most and w + run in usable and words[w + run][0][0] == words[w + run - 1][0][-1] + 1:
+            run += 1
+        n = 1
+        if most > 1:
+            weights = [1 / k for k in range(1, run + 1)]
+            point = noise[3, words[w][0][0]] * sum(weights)
+            while n < run and point >= sum(weights[:n]):
+                n += 1
+        for m in range(n, 0, -1):
+            positions = {i for positions, _ in words[w : w + m] for i in positions}
+            if len(chosen) + len(positions) <= wanted:
+                if not positions & chosen:
+                    chosen |= positions
+                break
+    return chosen
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    rate=st.sampled_from([0.001, 0.05, 0.15, 0.5, 1.0]),
+    masking=st.sampled_from(["words", "ngrams"]),
+    max_ngram=st.integers(2, 5),
+    mask_count=st.sampled_from(["floor", "round"]),
+    predict_unknown=st.booleans(),
+)
+def test_whole_words_and_ngrams_are_those_of_a_slow_reference(
+    seed, rate, masking, max_ngram, mask_count, predict_unknown
+):
+    config = DataConfig(
+        masking=masking,
+        mask_rate=rate,
+        max_ngram=max_ngram,
+        mask_count=mask_count,
+        predict_unknown=predict_unknown,
+    )
+    tokens, lengths = rows_of_pieces(seed, num_rows=12)
+    noise = np.random.default_rng(seed).random((num_draws(config), *tokens.shape))
+    row, position = mask(tokens, lengths, noise, PIECES, config).predictions
+    for i in range(len(tokens)):
+        expected = chosen_slowly(tokens[i], lengths[i], noise[:, i], config)
+        assert set(position[row == i].tolist()) == expected
+
+
+@pytest.mark.parametrize("masking", ["words", "ngrams"])
+def test_words_are_masked_whole_and_within_the_budget(masking):
+    tokens, lengths = rows_of_pieces(0, num_rows=3000)
+    config = DataConfig(masking=masking)
+    noise = pair_noise(0, 0, np.arange(3000), tokens.shape[1], num_draws(config))
+    result = mask(tokens, lengths, noise, PIECES, config)
+    plain = mask(tokens, lengths, noise, PIECES, DataConfig())
+    ours, theirs = (np.bincount(r.predictions[0], minlength=3000) for r in (result, plain))
+    # the same number, but for rows whose words do not add up to it, and those with long words only
+    assert (ours <= np.maximum(theirs, 3)).mean() > 0.99
+    assert (ours == theirs).mean() > 0.9
+    masked_places = np.zeros(tokens.shape, dtype=bool)
+    masked_places[tuple(result.predictions)] = True
+    for row, length, hit in zip(tokens, lengths, masked_places):
+        for positions, _ in words_slowly(row, length, False):
+            assert len(set(hit[positions].tolist())) == 1
+    assert (np.bincount(result.predictions[0], minlength=3000) > 0).all()
+
+
+@pytest.mark.parametrize("config", [SEED, DataConfig()], ids=["book", "corrected"])
+def test_with_a_word_vocabulary_whole_words_are_the_same_as_tokens(config):
+    tokens, lengths = rows()
+    plain, whole = (
+        masked(config, tokens, lengths),
+        masked(dataclasses.replace(config, masking="words"), tokens, lengths),
+    )
+    for name in ("tokens", "predictions", "labels"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(whole, name))
+
+
+def test_ngrams_of_n_words_are_drawn_in_proportion_to_1_over_n():
+    shape = (1, 60_000)
+    draw = (np.arange(60_000) / 60_000).reshape(shape)
+    ones = np.ones(shape, dtype=int)
+    words = _Words(np.arange(60_000).reshape(shape), ones, ones > 0)
+    lengths = _ngram_lengths(words, draw, 3)[0, :-3]
+    shares = np.bincount(lengths)[1:] / len(lengths)
+    np.testing.assert_allclose(shares, np.array([6, 3, 2]) / 11, atol=1e-3)
+
+
+def test_ngrams_are_longer_runs_than_words():
+    tokens, lengths = np.full((4000, 64), 7, dtype=np.int32), np.full(4000, 64)
+    runs = {}
+    for masking in ("words", "ngrams"):
+        config = DataConfig(masking=masking)
+        noise = pair_noise(0, 0, np.arange(4000), 64, num_draws(config))
+        row, position = mask(tokens, lengths, noise, PIECES, config).predictions
+        runs[masking] = 1 / (1 - ((np.diff(position) == 1) & (np.diff(row) == 0)).mean())
+        assert len(row) == 4000 * 9  # 15 % of 64, whatever the spans
+    assert runs["words"] < 1.2 and runs["ngrams"] > 1.6
+
+
+def test_a_further_draw_does_not_change_the_others():
+    np.testing.assert_array_equal(
+        pair_noise(1, 2, np.arange(9), 12),
+        pair_noise(1, 2, np.arange(9), 12, num_draws(DataConfig(masking="ngrams")))[:3],
+    )

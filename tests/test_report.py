@@ -16,7 +16,7 @@ DATA = SimpleNamespace(vocab=range(100), unigram_loss=4.0, held_out_unigram_loss
 
 def progress(step, mlm_loss):
     window = Averages(mlm_loss, 0.7, 0.05, 0.5)
-    return Progress(step, window, window, 100.0, 90.0, float(step))
+    return Progress(step, window, window, 100.0, 90.0, float(step), lr=1e-3 / step, gradient_norm=2.5)
 
 
 class Terminal(io.StringIO):
@@ -53,7 +53,7 @@ def test_on_a_terminal_there_is_a_bar(tmp_path):
     _, screen = told(tmp_path, [5.0, 4.5], screen=Terminal())
     assert "\r" in screen
     assert "2/10" in screen
-    assert "MLM 4.500 (5%) NSP 0.700 (50%) lr 0.001 100 pairs/s" in screen
+    assert "MLM 4.500 (5%) NSP 0.700 (50%) lr 0.0005 100 pairs/s" in screen
 
 
 def test_the_log_has_an_object_a_line(tmp_path):
@@ -66,10 +66,11 @@ def test_the_log_has_an_object_a_line(tmp_path):
         "mlm_accuracy": 0.05,
         "nsp_accuracy": 0.5,
         "lr": 1e-3,
+        "gradient_norm": 2.5,
         "pairs_per_second": 100.0,
         "seconds": 1.0,
     }
-    assert records[1]["mlm_loss"] is None
+    assert (records[1]["mlm_loss"], records[1]["lr"]) == (None, 5e-4)
     assert records[2] == {
         "step": 2,
         "held_out": {"mlm_loss": 4.4, "nsp_loss": 0.69, "mlm_accuracy": 0.1, "nsp_accuracy": 0.5},

@@ -127,6 +127,59 @@ def test_a_step_is_adams(data, batch):
         np.testing.assert_allclose(after, expected, rtol=0, atol=1e-6, err_msg=name)
 
 
+# The recipe of the original BERT, with a gradient that is always too long.
+RECIPE = {"optimizer": "bertadam", "epsilon": 1e-6, "weight_decay": 0.1, "clip_norm": 0.05}
+
+
+@pytest.mark.parametrize("num_contexts", [1, 2])
+def test_a_step_of_the_original_recipe_warms_up_clips_and_decays(data, batch, num_contexts):
+    plain = gradients_of(trainer_on(1, data, BERT, lr=0.0), batch)
+    trainer = trainer_on(num_contexts, data, BERT, lr=1e-2, num_steps=10, warmup=0.4, **RECIPE)
+    before = reference.values(trainer.net)
+    clipped = gradients_of(trainer, batch)
+    norm = norm_of(plain)
+    assert norm > 10 * 0.05
+    assert_same(clipped, {name: grad * 0.05 / norm for name, grad in plain.items()}, 1e-5)
+    rate = 1e-2 / 4  # the first of four steps of warm-up
+    for name, after in reference.values(trainer.net).items():
+        m, v = 0.1 * clipped[name], 0.001 * clipped[name] ** 2
+        decay = 0.1 if name.endswith("weight") else 0.0
+        expected = before[name] - rate * (m / (np.sqrt(v) + 1e-6) + decay * before[name])
+        np.testing.assert_allclose(after, expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+def norm_of(gradients):
+    """The norm of all gradients of BERT, whose decoder's weight is the embedding's and counts once."""
+    return np.sqrt(sum((grad**2).sum() for name, grad in gradients.items() if name != "mlm.decoder.weight"))
+
+
+@pytest.mark.parametrize("optimizer", ["bertadam", "adamw", "lamb"])
+def test_clipped_steps_give_the_same_on_one_to_four_contexts(data, optimizer):
+    recipe = {**RECIPE, "optimizer": optimizer, "schedule": "linear", "num_steps": 8}
+    one, *others = (trainer_on(n, data, BERT, **recipe) for n in (1, 2, 4))
+    before = reference.values(one.net)
+    run(one, data, 8)
+    weights = reference.values(one.net)
+    assert max(np.abs(weights[name] - before[name]).max() for name in weights) > 1e-3
+    for other in others:
+        run(other, data, 8)
+        for name, value in reference.values(other.net).items():
+            np.testing.assert_allclose(value, weights[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_a_step_does_not_wait_for_the_devices(data, batch, monkeypatch):
+    trainer = trainer_on(2, data, BERT, **RECIPE)
+    trainer.step(batch)
+
+    def waited(*_):
+        raise AssertionError("waited for a device")
+
+    for name in ("asnumpy", "asscalar", "wait_to_read"):
+        monkeypatch.setattr(mx.nd.NDArray, name, waited)
+    monkeypatch.setattr(mx.nd, "waitall", waited)
+    trainer.step(batch)
+
+
 def run(trainer, data, num_steps):
     """The mean losses of each step."""
     totals = []
@@ -371,16 +424,17 @@ def test_the_clock_leaves_out_the_time_it_is_stopped(monkeypatch):
 
     clock = Clock()
     now.seconds += 10
-    first = clock.progress(3, window(50))
+    first = clock.progress(3, window(50), 0.1, 2.0)
     assert (first.pairs_per_second, first.run_pairs_per_second, first.seconds) == (5.0, 5.0, 10.0)
     now.seconds += 2
     with clock.stopped():
         now.seconds += 1000
     now.seconds += 3
-    second = clock.progress(6, window(20))
+    second = clock.progress(6, window(20), 0.2, 3.0)
     assert (second.pairs_per_second, second.seconds) == (4.0, 15.0)
     assert second.run_pairs_per_second == pytest.approx(70 / 15)
-    assert (first.step, second.step) == (3, 6)
+    assert (first.step, first.lr, first.gradient_norm) == (3, 0.1, 2.0)
+    assert (second.step, second.lr, second.gradient_norm) == (6, 0.2, 3.0)
 
 
 def test_fit_does_not_count_evaluations_as_training_time(data, monkeypatch):
@@ -434,6 +488,41 @@ def test_a_loss_that_is_no_number_ends_the_run_in_words(data):
     with pytest.raises(BadInput, match=r"--lr 1000: by step 1 the loss is no number any more"):
         trainer.fit(data, recorder)
     assert recorder.steps("progressed") == [1]
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_in_words(data):
+    class Overflowing(Trainer):
+        def _gradients(self):
+            gradients = super()._gradients()
+            gradients[0][0][:] = np.inf
+            return gradients
+
+    plain = trainer_on(1, data, BERT, log_every=1, **RECIPE)
+    trainer = Overflowing(plain.net, plain.config, plain.contexts)
+    with pytest.raises(BadInput, match="by step 1 the gradient is no number any more"):
+        trainer.fit(data)
+
+
+def test_a_run_tells_the_learning_rate_and_the_gradient_of_its_steps(data):
+    changes = {**RECIPE, "schedule": "linear", "warmup": 0.5, "num_steps": 8, "log_every": 2}
+    trainer, recorder = trainer_on(2, data, BERT, **changes), Recorder()
+    trainer.fit(data, recorder)
+    assert [p.lr for p in recorder.progresses] == pytest.approx([5e-4, 1e-3, 6e-4, 2e-4])
+    batches = list(islice(data.train.forever(), 2))
+    again = trainer_on(1, data, BERT, **changes)
+    again.step(batches[0])
+    frozen = Trainer(again.net, dataclasses.replace(TRAIN, lr=0.0), again.contexts)
+    assert recorder.progresses[0].gradient_norm == pytest.approx(
+        norm_of(gradients_of(frozen, batches[1])), rel=1e-4
+    )
+
+
+def test_steps_after_the_end_of_a_falling_schedule_are_refused(data, batch):
+    trainer = trainer_on(1, data, num_steps=2, schedule="linear")
+    trainer.step(batch)
+    trainer.step(batch)
+    with pytest.raises(BadInput, match="--num-steps 2: --schedule linear ends there, before step 3"):
+        trainer.step(batch)
 
 
 def test_an_interrupt_ends_between_steps_and_inside_an_evaluation(data):

@@ -69,9 +69,9 @@ class Shard:
 
 
 def make_batch(
-    documents: Documents, pairs: Pairs, noise: np.ndarray, vocab_size: int, config: DataConfig
+    documents: Documents, pairs: Pairs, noise: np.ndarray, vocab: Vocabulary, config: DataConfig
 ) -> Batch:
-    """Pairs to a masked batch: `<cls> first <sep> second <sep>`, padded to the noise's T, (3, B, T)."""
+    """Pairs to a masked batch: `<cls> first <sep> second <sep>`, padded to the noise's T, its last axis."""
     num_rows, length = noise.shape[1:]
     first_len = pairs.first[:, 1] - pairs.first[:, 0]
     lengths = pairs.lengths()
@@ -82,13 +82,13 @@ def make_batch(
     in_second = (position > first_end) & (position < last)
     source = np.where(in_first, pairs.first[:, :1] + position - 1, 0)
     source = np.where(in_second, pairs.second[:, :1] + position - first_end - 1, source)
-    tokens = np.full((num_rows, length), Vocabulary.pad, dtype=np.int32)
+    tokens = np.full((num_rows, length), vocab.pad, dtype=np.int32)
     word = in_first | in_second
     tokens[word] = documents.tokens[source[word]]
-    tokens[:, 0] = Vocabulary.cls
-    tokens[(position == first_end) | (position == last)] = Vocabulary.sep
+    tokens[:, 0] = vocab.cls
+    tokens[(position == first_end) | (position == last)] = vocab.sep
     segments = ((position > first_end) & (position <= last)).astype(np.int32)
-    masked = mask(tokens, lengths, noise, vocab_size, config)
+    masked = mask(tokens, lengths, noise, vocab, config)
     return Batch(
         masked.tokens,
         segments,

@@ -23,7 +23,7 @@ import sentencex
 
 from ..config import DataConfig
 from ..errors import BadInput
-from . import pydoc_prose
+from . import pydoc_prose, wordpiece
 from .vocab import split_words
 from .wikitext import wikitext2_folder
 
@@ -39,6 +39,8 @@ _PIECE_BYTES = 1 << 20
 _SAMPLED_LINES = 200
 # Above this mean length, in characters, a line is a paragraph and not a row of wrapped text.
 _PARAGRAPH_LINE = 200
+# WikiText's heading of an article, ` = Title = ` between blank lines; sections have two equals signs or more.
+_ARTICLE = re.compile(r"^ ?\n = [^=\n].* = $(?=\n ?\n)", re.M)
 _ENDS_A_SENTENCE = re.compile(r"[.!?…。！？]['\"’”)\]]*\s*$")
 
 
@@ -83,10 +85,15 @@ class Corpus:
     def __iter__(self) -> Iterator[tuple[Document, bool]]:
         config = self._config
         with _mapping(config.num_workers) as parse_all:
-            parse = partial(parse_source, lowercase=config.lowercase)
+            parse = partial(parse_source, lowercase=config.lowercase, tokenizer=config.tokenizer)
             for document in _unique(parse_all(parse, self._prose)):
                 yield document, is_held_out(document, config.held_out)
-            parse_text = partial(parse_piece, language=config.language, lowercase=config.lowercase)
+            parse_text = partial(
+                parse_piece,
+                language=config.language,
+                lowercase=config.lowercase,
+                tokenizer=config.tokenizer,
+            )
             for file in self._files:
                 for documents in parse_all(parse_text, self._pieces(file.path)):
                     for document in documents:
@@ -193,24 +200,27 @@ def guess_format(text: str, language: str) -> str:
     return "paragraphs" if sum(map(len, lines)) > _PARAGRAPH_LINE * len(lines) else "prose"
 
 
-def parse_piece(piece: Piece, language: str, lowercase: bool) -> list[Document]:
-    """The documents of a piece that have two sentences at least."""
+def parse_piece(piece: Piece, language: str, lowercase: bool, tokenizer: str = "words") -> list[Document]:
+    """The documents of a piece that have two sentences at least; WikiText's may have one, as the book's."""
     text = piece.text
-    if piece.text_format == "wikitext":
-        text = text.lower() if lowercase else text
-        return [line.strip().split(" . ") for line in text.split("\n") if " . " in line]
-    if piece.text_format == "sentences":
+    if piece.text_format in ("wikitext", "articles"):
+        text = text.lower() if lowercase and tokenizer == "words" else text
+        articles = _ARTICLE.split(text) if piece.text_format == "articles" else text.split("\n")
+        documents = [_wikitext_sentences(article) for article in articles]
+        if tokenizer == "words":  # which stand apart already
+            return [sentences for sentences in documents if sentences]
+    elif piece.text_format == "sentences":
         documents = [block.split("\n") for block in _between_blank_lines(text)]
     else:
         lines = text.split("\n") if piece.text_format == "paragraphs" else _between_blank_lines(text)
         documents = [split_sentences(line, language) for line in lines]
-    return _of_two_sentences(documents, lowercase)
+    return _of_two_sentences(documents, lowercase, tokenizer)
 
 
-def parse_source(source: pydoc_prose.Source, lowercase: bool) -> list[Document]:
+def parse_source(source: pydoc_prose.Source, lowercase: bool, tokenizer: str = "words") -> list[Document]:
     """The documents of one file of the pydoc prose, a paragraph each."""
-    paragraphs = pydoc_prose.paragraphs(source)
-    return _of_two_sentences([split_sentences(paragraph, "en") for paragraph in paragraphs], lowercase)
+    sentences = [split_sentences(paragraph, "en") for paragraph in pydoc_prose.paragraphs(source)]
+    return _of_two_sentences(sentences, lowercase, tokenizer)
 
 
 def split_sentences(text: str, language: str) -> list[str]:
@@ -227,11 +237,21 @@ def is_held_out(document: Document, share: float) -> bool:
     return zlib.crc32("\n".join(document).encode("utf-8", "surrogatepass")) < share * 2**32
 
 
-def _of_two_sentences(documents: Iterable[Sequence[str]], lowercase: bool) -> list[Document]:
-    cased = ([s.lower() if lowercase else s for s in sentences] for sentences in documents)
-    tokenized = ([" ".join(split_words(s)) for s in sentences] for sentences in cased)
+def _wikitext_sentences(text: str) -> list[str]:
+    """The sentences of the paragraphs with ` . ` in them, as the book parts them: without the dots."""
+    return [s for line in text.split("\n") if " . " in line for s in line.strip().split(" . ")]
+
+
+def _of_two_sentences(documents: Iterable[Sequence[str]], lowercase: bool, tokenizer: str) -> list[Document]:
+    tokenized = ([" ".join(_words(s, lowercase, tokenizer)) for s in sentences] for sentences in documents)
     filled = ([s for s in sentences if s] for sentences in tokenized)
     return [sentences for sentences in filled if len(sentences) >= 2]
+
+
+def _words(sentence: str, lowercase: bool, tokenizer: str) -> list[str]:
+    if tokenizer == "wordpiece":
+        return wordpiece.split_words(sentence, lowercase)
+    return split_words(sentence.lower() if lowercase else sentence)
 
 
 def _unique(batches: Iterable[list[Document]]) -> Iterator[Document]:
@@ -252,6 +272,8 @@ def _end_of_documents(lines: str, text_format: str) -> int:
     """Where the last whole document of some whole lines ends: behind the last line, or the last blank one."""
     if text_format in ("wikitext", "paragraphs"):
         return lines.rfind("\n") + 1
+    if text_format == "articles":
+        return max((match.start() for match in _ARTICLE.finditer(lines)), default=0)
     last = 0
     for match in re.finditer(r"^[^\S\n]*\n", lines, re.M):
         last = match.end()

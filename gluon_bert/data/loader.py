@@ -12,7 +12,7 @@ from ..config import DataConfig, check_group
 from ..errors import BadInput
 from .batch import Batch, make_batch
 from .documents import Documents, prepare
-from .masking import pair_noise
+from .masking import num_draws, pair_noise
 from .pairs import Pairs, draw_pairs
 from .vocab import Vocabulary
 
@@ -43,15 +43,15 @@ class Loader:
         drawing = self._drawing(epoch)
         if self._drawn is None or self._drawn[0] != drawing:
             rng = np.random.default_rng([self.seed, _PAIRS, drawing])
-            self._drawn = drawing, draw_pairs(self.documents, self.config, rng)
+            self._drawn = drawing, draw_pairs(self.documents, self.config, rng, self.vocab.unk)
         return self._drawn[1]
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch in their shuffled order, the last of each bucket maybe smaller."""
-        pairs = self.pairs(epoch)
+        pairs, draws = self.pairs(epoch), num_draws(self.config)
         for members, length in self._plan(pairs, epoch):
-            noise = pair_noise(self.seed, self._drawing(epoch), members, length)
-            yield make_batch(self.documents, pairs.take(members), noise, len(self.vocab), self.config)
+            noise = pair_noise(self.seed, self._drawing(epoch), members, length, draws)
+            yield make_batch(self.documents, pairs.take(members), noise, self.vocab, self.config)
 
     def forever(self, epoch: int = 0) -> Iterator[Batch]:
         """Epoch after epoch, beginning with this one."""

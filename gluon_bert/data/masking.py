@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..config import DataConfig
 from .vocab import Vocabulary
 
-NUM_DRAWS = 3
+
+def num_draws(config: DataConfig) -> int:
+    """Random numbers that a position needs: its turn, what it is shown as, and as which random token.
+
+    Spans of words need one more, for the length of the span.
+    """
+    return 4 if config.masking == "ngrams" else 3
 
 
 @dataclass(frozen=True)
@@ -27,29 +34,34 @@ class Masked:
 
 
 def mask(
-    tokens: np.ndarray, lengths: np.ndarray, noise: np.ndarray, vocab_size: int, config: DataConfig
+    tokens: np.ndarray, lengths: np.ndarray, noise: np.ndarray, vocab: Vocabulary, config: DataConfig
 ) -> Masked:
     """Mask rows of tokens: (B, T) int32 and lengths (B,) -> Masked. All randomness is in `noise`.
 
-    noise: (3, B, T) uniform on [0, 1): which positions come first, what they are shown as, and as which
-    random token. Of a row's words `mask_rate` are chosen, one at least; of these `mask_token_rate` are
-    shown as <mask>, `random_token_rate` as a random token, and the rest as they are (Devlin et al. 2018,
-    section 3.1: 15 %, and 80, 10 and 10 %).
+    noise: (`num_draws`, B, T) uniform on [0, 1). Of a row's tokens that are no special ones, `mask_rate` are
+    chosen, one at least; of these `mask_token_rate` are shown as <mask>, `random_token_rate` as a random
+    token, and the rest as they are, each token for itself (Devlin et al. 2018, section 3.1: 15 %, and 80,
+    10 and 10 %). Words and n-grams are chosen whole as far as they fit in that number; where not even the
+    row's shortest word does, one such word is chosen all the same.
     """
     real = np.arange(tokens.shape[1]) < lengths[:, None]
     # Padding and special tokens are never words; <unk> is one, but not always worth predicting.
-    word = real & ((tokens >= Vocabulary.num_special) | (tokens == Vocabulary.unk))
-    candidate = word if config.predict_unknown else word & (tokens != Vocabulary.unk)
+    word = real & (~vocab.special[tokens] | (tokens == vocab.unk))
+    candidate = word if config.predict_unknown else word & (tokens != vocab.unk)
     if config.mask_count == "round":
         wanted = np.rint(config.mask_rate * lengths)
     else:
         # Without the small term 0.15 * 20 and the like may fall just below a whole number.
         wanted = np.floor(config.mask_rate * word.sum(axis=1) + 1e-9)
     wanted = np.minimum(np.maximum(wanted, 1), candidate.sum(axis=1)).astype(np.int64)
-    chosen = _smallest(np.where(candidate, noise[0], np.inf), wanted)
+    if config.masking == "tokens":
+        chosen = _smallest(np.where(candidate, noise[0], np.inf), wanted)
+    else:
+        continues = vocab.continues[tokens]
+        chosen = _whole_words(word, candidate, continues, wanted, noise, config)
     rows, positions = np.nonzero(chosen)
     labels = tokens[rows, positions]
-    shown = _replacements(labels, noise[1, rows, positions], noise[2, rows, positions], vocab_size, config)
+    shown = _replacements(labels, noise[1, rows, positions], noise[2, rows, positions], vocab, config)
     masked = tokens.copy()
     masked[rows, positions] = shown
     return Masked(masked, np.stack([rows, positions]).astype(np.int32), labels)
@@ -61,18 +73,113 @@ def _smallest(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return ranks < counts[:, None]
 
 
-def _replacements(
-    labels: np.ndarray, action: np.ndarray, which: np.ndarray, vocab_size: int, config: DataConfig
+class _Words(NamedTuple):
+    """The words of each row, numbered from 0: arrays (B, W), empty behind a row's last word.
+
+    place: where the word begins. size: its tokens. usable: whether it may be chosen.
+    """
+
+    place: np.ndarray
+    size: np.ndarray
+    usable: np.ndarray
+
+
+def _whole_words(
+    word: np.ndarray,
+    candidate: np.ndarray,
+    continues: np.ndarray,
+    wanted: np.ndarray,
+    noise: np.ndarray,
+    config: DataConfig,
 ) -> np.ndarray:
-    lowest = 0 if config.random_token == "any" else Vocabulary.num_special
-    random_tokens = lowest + (which * (vocab_size - lowest)).astype(labels.dtype)
+    """(B, T) bool: whole words or n-grams in the order of their noise, those left out that do not fit.
+
+    word, candidate, continues: (B, T) bool, tokens of words, those that may be chosen, and those that go on
+    with a word. wanted: (B,) how many tokens are chosen at most, or one shortest word.
+    """
+    most = config.max_ngram if config.masking == "ngrams" else 1
+    # A piece whose word lost its beginning when the pair was truncated begins a word itself.
+    begins = word & ~(continues & np.pad(word, ((0, 0), (1, 0)))[:, :-1])
+    number = np.cumsum(begins, axis=1) - 1
+    row, position = np.nonzero(begins)
+    # An n-gram that would begin with the last word may be looked for: so many words more are empty.
+    shape = len(word), word.shape[1] + most
+
+    def by_word(values: np.ndarray, empty: Any) -> np.ndarray:
+        result = np.full(shape, empty, dtype=values.dtype)
+        result[row, number[begins]] = values[row, position]
+        return result
+
+    cells = np.arange(len(word))[:, None] * shape[1] + number
+    size = np.bincount(cells[word], minlength=shape[0] * shape[1]).reshape(shape)
+    place = by_word(np.broadcast_to(np.arange(word.shape[1]), word.shape), 0)
+    words = _Words(place, size, by_word(candidate, False))
+    lengths = words.usable.astype(np.int64)
+    if most > 1:
+        lengths = _ngram_lengths(words, by_word(noise[3], 0.0), most)
+    shortest = np.where(words.usable, size, word.shape[1]).min(axis=1)
+    budget = np.where(wanted > 0, np.maximum(wanted, shortest), 0)
+    order = np.argsort(np.where(words.usable, by_word(noise[0], 0.0), np.inf), axis=1)
+    taken = _taken(words, order, lengths, budget, most)
+    return word & taken[np.arange(len(word))[:, None], number]
+
+
+def _ngram_lengths(words: _Words, draw: np.ndarray, most: int) -> np.ndarray:
+    """(B, W): how many words the n-gram has that begins at each word, 0 where a word may not be chosen.
+
+    n of them with a probability in proportion to 1/n, up to `most` and to the next word that may not be
+    chosen or the end of the segment (Lan et al. 2019, section 3.1). draw: (B, W) uniform on [0, 1).
+    """
+    place, size, usable = words
+    go_on = usable[:, :-1] & usable[:, 1:] & (place[:, 1:] == place[:, :-1] + size[:, :-1])
+    go_on = np.pad(go_on, ((0, 0), (0, most)))
+    possible, whole = usable.astype(np.int64), usable
+    for n in range(1, most):
+        whole = whole & go_on[:, n - 1 : n - 1 + whole.shape[1]]
+        possible = possible + whole
+    up_to = np.cumsum(1 / np.arange(1, most + 1))
+    point = draw * up_to[np.maximum(possible, 1) - 1]
+    return np.minimum(1 + (point[..., None] >= up_to[:-1]).sum(axis=-1), possible)
+
+
+def _taken(
+    words: _Words, order: np.ndarray, lengths: np.ndarray, budget: np.ndarray, most: int
+) -> np.ndarray:
+    """(B, W) bool: the words of the n-grams that begin at the words in their order, as far as they fit.
+
+    What does not fit in what is left of a row's budget (B,) is shortened word by word; what overlaps with
+    an n-gram taken before is left out. All rows go side by side, a word of each at a time.
+    """
+    row = np.arange(len(order))
+    before = np.pad(np.cumsum(words.size, axis=1), ((0, 0), (1, 0)))  # tokens in the words before a word
+    taken = np.pad(np.zeros_like(words.usable), ((0, 0), (0, most)))
+    left = budget
+    for w in order.T[: words.usable.sum(axis=1).max(initial=0)]:
+        n = lengths[row, w]
+        for _ in range(most):
+            n = n - (before[row, w + n] - before[row, w] > left)
+        for i in range(most):
+            n = np.where((i < n) & taken[row, w + i], 0, n)
+        for i in range(most):
+            taken[row, w + i] |= i < n
+        left = left - (before[row, w + n] - before[row, w])
+        if not left.any():
+            break
+    return taken
+
+
+def _replacements(
+    labels: np.ndarray, action: np.ndarray, which: np.ndarray, vocab: Vocabulary, config: DataConfig
+) -> np.ndarray:
+    choice = np.arange(len(vocab)) if config.random_token == "any" else vocab.ordinary
+    random_tokens = choice[(which * len(choice)).astype(np.int64)]
     as_mask = action < config.mask_token_rate
     as_random = ~as_mask & (action < config.mask_token_rate + config.random_token_rate)
-    return np.where(as_mask, Vocabulary.mask, np.where(as_random, random_tokens, labels)).astype(labels.dtype)
+    return np.where(as_mask, vocab.mask, np.where(as_random, random_tokens, labels)).astype(labels.dtype)
 
 
-def pair_noise(seed: int, epoch: int, pairs: np.ndarray, length: int) -> np.ndarray:
-    """The noise of these pairs in this epoch: pair numbers (B,) -> (3, B, T) float64 on [0, 1).
+def pair_noise(seed: int, epoch: int, pairs: np.ndarray, length: int, draws: int = 3) -> np.ndarray:
+    """The noise of these pairs in this epoch: pair numbers (B,) -> (draws, B, T) float64 on [0, 1).
 
     It is computed from the pair's own number, not drawn from a stream. So a pair has the same masks
     whatever batch, bucket, worker or device it comes to, and a resumed run needs no random state.
@@ -81,8 +188,9 @@ def pair_noise(seed: int, epoch: int, pairs: np.ndarray, length: int) -> np.ndar
     key = _mix(_mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(epoch))
     rows = _mix(_mix(pairs.astype(np.uint64) ^ key) + np.uint64(1))
     # A cell's number must not depend on the length, or padding would change the masks.
-    draws = np.arange(NUM_DRAWS, dtype=np.uint64).reshape(NUM_DRAWS, 1, 1) << np.uint64(32)
-    cells = draws + np.arange(length, dtype=np.uint64)
+    cells = (np.arange(draws, dtype=np.uint64)[:, None, None] << np.uint64(32)) + np.arange(
+        length, dtype=np.uint64
+    )
     bits = _mix(rows[:, None] ^ _mix(cells))
     return (bits >> np.uint64(11)) * 2.0**-53
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import BadInput
 from .pairs import kept_lengths
-from .vocab import CLS, MASK, SEP, SPECIAL_TOKENS, UNK, Vocabulary, split_words
+from .vocab import Vocabulary
 
 # Padded lengths are multiples of this, so that a network meets few shapes; each costs a plan of its memory.
 _LENGTH_STEP = 8
@@ -20,13 +20,15 @@ class Text:
     """A text, or a pair of them, as the network reads it: `<cls> a <sep>` or `<cls> a <sep> b <sep>`.
 
     ids, segments: (T,) int32. tokens: the T tokens as they were given, also those that are <unk> to the
-    network. unknown: which of them are, each once. truncated: how many tokens were cut off.
+    network; of WordPiece, the pieces, and the whole word where it is [UNK]. unknown: which of them are, each
+    once. vocab: whose ids they are. truncated: how many tokens were cut off.
     """
 
     tokens: list[str]
     ids: np.ndarray
     segments: np.ndarray
     unknown: list[str]
+    vocab: Vocabulary
     truncated: int = 0
 
     def __len__(self) -> int:
@@ -40,7 +42,16 @@ class Text:
     @property
     def masks(self) -> np.ndarray:
         """(K,) the positions of <mask>, rising."""
-        return np.flatnonzero(self.ids == Vocabulary.mask)
+        return np.flatnonzero(self.ids == self.vocab.mask)
+
+    @property
+    def words(self) -> np.ndarray:
+        """(T,) int: which word of the text each token belongs to, counted from 0; -1 for <cls> and <sep>."""
+        around = np.isin(self.ids, [self.vocab.cls, self.vocab.sep])
+        begins = ~around & ~self.vocab.continues[self.ids]
+        # A piece that comes first in its text begins a word, whatever it is.
+        begins[1:] |= around[:-1] & ~around[1:]
+        return np.where(around, -1, np.cumsum(begins) - 1)
 
 
 class TextReader:
@@ -60,7 +71,7 @@ class TextReader:
 
         truncate: cut what is too long instead, at the end of the longer text, as in training.
         """
-        return self.tokens(self._words(first), None if second is None else self._words(second), truncate)
+        return self.tokens(self._pieces(first), None if second is None else self._pieces(second), truncate)
 
     def tokens(
         self, first: Sequence[str], second: Sequence[str] | None = None, truncate: bool = False
@@ -80,30 +91,21 @@ class TextReader:
                 raise BadInput(f"{number!r} is no id: ids are whole numbers below {len(self.vocab)}")
             if not 0 <= number < len(self.vocab):
                 raise BadInput(f"{number} is no id: the vocabulary has {len(self.vocab)} tokens, from 0 on")
-            if number in (Vocabulary.pad, Vocabulary.cls, Vocabulary.sep):
+            if number in (self.vocab.pad, self.vocab.cls, self.vocab.sep):
                 raise BadInput(
                     f"id {number} is {self.vocab.tokens[number]}, which no text holds: it is put in where it "
                     "belongs"
                 )
         return self._text([self.vocab.words(segment) for segment in segments], truncate)
 
-    def _words(self, text: str) -> list[str]:
-        """The words of a text: what stands between spaces if it is known, else as `split_words` parts it.
-
-        So text whose tokens stand apart already, such as WikiText's `@-@`, is read as it was in training.
-        """
-        text = text.lower() if self.lowercase else text
-        return [
-            word for part in text.split() for word in ([part] if self._known(part) else split_words(part))
-        ]
-
-    def _known(self, part: str) -> bool:
-        return part in self.vocab and (part == MASK or part not in SPECIAL_TOKENS)
+    def _pieces(self, text: str) -> list[str]:
+        words = self.vocab.split(text, self.lowercase)
+        return [piece for word in words for piece in self.vocab.pieces(word)]
 
     def _ids(self, tokens: Sequence[str]) -> np.ndarray:
         ids = self.vocab.ids(tokens)
         # A special token that stands in a text is an unknown word, as in training; <mask> is a question.
-        ids[(ids < Vocabulary.num_special) & (ids != Vocabulary.mask)] = Vocabulary.unk
+        ids[self.vocab.special[ids] & (ids != self.vocab.mask)] = self.vocab.unk
         return ids
 
     def _text(self, segments: list[Sequence[str]], truncate: bool) -> Text:
@@ -119,14 +121,16 @@ class TextReader:
                     "shorten the text"
                 )
             segments = _cut(segments, self.max_len - special)
-        tokens, ids, numbers = [CLS], [np.array([Vocabulary.cls], np.int32)], [0]
+        cls, sep, unk = self.vocab.words([self.vocab.cls, self.vocab.sep, self.vocab.unk])
+        tokens, ids, numbers = [cls], [np.array([self.vocab.cls], np.int32)], [0]
         for number, segment in enumerate(segments):
-            tokens += [*segment, SEP]
-            ids += [self._ids(segment), np.array([Vocabulary.sep], np.int32)]
+            tokens += [*segment, sep]
+            ids += [self._ids(segment), np.array([self.vocab.sep], np.int32)]
             numbers += [number] * (len(segment) + 1)
         all_ids = np.concatenate(ids)
-        unknown = [token for token, i in zip(tokens, all_ids) if i == Vocabulary.unk and token != UNK]
-        return Text(tokens, all_ids, np.array(numbers, dtype=np.int32), list(dict.fromkeys(unknown)), excess)
+        unknown = [token for token, i in zip(tokens, all_ids) if i == self.vocab.unk and token != unk]
+        all_numbers = np.array(numbers, dtype=np.int32)
+        return Text(tokens, all_ids, all_numbers, list(dict.fromkeys(unknown)), self.vocab, excess)
 
 
 def _cut(segments: list[Sequence[str]], room: int) -> list[Sequence[str]]:
@@ -156,12 +160,13 @@ def padded(texts: Sequence[Text], max_len: int) -> Padded:
     lengths = np.array([len(text) for text in texts], dtype=np.int32)
     longest = int(lengths.max())
     length = max(longest, min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, max_len))
-    tokens = np.full((len(texts), length), Vocabulary.pad, dtype=np.int32)
+    vocab = texts[0].vocab
+    tokens = np.full((len(texts), length), vocab.pad, dtype=np.int32)
     segments = np.zeros((len(texts), length), dtype=np.int32)
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = text.ids
         segments[row, : len(text)] = text.segments
-    predictions = np.stack(np.nonzero(tokens == Vocabulary.mask)).astype(np.int32)
+    predictions = np.stack(np.nonzero(tokens == vocab.mask)).astype(np.int32)
     return Padded(tokens, segments, lengths, predictions)
 
 

@@ -35,10 +35,16 @@ def split_words(text: str) -> list[str]:
 class Vocabulary:
     """A word vocabulary: the special tokens, then the words by falling frequency.
 
+    unk, pad, mask, cls, sep: the ids of these. special: (V,) bool, tokens that are no part of a text, <unk>
+    among them. ordinary: the ids of the others, rising. continues: (V,) bool, tokens that go on with the
+    word of the token before, of which there are none here.
+
     >>> vocab = Vocabulary(["crane", "is"])
     >>> vocab.ids(["the", "crane", "is"]).tolist(), vocab.words([3, 5])
     ([0, 5, 6], ['<cls>', 'crane'])
     """
+
+    FILE = "vocab.json"  # in the folder of a run or an export
 
     unk, pad, mask, cls, sep = range(len(SPECIAL_TOKENS))
     num_special = len(SPECIAL_TOKENS)
@@ -48,6 +54,14 @@ class Vocabulary:
         self._ids: dict[str, int] = {token: i for i, token in enumerate(self.tokens)}
         if len(self._ids) != len(self.tokens):
             raise BadInput("a vocabulary must not hold a token twice")
+        self._sort_out(
+            special=np.arange(len(self.tokens)) < len(SPECIAL_TOKENS),
+            continues=np.zeros(len(self.tokens), dtype=bool),
+        )
+
+    def _sort_out(self, special: np.ndarray, continues: np.ndarray) -> None:
+        self.special, self.continues = special, continues
+        self.ordinary = np.flatnonzero(~special)
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, int], min_freq: int) -> Vocabulary:
@@ -68,6 +82,23 @@ class Vocabulary:
     def words(self, ids: Iterable[int]) -> list[str]:
         """The tokens of these ids, the inverse of `ids`."""
         return [self.tokens[i] for i in ids]
+
+    def split(self, text: str, lowercase: bool) -> list[str]:
+        """The words of a text: what stands between spaces if it is known, else as `split_words` parts it.
+
+        So text whose tokens stand apart already, such as WikiText's `@-@`, is read as it was in training.
+        """
+        text = text.lower() if lowercase else text
+        return [
+            word for part in text.split() for word in ([part] if self._known(part) else split_words(part))
+        ]
+
+    def _known(self, part: str) -> bool:
+        return part in self and (part == MASK or part not in SPECIAL_TOKENS)
+
+    def pieces(self, word: str) -> list[str]:
+        """The tokens that a word becomes: itself, known or not."""
+        return [word]
 
     def save(self, path: Path) -> None:
         """Write the JSON that `gluonnlp.Vocab.from_json` reads; `load` is the inverse."""

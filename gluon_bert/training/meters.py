@@ -84,6 +84,8 @@ class Progress(NamedTuple):
     pairs_per_second: float  # of the window
     run_pairs_per_second: float
     seconds: float  # since the first step began, without evaluations
+    lr: float  # of this step
+    gradient_norm: float  # of this step, before clipping
 
 
 class Clock:
@@ -93,8 +95,8 @@ class Clock:
         self._started = self._window_started = time.perf_counter()
         self._run = Totals.nothing()
 
-    def progress(self, step: int, window: Totals) -> Progress:
-        """How the run stands after a step, given what came since the last call."""
+    def progress(self, step: int, window: Totals, lr: float, gradient_norm: float) -> Progress:
+        """How the run stands after a step with this learning rate, given what came since the last call."""
         now = time.perf_counter()
         self._run = self._run.plus(window)
         window_seconds, seconds = now - self._window_started, now - self._started
@@ -106,6 +108,8 @@ class Clock:
             window.num_pairs / window_seconds,
             self._run.num_pairs / seconds,
             seconds,
+            lr,
+            gradient_norm,
         )
 
     @contextmanager

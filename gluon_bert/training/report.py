@@ -71,21 +71,22 @@ class Report:
             {
                 "step": progress.step,
                 **progress.window._asdict(),
-                "lr": self._config.lr,
+                "lr": progress.lr,
+                "gradient_norm": progress.gradient_norm,
                 "pairs_per_second": progress.pairs_per_second,
                 "seconds": progress.seconds,
             }
         )
-        window, lr = progress.window, f"lr {self._config.lr:g}"
+        window = progress.window
         # Short enough for a terminal of 80 columns.
         self._bar.set_postfix_str(
             f"MLM {window.mlm_loss:.3f} ({window.mlm_accuracy:.0%}) NSP {window.nsp_loss:.3f} "
-            f"({window.nsp_accuracy:.0%}) {lr} {progress.pairs_per_second:.0f} pairs/s"
+            f"({window.nsp_accuracy:.0%}) lr {progress.lr:.2g} {progress.pairs_per_second:.0f} pairs/s"
         )
         if self._bar.disable:
             steps = self._config.num_steps
             left = tqdm.format_interval(progress.seconds / progress.step * (steps - progress.step))
-            told = f"{in_words(window)}, {lr}, {progress.pairs_per_second:.1f} pairs/s"
+            told = f"{in_words(window)}, lr {progress.lr:.3g}, {progress.pairs_per_second:.1f} pairs/s"
             print(f"step {progress.step}/{steps}: {told}, {left} left", file=self._screen)
 
     def evaluated(self, step: int, held_out: Averages) -> None:

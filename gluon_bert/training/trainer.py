@@ -14,6 +14,8 @@ from ..errors import BadInput
 from ..runtime import mx
 from .loss import ShardLoss, shard_loss
 from .meters import Averages, Clock, Meter, Progress
+from .optimizer import clip_gradients, gluon_trainer
+from .schedule import learning_rate
 
 # Steps that may be queued on the devices. Two keep them busy while the next batch is made; more would
 # only take memory, and make an interrupt wait.
@@ -34,7 +36,7 @@ class Reporter(Protocol):
 
 
 class Trainer:
-    """Adam on the pretraining losses, with every batch spread over the contexts.
+    """Steps down the pretraining losses, with every batch spread over the contexts.
 
     >>> trainer = Trainer(net, preset("d2l").train, [mx.cpu(0), mx.cpu(1)])     # doctest: +SKIP
     >>> trainer.fit(data)
@@ -46,12 +48,13 @@ class Trainer:
         if set(contexts) != set(net.nsp.dense.weight.list_ctx()):
             raise BadInput(f"the network is on {net.nsp.dense.weight.list_ctx()}, not on {list(contexts)}")
         self.net, self.config, self.contexts = net, config, list(contexts)
+        self.steps_taken = 0
         # Set from a signal handler, it ends `fit` with a KeyboardInterrupt between two steps, where the
         # weights are whole, or between two batches of an evaluation.
         self.interrupted = False
-        self._optimizer = mx.gluon.Trainer(
-            parameters, "adam", {"learning_rate": config.lr}, update_on_kvstore=False
-        )
+        # Of the last step, before clipping; (1,), on the first context.
+        self._gradient_norm: Any = None
+        self._optimizer = gluon_trainer(parameters, config)
 
     def step(self, batch: Batch, count_mlm_hits: bool = False) -> tuple[list[Shard], list[ShardLoss]]:
         """One optimizer step on one batch; returns what each context computed, without waiting for it."""
@@ -59,8 +62,22 @@ class Trainer:
         with mx.autograd.record():
             losses = [shard_loss(self.net, shard, count_mlm_hits) for shard in shards]
         mx.autograd.backward([loss.total for loss in losses])
-        self._optimizer.step(1)  # the losses are divided by the global counts already
+        self._update()
         return shards, losses
+
+    def _update(self) -> None:
+        """Change the weights by the gradients of all contexts."""
+        self.steps_taken += 1
+        rate = learning_rate(self.config, self.steps_taken, self.config.num_steps)
+        self._optimizer.set_learning_rate(rate)
+        self._optimizer.allreduce_grads()
+        self._gradient_norm = clip_gradients(self._gradients(), self.config.clip_norm)
+        self._optimizer.update(1)  # the losses are divided by the global counts already
+
+    def _gradients(self) -> list[list[Any]]:
+        """Each context's gradients."""
+        trained = [p for p in self.net.collect_params().values() if p.grad_req != "null"]
+        return [[parameter.grad(context) for parameter in trained] for context in self.contexts]
 
     def evaluate(self, batches: Iterable[Batch]) -> Averages:
         """The means over all batches, with dropout off. Waits for the devices."""
@@ -76,7 +93,8 @@ class Trainer:
     def fit(self, data: Data, reporter: Reporter | None = None) -> Progress | None:
         """Train for `num_steps` steps; returns how the run stands after the last one.
 
-        Raises BadInput when the loss is no number any more, KeyboardInterrupt when `interrupted` is set.
+        Raises BadInput when the loss or the gradient is no number any more, KeyboardInterrupt when
+        `interrupted` is set.
         """
         config, clock, meter = self.config, Clock(), Meter()
         queue: deque[Any] = deque()
@@ -95,7 +113,8 @@ class Trainer:
             if logged or evaluated:
                 mx.nd.waitall()  # so that each clock stops on finished work
             if logged:
-                progress, meter = clock.progress(step, meter.totals()), Meter()
+                lr, norm = self._optimizer.learning_rate, self._gradient_norm.asscalar()
+                progress, meter = clock.progress(step, meter.totals(), lr, float(norm)), Meter()
                 if reporter:
                     reporter.progressed(progress)
                 self._stop_if_diverged(progress)
@@ -110,8 +129,10 @@ class Trainer:
             raise KeyboardInterrupt
 
     def _stop_if_diverged(self, progress: Progress) -> None:
-        if not math.isfinite(progress.window.mlm_loss + progress.window.nsp_loss):
-            raise BadInput(
-                f"--lr {self.config.lr:g}: by step {progress.step} the loss is no number any more, the "
-                "training has diverged; a smaller learning rate is the usual remedy"
-            )
+        loss = progress.window.mlm_loss + progress.window.nsp_loss
+        for name, value in (("loss", loss), ("gradient", progress.gradient_norm)):
+            if not math.isfinite(value):
+                raise BadInput(
+                    f"--lr {self.config.lr:g}: by step {progress.step} the {name} is no number any more, the "
+                    "training has diverged; a smaller learning rate is the usual remedy"
+                )

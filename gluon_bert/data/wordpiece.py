@@ -1,0 +1,241 @@
+"""Pieces of words <-> ids: BERT's WordPiece, its vocabulary made of a text or published. Reads no corpus."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+from ..errors import BadInput
+from ..files import written_aside
+from . import vocab as words
+from .vocab import Vocabulary
+
+PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+# Special tokens that a text may hold, one word each, and how the word vocabulary and WikiText spell them.
+_IN_TEXT = {UNK: UNK, MASK: MASK, words.UNK: UNK, words.MASK: MASK}
+_MARKER = re.compile("(" + "|".join(map(re.escape, _IN_TEXT)) + ")")
+# Places that the published vocabularies keep free for tokens of one's own.
+_UNUSED = re.compile(r"\[unused\d+\]")
+# Halves of characters, which a text from a program may hold and `tokenizers` cannot.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_PREFIX = "##"
+# Above this a word is [UNK] as a whole, as in Devlin et al.'s tokenization.py.
+_LONGEST_WORD = 100
+# Rarer characters get no token, or those of a large corpus would fill the vocabulary; as in `tokenizers`.
+_MOST_CHARACTERS = 1000
+# Words that are told to the trainer at once: one that occurs a million times makes no long text.
+_REPEATED = 10_000
+# Above this share of tokens with capitals a vocabulary is a cased one; in the uncased ones a few are strays.
+_CASED_SHARE = 0.1
+
+
+class WordPieceVocabulary(Vocabulary):
+    """A vocabulary of words and pieces of words; `##` begins a piece that goes on with a word.
+
+    Its special tokens are [PAD] [UNK] [CLS] [SEP] [MASK], wherever they stand; `special` marks these and
+    the [unused0] and so on of published vocabularies. Raises BadInput where one is missing or a token
+    stands twice, and where the package `tokenizers` is not installed.
+
+    >>> vocab = WordPieceVocabulary([*SPECIAL_TOKENS, "crane", "##s", "fly"])
+    >>> vocab.split("Cranes fly!", lowercase=True), vocab.pieces("cranes"), vocab.pieces("!")
+    (['cranes', 'fly', '!'], ['crane', '##s'], ['!'])
+    >>> vocab.ids(["crane", "##s", "!"]).tolist(), vocab.continues.tolist()[5:]
+    ([5, 6, 1], [False, True, False])
+    """
+
+    FILE = "vocab.txt"
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        self.tokens = list(tokens)
+        ids = {token: i for i, token in enumerate(self.tokens)}
+        problems = [f"has no {token}" for token in SPECIAL_TOKENS if token not in ids]
+        if len(ids) != len(self.tokens):
+            problems.append("must not hold a token twice")
+        if problems:
+            raise BadInput(f"a WordPiece vocabulary: {', '.join(problems)}")
+        self.pad, self.unk, self.cls, self.sep, self.mask = (ids[token] for token in SPECIAL_TOKENS)
+        self._model = _library().models.WordPiece(
+            ids, unk_token=UNK, max_input_chars_per_word=_LONGEST_WORD, continuing_subword_prefix=_PREFIX
+        )
+        # <mask> and <unk> may be said, too, where tokens are looked up one by one.
+        self._ids = {**{marker: ids[token] for marker, token in _IN_TEXT.items()}, **ids}
+        self._sort_out(
+            special=np.array([t in SPECIAL_TOKENS or bool(_UNUSED.fullmatch(t)) for t in self.tokens]),
+            continues=np.array([t.startswith(_PREFIX) and len(t) > len(_PREFIX) for t in self.tokens]),
+        )
+
+    @classmethod
+    def from_counts(cls, counts: Mapping[str, int], min_freq: int, size: int = 30522) -> WordPieceVocabulary:
+        """A vocabulary for words that occur so often: of `size` tokens, or fewer if the words give no more.
+
+        Pieces are joined as long as they stand side by side `min_freq` times. The same counts give the
+        same vocabulary, in whatever order they come and with however many threads.
+        """
+        counts = {word: n for word, n in counts.items() if word not in _IN_TEXT.values()}
+        alphabet = _alphabet(counts)
+        # A word with another character is [UNK] as a whole, so its pieces would never be met.
+        counts = {word: n for word, n in counts.items() if alphabet.issuperset(word)}
+        alone = sorted({character for word in counts for character in word})
+        inner = sorted({_PREFIX + character for word in counts for character in word[1:]})
+        needed = [*SPECIAL_TOKENS, *alone, *inner]
+        if len(needed) > size:
+            raise BadInput(
+                f"--vocab-size {size}: must be at least {len(needed)}, the special tokens and the characters "
+                "of the corpus, alone and inside words"
+            )
+        # All characters are given as special tokens: the trainer would number them in the order of a hash
+        # table, other in each process, and among equally frequent pairs it joins the lower numbers first.
+        return cls(_joined(counts, needed, min_freq, size))
+
+    def split(self, text: str, lowercase: bool) -> list[str]:
+        """The words of a text, as BERT parts them; <mask> and <unk> are [MASK] and [UNK]."""
+        return split_words(text, lowercase)
+
+    def pieces(self, word: str) -> list[str]:
+        """The tokens that a word becomes, longest first from its left; the word itself if it has none."""
+        tokens = [piece.value for piece in self._model.tokenize(word)]
+        return [word] if tokens == [UNK] else tokens
+
+    def save(self, path: Path) -> None:
+        """Write vocab.txt as it is published, a token a line; `load` is the inverse."""
+        with written_aside(path) as file:
+            file.writelines(token + "\n" for token in self.tokens)
+
+    @classmethod
+    def load(cls, path: Path) -> WordPieceVocabulary:
+        """The vocabulary in a file with a token a line; BadInput names the file and every wrong line."""
+        path = Path(path)
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be read as a vocabulary ({error.strerror or error})") from error
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise BadInput(f"{path}, line {line}: is not UTF-8; a vocabulary has a token a line") from error
+        # Not splitlines: published vocabularies have tokens that it takes for ends of lines.
+        lines = text.replace("\r\n", "\n").split("\n")
+        if not lines[-1]:
+            lines.pop()
+        at: dict[str, int] = {}
+        problems = []
+        for number, token in enumerate(lines, 1):
+            if not token.strip(" \t"):
+                problems.append(f"{path}, line {number}: is empty, where a vocabulary has a token a line")
+            elif token in at:
+                problems.append(f"{path}, line {number}: {token!r} stands in line {at[token]} already")
+            at.setdefault(token, number)
+        missing = [token for token in SPECIAL_TOKENS if token not in at]
+        if missing:
+            problems.append(f"{path}: has no {' '.join(missing)}, which a WordPiece vocabulary needs")
+        if problems:
+            raise BadInput("\n".join(problems))
+        return cls(lines)
+
+    def check_case(self, path: str, lowercase: bool) -> None:
+        """Raise BadInput where a published vocabulary was made for text of the other case."""
+        capitals = sum(self.tokens[i] != self.tokens[i].lower() for i in self.ordinary)
+        if lowercase and capitals > _CASED_SHARE * len(self.ordinary):
+            raise BadInput(f"--vocab-file {path}: is a cased vocabulary; add --lowercase no")
+        if not lowercase and "a" in self and "A" not in self:
+            raise BadInput(f"--vocab-file {path}: is an uncased vocabulary; add --lowercase yes")
+
+
+def load_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary in the folder of a run or an export, whichever its kind; BadInput where none is."""
+    path = Path(folder) / WordPieceVocabulary.FILE
+    if path.exists():
+        return WordPieceVocabulary.load(path)
+    return Vocabulary.load(Path(folder) / Vocabulary.FILE)
+
+
+def split_words(text: str, lowercase: bool) -> list[str]:
+    """Running text to words and punctuation marks as BERT parts it, before they are cut into pieces.
+
+    lowercase: lower-case it and take off the accents, as the uncased models do. <unk> and [UNK] are [UNK],
+    <mask> and [MASK] are [MASK]; of all other text no special token is made.
+
+    >>> split_words("It's <unk> 3.5 km", lowercase=True)
+    ['it', "'", 's', '[UNK]', '3', '.', '5', 'km']
+    """
+    # Between spaces nothing depends on what is around: most parts have been met before.
+    return [word for part in text.split(" ") if part for word in _split_part(part, lowercase)]
+
+
+@lru_cache(maxsize=1 << 17)
+def _split_part(part: str, lowercase: bool) -> tuple[str, ...]:
+    normalizer, splitter = _splitting(lowercase)
+    found: list[str] = []
+    for i, text in enumerate(_MARKER.split(_SURROGATE.sub("", part))):
+        if i % 2:
+            found.append(_IN_TEXT[text])
+        elif text:
+            found += [word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))]
+    return tuple(found)
+
+
+class _Splitting(NamedTuple):
+    normalizer: Any
+    splitter: Any
+
+
+@lru_cache(maxsize=None)
+def _splitting(lowercase: bool) -> _Splitting:
+    library = _library()
+    normalizer = library.normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=lowercase, lowercase=lowercase
+    )
+    return _Splitting(normalizer, library.pre_tokenizers.BertPreTokenizer())
+
+
+def installed_version() -> str:
+    """The version of the package `tokenizers`, which may part words as another does not; BadInput without."""
+    return str(_library().__version__)
+
+
+def _library() -> Any:
+    # Here and not above: whoever has a word vocabulary does without it.
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise BadInput(
+            f"a WordPiece vocabulary needs the package tokenizers ({error}): pip install -e '.[wordpiece]'"
+        ) from error
+    return tokenizers
+
+
+def _alphabet(counts: Mapping[str, int]) -> set[str]:
+    """The characters that get tokens: the most frequent ones, equally frequent ones in their own order."""
+    times: dict[str, int] = {}
+    for word, count in counts.items():
+        for character in word:
+            times[character] = times.get(character, 0) + count
+    return set(sorted(times, key=lambda character: (-times[character], character))[:_MOST_CHARACTERS])
+
+
+def _joined(counts: Mapping[str, int], needed: Sequence[str], min_freq: int, size: int) -> list[str]:
+    """The needed tokens, and then those that joining makes of them."""
+    library = _library()
+    trainer = library.trainers.WordPieceTrainer(
+        vocab_size=size,
+        min_frequency=min_freq,
+        special_tokens=list(needed),
+        limit_alphabet=len(needed),
+        show_progress=False,
+    )
+    tokenizer = library.Tokenizer(library.models.WordPiece(unk_token=UNK))
+    tokenizer.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()
+    tokenizer.train_from_iterator(_repeated(counts), trainer)
+    ids = tokenizer.get_vocab()
+    return sorted(ids, key=ids.__getitem__)
+
+
+def _repeated(counts: Mapping[str, int]) -> Iterator[str]:
+    """Text in which each word occurs as often as it is counted."""
+    for word, count in counts.items():
+        for start in range(0, count, _REPEATED):
+            yield " ".join([word] * min(_REPEATED, count - start))

@@ -1,0 +1,46 @@
+"""Step -> learning rate. Pure functions of a place in a run: they know no optimizer and no clock."""
+
+from __future__ import annotations
+
+import math
+
+from ..config import TrainConfig
+from ..errors import BadInput
+
+# What is left of the peak, by the share of the way from the peak to the step after the last.
+DECAYS = {
+    "constant": lambda way: 1.0,
+    "linear": lambda way: 1.0 - way,
+    "cosine": lambda way: 0.5 + 0.5 * math.cos(math.pi * way),  # Loshchilov and Hutter 2017, equation 5
+}
+
+
+def learning_rate(config: TrainConfig, step: float, num_steps: float) -> float:
+    """The learning rate of a step, the first of which is 1, in a run of `num_steps`.
+
+    It rises in equal parts over the warm-up, is `lr` itself at `peak_step`, and then falls so that the
+    step after the last would have 0: none that is made has. Steps may be any unit, whole or not.
+
+    >>> config = TrainConfig(lr=1.0, schedule="linear", warmup=0.4)
+    >>> [learning_rate(config, step, 5) for step in (1, 2, 3, 4, 5)]
+    [0.5, 1.0, 0.75, 0.5, 0.25]
+
+    Raises BadInput for a step after the last, where a decayed rate would be 0 or less.
+    """
+    if step > num_steps and config.schedule != "constant":
+        raise BadInput(
+            f"--num-steps {num_steps}: --schedule {config.schedule} ends there, before step {step}"
+        )
+    peak = peak_step(config, num_steps)
+    if step <= peak:
+        return config.lr * (step / peak)
+    return config.lr * DECAYS[config.schedule]((step - peak) / (num_steps + 1 - peak))
+
+
+def peak_step(config: TrainConfig, num_steps: float) -> int:
+    """The last step of the warm-up, the one whose learning rate is `lr`; without a warm-up the first.
+
+    >>> peak_step(TrainConfig(warmup=0.1), 1000), peak_step(TrainConfig(warmup=0.0), 1000)
+    (100, 1)
+    """
+    return max(1, round(config.warmup * num_steps))

@@ -1,0 +1,106 @@
+"""Speed side by side: the rounds, what is compared, what is refused."""
+
+import json
+import time
+
+import benchmark
+import encoders
+import numpy as np
+import pytest
+
+from gluon_bert.checkpoint import create_run, load_run, save_checkpoint
+from gluon_bert.config import preset
+from gluon_bert.data.loader import load_data
+from gluon_bert.errors import BadInput
+from gluon_bert.export.held_out import held_out_texts
+from gluon_bert.model.bert import BERTModel
+from gluon_bert.runtime import mx
+
+
+@pytest.fixture
+def run_folder(text_file, tmp_path):
+    config = preset("bert-tiny").replace(
+        corpus=(str(text_file),), max_len=16, units=16, ffn_units=32, num_heads=2, held_out=0.3, num_buckets=1
+    )
+    data = load_data(config.data, batch_size=8)
+    net = BERTModel(len(data.vocab), config.model)
+    net.setup([mx.cpu()], seed=0)
+    create_run(tmp_path / "run", config, data.vocab)
+    save_checkpoint(tmp_path / "run", net, 1)
+    return tmp_path / "run"
+
+
+def test_contestants_take_turns_and_are_compared_round_by_round(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    turns = []
+
+    def taking(name, *seconds):
+        left = iter(seconds)
+
+        def work():
+            turns.append(name)
+            now[0] += next(left)
+
+        return work
+
+    works = {"slow": taking("slow", 2, 4, 8), "fast": taking("fast", 1, 1, 8)}
+    slow, fast = benchmark.in_rounds(works, rounds=3, units=16)
+    assert turns == ["slow", "fast"] * 3
+    assert slow.rates == [8, 4, 2]
+    assert fast.rates == [16, 16, 2]
+    assert fast.ratios == [2, 4, 1]
+    assert (fast.rate, fast.ratio) == (16, 2)
+    assert "fast                16.0    2.00   1.00 .. 4.00" in benchmark.table("", [slow, fast])
+
+
+def test_what_computes_something_else_is_refused():
+    vectors = np.zeros((3, 4), np.float32)
+    benchmark.refuse_other_results({"plain": vectors, "same": vectors + 1e-6})
+    for wrong in (vectors + 0.01, vectors + np.nan):
+        with pytest.raises(BadInput, match=r"the vectors of quick differ by .* from those of plain"):
+            benchmark.refuse_other_results({"plain": vectors, "quick": wrong})
+
+
+def test_the_command(run_folder, tmp_path, capsys):
+    figures = tmp_path / "speed.json"
+    command = ["encode", str(run_folder), "--against", "exported", "--rounds", "2", "--texts", "24"]
+    assert benchmark.main([*command, "--json", str(figures)]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[2:]] == ["plain", "encode", "exported"]
+    content = json.loads(figures.read_text("utf-8"))["texts a second"]
+    assert set(content) == {"plain", "encode", "exported"}
+    assert all(len(each["rates"]) == len(each["ratios"]) == 2 for each in content.values())
+
+
+def test_a_file_of_texts(run_folder, tmp_path, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the crane\nthe river || the bird\n", "utf-8")
+    command = ["encode", str(run_folder), "--against", "encode", "--rounds", "1", "--texts", "5"]
+    assert benchmark.main([*command, "--text", str(texts)]) == 0
+    assert "5 texts of 4 to 7 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["exported", "onnxruntime", "transformers"])
+def test_every_engine_makes_the_same_vectors(run_folder, tmp_path, name):
+    if encoders.missing(name):
+        pytest.skip(f"{' and '.join(encoders.missing(name))} not installed")
+    run = load_run(run_folder)
+    texts = held_out_texts(run, 12)
+    expected = encoders.plain(run, tmp_path, None)(texts)
+    np.testing.assert_allclose(encoders.CONTESTANTS[name][0](run, tmp_path, None)(texts), expected, atol=1e-4)
+
+
+def test_what_is_refused(run_folder, monkeypatch, capsys):
+    def told(*arguments):
+        assert benchmark.main(["encode", str(run_folder), *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "--against numpy: must be some of plain, encode" in told("--against", "numpy")
+    shown = told("--rounds", "0", "--texts", "-1", "--json", "/nowhere/at/all.json")
+    assert "--rounds 0: must be at least 1" in shown
+    assert "--texts -1: must be at least 1" in shown
+    assert "there is no folder /nowhere/at" in shown
+    monkeypatch.setitem(encoders.CONTESTANTS, "served", (encoders.served, ("no_such_package",)))
+    assert "--against served: needs no_such_package installed" in told("--against", "served")
+    assert "served" not in encoders.installed()

@@ -1,0 +1,98 @@
+"""The command that exports, and what it says."""
+
+import json
+
+import export
+import pytest
+
+from gluon_bert.checkpoint import create_run, save_checkpoint
+from gluon_bert.config import preset
+from gluon_bert.data.loader import load_data
+from gluon_bert.encoding import Predictor
+from gluon_bert.export.formats import load_exported
+from gluon_bert.model.bert import BERTModel
+from gluon_bert.runtime import mx
+
+
+@pytest.fixture
+def run_folder(text_file, tmp_path):
+    config = preset("bert-tiny").replace(
+        corpus=(str(text_file),), max_len=16, units=32, ffn_units=64, num_heads=2, held_out=0.3, num_buckets=1
+    )
+    data = load_data(config.data, batch_size=8)
+    net = BERTModel(len(data.vocab), config.model)
+    net.setup([mx.cpu()], seed=0)
+    create_run(tmp_path / "run", config, data.vocab)
+    save_checkpoint(tmp_path / "run", net, 1)
+    return tmp_path / "run"
+
+
+def told(capsys, *arguments):
+    """What a refused command says."""
+    assert export.main([str(argument) for argument in arguments]) == 2
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    return shown.err
+
+
+def test_the_symbol(run_folder, capsys):
+    assert export.main([str(run_folder), "--format", "mxnet", "--outputs", "encoder"]) == 0
+    shown = capsys.readouterr().out
+    assert "bert-0000.params, bert-symbol.json, vocab.json, manifest.json" in shown
+    assert (
+        "read back by SymbolBlock and Module and compared at B x T of 1 x 5, 3 x 9, 7 x 16: largest" in shown
+    )
+    folder = run_folder / "export" / "mxnet"
+    assert load_exported(folder).manifest.outputs == "encoder"
+    assert f"--output {folder}: is there already" in told(capsys, run_folder)
+
+
+@pytest.mark.parametrize("name", ["onnx", "int8", "bf16"])
+def test_what_is_compared_on_text(run_folder, tmp_path, capsys, name):
+    if name == "onnx":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+    folder = tmp_path / name
+    assert export.main([str(run_folder), "--format", name, "--output", str(folder)]) == 0
+    title, *rows = capsys.readouterr().out.splitlines()[1:]
+    assert "error" in title and "speed" in title
+    assert len(rows) == 3
+    exported = load_exported(folder)
+    groups = exported.manifest.comparison["groups"]
+    assert all(group["speed ratio"] > 0 and group["errors"]["encoded"]["largest"] < 0.5 for group in groups)
+    predictor = Predictor(exported.network, exported.reader)
+    (answer,) = predictor.ask([exported.reader.text("the crane <mask>")])
+    assert len(answer.fill_masks(exported.reader.vocab, 3)[0]) == 3
+
+
+def test_texts_of_ones_own_to_compare_with(run_folder, tmp_path, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the crane\n" + "the bird || sees it\n" + "the river " * 30 + "\n", "utf-8")
+    arguments = [str(run_folder), "--format", "bf16", "--text", str(texts)]
+    assert export.main(arguments) == 0
+    content = json.loads((run_folder / "export" / "bf16" / "manifest.json").read_text("utf-8"))
+    assert [group["tokens"] for group in content["comparison"]["groups"]] == [[4, 4], [7, 7], [16, 16]]
+
+
+def test_too_large_an_error_leaves_nothing(run_folder, capsys):
+    assert "where --max-error allows 1.0e-09" in told(
+        capsys, run_folder, "--format", "bf16", "--max-error", "1e-9"
+    )
+    assert not list((run_folder / "export").iterdir())
+
+
+def test_what_is_refused(run_folder, tmp_path, capsys):
+    assert "is no run" in told(capsys, tmp_path / "nothing")
+    shown = told(capsys, run_folder, "--text", "x.txt", "--max-error", "0")
+    assert "--text: is for the formats onnx, int8 and bf16" in shown
+    assert "--max-error: is for the formats" in shown
+    assert "--max-error 0.0: must be above 0" in shown
+    missing = told(capsys, run_folder, "--format", "bf16", "--text", tmp_path / "x.txt")
+    assert "x.txt: cannot be read" in missing
+
+
+def test_a_corpus_that_is_gone(run_folder, text_file, capsys):
+    text_file.unlink()
+    shown = told(capsys, run_folder, "--format", "bf16")
+    assert "the run's corpus cannot be read" in shown
+    assert "--text FILE" in shown

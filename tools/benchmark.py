@@ -1,0 +1,208 @@
+"""Measures speed side by side: `python tools/benchmark.py --help` tells how."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
+
+import numpy as np
+from command_line import guarded, run
+
+from gluon_bert import runtime
+from gluon_bert.config import write_json
+from gluon_bert.errors import BadInput
+
+EXAMPLES = """\
+examples:
+  python tools/benchmark.py encode runs/d2l-1
+  python tools/benchmark.py encode runs/d2l-1 --against onnxruntime,transformers --rounds 9 --json speed.json
+
+All contestants get the same work in turns, round by round (A B C, A B C, ...), so that whatever else the
+machine does meets them all. Told are the medians over the rounds, and the median of each round's ratio to the
+first. A contestant whose results are not the first one's is an error.
+
+encode: vectors of texts of mixed lengths, from text in memory to numbers on the host
+  plain         the hybridized network, batches in the texts' order, padded to the longest
+  encode        what tools/encode.py does: batches of like length
+  exported      the same with the exported symbol, read back by gluon.SymbolBlock
+  served        requests of a text each to multi-model-server over 8 connections (extra serve, Java)
+  onnxruntime   the exported ONNX graph with batches as encode has them (extra onnx)
+  transformers  PyTorch transformers' BertModel with the same weights and batches (torch, transformers)
+"""
+
+
+# Two ways to compute the same vectors in single precision are no further apart.
+SAME = 1e-3
+
+
+class Result(NamedTuple):
+    """How fast a contestant was: units a second round by round, and their ratios to the first one's."""
+
+    name: str
+    rates: list[float]
+    ratios: list[float]
+
+    @property
+    def rate(self) -> float:
+        """The median rate."""
+        return statistics.median(self.rates)
+
+    @property
+    def ratio(self) -> float:
+        """The median ratio to the first contestant."""
+        return statistics.median(self.ratios)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = argparse.ArgumentParser(
+        prog="benchmark",
+        usage="python tools/benchmark.py encode RUN [flags]",
+        description="Measure speed, side by side with others, in rounds.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("what", choices=("encode",), help="what to measure")
+    p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
+    p.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="rounds, after one that does not count (5)"
+    )
+    p.add_argument("--texts", type=int, default=512, metavar="N", help="texts a round (512)")
+    p.add_argument("--text", type=Path, metavar="FILE", help="a text a line (the run's own held-out text)")
+    p.add_argument(
+        "--against",
+        metavar="NAME[,NAME...]",
+        help="only these beside plain and encode (all that are installed)",
+    )
+    p.add_argument("--json", type=Path, metavar="FILE", help="write every figure to a file")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has told what is wrong
+        return int(stop.code or 0)
+    return guarded(lambda: benchmark(arguments), "benchmark")
+
+
+def benchmark(arguments: argparse.Namespace) -> int:
+    """Measure as the flags say."""
+    from encoders import CONTESTANTS
+
+    from gluon_bert.checkpoint import load_run
+
+    check(arguments)
+    run = load_run(arguments.run)
+    texts = texts_of(run, arguments)
+    names = chosen(arguments.against)
+    with TemporaryDirectory(prefix="gluon_bert-benchmark-") as folder, ExitStack() as stack:
+        works = {}
+        for name in names:
+            print(f"getting {name} ready", file=sys.stderr)
+            works[name] = CONTESTANTS[name][0](run, Path(folder), stack)
+        refuse_other_results({name: work(texts) for name, work in works.items()})
+        results = in_rounds(
+            {n: partial(work, texts) for n, work in works.items()}, arguments.rounds, len(texts)
+        )
+    lengths = [len(text) for text in texts]
+    told = (
+        f"{len(texts)} texts of {min(lengths)} to {max(lengths)} tokens, {arguments.rounds} rounds, "
+        f"{runtime.versions()['threads']} threads"
+    )
+    print(table(told, results))
+    if arguments.json:
+        content = {"what": arguments.what, "work": told, "versions": runtime.versions()}
+        figures = {each.name: each._asdict() for each in results}
+        write_json(arguments.json, {**content, "texts a second": figures})
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise one BadInput that tells everything that is wrong with the flags."""
+    problems = [
+        f"--{name} {getattr(arguments, name)}: must be at least 1"
+        for name in ("rounds", "texts")
+        if getattr(arguments, name) < 1
+    ]
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        problems.append(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+    if problems:
+        raise BadInput("\n".join(problems))
+
+
+def chosen(against: str | None) -> list[str]:
+    """The contestants, in their order; BadInput for one that is unknown or not installed."""
+    from encoders import CONTESTANTS, installed, missing
+
+    if against is None:
+        return installed()
+    names = against.split(",")
+    unknown = [name for name in names if name not in CONTESTANTS]
+    if unknown:
+        raise BadInput(f"--against {unknown[0]}: must be some of {', '.join(CONTESTANTS)}")
+    absent = {name: missing(name) for name in names if missing(name)}
+    if absent:
+        raise BadInput(
+            "\n".join(f"--against {n}: needs {' and '.join(p)} installed" for n, p in absent.items())
+        )
+    return [name for name in CONTESTANTS if name in {"plain", "encode", *names}]
+
+
+def texts_of(run: Any, arguments: argparse.Namespace) -> Sequence[Any]:
+    """The texts to encode: of a file, over and over if they are fewer, or held out by the run."""
+    if arguments.text is None:
+        from gluon_bert.export.held_out import held_out_texts
+
+        return held_out_texts(run, arguments.texts)
+    from gluon_bert.data.texts import TextReader
+    from gluon_bert.text_files import count_lines, read_lines
+
+    count_lines(arguments.text)
+    reader = TextReader(run.vocab, run.config.data.max_len, run.config.data.lowercase)
+    texts = [reader.text(*line.given, truncate=True) for line in read_lines(arguments.text)]
+    return list(islice(cycle(texts), arguments.texts))
+
+
+def refuse_other_results(found: Mapping[str, np.ndarray]) -> None:
+    """Raise BadInput unless all made the same: what computes something else is not faster."""
+    (first, expected), *others = found.items()
+    for name, vectors in others:
+        difference = float(np.abs(vectors - expected).max())
+        if not difference <= SAME:
+            raise BadInput(f"the vectors of {name} differ by {difference:.1e} from those of {first}")
+
+
+def in_rounds(works: Mapping[str, Callable[[], Any]], rounds: int, units: int) -> list[Result]:
+    """Let all do the same work in turns; `units` is how much work it is. All have done it once before."""
+    rates: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            before = time.perf_counter()
+            work()
+            rates[name].append(units / (time.perf_counter() - before))
+    first = next(iter(rates.values()))
+    return [Result(name, own, [a / b for a, b in zip(own, first)]) for name, own in rates.items()]
+
+
+def table(told: str, results: Sequence[Result]) -> str:
+    """The results for people."""
+    lines = [told, f"{'':14}{'texts/s':>10}{'ratio':>8}   from .. to"]
+    for each in results:
+        spread = f"{min(each.ratios):.2f} .. {max(each.ratios):.2f}"
+        lines.append(f"{each.name:14}{each.rate:10.1f}{each.ratio:8.2f}   {spread}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,137 @@
+"""Exports a pretrained network to where it is used: `python tools/export.py --help` tells how."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Sequence
+
+from command_line import guarded, run
+
+from gluon_bert.errors import BadInput
+
+EXAMPLES = """\
+examples:
+  python tools/export.py runs/d2l-1 --format mxnet --outputs encoder
+  python tools/export.py runs/d2l-1 --format mar && python tools/serve.py runs/d2l-1/export/mar
+  python tools/export.py runs/d2l-1 --format onnx --text my_sentences.txt
+
+formats:
+  mxnet   bert-symbol.json and bert-0000.params, for gluon.SymbolBlock.imports and mx.mod.Module
+  mar     bert.mar, an archive for multi-model-server that holds all it needs (extra serve)
+  onnx    for onnxruntime and others (extra onnx)
+  int8    as mxnet, with matrix products in 8 bits, for CPUs
+  bf16    as mxnet, with matrix products in bfloat16, for CPUs that have it
+
+Beside the network stand vocab.json and manifest.json: inputs and outputs with their meaning, max_len, hashes,
+versions, and how far the results are from the run's own. Each export is read back from its files and compared
+with the run; where they differ too much the command fails and leaves nothing. A text longer than max_len is
+an error of the exported network, never cut in silence.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = argparse.ArgumentParser(
+        prog="export",
+        usage="python tools/export.py RUN [flags]",
+        description="Write a pretrained network in a form that others run.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
+    p.add_argument(
+        "--format", choices=("mxnet", "mar", "onnx", "int8", "bf16"), default="mxnet", help="(mxnet)"
+    )
+    p.add_argument(
+        "--outputs",
+        choices=("encoder", "all"),
+        default="all",
+        help="the encoder's vectors alone, or also the pooler's, the masks' and the next sentence's (all)",
+    )
+    p.add_argument("--output", type=Path, metavar="FOLDER", help="a new folder (RUN/export/FORMAT)")
+    held_out = p.add_argument_group("onnx, int8 and bf16 are compared on text")
+    held_out.add_argument(
+        "--text", type=Path, metavar="FILE", help="a text a line (the held-out text of the run's corpus)"
+    )
+    held_out.add_argument("--max-error", type=float, metavar="X", help="fail above this error (by format)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has told what is wrong
+        return int(stop.code or 0)
+    return guarded(lambda: export(arguments), "export")
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Export as the flags say."""
+    from gluon_bert.checkpoint import load_run
+    from gluon_bert.export import archive, formats
+
+    check(arguments)
+    folder = arguments.output or arguments.run / "export" / arguments.format
+    formats.check_free(folder)
+    run = load_run(arguments.run)
+    if arguments.format == "mar":
+        path = archive.export_archive(run, folder, arguments.outputs)
+        print(f"{path}: serve it with python tools/serve.py {path}")
+        return 0
+    if arguments.format == "mxnet":
+        manifest = formats.export_mxnet(run, folder, arguments.outputs)
+    else:
+        write = {"onnx": formats.export_onnx, "int8": formats.export_int8, "bf16": formats.export_bf16}
+        texts = texts_of(run, arguments.text)
+        manifest = write[arguments.format](run, folder, arguments.outputs, texts, arguments.max_error)
+    print(f"{folder}: {', '.join(manifest.files)}, manifest.json")
+    print(told(manifest))
+    return 0
+
+
+def told(manifest: Any) -> str:
+    """How far an export is from its run, in words."""
+    from gluon_bert.export.comparison import table
+
+    if manifest.format != "mxnet":
+        return "\n".join(table(manifest.comparison["groups"]))
+    shapes = ", ".join(f"{rows} x {length}" for rows, length in manifest.comparison["shapes (B, T)"])
+    found = manifest.comparison["largest differences"]
+    largest = max(difference for by_output in found.values() for difference in by_output.values())
+    readers = " and ".join(found)
+    return f"read back by {readers} and compared at B x T of {shapes}: largest difference {largest:.1e}"
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise one BadInput that tells everything that is wrong with the flags."""
+    problems = []
+    if arguments.format in ("mxnet", "mar"):
+        problems += [
+            f"{flag}: is for the formats onnx, int8 and bf16, which are compared on text"
+            for flag, value in (("--text", arguments.text), ("--max-error", arguments.max_error))
+            if value is not None
+        ]
+    if arguments.max_error is not None and not arguments.max_error > 0:
+        problems.append(f"--max-error {arguments.max_error}: must be above 0")
+    if problems:
+        raise BadInput("\n".join(problems))
+
+
+def texts_of(run: Any, path: Path | None) -> Sequence[Any]:
+    """The texts to compare on: those of a file, cut where they are too long, or held out by the run."""
+    from gluon_bert.data.texts import TextReader
+    from gluon_bert.export.held_out import held_out_texts
+    from gluon_bert.text_files import count_lines, read_lines
+
+    if path is None:
+        return held_out_texts(run)
+    count_lines(path)
+    reader = TextReader(run.vocab, run.config.data.max_len, run.config.data.lowercase)
+    return [reader.text(*line.given, truncate=True) for line in read_lines(path)]
+
+
+if __name__ == "__main__":
+    run(main)
