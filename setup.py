@@ -22,6 +22,13 @@ CUDA_LIBRARIES = [
     "nvidia-nccl-cu11>=2.13,<3",
     "nvidia-nvtx-cu11>=11.7,<12",
 ]
+# 0.20.3 is the last release with a wheel for Python 3.8; later ones would be compiled there, with Rust.
+WORDPIECE = [
+    "tokenizers>=0.20,<0.21; python_version < '3.9'",
+    "tokenizers>=0.20; python_version >= '3.9'",
+]
+# MXNet's converter imports onnx.mapping, which is gone from 1.19; older than 1.13 was not tried.
+ONNX = ["onnx>=1.13,<1.19", "onnxruntime>=1.12"]
 # An sdist with a C extension: installing it takes a C compiler, so pretraining does without it.
 GLUONNLP = ["gluonnlp==0.10.0"]
 
@@ -48,7 +55,10 @@ setup(
         "cpu": ["mxnet==1.9.1"],
         "cu112": ["mxnet-cu112==1.9.1", *CUDA_LIBRARIES],
         "gluonnlp": GLUONNLP,
-        "test": ["pytest>=7", *GLUONNLP],
+        "wordpiece": WORDPIECE,
+        "onnx": ONNX,
+        "serve": ["multi-model-server==1.1.11", "model-archiver==1.0.3"],
+        "test": ["pytest>=7", "hypothesis", *WORDPIECE, *ONNX, *GLUONNLP],
         "lint": ["ruff", "mypy", "pre-commit"],
     },
 )

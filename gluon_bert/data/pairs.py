@@ -8,6 +8,7 @@ import numpy as np
 
 from ..config import DataConfig
 from .documents import Documents
+from .texts import kept_lengths
 
 # [CLS] a [SEP] b [SEP]
 NUM_SPECIAL_IN_PAIR = 3
@@ -106,12 +107,6 @@ def _truncated(pairs: Pairs, max_len: int) -> Pairs:
     first = np.stack([pairs.first[:, 0], pairs.first[:, 0] + kept_a], axis=1)
     second = np.stack([pairs.second[:, 0], pairs.second[:, 0] + kept_b], axis=1)
     return Pairs(first, second, pairs.is_next)
-
-
-def kept_lengths(a: np.ndarray, b: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """What is left of segments of a and b tokens when the longer one is cut until both fit in `room`."""
-    kept_a = np.minimum(a, np.maximum(room - b, (room + 1) // 2))
-    return kept_a, np.minimum(b, room - kept_a)
 
 
 def _has_other_than(unk: int, documents: Documents, pairs: Pairs) -> np.ndarray:

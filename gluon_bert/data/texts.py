@@ -8,7 +8,6 @@ from typing import Iterable, Iterator, NamedTuple, Sequence
 import numpy as np
 
 from ..errors import BadInput
-from .pairs import kept_lengths
 from .vocab import Vocabulary
 
 # Padded lengths are multiples of this, so that a network meets few shapes; each costs a plan of its memory.
@@ -140,6 +139,12 @@ def _cut(segments: list[Sequence[str]], room: int) -> list[Sequence[str]]:
     first, second = segments
     kept_first, kept_second = kept_lengths(np.array(len(first)), np.array(len(second)), room)
     return [first[: int(kept_first)], second[: int(kept_second)]]
+
+
+def kept_lengths(a: np.ndarray, b: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """What is left of segments of a and b tokens when the longer one is cut until both fit in `room`."""
+    kept_a = np.minimum(a, np.maximum(room - b, (room + 1) // 2))
+    return kept_a, np.minimum(b, room - kept_a)
 
 
 class Padded(NamedTuple):

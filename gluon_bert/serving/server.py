@@ -1,0 +1,296 @@
+"""multi-model-server around one archive: started on loopback, waited for, stopped with all its processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Callable, Iterator
+
+import requests
+
+from ..errors import BadInput
+from ..export.archive import ARCHIVE, INSTALL_SERVE, MODEL, check_archive
+from ..runtime import has_cuda_wheel, usable_cores
+
+HOST = "127.0.0.1"
+# The server takes a port for a signed number of 16 bits.
+HIGHEST_PORT = 32766
+
+# Above this the server itself answers, with a bare 413; below it the handler does, in words.
+MAX_REQUEST = 16 << 20
+# An answer is as long as the network's vectors make it; the server ends a worker that goes beyond.
+MAX_RESPONSE = 2**31 - 1
+# Requests that wait; the server answers 503 to those above.
+QUEUE = 1000
+
+# A socket's name has 107 bytes, and the server's is /.mms.sock.9000 in this folder.
+LONGEST_FOLDER = 92
+
+# Seconds: an archive of a large network has to be unpacked, hashed and read.
+START_TIMEOUT = 300.0
+STOP_TIMEOUT = 10.0
+
+# In the server's folder: its log, and what it and Java print, of which this is told once it listens.
+LOG, OUTPUT = "server.log", "output.log"
+STARTED = b"Model server started."
+
+# One log, without a line for each request, which cannot grow for ever.
+_LOG4J = """\
+<Configuration>
+  <Appenders>
+    <RollingFile name="log" fileName="server.log" filePattern="server.%i.log">
+      <PatternLayout pattern="%d{ISO8601} %-5p %c{1} - %m%n"/>
+      <Policies><SizeBasedTriggeringPolicy size="10 MB"/></Policies>
+      <DefaultRolloverStrategy max="1"/>
+    </RollingFile>
+  </Appenders>
+  <Loggers>
+    <Logger name="MODEL_METRICS" level="off"/>
+    <Logger name="MMS_METRICS" level="off"/>
+    <Logger name="ACCESS_LOG" level="off"/>
+    <Logger name="com.amazonaws.ml.mms.wlm.WorkerThread" level="warn"/>
+    <Root level="info"><AppenderRef ref="log"/></Root>
+  </Loggers>
+</Configuration>
+"""
+
+
+class ServerFailed(RuntimeError):
+    """The server did not start, or ended by itself; the message ends with the end of its log."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an archive is served.
+
+    batch_size requests are answered together at most, for which the first one waits max_batch_delay
+    milliseconds at most. threads: of each worker; None: the cores divided by the workers.
+    """
+
+    port: int = 8080
+    management_port: int = 8081
+    workers: int = 1
+    batch_size: int = 8
+    max_batch_delay: int = 5
+    threads: int | None = None
+
+    def check(self) -> None:
+        """Raise BadInput for what cannot be, naming the flag."""
+        for name in ("workers", "batch_size", "max_batch_delay", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"--{name.replace('_', '-')} {value}: at least 1")
+        if self.port == self.management_port:
+            raise BadInput(f"--management-port {self.port}: is --port already; choose another")
+        for name, port in (("--port", self.port), ("--management-port", self.management_port)):
+            _check_port(name, port)
+
+
+class Server:
+    """A server that runs: where it is asked, and what it tells."""
+
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path, settings: Settings) -> None:
+        self._process, self._folder = process, folder
+        self.address = f"http://{HOST}:{settings.port}/predictions/{MODEL}"
+        self.management = f"http://{HOST}:{settings.management_port}/models"
+        self.log = folder / LOG
+
+    def wait(self) -> None:
+        """Return never, or by ServerFailed once the server has ended by itself."""
+        self._process.wait()
+        raise self.failed("the server ended by itself")
+
+    def failed(self, what: str) -> ServerFailed:
+        """The exception for what happened, with the end of the log."""
+        lines = [line for name in (LOG, OUTPUT) for line in _last_lines(self._folder / name)]
+        return ServerFailed("\n".join([f"{what}; the end of its log:", *lines]))
+
+    def start(self, settings: Settings) -> None:
+        """Register the archive and wait until the workers have read it."""
+        # Not whether the port answers: that could be another server, which was faster to take it.
+        self._until(lambda: STARTED in (self._folder / OUTPUT).read_bytes(), "the server did not start")
+        how: dict[str, str | int] = {
+            "url": ARCHIVE,
+            "batch_size": settings.batch_size,
+            "max_batch_delay": settings.max_batch_delay,
+            "initial_workers": settings.workers,
+            "synchronous": "true",
+        }
+        try:
+            with requests.Session() as session:
+                session.trust_env = False  # no proxy knows this address
+                reply = session.post(self.management, params=how, timeout=START_TIMEOUT)
+        except requests.RequestException as error:
+            raise self.failed(f"the server did not take the archive ({error})") from error
+        if reply.status_code != 200:
+            raise self.failed(
+                f"the server did not take the archive ({reply.status_code}: {reply.text.strip()})"
+            )
+
+    def _until(self, done: Callable[[], bool], otherwise: str) -> None:
+        end = time.monotonic() + START_TIMEOUT
+        while not done():
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise self.failed(otherwise)
+            time.sleep(0.1)
+
+
+@contextmanager
+def serving(archive: Path, settings: Settings = Settings()) -> Iterator[Server]:
+    """A server of one archive, which answers until the block ends, and of which nothing is left then.
+
+    Raises BadInput for what the user can mend, ServerFailed where the server does not start.
+
+    >>> with serving(Path("exported/bert.mar")) as server:                              # doctest: +SKIP
+    ...     requests.post(server.address, json={"text": "a crane is flying"}).json()["mean"]
+    """
+    settings.check()
+    need_server()
+    check_archive(archive)
+    with TemporaryDirectory(prefix="gluon_bert-serve-") as name:
+        folder = Path(name).resolve()
+        if len(str(folder)) > LONGEST_FOLDER:
+            raise BadInput(f"TMPDIR: {folder} is too long for a socket's name: set it to a shorter folder")
+        with _processes(folder, archive, settings) as process:
+            server = Server(process, folder, settings)
+            server.start(settings)
+            yield server
+
+
+def need_server() -> None:
+    """Raise BadInput unless multi-model-server is installed and there is a Java that runs it."""
+    if importlib.util.find_spec("mms") is None:
+        raise BadInput(f"multi-model-server is not installed: {INSTALL_SERVE}")
+    home = os.environ.get("JAVA_HOME")
+    java = str(Path(home, "bin", "java")) if home else shutil.which("java")
+    where = "JAVA_HOME" if home else "PATH"
+    install = "install one, such as the package openjdk-17-jre-headless"
+    if java is None or not os.access(java, os.X_OK):
+        raise BadInput(f"the model server needs Java 8 or later, and there is none in {where}: {install}")
+    told = subprocess.run(
+        [java, "-version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+    )
+    version = re.search(r'version "(?:1\.)?(\d+)', told.stdout)
+    if told.returncode or version is None:
+        raise BadInput(f"{java}: does not run as Java ({told.stdout.strip()[:200]}): {install}")
+    if int(version[1]) < 8:
+        raise BadInput(f"{java}: is Java {version[1]}, where the model server needs 8 or later: {install}")
+
+
+@contextmanager
+def _processes(folder: Path, archive: Path, settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
+    """The server's processes, a group of their own, which is gone in the end."""
+    (folder / "store").mkdir()
+    (folder / "store" / ARCHIVE).symlink_to(archive.resolve())
+    (folder / "config.properties").write_text(_config(settings), "utf-8")
+    (folder / "log4j2.xml").write_text(_LOG4J, "utf-8")
+    command = [
+        *(sys.executable, "-m", "mms.model_server", "--start", "--foreground"),
+        *("--mms-config", str(folder / "config.properties"), "--log-config", str(folder / "log4j2.xml")),
+        *("--model-store", str(folder / "store")),
+    ]
+    with (folder / OUTPUT).open("wb") as output, ThreadPoolExecutor(1) as beside:
+        # Beside the main thread, where a signal's exception would lose the process that has just begun.
+        starting = beside.submit(
+            subprocess.Popen,
+            command,
+            cwd=folder,
+            env=_environment(folder, settings),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            yield starting.result()
+        finally:
+            _stop(starting.result())
+
+
+def _config(settings: Settings) -> str:
+    content = {
+        "inference_address": f"http://{HOST}:{settings.port}",
+        "management_address": f"http://{HOST}:{settings.management_port}",
+        # Or the worker parses JSON itself, and dies of what is none.
+        "decode_input_request": "false",
+        # MXNet's threads do not survive the fork that follows a model that is loaded before it.
+        "preload_model": "false",
+        "max_request_size": MAX_REQUEST,
+        "max_response_size": MAX_RESPONSE,
+        "job_queue_size": QUEUE,
+        # Java's files for jps, which stay in /tmp where it is killed.
+        "vmargs": "-XX:-UsePerfData",
+    }
+    if not has_cuda_wheel():
+        content["number_of_gpu"] = 0
+    return "".join(f"{name}={value}\n" for name, value in content.items())
+
+
+def _environment(folder: Path, settings: Settings) -> dict[str, str]:
+    """The environment of the server and its workers."""
+    # Each would undo a part of the configuration; PYTHONPATH comes before the archive's own code.
+    unwanted = ("MMS_", "PYTHONPATH", "MODEL_SERVER_HOME", "LOG_LOCATION", "METRICS_LOCATION")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+    threads = settings.threads or max(1, usable_cores() // settings.workers)
+    return {
+        **environment,
+        # Where the launcher and Java put their files, sockets among them.
+        **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder)),
+        # A worker takes 1 thread where the environment does not say otherwise.
+        "OMP_NUM_THREADS": str(threads),
+    }
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process group: asked to, and after STOP_TIMEOUT made to."""
+    for number, patience in ((signal.SIGTERM, STOP_TIMEOUT), (signal.SIGKILL, STOP_TIMEOUT)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        end = time.monotonic() + patience
+        while _is_alive(process) and time.monotonic() < end:
+            time.sleep(0.05)
+
+
+def _is_alive(process: subprocess.Popen[bytes]) -> bool:
+    """Whether any process of the group is left."""
+    process.poll()
+    # Processes that have lost their parent become this one's where it is a container's first.
+    with suppress(ChildProcessError):
+        while os.waitpid(-process.pid, os.WNOHANG)[0]:
+            pass
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _check_port(flag: str, port: int) -> None:
+    if not 1 <= port <= HIGHEST_PORT:
+        raise BadInput(f"{flag} {port}: from 1 to {HIGHEST_PORT}, as the model server takes no higher one")
+    with socket.socket() as probe:
+        # As the server does, which may take a port whose last connections are not forgotten yet.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise BadInput(f"{flag} {port}: cannot be taken ({error.strerror}); choose another") from error
+
+
+def _last_lines(path: Path, count: int = 15) -> list[str]:
+    try:
+        return path.read_text("utf-8", errors="replace").splitlines()[-count:]
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,246 @@
+"""What requests mean and how they are answered, good and bad, alone and together; no server."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gluon_bert.config import preset
+from gluon_bert.data.vocab import Vocabulary
+from gluon_bert.encoding import Predictor
+from gluon_bert.model.bert import BERTModel
+from gluon_bert.runtime import mx
+from gluon_bert.serving.handler import _replies
+from gluon_bert.serving.requests import MAX_BODY, answer
+
+VOCAB = Vocabulary(["a", "crane", "is", "flying", "driver", "came", "he", "just", "left"])
+CRANE, IS = 6, 7
+GOOD = b'{"text": "a crane is flying"}'
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    config = preset("d2l").replace(
+        max_len=12, max_positions=12, units=8, ffn_units=8, num_heads=2, num_layers=1
+    )
+    net = BERTModel(len(VOCAB), config.model)
+    net.setup([mx.cpu()], seed=0)
+    return Predictor.of(net, VOCAB, config.data)
+
+
+def asked(predictor, **request):
+    """The answer to one good request."""
+    ((status, content),) = answer(predictor, [json.dumps(request).encode()])
+    assert status == 200, content
+    return content
+
+
+def reason(predictor, body):
+    """Why one bad request is refused."""
+    ((status, content),) = answer(predictor, [body if isinstance(body, bytes) else json.dumps(body).encode()])
+    assert status == 400, content
+    assert list(content) == ["error"]
+    return content["error"]
+
+
+def test_a_text_is_answered_with_its_vectors(predictor):
+    content = asked(predictor, text="A crane is purple")
+    (expected,) = predictor.ask([predictor.reader.text("A crane is purple")])
+    assert list(content) == ["text", "tokens", "unknown", "truncated", "cls", "mean", "pooled"]
+    assert content["text"] == "A crane is purple"
+    assert content["tokens"] == ["<cls>", "a", "crane", "is", "purple", "<sep>"]
+    assert content["unknown"] == ["purple"]
+    for name in ("cls", "mean", "pooled"):
+        np.testing.assert_array_equal(np.float32(content[name]), getattr(expected, name))
+
+
+def test_a_pair_a_text_of_ids_and_a_pair_of_ids(predictor):
+    pair = asked(predictor, text="a crane", pair="he left")
+    assert (pair["text"], pair["pair"]) == ("a crane", "he left")
+    same = asked(predictor, ids=[5, CRANE], pair_ids=[11, 13])
+    assert same["tokens"] == pair["tokens"] == ["<cls>", "a", "crane", "<sep>", "he", "left", "<sep>"]
+    assert same["mean"] == pair["mean"]
+    assert "text" not in same
+    assert (
+        asked(predictor, ids=[5, CRANE])["mean"] == asked(predictor, text="a crane")["mean"] != pair["mean"]
+    )
+
+
+def test_masks_are_filled_with_the_likeliest_words(predictor):
+    content = asked(predictor, text="a <mask> is <mask>", ask="masks", top=3)
+    (expected,) = predictor.ask([predictor.reader.text("a <mask> is <mask>")])
+    found = [[(word["token"], word["probability"]) for word in mask] for mask in content["predictions"]]
+    assert found == expected.fill_masks(VOCAB, 3)
+    assert len(found) == 2
+    assert "cls" not in content
+
+
+def test_several_things_can_be_asked_at_once(predictor):
+    content = asked(
+        predictor, text="a <mask>", pair="he left", ask=["vectors", "masks", "next"], token_vectors=True
+    )
+    assert {"cls", "predictions", "is_next", "token_vectors"} <= set(content)
+    assert np.shape(content["token_vectors"]) == (len(content["tokens"]), 8)
+    assert 0 < content["is_next"] < 1
+    assert len(content["predictions"][0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b'{"text": "\xff"}', "not UTF-8 \\(byte 10\\)"),
+        ('{"text": "a"}'.encode("utf-16"), "not UTF-8"),
+        (b"a crane", "not JSON: Expecting value"),
+        (b'{"text": "a"', "not JSON"),
+        (b'{"text": "a"} {}', "not JSON: Extra data"),
+        (b"[" * 100_000, "brackets"),
+        (b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "brackets"),
+        (b'{"text": "a", "top": NaN}', "NaN is no number"),
+        (b'{"text": "a", "top": -Infinity}', "-Infinity is no number"),
+        (b'{"text": "a", "text": "b"}', "'text' is given twice"),
+        (b'["a"]', "must be a JSON object"),
+        (b"null", "must be a JSON object"),
+        ({}, 'either "text" or "ids"'),
+        ({"text": "a", "ids": [5]}, 'either "text" or "ids"'),
+        ({"txt": "a"}, "'txt' is unknown: a request has text, pair, .* and token_vectors"),
+        ({"text": "a", "\ud800": 1}, r"'\\ud800' is unknown"),
+        ({"text": "a", "x" * 9000: 1}, r"'x{40}\.\.\.' is unknown"),
+        ({"text": 5}, '"text" must be a string'),
+        ({"text": None}, '"text" must be a string'),
+        ({"text": "a", "pair": ["b"]}, '"pair" must be a string'),
+        ({"text": "a \ud800"}, '"text" has half of a surrogate pair at character 2'),
+        ({"text": ""}, "the text is empty"),
+        ({"text": "a", "pair": "  "}, "one text of the pair is empty"),
+        ({"text": "a " * 11}, "13 tokens .* takes 12"),
+        ({"text": "a " * 5, "pair": "a " * 5}, "13 tokens .* takes 12"),
+        ({"text": "a", "pair_ids": [5]}, '"pair_ids" with "ids"'),
+        ({"ids": [5], "pair": "a"}, '"pair_ids" with "ids"'),
+        ({"ids": 5}, '"ids" must be a list of whole numbers'),
+        ({"ids": [True]}, '"ids" must be a list of whole numbers'),
+        ({"ids": [5.0]}, '"ids" must be a list of whole numbers'),
+        ({"ids": [5], "pair_ids": ["6"]}, '"pair_ids" must be a list of whole numbers'),
+        ({"ids": []}, "the text is empty"),
+        ({"ids": [14]}, "14 is no id: the vocabulary has 14 tokens"),
+        ({"ids": [-1]}, "-1 is no id"),
+        ({"ids": [10**30]}, "is no id"),
+        ({"ids": [Vocabulary.cls]}, "which no text holds"),
+        (b'{"ids": [1' + b"0" * 100_000 + b"]}", "is no id|not JSON: Exceeds the limit"),
+        ({"text": "a", "ask": "all"}, '"ask" must be one of "vectors", "masks" and "next"'),
+        ({"text": "a", "ask": []}, '"ask" must be'),
+        ({"text": "a", "ask": [["vectors"]]}, '"ask" must be'),
+        ({"text": "a", "ask": {"vectors": 1}}, '"ask" must be'),
+        ({"text": "a", "ask": "masks"}, "no <mask>"),
+        ({"text": "a", "ask": "next"}, "give a pair"),
+        ({"text": "a", "top": 3}, '"top" is for'),
+        ({"text": "a <mask>", "ask": "masks", "top": 0}, '"top" must be a whole number from 1 to 1000'),
+        ({"text": "a <mask>", "ask": "masks", "top": 1001}, '"top" must be'),
+        ({"text": "a <mask>", "ask": "masks", "top": True}, '"top" must be'),
+        ({"text": "a", "token_vectors": 1}, '"token_vectors" must be true or false'),
+        (b'{"text": "' + b"a" * MAX_BODY + b'"}', "1,048,588 bytes, where 1,048,576 are allowed"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_in_words(predictor, body, why):
+    found = reason(predictor, body)
+    assert re.search(why, found), found
+    assert len(found) < 300
+
+
+def test_what_the_export_cannot_give_is_refused_in_words(predictor):
+    bare = Predictor(lambda texts: predictor.network(texts)._replace(mask_scores=None), predictor.reader)
+    assert "exported without masked words" in reason(bare, {"text": "a <mask>", "ask": "masks"})
+
+
+def test_a_network_that_gives_no_numbers_is_told_of(predictor):
+    broken = Predictor(
+        lambda texts: predictor.network(texts)._replace(encoded=np.full((1, 8, 8), np.nan)), predictor.reader
+    )
+    assert "no finite numbers" in reason(broken, GOOD)
+
+
+def test_a_batch_asks_the_network_once_for_texts_of_like_length(predictor):
+    calls = []
+
+    def network(texts):
+        calls.append(texts.tokens.shape)
+        return predictor.network(texts)
+
+    bodies = [GOOD, b"{", b'{"text": "a"}', b'{"text": "he came"}']
+    replies = answer(Predictor(network, predictor.reader), bodies)
+    assert [status for status, _ in replies] == [200, 400, 200, 200]
+    assert calls == [(3, 8)]
+
+
+BODIES = st.one_of(
+    st.binary(max_size=40),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=6,
+    ).map(lambda value: json.dumps(value).encode()),
+    st.fixed_dictionaries(
+        {"text": st.text(st.sampled_from("a crane <mask>\x00\u0301\ud83d"), max_size=12)},
+        optional={
+            "pair": st.text(max_size=8),
+            "ask": st.sampled_from(["vectors", "masks", "next", "none", ["masks", "next"]]),
+            "top": st.integers(-1, 3),
+            "token_vectors": st.booleans(),
+        },
+    ).map(lambda value: json.dumps(value).encode()),
+    st.fixed_dictionaries({"ids": st.lists(st.integers(-1, 15), max_size=4)}).map(
+        lambda value: json.dumps(value).encode()
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(BODIES, max_size=4), st.integers(0, 4))
+def test_whatever_the_bytes_are_the_neighbours_get_their_answers(predictor, bodies, place):
+    (alone,) = answer(predictor, [GOOD])
+    bodies.insert(place, GOOD)
+    replies = answer(predictor, bodies)
+    assert len(replies) == len(bodies)
+    for status, content in replies:
+        assert status in (200, 400)
+        json.dumps(content, allow_nan=False).encode("utf-8")
+        assert status == 200 or content["error"]
+    status, mine = replies[min(place, len(bodies) - 1)]
+    assert status == 200
+    np.testing.assert_allclose(mine["mean"], alone[1]["mean"], atol=1e-6)
+
+
+class TestHandler:
+    """The handler with a batch as the server gives it; loading is tested in test_serving."""
+
+    def test_no_requests_have_no_answers(self, predictor):
+        assert _replies(predictor, []) == []
+
+    def test_a_form_is_refused_and_its_neighbour_answered(self, predictor):
+        form = {'{"text": "a"}': b""}
+        (first, why), (second, _) = _replies(predictor, [form, {"body": bytearray(GOOD)}])
+        assert (first, second) == (400, 200)
+        assert "Content-Type: application/json" in why["error"]
+
+    def test_a_network_that_fails_is_told_of_and_logged(self, predictor, caplog):
+        def network(texts):
+            raise MemoryError("no room")
+
+        broken = Predictor(network, predictor.reader)
+        (first, why), (second, _) = _replies(broken, [{"body": GOOD}, {}])
+        assert (first, second) == (500, 400)
+        assert "log" in why["error"]
+        assert "no room" in caplog.text
+
+
+def test_the_core_imports_no_server():
+    code = "import sys, gluon_bert.serving.handler; sys.exit('mms' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

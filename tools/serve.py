@@ -1,0 +1,141 @@
+"""Serves a trained network over HTTP: `python tools/serve.py --help` tells how."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from command_line import guarded, run
+
+from gluon_bert.errors import BadInput
+from gluon_bert.serving.server import ServerFailed, Settings, need_server, serving
+
+EXAMPLES = """\
+examples:
+  python tools/serve.py exported/bert.mar
+  python tools/serve.py runs/d2l-1 --port 9090 --management-port 9091
+
+It answers on this machine alone (127.0.0.1), at /predictions/bert. A request is a JSON object:
+
+  "text", "pair"         a text, or two; or, as ids without <cls> and <sep>, "ids" and "pair_ids"
+  "ask"                  "vectors" (when left out), "masks", "next", or a list of them
+  "top"                  how many words for each <mask> (5)
+  "token_vectors"        true: the vector of every token, too
+
+An answer is an object as `tools/encode.py --json` prints it; what cannot be answered gets status 400 and
+{"error": why}. Ctrl-C and SIGTERM stop the server; the exit status is then 130 or 143. It is 1 where the
+server fails by itself, and 2 where something given cannot be used.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = argparse.ArgumentParser(
+        prog="serve",
+        usage="python tools/serve.py WHAT [flags]",
+        description="Serve a trained network with multi-model-server (the extra `serve`, and Java).",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "what", type=Path, metavar="WHAT", help="a .mar archive, the folder of one, an export, or a run"
+    )
+    default = Settings()
+    flags = {
+        "--port": (default.port, "where it answers"),
+        "--management-port": (
+            default.management_port,
+            "where the server is managed, by whoever reaches it",
+        ),
+        "--workers": (default.workers, "processes that answer, each with a copy of the network"),
+        "--batch-size": (default.batch_size, "requests that are answered together at most"),
+        "--max-batch-delay": (
+            default.max_batch_delay,
+            "milliseconds that a request waits for others at most",
+        ),
+        "--threads": (default.threads, "threads of each worker"),
+    }
+    for name, (value, text) in flags.items():
+        shown = "the cores divided by the workers" if value is None else value
+        p.add_argument(name, type=int, default=value, metavar="N", help=f"{text} ({shown})")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has told what is wrong
+        return int(stop.code or 0)
+    before = {number: signal.signal(number, _stop_once) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return guarded(lambda: serve(arguments), "serve")
+    except _Terminated:
+        print("serve: stopped", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Serve as the flags say, until a signal or the server itself ends it."""
+    settings = Settings(**{name: value for name, value in vars(arguments).items() if name != "what"})
+    try:
+        settings.check()
+        need_server()
+        with ExitStack() as stack:
+            archive = archive_of(arguments.what, stack)
+            print(f"starting the server with {archive}", file=sys.stderr)
+            server = stack.enter_context(serving(archive, settings))
+            print(f"serving at {server.address}, log at {server.log}; Ctrl-C stops it. Try:")
+            print(example(server.address), flush=True)
+            server.wait()
+    except ServerFailed as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def archive_of(what: Path, stack: ExitStack) -> Path:
+    """The archive of what was named, made in a folder of the stack's where there is none yet."""
+    from gluon_bert.export.archive import ARCHIVE, export_archive, pack
+
+    if what.is_file():
+        return what
+    if (what / ARCHIVE).is_file():
+        return what / ARCHIVE
+    folder = Path(stack.enter_context(TemporaryDirectory(prefix="gluon_bert-archive-")))
+    if (what / "manifest.json").is_file():
+        return pack(what, folder)
+    if (what / "config.json").is_file():
+        from gluon_bert.checkpoint import load_run
+
+        return export_archive(load_run(what), folder / "archive")
+    raise BadInput(f"{what}: is neither an archive ({ARCHIVE}), nor an export, nor a run")
+
+
+def example(address: str) -> str:
+    """A request to paste into a shell."""
+    return f"""curl -H 'Content-Type: application/json' -d '{{"text": "a crane is flying"}}' {address}"""
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+
+
+def _stop_once(number: int, _: Any) -> None:
+    """End by an exception, and let no second signal interrupt the cleaning up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run(main)
