@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
 from .config import GROUPS, Config, write_json
+from .data.texts import TextReader
 from .data.vocab import Vocabulary
 from .data.wordpiece import load_vocabulary
 from .errors import BadInput, in_a_line
@@ -16,7 +17,7 @@ from .files import written_aside
 from .model.bert import BERTModel
 from .runtime import mx
 
-CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+CONFIG, CHECKPOINTS, BEST = "config.json", "checkpoints", "best.json"
 
 # Raised when an older gluon_bert could not read what is written now.
 FORMAT = 1
@@ -26,12 +27,17 @@ _STEP = re.compile(r"step-(\d{8,})\.params")
 
 
 class Run(NamedTuple):
-    """A run read back from its folder: the network of its latest checkpoint, and what belongs to it."""
+    """A run read back from its folder: the network of one of its checkpoints, and what belongs to it."""
 
     net: Any
     vocab: Vocabulary
     config: Config
     step: int
+
+    @property
+    def reader(self) -> TextReader:
+        """What makes texts into the network's inputs, as it was trained on them."""
+        return TextReader(self.vocab, self.config.data.max_len, self.config.data.lowercase)
 
 
 def check_new(folder: Path) -> None:
@@ -63,18 +69,53 @@ def create_run(
         raise BadInput(f"--output {folder}: cannot be written ({error.strerror or error})") from error
 
 
-def save_checkpoint(folder: Path, net: Any, step: int) -> Path:
-    """Write the weights after a step, whole or not at all; `load_run` is the inverse."""
-    path = Path(folder) / CHECKPOINTS / _NAME.format(step)
+def save_checkpoint(folder: Path, net: Any, step: int, *, best: bool = False, keep: int = 0) -> Path:
+    """Write the weights after a step, whole or not at all; `load_run` is the inverse.
+
+    best: they are the best so far, `load_run(folder, which="best")`. keep: of all checkpoints so many of the
+    latest stay, and the best; 0: all. Whatever moment the process ends at, there are the latest and the best
+    of before or of now: what gives way is deleted last.
+    """
+    path = _path(Path(folder), step)
     with written_aside(path, "wb") as file:
         net.save_parameters(file.name, deduplicate=True)
+    if best:
+        write_json(path.with_name(BEST), {"step": step})
+    if keep:
+        for old in set(steps(folder)[:-keep]) - {best_step(folder)}:
+            _path(folder, old).unlink()
     return path
 
 
-def latest(folder: Path) -> int | None:
-    """The step of the newest checkpoint, or None."""
-    names = (_STEP.fullmatch(path.name) for path in (folder / CHECKPOINTS).glob("step-*.params"))
-    return max((int(name[1]) for name in names if name), default=None)
+def steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint, the latest last."""
+    names = (_STEP.fullmatch(path.name) for path in (Path(folder) / CHECKPOINTS).glob("step-*.params"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def best_step(folder: Path) -> int | None:
+    """The step of the best checkpoint, None where no evaluation has told; BadInput where it is unreadable."""
+    path = Path(folder) / CHECKPOINTS / BEST
+    try:
+        return int(json.loads(path.read_text("utf-8"))["step"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: cannot be read as the step of the best checkpoint ({error})") from error
+
+
+def find_checkpoint(folder: Path, which: str | int = "latest") -> int:
+    """The step of the checkpoint `latest`, `best` or of that step; BadInput tells which ones there are."""
+    there = steps(folder)
+    if not there:
+        raise BadInput(f"{folder}: the run has no checkpoint yet")
+    named = {"latest": there[-1], **{str(step): step for step in there}}
+    best = best_step(folder)
+    if best in there:
+        named["best"] = best
+    if str(which) not in named:
+        raise BadInput(f"--checkpoint {which}: {folder} has none of that name; it has {', '.join(named)}")
+    return named[str(which)]
 
 
 def read_config(path: Path) -> Config:
@@ -89,17 +130,18 @@ def read_config(path: Path) -> Config:
     return Config.from_json(groups, where=str(path))
 
 
-def load_run(folder: Path, contexts: Sequence[Any] | None = None) -> Run:
-    """Read a run's latest checkpoint onto the contexts, by default one CPU; BadInput says what is missing."""
+def load_run(folder: Path, contexts: Sequence[Any] | None = None, which: str | int = "latest") -> Run:
+    """Read a run's checkpoint onto the contexts, by default one CPU; BadInput says what is missing.
+
+    which: the latest, the best by the MLM loss on held-out text, or that of a step.
+    """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise BadInput(f"{folder}: is no run: it has no {CONFIG}; name a folder that pretrain.py wrote")
     config = read_config(folder / CONFIG)
     vocab = load_vocabulary(folder)
-    step = latest(folder)
-    if step is None:
-        raise BadInput(f"{folder}: the run has no checkpoint yet")
-    path = folder / CHECKPOINTS / _NAME.format(step)
+    step = find_checkpoint(folder, which)
+    path = _path(folder, step)
     net = BERTModel(len(vocab), config.model)
     try:
         net.load_parameters(str(path), ctx=list(contexts or [mx.cpu()]))
@@ -107,3 +149,7 @@ def load_run(folder: Path, contexts: Sequence[Any] | None = None) -> Run:
         raise BadInput(f"{path}: cannot be read as the weights of this run ({in_a_line(error)})") from error
     net.compile()
     return Run(net, vocab, config, step)
+
+
+def _path(folder: Path, step: int) -> Path:
+    return Path(folder) / CHECKPOINTS / _NAME.format(step)

@@ -7,7 +7,6 @@ from typing import Any, Iterable, Iterator, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
-from .config import DataConfig
 from .data.texts import Padded, Text, TextReader, by_length, chunks, padded
 from .data.vocab import Vocabulary
 from .errors import BadInput
@@ -103,7 +102,7 @@ class Predictor:
     """Asks a network about texts, however many, in batches of like length.
 
     >>> run = gb.load_run("runs/d2l-1")                                         # doctest: +SKIP
-    >>> predictor = Predictor.of(run.net, run.vocab, run.config.data)
+    >>> predictor = Predictor.of(run)
     >>> for answer in predictor.ask([predictor.reader.text("the <mask> is flying")]):
     ...     print(answer.mean, answer.fill_masks(run.vocab))
     """
@@ -112,9 +111,9 @@ class Predictor:
         self.network, self.reader = network, reader
 
     @classmethod
-    def of(cls, net: Any, vocab: Vocabulary, data: DataConfig) -> Predictor:
-        """A predictor of a BERTModel, which reads texts as the network was trained on them."""
-        return cls(GluonNetwork(net), TextReader(vocab, data.max_len, data.lowercase))
+    def of(cls, run: Any) -> Predictor:
+        """A predictor of a run as `load_run` gives it."""
+        return cls(GluonNetwork(run.net), run.reader)
 
     def ask(self, texts: Iterable[Text]) -> Iterator[Answer]:
         """An answer for each text, in their order. Reads ahead no more than one chunk of them."""
@@ -151,7 +150,8 @@ def encode(
     """The vectors of a text or of a pair: lists of tokens -> (1, T, C) float32, dropout off.
 
     Position 0 is <cls>; the others follow as in `<cls> a <sep> b <sep>`. A token outside the vocabulary
-    counts as <unk>. Raises BadInput above the network's number of positions.
+    counts as <unk>; with WordPiece the tokens are pieces. Raises BadInput above the network's number of
+    positions.
 
     >>> encode(net, vocab, ["a", "crane", "is", "flying"]).shape        # doctest: +SKIP
     (1, 6, 128)

@@ -35,8 +35,7 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predictor(run_folder):
-    run = load_run(run_folder)
-    return Predictor.of(run.net, run.vocab, run.config.data)
+    return Predictor.of(load_run(run_folder))
 
 
 def answer(predictor, *texts):

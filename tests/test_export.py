@@ -11,6 +11,7 @@ import pytest
 from gluon_bert.checkpoint import Run
 from gluon_bert.config import preset
 from gluon_bert.data.vocab import Vocabulary
+from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
 from gluon_bert.encoding import GluonNetwork, Predictor
 from gluon_bert.errors import BadInput
 from gluon_bert.export import formats
@@ -61,7 +62,7 @@ def test_any_batch_and_length_equals_the_network(run, exports, outputs, network)
     other = network(exports / outputs, manifest)
     rng = np.random.default_rng(1)
     for shape in ((2, 3), (1, MAX_LEN), (5, 11), (9, 17)):
-        texts = random_texts(rng, *shape, len(VOCAB))
+        texts = random_texts(rng, *shape, VOCAB)
         found = differences(GluonNetwork(run.net), other, [texts])
         assert set(found) == set(OUTPUTS[outputs])
         assert max(found.values()) < 1e-5
@@ -86,7 +87,7 @@ def test_every_variant_of_the_network(tmp_path, changes):
 def test_differences_are_seen(run, tmp_path, monkeypatch):
     other = run_of(seed=1)
     rng = np.random.default_rng(0)
-    found = differences(GluonNetwork(run.net), GluonNetwork(other.net), [random_texts(rng, 2, 9, len(VOCAB))])
+    found = differences(GluonNetwork(run.net), GluonNetwork(other.net), [random_texts(rng, 2, 9, VOCAB)])
     assert min(found.values()) > 1e-2
     monkeypatch.setattr(formats, "GluonNetwork", lambda net: GluonNetwork(other.net))
     with pytest.raises(BadInput, match="read back by SymbolBlock, the encoded of the export differ by"):
@@ -101,14 +102,14 @@ def test_no_number_is_a_difference(run):
             outputs.pooled[0, 0] = np.nan
             return outputs
 
-    texts = [random_texts(np.random.default_rng(0), 2, 9, len(VOCAB)) for _ in range(2)]
+    texts = [random_texts(np.random.default_rng(0), 2, 9, VOCAB) for _ in range(2)]
     assert differences(GluonNetwork(run.net), Broken(), texts)["pooled"] == np.inf
 
 
 @pytest.mark.parametrize("network", [BlockNetwork, ModuleNetwork])
 def test_longer_than_max_len_is_an_error_of_the_graph(exports, network):
     other = network(exports / "all", Manifest.load(exports / "all"))
-    texts = random_texts(np.random.default_rng(0), 2, MAX_LEN + 1, len(VOCAB))
+    texts = random_texts(np.random.default_rng(0), 2, MAX_LEN + 1, VOCAB)
     with pytest.raises(RuntimeError, match="Slice axis 1 with size 25"):
         other(texts)
 
@@ -190,13 +191,30 @@ def test_equal_runs_give_equal_files(exports, tmp_path):
 
 def test_an_export_answers_like_its_run(run, exports):
     exported = load_exported(exports / "all")
-    predictors = Predictor(exported.network, exported.reader), Predictor.of(run.net, VOCAB, run.config.data)
+    predictors = Predictor(exported.network, exported.reader), Predictor.of(run)
     texts = [exported.reader.text("w1 W2 w9"), exported.reader.text("w1 <mask> w2 <mask>", "w3 <mask> w4")]
     for one, other in zip(*(predictor.ask(texts) for predictor in predictors)):
         np.testing.assert_allclose(one.vectors, other.vectors, atol=1e-5)
         np.testing.assert_allclose(one.next_scores, other.next_scores, atol=1e-5)
     np.testing.assert_allclose(one.mask_scores, other.mask_scores, atol=1e-5)
     assert one.mask_scores.shape == (3, len(VOCAB))
+
+
+def test_a_run_with_word_pieces(run, tmp_path):
+    vocab = WordPieceVocabulary(["[unused0]", *SPECIAL_TOKENS, "the", "crane", "##s", "fly"])
+    config = run.config.replace(tokenizer="wordpiece")
+    net = BERTModel(len(vocab), config.model)
+    net.setup([mx.cpu()], seed=0)
+    pieces = Run(net, vocab, config, step=1)
+    manifest = export_mxnet(pieces, tmp_path / "export")
+    assert manifest.tokenizer["ids"] == {"pad": 1, "unk": 2, "cls": 3, "sep": 4, "mask": 5}
+    exported = load_exported(tmp_path / "export")
+    text = exported.reader.text("The cranes [MASK] away")
+    assert text.tokens == ["[CLS]", "the", "crane", "##s", "[MASK]", "away", "[SEP]"]
+    (one,) = Predictor(exported.network, exported.reader).ask([text])
+    (other,) = Predictor.of(pieces).ask([text])
+    np.testing.assert_allclose(one.vectors, other.vectors, atol=1e-5)
+    np.testing.assert_allclose(one.mask_scores, other.mask_scores, atol=1e-5)
 
 
 def test_the_encoder_alone_says_what_it_lacks(exports):

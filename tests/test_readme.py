@@ -1,24 +1,36 @@
 """What the README says works."""
 
+import json
 import re
 import shlex
+import signal
+import subprocess
+import sys
 
+import benchmark
+import encode
+import export
+import numpy as np
 import pretrain
 import pytest
-from conftest import ROOT
+import requests
+import serve
+from conftest import ROOT, small_text
 
 from gluon_bert.config import PRESETS
+from gluon_bert.serving.server import free_ports
 
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    python tools/pretrain.py")]
+COMMANDS = re.findall(r"^ {4}(?:.* && )?python tools/(\w+)\.py(.*)$", README, re.M)
+TOOLS = {"pretrain": pretrain, "encode": encode, "export": export, "serve": serve, "benchmark": benchmark}
+EXPORTED, WALK_THROUGH, ASKED = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_walk_through_runs(text_file, tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    small = code.replace(
+    small = WALK_THROUGH.replace(
         'corpus=["wikitext-2"], num_steps=50', f'corpus=["{text_file}"], num_steps=2, batch_size=16'
     )
-    assert small != code
+    assert small != WALK_THROUGH
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(small, names)
@@ -27,19 +39,87 @@ def test_the_walk_through_runs(text_file, tmp_path, monkeypatch, capsys):
     assert "(1, 6, 128) (1, 10, 128)" in capsys.readouterr().out
     assert (tmp_path / "my_run" / "losses.png").exists()
     assert names["gb"].load_run("my_run").step == 50
+    exec(ASKED, {"gb": names["gb"]})
+    shown = capsys.readouterr().out
+    assert "['<cls>', 'a', '<mask>', 'is', 'flying', '<sep>'] (128,)" in shown
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_have_flags_that_exist(command, capsys):
-    arguments = shlex.split(command)[2:]
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with the run that the README's first command leaves, of fewer and smaller steps."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "text.txt").write_text(small_text(), "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert pretrain.main(["--corpus", "text.txt", "--num-steps", "2", "--batch-size", "16"]) == 0
+        yield folder
+
+
+def commands(tool, flag=""):
+    """The README's commands of a tool that have a flag."""
+    return [shlex.split(arguments) for name, arguments in COMMANDS if name == tool and flag in arguments]
+
+
+def test_what_was_pretrained_is_used_as_told(runs, capfd):
+    (runs / "sentences.txt").write_text("a crane\nthe bird || sees it\n", "utf-8")
+    for arguments in commands("encode"):
+        assert encode.main(arguments) == 0
+    assert np.load(runs / "vectors.npz")["mean"].shape == (2, 128)
+    (symbol,) = commands("export", "--format mxnet")
+    assert export.main(symbol) == 0
+    capfd.readouterr()
+    command = [sys.executable, "-W", "ignore", "-c", EXPORTED]
+    assert subprocess.run(command, cwd=runs, capture_output=True, text=True).stdout == "(1, 4, 128)\n"
+
+
+@pytest.mark.java
+def test_what_was_pretrained_is_served_as_told(runs, capfd):
+    """The README's lines from the export to the three requests, and the vectors of encode."""
+    (archive,) = commands("export", "--format mar")
+    assert export.main(archive) == 0
+    (arguments,) = commands("serve", "bert.mar")
+    asked = re.findall(r"^ {4}curl -H '(.*): (.*)' -d '(.*)' (\S+)$", README, re.M)
+    assert len(asked) == 3
+    ports = free_ports()
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "serve.py"), *arguments]
+        + ["--port", str(ports[0]), "--management-port", str(ports[1])],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert "serving at" in server.stdout.readline()
+        vectors, masks, following = (
+            requests.post(address.replace("8080", str(ports[0])), body, headers={name: value}).json()
+            for name, value, body, address in asked
+        )
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait() == 130
+    assert len(masks["predictions"][0]) == 3
+    assert 0 < following["is_next"] < 1
+    capfd.readouterr()
+    assert encode.main(["runs/d2l-1", vectors["text"], "--json"]) == 0
+    expected = json.loads(capfd.readouterr().out)
+    for name in ("cls", "mean", "pooled"):
+        np.testing.assert_allclose(vectors[name], expected[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("tool, arguments", COMMANDS)
+def test_the_commands_have_flags_that_exist(tool, arguments, capsys):
+    arguments = shlex.split(arguments)
     if "--help" in arguments:
-        assert pretrain.main(arguments) == 0
-    else:
+        assert TOOLS[tool].main(arguments) == 0
+    elif tool == "pretrain":
         pretrain.config_from(pretrain.parser().parse_args(arguments), pretrain.preset("d2l"))
+    else:
+        TOOLS[tool].parser().parse_args(arguments)
 
 
 def test_the_commands_were_found():
-    assert len(COMMANDS) >= 7
+    found = [tool for tool, _ in COMMANDS]
+    assert set(found) == set(TOOLS)
+    assert len(found) >= 18
 
 
 def test_presets_files_and_pictures_that_are_named_exist():

@@ -13,6 +13,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gluon_bert.checkpoint import Run
 from gluon_bert.config import preset
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.encoding import Predictor
@@ -33,7 +34,7 @@ def predictor():
     )
     net = BERTModel(len(VOCAB), config.model)
     net.setup([mx.cpu()], seed=0)
-    return Predictor.of(net, VOCAB, config.data)
+    return Predictor.of(Run(net, VOCAB, config, step=0))
 
 
 def asked(predictor, **request):

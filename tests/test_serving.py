@@ -35,7 +35,7 @@ from gluon_bert.export.manifest import Manifest
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
 from gluon_bert.serving import server as module
-from gluon_bert.serving.server import MAX_REQUEST, ServerFailed, Settings, need_server, serving
+from gluon_bert.serving.server import MAX_REQUEST, ServerFailed, Settings, free_ports, need_server, serving
 
 WORDS = ["a", "crane", "is", "flying", "driver", "came", "he", "just", "left"]
 
@@ -56,8 +56,7 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def predictor(run_folder):
-    run = load_run(run_folder)
-    return Predictor.of(run.net, run.vocab, run.config.data)
+    return Predictor.of(load_run(run_folder))
 
 
 @pytest.fixture(scope="session")
@@ -80,18 +79,6 @@ def short_tmp(tmp_path, monkeypatch):
         monkeypatch.setattr("tempfile.tempdir", None)
         yield Path(name)
     monkeypatch.setattr("tempfile.tempdir", None)
-
-
-def free_ports():
-    """Two of them, below those that the system gives away."""
-
-    def is_free(port):
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) != 0
-
-    rng = random.Random()
-    first, second, *_ = (port for port in rng.sample(range(10_000, 32_000), 20) if is_free(port))
-    return first, second
 
 
 class TestArchive:

@@ -428,7 +428,7 @@ def test_a_run_keeps_and_finds_its_vocabulary(text_file, vocab_file, tmp_path, m
     run = checkpoint.load_run(tmp_path / "run")
     assert type(run.vocab) is WordPieceVocabulary
     assert len(run.vocab) == (90 if made else len(PUBLISHED))
-    predictor = Predictor.of(run.net, run.vocab, run.config.data)
+    predictor = Predictor.of(run)
     (answer,) = predictor.ask([predictor.reader.text("the crane <mask> it.")])
     assert len(answer.vectors) == len(answer.text)
     assert len(answer.fill_masks(run.vocab)[0]) == 5

@@ -165,12 +165,10 @@ def texts_of(run: Any, arguments: argparse.Namespace) -> Sequence[Any]:
         from gluon_bert.export.held_out import held_out_texts
 
         return held_out_texts(run, arguments.texts)
-    from gluon_bert.data.texts import TextReader
     from gluon_bert.text_files import count_lines, read_lines
 
     count_lines(arguments.text)
-    reader = TextReader(run.vocab, run.config.data.max_len, run.config.data.lowercase)
-    texts = [reader.text(*line.given, truncate=True) for line in read_lines(arguments.text)]
+    texts = [run.reader.text(*line.given, truncate=True) for line in read_lines(arguments.text)]
     return list(islice(cycle(texts), arguments.texts))
 
 

@@ -39,6 +39,17 @@ def config_from(arguments: argparse.Namespace, preset: Config) -> Config:
     return config
 
 
+def add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of a command that reads a run: which of its networks, as `load_run` takes it."""
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="{latest,best,STEP}",
+        help="the network after the last step, the best one by the MLM loss on held-out text, or that after "
+        "a step (latest)",
+    )
+
+
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
     """The flag of a command that computes on one device."""
     parser.add_argument("--gpus", metavar="N", help="compute on this GPU (on the CPU)")

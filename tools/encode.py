@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
-from command_line import add_device_flag, device, guarded, run
+from command_line import add_checkpoint_flag, add_device_flag, device, guarded, run
 from tqdm import tqdm
 
 from gluon_bert.errors import BadInput
@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
         default="cut",
         help="what to do with texts above max_len (cut)",
     )
+    add_checkpoint_flag(p)
     add_device_flag(p)
     return p
 
@@ -92,7 +93,7 @@ def encode(arguments: argparse.Namespace) -> int:
     else:
         parsed = [parse_line(f"text {number}", text) for number, text in enumerate(texts, 1)]
         total, lines = len(parsed), iter(parsed)
-    predictor = predictor_of(arguments.run, device(arguments))
+    predictor = predictor_of(arguments.run, device(arguments), arguments.checkpoint)
     told, asked_lines = tee(lines)
     truncate = arguments.too_long == "cut"
     answers = predictor.ask(readable(predictor.reader, asked_lines, ask, truncate))
@@ -143,7 +144,7 @@ def check(arguments: argparse.Namespace, ask: str, texts: list[str]) -> None:
         raise BadInput("\n".join(problems))
 
 
-def predictor_of(folder: Path, context: Any) -> Any:
+def predictor_of(folder: Path, context: Any, checkpoint: str = "latest") -> Any:
     """What answers for a run's folder, or for that of an export."""
     from gluon_bert.checkpoint import load_run
     from gluon_bert.encoding import Predictor
@@ -151,10 +152,11 @@ def predictor_of(folder: Path, context: Any) -> Any:
     from gluon_bert.export.manifest import MANIFEST
 
     if (folder / MANIFEST).exists():
+        if checkpoint != "latest":
+            raise BadInput(f"--checkpoint {checkpoint}: {folder} is an export, of one network; name its run")
         exported = load_exported(folder, context)
         return Predictor(exported.network, exported.reader)
-    run = load_run(folder, [context])
-    return Predictor.of(run.net, run.vocab, run.config.data)
+    return Predictor.of(load_run(folder, [context], checkpoint))
 
 
 def readable(reader: Any, lines: Iterable[Any], ask: str, truncate: bool) -> Iterator[Any]:

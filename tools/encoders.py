@@ -12,7 +12,7 @@ import numpy as np
 
 from gluon_bert import runtime
 from gluon_bert.checkpoint import Run
-from gluon_bert.data.texts import Padded, Text, TextReader, padded
+from gluon_bert.data.texts import Padded, Text, padded
 from gluon_bert.encoding import GluonNetwork, Outputs, Predictor
 from gluon_bert.errors import BadInput
 
@@ -48,7 +48,7 @@ def _predicting(predictor: Predictor) -> Vectors:
 
 def encode(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     """What tools/encode.py does."""
-    return _predicting(Predictor.of(run.net, run.vocab, run.config.data))
+    return _predicting(Predictor.of(run))
 
 
 def exported(run: Run, folder: Path, stack: ExitStack) -> Vectors:
@@ -65,9 +65,11 @@ def served(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     import requests
 
     from gluon_bert.export.archive import export_archive
-    from gluon_bert.serving.server import serving
+    from gluon_bert.serving.server import Settings, free_ports, serving
 
-    server = stack.enter_context(serving(export_archive(run, folder / "mar")))
+    port, management_port = free_ports()
+    settings = Settings(port=port, management_port=management_port)
+    server = stack.enter_context(serving(export_archive(run, folder / "mar"), settings))
     session = stack.enter_context(requests.Session())
     pool = stack.enter_context(ThreadPoolExecutor(CONNECTIONS))
 
@@ -95,9 +97,7 @@ def onnxruntime(run: Run, folder: Path, stack: ExitStack) -> Vectors:
 
 def transformers(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     """PyTorch transformers' BertModel with the run's weights."""
-    network = TransformersNetwork(run.net)
-    reader = TextReader(run.vocab, run.config.data.max_len, run.config.data.lowercase)
-    return _predicting(Predictor(network, reader))
+    return _predicting(Predictor(TransformersNetwork(run.net), run.reader))
 
 
 class TransformersNetwork:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Sequence
 
-from command_line import guarded, run
+from command_line import add_checkpoint_flag, guarded, run
 
 from gluon_bert.errors import BadInput
 
@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
         help="the encoder's vectors alone, or also the pooler's, the masks' and the next sentence's (all)",
     )
     p.add_argument("--output", type=Path, metavar="FOLDER", help="a new folder (RUN/export/FORMAT)")
+    add_checkpoint_flag(p)
     held_out = p.add_argument_group("onnx, int8 and bf16 are compared on text")
     held_out.add_argument(
         "--text", type=Path, metavar="FILE", help="a text a line (the held-out text of the run's corpus)"
@@ -76,7 +77,7 @@ def export(arguments: argparse.Namespace) -> int:
     check(arguments)
     folder = arguments.output or arguments.run / "export" / arguments.format
     formats.check_free(folder)
-    run = load_run(arguments.run)
+    run = load_run(arguments.run, which=arguments.checkpoint)
     if arguments.format == "mar":
         path = archive.export_archive(run, folder, arguments.outputs)
         print(f"{path}: serve it with python tools/serve.py {path}")
@@ -122,15 +123,13 @@ def check(arguments: argparse.Namespace) -> None:
 
 def texts_of(run: Any, path: Path | None) -> Sequence[Any]:
     """The texts to compare on: those of a file, cut where they are too long, or held out by the run."""
-    from gluon_bert.data.texts import TextReader
     from gluon_bert.export.held_out import held_out_texts
     from gluon_bert.text_files import count_lines, read_lines
 
     if path is None:
         return held_out_texts(run)
     count_lines(path)
-    reader = TextReader(run.vocab, run.config.data.max_len, run.config.data.lowercase)
-    return [reader.text(*line.given, truncate=True) for line in read_lines(path)]
+    return [run.reader.text(*line.given, truncate=True) for line in read_lines(path)]
 
 
 if __name__ == "__main__":

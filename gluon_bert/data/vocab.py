@@ -47,7 +47,6 @@ class Vocabulary:
     FILE = "vocab.json"  # in the folder of a run or an export
 
     unk, pad, mask, cls, sep = range(len(SPECIAL_TOKENS))
-    num_special = len(SPECIAL_TOKENS)
 
     def __init__(self, words: Iterable[str]) -> None:
         self.tokens = [*SPECIAL_TOKENS, *words]

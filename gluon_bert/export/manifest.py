@@ -9,23 +9,24 @@ from typing import Any, Iterable, Mapping
 
 from ..config import write_json
 from ..data.texts import TextReader
-from ..data.vocab import Vocabulary
+from ..data.wordpiece import load_vocabulary
 from ..errors import BadInput
 from ..files import digest
 
-MANIFEST, VOCABULARY = "manifest.json", "vocab.json"
+MANIFEST = "manifest.json"
 
 # Raised when an older gluon_bert could not read what is written now.
 VERSION = 1
 
 FORMATS = ("mxnet", "onnx", "int8", "bf16")
+TOKENIZERS = ("words", "wordpiece")
 
 # What an export may give: the encoder's vectors, or these and what the heads make of them.
 OUTPUTS = {"encoder": ("encoded",), "all": ("encoded", "pooled", "mask_scores", "next_scores")}
 
 # Axis letters as in the model: B batch, T positions, C units, V vocabulary; K masks a row.
 _INPUTS = {
-    "tokens": ("B T", "token ids, as whole numbers: <cls> a <sep>, or <cls> a <sep> b <sep>, then <pad>"),
+    "tokens": ("B T", "ids, as whole numbers, of <cls> a <sep>, or of <cls> a <sep> b <sep>, then <pad>"),
     "segments": ("B T", "0 up to the first <sep> and on padding, 1 from there to the second <sep>"),
     "lengths": ("B", "tokens of each row, padding not counted"),
     "positions": ("B K", "where each row has its <mask> tokens; 0, to be ignored, where it has fewer than K"),
@@ -44,9 +45,9 @@ class Manifest:
     """What stands in manifest.json.
 
     format: one of FORMATS. outputs: a key of OUTPUTS. max_len: the longest T; a longer one is an error.
-    tokenizer: how text becomes tokens. vocabulary_size, step: of the run. files: the SHA-256 of each file.
-    versions: what the export was made with. comparison: how far the results are from the run's, and at
-    which shapes or on which text.
+    tokenizer: how text becomes tokens, and the ids of the special ones. vocabulary_size, step: of the run.
+    files: the SHA-256 of each file. versions: what the export was made with. comparison: how far the
+    results are from the run's, and at which shapes or on which text.
     """
 
     format: str
@@ -100,10 +101,10 @@ class Manifest:
 
     def reader(self, folder: Path) -> TextReader:
         """What makes texts into the network's inputs; BadInput where the vocabulary does not fit."""
-        vocab = Vocabulary.load(Path(folder) / VOCABULARY)
+        vocab = load_vocabulary(Path(folder))
         if len(vocab) != self.vocabulary_size:
             raise BadInput(
-                f"{folder}: {VOCABULARY} has {len(vocab)} tokens, the network {self.vocabulary_size}"
+                f"{folder}: {vocab.FILE} has {len(vocab)} tokens, the network {self.vocabulary_size}"
             )
         return TextReader(vocab, self.max_len, self.tokenizer["lowercase"])
 
@@ -113,7 +114,7 @@ class Manifest:
             self.format in FORMATS,
             self.outputs in OUTPUTS,
             all(type(size) is int and size > 0 for size in sizes),
-            isinstance(self.tokenizer, Mapping) and self.tokenizer.get("kind") == "words",
+            isinstance(self.tokenizer, Mapping) and self.tokenizer.get("kind") in TOKENIZERS,
             isinstance(self.tokenizer, Mapping) and type(self.tokenizer.get("lowercase")) is bool,
             isinstance(self.files, Mapping),
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
@@ -18,6 +17,9 @@ from .manifest import OUTPUTS, Manifest, input_names
 
 # The names that Module.load and the model servers of MXNet expect of a model "bert" at epoch 0.
 SYMBOL, PARAMETERS = "bert-symbol.json", "bert-0000.params"
+
+# MXNet's number of this type, as it stands in a symbol's JSON.
+FLOAT32 = "0"
 
 
 class Graph(NamedTuple):
@@ -70,7 +72,8 @@ def _shortened(net: Any, max_len: int) -> Any:
 
 def save_graph(folder: Path, graph: Graph) -> None:
     """Write the symbol and the parameters; `load_graph` is the inverse."""
-    graph.symbol.save(str(folder / SYMBOL))
+    # Unless told not to, MXNet leaves out the casts of a graph in low precision when it saves.
+    graph.symbol.save(str(folder / SYMBOL), remove_amp_cast=False)
     arrays = {f"arg:{name}": array for name, array in graph.parameters.items()}
     mx.nd.save(str(folder / PARAMETERS), arrays)
 
@@ -123,16 +126,15 @@ class BlockNetwork:
 
     def __init__(self, folder: Path, manifest: Manifest, context: Any | None = None) -> None:
         self._manifest, self._context = manifest, context or mx.cpu()
-        with warnings.catch_warnings():
-            # It cannot tell the type of the inputs from the symbol, and takes float32, which is right.
-            warnings.filterwarnings("ignore", "Cannot decide type", UserWarning)
+        without_masks = tuple(name for name in manifest.output_names if name != "mask_scores")
+        # Where the inputs have no type, SymbolBlock takes every parameter for float32, and warns.
+        with mx.AttrScope(__dtype__=FLOAT32):
             try:
                 whole = mx.gluon.SymbolBlock.imports(
                     str(folder / SYMBOL), manifest.input_names, str(folder / PARAMETERS), ctx=self._context
                 )
             except (mx.MXNetError, AssertionError, ValueError) as error:
                 raise BadInput(f"{folder}: cannot be read as a graph ({in_a_line(error)})") from error
-            without_masks = tuple(name for name in manifest.output_names if name != "mask_scores")
             part = mx.gluon.SymbolBlock(
                 part_of(mx.sym.load(str(folder / SYMBOL)), without_masks),
                 [mx.sym.var(name) for name in input_names("encoder")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Callable, Iterator
@@ -167,6 +169,18 @@ def serving(archive: Path, settings: Settings = Settings()) -> Iterator[Server]:
             server = Server(process, folder, settings)
             server.start(settings)
             yield server
+
+
+def free_ports(count: int = 2) -> list[int]:
+    """Ports on which nothing answers, for a server whose address nobody has to know beforehand."""
+
+    def is_free(port: int) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((HOST, port)) != 0
+
+    # Not those that the system gives away, which may be too high for the server; any process may want them.
+    candidates = random.Random().sample(range(10_000, HIGHEST_PORT), 1000)
+    return list(islice(filter(is_free, candidates), count))
 
 
 def need_server() -> None:

@@ -1,0 +1,174 @@
+"""The network as an ONNX file, and back from it through onnxruntime. Needs the extra `onnx`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Iterator
+
+from ..data.texts import Padded
+from ..encoding import Outputs
+from ..errors import BadInput
+from ..runtime import mx
+from .manifest import Manifest, input_names
+from .symbol import Graph, feed, outputs_of, wanted
+
+FILE = "bert.onnx"
+
+# What MXNet's converter writes are operators of this set, although it takes onnx's newest for granted.
+OPSET = 13
+# The oldest version of the file format that has the opset, which the most runtimes read.
+IR_VERSION = 7
+
+# What a protobuf message may have, less what the graph itself takes.
+MAX_BYTES = 2**31 - 2**24
+
+INSTALL = "pip install -e '.[cpu,onnx]'"
+
+# The names of the inputs' axes in the file, and a size of each for MXNet's own inference of shapes.
+_AXES = {"tokens": "BT", "segments": "BT", "lengths": "B", "positions": "BK"}
+_SIZES = {"B": 2, "T": 4, "K": 2}
+
+
+def package(name: str) -> Any:
+    """onnx or onnxruntime; BadInput, with the remedy, where it is missing or cannot be loaded."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BadInput(f"an export to ONNX needs the package {name} ({error}): {INSTALL}") from error
+
+
+def onnx_versions() -> dict[str, str]:
+    """The versions of what writes ONNX and what runs it."""
+    return {name: metadata.version(name) for name in ("onnx", "onnxruntime")}
+
+
+def save_onnx(folder: Path, graph: Graph, outputs: str) -> None:
+    """Write a graph with these outputs as ONNX, with any batch size, length and number of masks.
+
+    A text that is longer than the graph has positions is an error in ONNX as well: as many positions as
+    there are do not spread over it. BadInput where the weights are too large for a file.
+    """
+    onnx = package("onnx")
+    size = sum(4 * array.size for array in graph.parameters.values())
+    if size > MAX_BYTES:
+        raise BadInput(
+            f"--format onnx: the weights take {size / 1e9:.1f} GB, where an ONNX file holds "
+            f"{MAX_BYTES / 1e9:.1f}: use --format mxnet"
+        )
+    names = input_names(outputs)
+    with _checked_as(OPSET):
+        converted = _converter()().create_onnx_graph_proto(
+            _convertible(graph.symbol),
+            graph.parameters,
+            [tuple(_SIZES[axis] for axis in _AXES[name]) for name in names],
+            [onnx.TensorProto.FLOAT for _ in names],
+            opset_version=OPSET,
+            dynamic=True,
+            dynamic_input_shapes=[tuple(_AXES[name]) for name in names],
+        )
+    _make_constants(converted, names)
+    opset = onnx.helper.make_opsetid("", OPSET)
+    model = onnx.helper.make_model(converted, opset_imports=[opset], ir_version=IR_VERSION)
+    onnx.save(model, str(folder / FILE))
+    onnx.checker.check_model(str(folder / FILE), full_check=True)
+
+
+def _converter() -> Any:
+    return importlib.import_module(f"{mx.__name__}.onnx.mx2onnx._export_onnx").MXNetGraph
+
+
+def _convertible(symbol: Any) -> Any:
+    """The same graph without the reshape code -4, which the converter does not know.
+
+    (-4, -1, H, 0, 0) parts the first axis in two; read from the right, (-1, H, 0, 0) does the same.
+    """
+    graph = json.loads(symbol.tojson())
+    for node in graph["nodes"]:
+        if node["op"] == "Reshape" and node["attrs"]["shape"].startswith("(-4, -1, "):
+            node["attrs"]["shape"] = node["attrs"]["shape"].replace("(-4, ", "(", 1)
+            node["attrs"]["reverse"] = "True"
+    return mx.sym.load_json(json.dumps(graph))
+
+
+@contextmanager
+def _checked_as(opset: int) -> Iterator[None]:
+    """Make onnx check graphs as of this opset.
+
+    The converter has its graph checked as of the newest one, in which some operators' attributes have
+    become inputs, and has no argument for another.
+    """
+    context = package("onnx").checker.DEFAULT_CONTEXT
+    newest = context.opset_imports
+    context.opset_imports = {"": opset}
+    try:
+        yield
+    finally:
+        context.opset_imports = newest
+
+
+def _make_constants(graph: Any, inputs: list[str]) -> None:
+    """Take the weights off the inputs, where the converter puts them too, and away what nothing reads.
+
+    A weight that is an input may be fed another value, so a runtime computes nothing of it beforehand.
+    """
+    _keep(graph.input, [each for each in graph.input if each.name in inputs])
+    read = {name for node in graph.node for name in node.input}
+    _keep(graph.initializer, [each for each in graph.initializer if each.name in read])
+
+
+def _keep(field: Any, items: list[Any]) -> None:
+    del field[:]
+    field.extend(items)
+
+
+class OnnxNetwork:
+    """An exported network read back by onnxruntime, on the CPU; a Network.
+
+    One with mask scores is held twice, with them and without: onnxruntime computes all of a graph, whatever
+    is asked of it (its only_execute_path_to_fetches has had no effect since 1.19 at the latest).
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._manifest = manifest
+        onnx, runtime = package("onnx"), package("onnxruntime")
+        options = runtime.SessionOptions()
+        # As many as MXNet has; by itself it takes all cores, in each of a server's workers.
+        options.intra_op_num_threads = _threads()
+        path, without_masks = folder / FILE, tuple(n for n in manifest.output_names if n != "mask_scores")
+        try:
+            graphs: dict[tuple[str, ...], Any] = {manifest.output_names: str(path)}
+            if without_masks not in graphs:
+                graphs[without_masks] = _part(onnx.load(str(path)), without_masks)
+            self._sessions = {
+                outputs: runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+                for outputs, graph in graphs.items()
+            }
+        # The errors of protobuf and onnxruntime have no other class in common.
+        except Exception as error:
+            raise BadInput(f"{path}: cannot be read as ONNX ({_first_line(error)})") from error
+
+    def __call__(self, texts: Padded) -> Outputs:
+        """The outputs, float32."""
+        outputs = wanted(self._manifest, texts)
+        results = self._sessions[outputs].run(list(outputs), feed(texts, outputs))
+        return outputs_of(dict(zip(outputs, results)), texts)
+
+
+def _part(model: Any, outputs: tuple[str, ...]) -> bytes:
+    """The part of an ONNX model that computes these outputs of texts without masks."""
+    extractor = importlib.import_module("onnx.utils").Extractor(model)
+    return extractor.extract_model(input_names("encoder"), list(outputs)).SerializeToString()
+
+
+def _threads() -> int:
+    # The door to MXNet has set it, unless the user did; a list is for nested loops, which there are none of.
+    return int(os.environ["OMP_NUM_THREADS"].split(",")[0])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
