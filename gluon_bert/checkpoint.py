@@ -110,9 +110,9 @@ def find_checkpoint(folder: Path, which: str | int = "latest") -> int:
     if not there:
         raise BadInput(f"{folder}: the run has no checkpoint yet")
     named = {"latest": there[-1], **{str(step): step for step in there}}
-    best = best_step(folder)
-    if best in there:
-        named["best"] = best
+    if str(which) not in named:
+        best = best_step(folder)
+        named.update({"best": best} if best in there else {})
     if str(which) not in named:
         raise BadInput(f"--checkpoint {which}: {folder} has none of that name; it has {', '.join(named)}")
     return named[str(which)]

@@ -152,16 +152,26 @@ class TrainConfig:
     """How the network is trained."""
 
     batch_size: int = option(512, "B, sentence pairs an optimizer step, over all contexts", at_least=1)
-    num_steps: int = option(50, "optimizer steps", at_least=1)
+    num_steps: int = option(
+        50, "optimizer steps; 0: no limit, as is set where --max-minutes is given alone", at_least=0
+    )
+    max_minutes: float = option(
+        0.0,
+        "minutes after which the run ends, if --num-steps does not end it before; 0: no limit. Evaluations "
+        "count, but for the last, and reading the text does not. A learning rate that is not constant then "
+        "follows the clock, and no seed repeats the run",
+        at_least=0.0,
+        at_most=1e6,
+    )
     lr: float = option(1e-3, "the learning rate at its peak", at_least=0.0, at_most=1e3)
     schedule: str = option(
         "constant",
-        "of the learning rate after the warm-up: constant, or falling to 0 at --num-steps, linear or as a "
-        "cosine",
+        "of the learning rate after the warm-up: constant, or falling to 0 at the end of the run, linear or "
+        "as a cosine",
         choices=("constant", "linear", "cosine"),
     )
     warmup: float = option(
-        0.0, "share of the steps over which the learning rate rises to --lr", at_least=0.0, at_most=1.0
+        0.0, "share of the run over which the learning rate rises to --lr", at_least=0.0, at_most=1.0
     )
     optimizer: str = option(
         "adam",
@@ -196,6 +206,13 @@ class TrainConfig:
     eval_every: int = option(
         0, "steps between two evaluations on held-out text; 0: at the end only", at_least=0
     )
+    patience: int = option(
+        0,
+        "end the run after this many evaluations in a row that were no better than the best, by the MLM loss "
+        "on held-out text; 0: never",
+        at_least=0,
+    )
+    keep: int = option(1, "how many of the latest checkpoints stay, beside the best; 0: all", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -227,9 +244,16 @@ class Config:
     def replace(self, **values: Any) -> Config:
         """A copy with fields changed by their own names, whichever group they stand in.
 
+        `max_minutes` without `num_steps` takes away the limit on steps: who asks for half an hour does not
+        mean the 50 steps of a preset.
+
         >>> preset("d2l").replace(batch_size=8, units=64).train.batch_size
         8
+        >>> preset("d2l").replace(max_minutes=30).train.num_steps
+        0
         """
+        if values.get("max_minutes"):
+            values = {"num_steps": 0, **values}
         groups = {}
         for group_name, kind in GROUPS.items():
             hints = get_type_hints(kind)
@@ -342,12 +366,22 @@ def _without_effect(data: DataConfig) -> List[str]:
 
 
 def _train_contradictions(train: TrainConfig) -> List[str]:
+    problems = []
     if train.optimizer == "adam" and train.weight_decay:
-        return [
+        problems.append(
             f"--weight-decay {train.weight_decay}: must be 0 with --optimizer adam; adamw, bertadam and lamb "
             "have weight decay"
-        ]
-    return []
+        )
+    if train.num_steps == 0 and train.max_minutes == 0:
+        problems.append("--num-steps 0: must be at least 1, or --max-minutes must end the run")
+    if train.warmup == 1 and train.schedule != "constant":
+        problems.append(
+            f"--warmup 1.0: leaves nothing of the run for --schedule {train.schedule} to fall in; a smaller "
+            "share, or --schedule constant"
+        )
+    if train.patience and not train.eval_every:
+        problems.append(f"--patience {train.patience}: counts evaluations; ask for some with --eval-every")
+    return problems
 
 
 _CONTRADICTIONS: Dict[Any, Any] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gluon_bert.checkpoint import create_run, latest, load_run, save_checkpoint
+from gluon_bert.checkpoint import create_run, find_checkpoint, load_run, save_checkpoint, steps
 from gluon_bert.config import preset
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.encoding import encode
@@ -44,7 +44,8 @@ def test_a_run_read_back_is_the_same(run_folder, net):
 def test_the_latest_checkpoint_is_that_of_the_highest_step(run_folder):
     (run_folder / "checkpoints" / "step-99999999x.params").write_bytes(b"")
     (run_folder / "checkpoints" / ".step-00000999.params.part").write_bytes(b"")
-    assert latest(run_folder) == 100
+    assert steps(run_folder) == [9, 100]
+    assert find_checkpoint(run_folder) == 100
 
 
 def test_a_failing_write_leaves_the_checkpoint_before(run_folder, net, monkeypatch):
@@ -104,3 +105,113 @@ def test_a_run_without_a_checkpoint_is_told(tmp_path):
     create_run(tmp_path / "run", CONFIG, VOCAB, {})
     with pytest.raises(BadInput, match="no checkpoint yet"):
         load_run(tmp_path / "run")
+
+
+# The latest and the best
+
+
+def save(folder, net, step, **options):
+    """Save weights that tell their step."""
+    net.nsp.dense.bias.set_data(mx.nd.array([step, 0]))
+    save_checkpoint(folder, net, step, **options)
+
+
+def loaded(folder, which):
+    """The step of a checkpoint, which its weights confirm."""
+    run = load_run(folder, which=which)
+    assert run.net.nsp.dense.bias.data().asnumpy().tolist() == [run.step, 0]
+    return run.step
+
+
+@pytest.fixture
+def empty_run(tmp_path):
+    create_run(tmp_path / "run", CONFIG, VOCAB, {})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [(1, [[1], [2], [2, 3], [2, 4], [5], [5, 6]]), (2, [[1], [1, 2], [2, 3], [2, 3, 4], [4, 5], [5, 6]])],
+)
+def test_the_latest_and_the_best_stay(empty_run, net, keep, left):
+    for step, expected in enumerate(left, 1):
+        save(empty_run, net, step, best=step in (1, 2, 5), keep=keep)
+        assert steps(empty_run) == expected
+        best = max(each for each in (1, 2, 5) if each <= step)
+        assert (loaded(empty_run, "latest"), loaded(empty_run, "best")) == (step, best)
+
+
+def test_without_keep_all_stay_and_each_is_found_by_its_step(empty_run, net):
+    for step in (1, 2, 30):
+        save(empty_run, net, step, best=step == 2)
+    assert [loaded(empty_run, str(step)) for step in (1, 2, 30)] == [1, 2, 30]
+    assert loaded(empty_run, 2) == loaded(empty_run, "best") == 2
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_run_that_is_killed_at_any_moment_leaves_its_latest_and_its_best(tmp_path, net, monkeypatch):
+    """Every change of a file on the way from one best checkpoint to the next is the last one, in turn."""
+    moments, room, after_the_last = [], [None], [False]
+
+    def killable(change):
+        def made(*args, **options):
+            if room[0] is not None and room[0] <= 0:
+                raise Killed  # also what would tidy up does not happen any more
+            if room[0] is not None:
+                room[0] -= 1
+            moments.append(change.__name__)
+            return change(*args, **options)
+
+        return made
+
+    for owner, name in ((Path, "replace"), (Path, "unlink"), (Path, "chmod"), (net, "save_parameters")):
+        monkeypatch.setattr(owner, name, killable(getattr(owner, name)))
+    for allowed in range(100):
+        folder = tmp_path / str(allowed)
+        room[0] = None
+        create_run(folder, CONFIG, VOCAB, {})
+        save(folder, net, 1, best=True, keep=1)
+        save(folder, net, 2, keep=1)
+        room[0], moments[:] = allowed, []
+        try:
+            save(folder, net, 3, best=True, keep=1)
+            after_the_last[0] = True
+        except Killed:
+            pass
+        latest, best = loaded(folder, "latest"), loaded(folder, "best")
+        assert (latest, best) in ((2, 1), (3, 1), (3, 3))
+        if after_the_last[0]:
+            break
+        # What was left behind does no harm to the next one.
+        room[0] = None
+        save(folder, net, 4, best=True, keep=1)
+        assert (steps(folder), loaded(folder, "best")) == ([4], 4)
+    assert moments == ["save_parameters", "chmod", "replace", "chmod", "replace", "unlink", "unlink"]
+
+
+def test_checkpoints_that_are_not_there_are_told(run_folder, net):
+    with pytest.raises(BadInput, match=r"best: .*run has none of that name; it has latest, 9, 100$"):
+        load_run(run_folder, which="best")
+    save(run_folder, net, 200, best=True)
+    for name in ("best!", "10", "-9", "9.0", ""):
+        with pytest.raises(BadInput, match=rf"--checkpoint {name}: .* it has latest, 9, 100, 200, best$"):
+            load_run(run_folder, which=name)
+
+
+def test_a_best_checkpoint_that_was_removed_is_told(run_folder, net):
+    save(run_folder, net, 200, best=True)
+    (run_folder / "checkpoints" / "step-00000200.params").unlink()
+    with pytest.raises(BadInput, match=r"--checkpoint best: .* it has latest, 9, 100$"):
+        load_run(run_folder, which="best")
+    assert load_run(run_folder).step == 100
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "3", '{"step": null}', '{"step": "x"}'])
+def test_a_damaged_note_of_the_best_is_told(run_folder, content):
+    (run_folder / "checkpoints" / "best.json").write_text(content)
+    with pytest.raises(BadInput, match=r"best\.json: cannot be read as the step of the best checkpoint"):
+        load_run(run_folder, which="best")
+    assert load_run(run_folder).step == 100

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -230,3 +231,30 @@ def test_the_real_command_from_a_shell(run_folder):
     (line,) = io.StringIO(done.stdout)
     assert json.loads(line)["tokens"] == ["<cls>", "a", "crane", "<sep>"]
     assert done.stderr == ""
+
+
+def test_the_checkpoint_that_is_asked_for_answers(run_folder, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    net = load_run(folder).net
+    for step in (2, 3):
+        weight = net.encoder.embeddings.tokens.weight
+        weight.set_data(weight.data() + 1)
+        save_checkpoint(folder, net, step, best=step == 2)
+    found = {}
+    for which in ("1", "2", "3", "best", "latest", None):
+        flags = [] if which is None else ["--checkpoint", which]
+        assert encode.main([str(folder), "a crane", "--json", *flags]) == 0
+        (content,) = lines_of(capsys)
+        found[which] = content["mean"]
+    assert found["best"] == found["2"]
+    assert found[None] == found["latest"] == found["3"]
+    assert found["1"] != found["2"] != found["3"]
+
+
+def test_a_checkpoint_that_is_not_there_is_told(run_folder, tmp_path, capsys):
+    assert encode.main([str(run_folder), "a crane", "--checkpoint", "7"]) == 2
+    assert f"encode: --checkpoint 7: {run_folder} has none of that name" in capsys.readouterr().err
+    export_mxnet(load_run(run_folder), tmp_path / "export")
+    assert encode.main([str(tmp_path / "export"), "a crane", "--checkpoint", "best"]) == 2
+    assert "--checkpoint best: " in capsys.readouterr().err

@@ -5,7 +5,7 @@ import json
 import export
 import pytest
 
-from gluon_bert.checkpoint import create_run, save_checkpoint
+from gluon_bert.checkpoint import create_run, load_run, save_checkpoint
 from gluon_bert.config import preset
 from gluon_bert.data.loader import load_data
 from gluon_bert.encoding import Predictor
@@ -96,3 +96,12 @@ def test_a_corpus_that_is_gone(run_folder, text_file, capsys):
     shown = told(capsys, run_folder, "--format", "bf16")
     assert "the run's corpus cannot be read" in shown
     assert "--text FILE" in shown
+
+
+def test_the_checkpoint_that_is_asked_for_is_exported(run_folder, capsys):
+    save_checkpoint(run_folder, load_run(run_folder).net, 5)
+    for which, step in (("1", 1), ("latest", 5)):
+        folder = run_folder / "export" / which
+        assert export.main([str(run_folder), "--checkpoint", which, "--output", str(folder)]) == 0
+        assert load_exported(folder).manifest.step == step
+    assert "--checkpoint best: " in told(capsys, run_folder, "--checkpoint", "best")

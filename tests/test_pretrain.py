@@ -1,5 +1,6 @@
 """The command `python tools/pretrain.py`, through its main and in a process of its own."""
 
+import itertools
 import json
 import os
 import re
@@ -7,15 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pretrain
 import pytest
 from conftest import ROOT
 
-from gluon_bert.checkpoint import load_run
+from gluon_bert import checkpoint
+from gluon_bert.checkpoint import load_run, save_checkpoint
+from gluon_bert.config import preset
 from gluon_bert.encoding import encode
 from gluon_bert.runtime import mx
+from gluon_bert.training import meters
+from gluon_bert.training.meters import Averages
+from gluon_bert.training.report import Report
 
 MXNetError = mx.MXNetError
 
@@ -118,7 +125,19 @@ def test_losses_fall(command):
         (["--max-len", "2"], "pretrain: --max-len 2: must be at least 8"),
         (["--num-heads", "3"], "pretrain: --num-heads 3: must divide --units 16"),
         (["--batch-size", "0"], "pretrain: --batch-size 0: must be at least 1"),
-        (["--num-steps", "0"], "pretrain: --num-steps 0: must be at least 1"),
+        (["--num-steps", "0"], "--num-steps 0: must be at least 1, or --max-minutes must end the run"),
+        (["--max-minutes", "-1"], "pretrain: --max-minutes -1.0: must be at least 0.0"),
+        (["--max-minutes", "nan"], "pretrain: --max-minutes nan: must be at least 0.0"),
+        (["--patience", "2"], "--patience 2: counts evaluations; ask for some with --eval-every"),
+        (
+            ["--patience", "2", "--eval-every", "1", "--held-out", "0"],
+            "pretrain: --patience 2: there is too little held-out text to evaluate on",
+        ),
+        (
+            ["--warmup", "1", "--schedule", "linear"],
+            "pretrain: --warmup 1.0: leaves nothing of the run for --schedule linear to fall in",
+        ),
+        (["--keep", "-1"], "pretrain: --keep -1: must be at least 0"),
         (["--gpus", "x"], "--gpus 'x'"),
         (["--gpus", "7"], "--gpus 7"),
         (["--cpus", "0"], "--cpus 0"),
@@ -177,10 +196,107 @@ def test_a_run_without_held_out_text_says_so_and_writes_valid_json(command, caps
     (folder / "config.json").read_text().index('"held_out_unigram": null')
 
 
-def test_evaluated_weights_are_kept(command):
-    _, folder = command("--eval-every", "4")
-    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert names == ["step-00000004.params", "step-00000006.params"]
+def test_the_weights_of_every_evaluation_are_kept_if_asked_and_each_written_once(command, monkeypatch):
+    written = []
+
+    def noting(folder, net, step, **options):
+        written.append(step)
+        return save_checkpoint(folder, net, step, **options)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", noting)
+    _, folder = command("--eval-every", "2", "--keep", "0")
+    assert checkpoint.steps(folder) == written == [2, 4, 6]
+
+
+@pytest.fixture
+def held_out_losses(monkeypatch):
+    """Sets what the evaluations of the next run give."""
+
+    def script(*mlm_losses):
+        left = [Averages(loss, 0.7, 0.1, 0.5) for loss in mlm_losses]
+        monkeypatch.setattr("gluon_bert.training.trainer.Trainer.evaluate", lambda *_: left.pop(0))
+
+    return script
+
+
+def test_the_latest_and_the_best_weights_stay(command, held_out_losses, capsys):
+    held_out_losses(4.0, 3.0, 5.0, 3.5)
+    status, folder = command("--num-steps", "7", "--eval-every", "2")
+    assert status == 0
+    assert checkpoint.steps(folder) == [4, 7]
+    assert (load_run(folder, which="best").step, load_run(folder).step) == (4, 7)
+    assert "the best of 4 evaluations, after step 4: MLM loss 3.000" in capsys.readouterr().out
+
+
+def test_patience_ends_the_run_and_the_log_has_its_last_step(command, held_out_losses, capsys):
+    held_out_losses(4.0, 3.0, 5.0, 3.5)
+    status, folder = command("--num-steps", "1000", "--eval-every", "3", "--patience", "2")
+    assert status == 0
+    assert "The run ended after step 12: 2 evaluations in a row were no better" in capsys.readouterr().out
+    steps = [(record["step"], "held_out" in record) for record in log_of(folder)]
+    assert steps[-2:] == [(12, False), (12, True)]
+    assert checkpoint.steps(folder) == [6, 12]
+
+
+def test_an_interrupt_after_an_evaluation_keeps_the_best_and_the_latest(command, monkeypatch, capsys):
+    stepped = Report.stepped
+
+    def interrupting(self, step):
+        stepped(self, step)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Report, "stepped", interrupting)
+    status, folder = command("--eval-every", "4")
+    assert status == 130
+    assert f"the weights after step 5 are kept in {folder}" in capsys.readouterr().err
+    assert (load_run(folder, which="best").step, load_run(folder).step) == (4, 5)
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """A clock that goes on by a quarter of a second whenever it is looked at."""
+    seconds = itertools.count(0, 0.25)
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+
+
+def test_minutes_alone_end_a_run_that_its_steps_repeat(text_file, tmp_path, ticking, capsys):
+    first, again = tmp_path / "first", tmp_path / "again"
+    small = [*SMALL[: SMALL.index("--num-steps")], "--corpus", str(text_file), "--max-minutes", "0.5"]
+    assert pretrain.main([*small, "--output", str(first)]) == 0
+    _, err = capsys.readouterr()
+    made = log_of(first)[-1]["step"]
+    assert made > 50  # the preset's number of steps is no limit
+    assert f"step {made}/~{made}" in err and "step 10/~" in err
+    content = json.loads((first / "config.json").read_text())
+    assert (content["train"]["num_steps"], content["train"]["max_minutes"]) == (0, 0.5)
+    repeat = ["--config", str(first / "config.json"), "--max-minutes", "0", "--num-steps", str(made)]
+    assert pretrain.main([*repeat, "--output", str(again)]) == 0
+    ours, theirs = weights_of(first), weights_of(again)
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_by_the_clock_a_falling_learning_rate_ends_near_0_and_is_logged(command, ticking):
+    flags = ["--max-minutes", "0.5", "--num-steps", "0", "--schedule", "linear", "--warmup", "0.2"]
+    _, folder = command(*flags, "--log-every", "1")
+    rates = [record["lr"] for record in log_of(folder) if "lr" in record]
+    assert max(rates) == pytest.approx(1e-3, rel=0.1)
+    assert 0 < rates[-1] < 1e-4
+    peak = rates.index(max(rates))
+    assert len(rates) / 10 < peak < len(rates) / 3
+
+
+def test_steps_that_are_given_limit_a_run_by_the_clock_too(command, ticking):
+    _, folder = command("--max-minutes", "1000")
+    assert load_run(folder).step == 6
+
+
+def test_minutes_replace_the_steps_only_where_those_are_not_given():
+    d2l = preset("d2l")
+    assert d2l.replace(max_minutes=30).train.num_steps == 0
+    assert d2l.replace(max_minutes=30, num_steps=70).train.num_steps == 70
+    assert d2l.replace(max_minutes=0).train.num_steps == 50
 
 
 @pytest.mark.parametrize(

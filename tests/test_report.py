@@ -2,13 +2,14 @@
 
 import io
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
 
 from gluon_bert.config import TrainConfig
-from gluon_bert.training.meters import Averages, Progress
+from gluon_bert.training.meters import Averages, Progress, best_of
 from gluon_bert.training.report import Report, in_words
 
 DATA = SimpleNamespace(vocab=range(100), unigram_loss=4.0, held_out_unigram_loss=3.5)
@@ -16,7 +17,7 @@ DATA = SimpleNamespace(vocab=range(100), unigram_loss=4.0, held_out_unigram_loss
 
 def progress(step, mlm_loss):
     window = Averages(mlm_loss, 0.7, 0.05, 0.5)
-    return Progress(step, window, window, 100.0, 90.0, float(step), lr=1e-3 / step, gradient_norm=2.5)
+    return Progress(step, 10, window, window, 100.0, 90.0, float(step), 10.0 - step, 1e-3 / step, 2.5)
 
 
 class Terminal(io.StringIO):
@@ -24,14 +25,18 @@ class Terminal(io.StringIO):
         return True
 
 
-def told(folder, mlm_losses, held_out=None, screen=None):
+def told(folder, mlm_losses, held_out=None, screen=None, **changes):
     screen = screen or io.StringIO()
-    report = Report(folder, TrainConfig(num_steps=10, lr=1e-3), DATA, screen=screen)
+    report = Report(folder, TrainConfig(**{"num_steps": 10, "lr": 1e-3, **changes}), DATA, screen=screen)
     for step, loss in enumerate(mlm_losses, 1):
         report.stepped(step)
         report.progressed(progress(step, loss))
-    if held_out is not None:
-        report.evaluated(len(mlm_losses), Averages(held_out, 0.69, 0.1, 0.5))
+    evaluations = [held_out] if isinstance(held_out, float) else held_out or []
+    best = None
+    for step, loss in enumerate(evaluations, len(mlm_losses) - len(evaluations) + 1):
+        averages = Averages(loss, 0.69, 0.1, 0.5)
+        best = best_of(best, step, averages)
+        report.evaluated(step, averages, best)
     report.close()
     return report, screen.getvalue()
 
@@ -43,8 +48,9 @@ def test_without_a_terminal_there_is_a_plain_line_per_window(tmp_path):
         "step 1/10: MLM loss 5.000 (5.0 % right), NSP loss 0.700 (50.0 % right), lr 0.001"
     )
     assert lines[0].endswith("100.0 pairs/s, 00:09 left")
-    assert (
-        lines[2] == "held-out text after step 2: MLM loss 4.400 (10.0 % right), NSP loss 0.690 (50.0 % right)"
+    assert lines[2] == (
+        "held-out text after step 2: MLM loss 4.400 (10.0 % right), NSP loss 0.690 (50.0 % right), "
+        "perplexity 81.5"
     )
     assert "\r" not in screen
 
@@ -73,8 +79,52 @@ def test_the_log_has_an_object_a_line(tmp_path):
     assert (records[1]["mlm_loss"], records[1]["lr"]) == (None, 5e-4)
     assert records[2] == {
         "step": 2,
-        "held_out": {"mlm_loss": 4.4, "nsp_loss": 0.69, "mlm_accuracy": 0.1, "nsp_accuracy": 0.5},
+        "held_out": {
+            "mlm_loss": 4.4,
+            "nsp_loss": 0.69,
+            "mlm_accuracy": 0.1,
+            "nsp_accuracy": 0.5,
+            "perplexity": pytest.approx(math.exp(4.4)),
+        },
     }
+
+
+def test_an_evaluation_that_is_not_the_best_names_the_best(tmp_path):
+    _, screen = told(tmp_path, [5.0] * 3, held_out=[4.4, 4.6, 4.3])
+    first, second, third = (line for line in screen.splitlines() if line.startswith("held-out"))
+    assert second.endswith("; the best was MLM loss 4.400 after step 1")
+    assert "best" not in first + third
+
+
+def test_the_best_of_several_evaluations_is_told_at_the_end(tmp_path):
+    report, _ = told(tmp_path / "a", [5.0] * 3, held_out=[4.4, 3.0, 4.6])
+    assert (
+        "the best of 3 evaluations, after step 2: MLM loss 3.000 (10.0 % right), NSP loss 0.690 "
+        "(50.0 % right), perplexity 20.1 (--checkpoint best)"
+    ) in report.summary([])
+    # Its loss is below that of the words' frequencies, though the last one's is not.
+    assert "is still above" not in report.summary([])[-1]
+    report, _ = told(tmp_path / "b", [5.0] * 3, held_out=[4.4, 4.3, 4.2])
+    assert "This was the best of 3 evaluations." in report.summary([])
+    report, _ = told(tmp_path / "c", [5.0] * 3, held_out=4.2)
+    assert not [line for line in report.summary([]) if "best of" in line]
+
+
+def test_a_run_out_of_patience_says_so(tmp_path):
+    report, _ = told(tmp_path / "a", [5.0] * 3, [4.4, 4.5, 4.6], patience=2, eval_every=1)
+    ended = "The run ended after step 3: 2 evaluations in a row were no better than the best (--patience 2)."
+    assert ended in report.summary([])
+    assert report.summary([])[-1].endswith("more steps are needed (--patience).")
+    report, _ = told(tmp_path / "b", [5.0] * 3, [4.4, 4.5, 4.6], patience=3, eval_every=1)
+    assert not [line for line in report.summary([]) if "ended" in line]
+
+
+@pytest.mark.parametrize("screen", [io.StringIO(), Terminal()], ids=["lines", "bar"])
+def test_a_run_by_the_clock_tells_about_how_many_steps_it_will_have(tmp_path, screen):
+    changes = {"num_steps": 0, "max_minutes": 1.0}
+    report, shown = told(tmp_path, [5.0, 4.5], screen=screen, **changes)
+    assert "2/~10" in shown
+    assert report.summary([])[-1].endswith("more steps are needed (--max-minutes).")
 
 
 def test_the_summary_begins_with_the_books_two_lines_and_names_the_references(tmp_path):
@@ -108,15 +158,21 @@ def test_accuracies_are_percentages():
     assert in_words(Averages(7.0, 0.7, 0.051, 1.0)).endswith("NSP loss 0.700 (100.0 % right)")
 
 
-def test_the_picture_names_every_reference(tmp_path, monkeypatch):
-    figures = []
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn."""
+    drawn = []
 
     class Kept(Figure):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            figures.append(self)
+            drawn.append(self)
 
     monkeypatch.setattr("gluon_bert.training.report.Figure", Kept)
+    return drawn
+
+
+def test_the_picture_names_every_reference(tmp_path, figures):
     told(tmp_path, [5.0, 4.5], held_out=4.4)
     labels = {text.get_text() for axes in figures[0].axes for text in axes.get_legend().get_texts()}
     assert labels == {
@@ -127,3 +183,12 @@ def test_the_picture_names_every_reference(tmp_path, monkeypatch):
         "word frequencies alone, held out = 3.50",
         "a coin, ln 2 = 0.69",
     }
+
+
+def test_the_picture_marks_the_best_of_several_evaluations(tmp_path, figures):
+    told(tmp_path, [5.0] * 4, held_out=[4.4, 3.9, 4.1, 4.0])
+    for axes, value in zip(figures[0].axes, (3.9, 0.69)):
+        (star,) = (line for line in axes.lines if line.get_label() == "best checkpoint, step 2")
+        assert star.get_xydata().tolist() == [[2, value]]
+        (curve,) = (line for line in axes.lines if line.get_label() == "held-out text")
+        assert len(curve.get_xydata()) == 4

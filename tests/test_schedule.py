@@ -7,7 +7,7 @@ import pytest
 
 from gluon_bert.config import TrainConfig, preset
 from gluon_bert.errors import BadInput
-from gluon_bert.training.schedule import DECAYS, learning_rate, peak_step
+from gluon_bert.training.schedule import DECAYS, learning_rate, peak_step, planned_steps
 
 
 def rates(num_steps, **changes):
@@ -77,3 +77,74 @@ def test_steps_may_be_parts_of_a_step():
     config = TrainConfig(lr=1.0, schedule="linear", warmup=0.5)
     assert learning_rate(config, 1.5, 12.0) == 0.25
     assert learning_rate(config, 9.5, 12.0) == 0.5
+
+
+# A run that the clock ends
+
+
+def made_in(config, seconds_of):
+    """(seconds gone at its end, learning rate) of every step of a run; seconds_of(step) each takes."""
+    made, elapsed = [], 0.0
+    for step in range(1, 100_000):
+        planned = planned_steps(config, step, step - 1, elapsed)
+        rate = learning_rate(config, step, planned)
+        elapsed += seconds_of(step)
+        made.append((elapsed, rate))
+        if step >= planned:
+            return made
+    raise AssertionError("the run does not end")
+
+
+TEN_MINUTES = TrainConfig(num_steps=0, max_minutes=10.0, lr=1.0, schedule="linear", warmup=0.1)
+PACES = {
+    "steady": lambda step: 1.0,
+    "slow at first": lambda step: 8.0 if step == 1 else 1.0,
+    "slower and slower": lambda step: 0.5 + step / 300,
+    "with evaluations": lambda step: 31.0 if step % 50 == 0 else 1.0,
+    "tired after half": lambda step: 1.0 if step < 300 else 3.0,
+}
+
+
+@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_by_the_clock_the_rate_follows_the_time_whatever_the_pace(pace, schedule):
+    config = dataclasses.replace(TEN_MINUTES, schedule=schedule)
+    made = made_in(config, PACES[pace])
+    longest = max(PACES[pace](step) for step in range(1, len(made) + 1))
+    assert made[-1][0] == pytest.approx(600, abs=longest + 2)
+    assert 0 < made[-1][1] < 0.02
+    assert all(0 < rate <= 1 for _, rate in made)
+    for seconds, rate in made[10:]:
+        # By the schedule at the time at which the step ends, but for what one evaluation may shift.
+        expected = learning_rate(config, min(seconds, 600), 600)
+        assert rate == pytest.approx(expected, abs=2 * longest / 60), seconds
+
+
+def test_by_the_clock_a_steady_pace_gives_the_rates_of_as_many_steps():
+    by_steps = dataclasses.replace(TEN_MINUTES, num_steps=300, max_minutes=0.0)
+    expected = [learning_rate(by_steps, step, 300) for step in range(1, 301)]
+    found = [rate for _, rate in made_in(TEN_MINUTES, lambda step: 2.0)]
+    assert found[1:] == pytest.approx(expected[1:])
+    assert found[0] == 1 / 60  # of a pace that is not known yet
+
+
+def test_of_two_limits_the_one_that_comes_first_ends_the_schedule():
+    for num_steps, expected in ((200, 200), (900, 600)):
+        made = made_in(dataclasses.replace(TEN_MINUTES, num_steps=num_steps), lambda step: 1.0)
+        assert len(made) == expected
+        assert made[-1][1] == pytest.approx(1 / (expected + 1 - expected // 10))
+
+
+def test_without_minutes_the_clock_has_no_say():
+    config = TrainConfig(num_steps=70)
+    assert {planned_steps(config, step, step - 1, 10.0**step) for step in range(1, 71)} == {70}
+
+
+def test_a_run_ends_with_the_step_that_finds_the_time_gone():
+    assert planned_steps(TEN_MINUTES, 5, 4, 5000.0) == 5
+    assert learning_rate(TEN_MINUTES, 5, 5) > 0
+
+
+def test_a_queue_of_steps_is_no_faster_pace():
+    # Of 12 steps that were queued 10 are done, in 20 seconds: 10 minutes have room for 300.
+    assert planned_steps(TEN_MINUTES, 13, 10, 20.0) == 300

@@ -18,7 +18,7 @@ from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
 from gluon_bert.training import meters
 from gluon_bert.training.loss import shard_loss
-from gluon_bert.training.meters import Clock, Meter, Totals
+from gluon_bert.training.meters import Averages, Clock, Meter, Totals, best_of
 from gluon_bert.training.trainer import Trainer
 
 MODEL = ModelConfig(num_layers=1, units=16, ffn_units=32, num_heads=2, dropout=0.0, max_positions=16)
@@ -279,7 +279,7 @@ class Recorder:
     """A reporter that notes what it is told, in order."""
 
     def __init__(self):
-        self.calls, self.progresses, self.held_out = [], [], []
+        self.calls, self.progresses, self.held_out, self.best = [], [], [], None
 
     def stepped(self, step):
         self.calls.append(("stepped", step))
@@ -288,9 +288,10 @@ class Recorder:
         self.calls.append(("progressed", progress.step))
         self.progresses.append(progress)
 
-    def evaluated(self, step, held_out):
+    def evaluated(self, step, held_out, best):
         self.calls.append(("evaluated", step))
         self.held_out.append(held_out)
+        self.best = best
 
     def steps(self, name):
         return [step for call, step in self.calls if call == name]
@@ -299,7 +300,7 @@ class Recorder:
 @pytest.mark.parametrize(
     ("num_steps", "log_every", "eval_every", "logged", "evaluated"),
     [
-        (7, 3, 2, [3, 6, 7], [2, 4, 6, 7]),
+        (7, 3, 2, [2, 3, 4, 6, 7], [2, 4, 6, 7]),
         (6, 3, 3, [3, 6], [3, 6]),
         (4, 1, 0, [1, 2, 3, 4], [4]),
         (2, 10, 10, [2], [2]),
@@ -323,7 +324,7 @@ def test_the_reporter_is_told_of_every_step_window_and_evaluation(
 
 def test_without_held_out_text_nothing_is_evaluated(data):
     recorder = Recorder()
-    trainer_on(1, data, eval_every=2).fit(data._replace(held_out=None), recorder)
+    trainer_on(1, data, eval_every=3).fit(data._replace(held_out=None), recorder)
     assert recorder.steps("progressed") == [3, 6, 7]
     assert recorder.steps("evaluated") == []
 
@@ -424,17 +425,19 @@ def test_the_clock_leaves_out_the_time_it_is_stopped(monkeypatch):
 
     clock = Clock()
     now.seconds += 10
-    first = clock.progress(3, window(50), 0.1, 2.0)
+    first = clock.progress(3, 12.0, window(50), 0.1, 2.0)
     assert (first.pairs_per_second, first.run_pairs_per_second, first.seconds) == (5.0, 5.0, 10.0)
     now.seconds += 2
     with clock.stopped():
         now.seconds += 1000
     now.seconds += 3
-    second = clock.progress(6, window(20), 0.2, 3.0)
+    second = clock.progress(6, 12.0, window(20), 0.2, 3.0)
     assert (second.pairs_per_second, second.seconds) == (4.0, 15.0)
     assert second.run_pairs_per_second == pytest.approx(70 / 15)
     assert (first.step, first.lr, first.gradient_norm) == (3, 0.1, 2.0)
     assert (second.step, second.lr, second.gradient_norm) == (6, 0.2, 3.0)
+    assert (first.seconds_left, second.seconds_left) == (30.0, 1015.0)
+    assert clock.elapsed() == 1015.0
 
 
 def test_fit_does_not_count_evaluations_as_training_time(data, monkeypatch):
@@ -453,7 +456,8 @@ def test_fit_does_not_count_evaluations_as_training_time(data, monkeypatch):
     plain, recorder = trainer_on(1, data, eval_every=2), Recorder()
     Slow(plain.net, plain.config, plain.contexts).fit(data, recorder)
     assert recorder.steps("evaluated") == [2, 4, 6, 7]
-    assert [progress.seconds for progress in recorder.progresses] == [3.0, 6.0, 7.0]
+    assert [progress.seconds for progress in recorder.progresses] == [2.0, 3.0, 4.0, 6.0, 7.0]
+    assert recorder.progresses[-1].seconds_left == 0
 
 
 def test_time_of_queued_steps_is_training_time_though_an_evaluation_waits_for_them(data, monkeypatch):
@@ -523,6 +527,175 @@ def test_steps_after_the_end_of_a_falling_schedule_are_refused(data, batch):
     trainer.step(batch)
     with pytest.raises(BadInput, match="--num-steps 2: --schedule linear ends there, before step 3"):
         trainer.step(batch)
+
+
+# The end of a run: steps, minutes, patience
+
+
+class Ticking(Trainer):
+    """A trainer whose steps and evaluations take so many seconds, of a clock of its own."""
+
+    def __init__(self, plain, now, step_seconds=1.0, evaluation_seconds=0.0):
+        super().__init__(plain.net, plain.config, plain.contexts)
+        self.now, self.step_seconds, self.evaluation_seconds = now, step_seconds, evaluation_seconds
+
+    def step(self, batch, count_mlm_hits=False):
+        self.now.seconds += self.step_seconds
+        return super().step(batch, count_mlm_hits)
+
+    def evaluate(self, batches):
+        self.now.seconds += self.evaluation_seconds
+        return super().evaluate(batches)
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that stands still but for what a test adds to it."""
+    now = SimpleNamespace(seconds=500.0)
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    return now
+
+
+BY_THE_CLOCK = {"num_steps": 0, "max_minutes": 0.5, "log_every": 1, "schedule": "linear", "warmup": 0.2}
+
+
+@pytest.mark.parametrize(("step_seconds", "num_steps"), [(1.0, 30), (3.0, 10), (0.5, 60)])
+def test_the_minutes_end_a_run_and_its_schedule(data, now, step_seconds, num_steps):
+    trainer, recorder = Ticking(trainer_on(1, data, **BY_THE_CLOCK), now, step_seconds), Recorder()
+    last = trainer.fit(data, recorder)
+    assert recorder.steps("stepped") == list(range(1, num_steps + 1))
+    assert (last.step, last.planned_steps, last.seconds, last.seconds_left) == (num_steps, num_steps, 30.0, 0)
+    assert recorder.steps("evaluated") == [num_steps]
+    rates = [progress.lr for progress in recorder.progresses]
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-3 / (num_steps + 1 - num_steps / 5))
+    assert [p.seconds_left for p in recorder.progresses[1:]] == pytest.approx(
+        [30.0 - p.seconds for p in recorder.progresses[1:]]
+    )
+
+
+def test_evaluations_take_their_part_of_the_minutes(data, now):
+    plain = trainer_on(1, data, **BY_THE_CLOCK, eval_every=5)
+    trainer, recorder = Ticking(plain, now, evaluation_seconds=5.0), Recorder()
+    last = trainer.fit(data, recorder)
+    # 15 steps of a second and 3 evaluations of five; what finds the time gone is the schedule's last step.
+    assert recorder.steps("evaluated") == [5, 10, 15, 16]
+    assert now.seconds == 500 + 30 + 1 + 5
+    assert last.lr < 1e-3 * 0.1
+    assert (last.step, last.seconds, last.seconds_left) == (16, 16.0, 0.0)
+
+
+def test_whichever_limit_comes_first_ends_a_run(data, now):
+    for num_steps, expected in ((8, 8), (100, 30)):
+        plain = trainer_on(1, data, **{**BY_THE_CLOCK, "num_steps": num_steps})
+        last = Ticking(plain, now).fit(data)
+        assert last.step == expected
+        assert 0 < last.lr < 2e-4
+
+
+def test_a_loop_of_ones_own_without_a_limit_has_a_constant_rate_or_none(data, batch):
+    trainer = trainer_on(1, data, num_steps=0, max_minutes=1.0)
+    for _ in range(3):
+        trainer.step(batch)
+    assert trainer._optimizer.learning_rate == 1e-3
+    trainer = trainer_on(1, data, num_steps=0, max_minutes=1.0, schedule="linear")
+    with pytest.raises(BadInput, match="--num-steps 0: --schedule linear ends there, before step 1"):
+        trainer.step(batch)
+
+
+def test_steps_that_are_queued_count_when_they_are_done(data, now, monkeypatch):
+    # A device that works on a step only when it is waited for; the host waits for the third before.
+    queue, wait_to_read = [], mx.nd.NDArray.wait_to_read
+
+    def wait_for_one(array):
+        now.seconds += queue.pop(0) if queue else 0
+        wait_to_read(array)
+
+    def wait_for_all():
+        now.seconds += sum(queue)
+        queue.clear()
+
+    class Queueing(Trainer):
+        def step(self, batch, count_mlm_hits=False):
+            queue.append(1.0)
+            return super().step(batch, count_mlm_hits)
+
+    monkeypatch.setattr(mx.nd.NDArray, "wait_to_read", wait_for_one)
+    monkeypatch.setattr(mx.nd, "waitall", wait_for_all)
+    plain = trainer_on(1, data, **{**BY_THE_CLOCK, "log_every": 1000})
+    last = Queueing(plain.net, plain.config, plain.contexts).fit(data)
+    assert (last.step, last.seconds) == (30, 30.0)
+
+
+def evaluating_to(plain, *mlm_losses):
+    """A trainer whose evaluations give these MLM losses, and better and better NSP losses."""
+
+    script = [Averages(loss, 0.7 / number, 0.1, 0.5) for number, loss in enumerate(mlm_losses, 1)]
+
+    class Scripted(Trainer):
+        def evaluate(self, batches):
+            return script.pop(0)
+
+    return Scripted(plain.net, plain.config, plain.contexts)
+
+
+@pytest.mark.parametrize(
+    ("patience", "ended", "best"),
+    [(1, 6, 4), (2, 14, 10), (3, 20, 16), (0, 20, 16)],
+)
+@pytest.mark.parametrize("told", [True, False])
+def test_patience_ends_a_run_when_the_held_out_loss_gets_no_better(data, patience, ended, best, told):
+    plain = trainer_on(1, data, num_steps=20, eval_every=2, patience=patience)
+    #          step 2    4    6    8   10   12   14   16   18   20
+    losses = [5.0, 4.0, 4.5, 3.9, 3.8, 3.8, 3.9, 3.0, 3.1, 3.2]
+    recorder = Recorder()
+    last = evaluating_to(plain, *losses).fit(data, recorder if told else None)
+    assert last.step == ended
+    if told:
+        assert recorder.steps("stepped") == list(range(1, ended + 1))
+        assert (recorder.best.step, recorder.best.evaluations) == (best, ended // 2)
+        assert recorder.best.held_out == Averages(min(losses[: ended // 2]), 0.7 / (best / 2), 0.1, 0.5)
+        assert recorder.best.since == (ended - best) // 2
+
+
+def test_the_best_evaluation_is_that_of_the_lowest_mlm_loss():
+    first = best_of(None, 10, Averages(5.0, 0.1, 0.9, 0.9))
+    assert first == (10, Averages(5.0, 0.1, 0.9, 0.9), 1, 0)
+    second = best_of(first, 20, Averages(4.9, 0.9, 0.1, 0.1))
+    assert second == (20, Averages(4.9, 0.9, 0.1, 0.1), 2, 0)
+    third = best_of(second, 30, Averages(4.9, 0.0, 1.0, 1.0))
+    assert third == second._replace(evaluations=3, since=1)
+    assert not first.exhausts(0) and not third.exhausts(2) and third.exhausts(1)
+
+
+def test_patience_without_held_out_text_is_refused(data):
+    trainer = trainer_on(1, data, eval_every=2, patience=1)
+    with pytest.raises(BadInput, match="--patience 1: there is too little held-out text to evaluate on"):
+        trainer.fit(data._replace(held_out=None))
+    assert trainer.steps_taken == 0
+
+
+def test_an_evaluation_that_is_no_number_ends_the_run_and_is_not_told(data):
+    trainer, recorder = evaluating_to(trainer_on(1, data), float("nan")), Recorder()
+    with pytest.raises(BadInput, match=r"--lr 0\.001: by step 7 the loss is no number any more"):
+        trainer.fit(data, recorder)
+    assert recorder.steps("evaluated") == []
+
+
+def test_held_out_text_without_a_word_to_predict_is_no_divergence(data):
+    class Wordless(Trainer):
+        def evaluate(self, batches):
+            return Averages(np.nan, 0.7, np.nan, 0.5)
+
+    plain, recorder = trainer_on(1, data), Recorder()
+    Wordless(plain.net, plain.config, plain.contexts).fit(data, recorder)
+    assert recorder.steps("evaluated") == [7]
+
+
+def test_the_perplexity_is_e_to_the_mlm_loss(recwarn):
+    assert Averages(np.log(50.0), 9.0, 0.1, 0.5).perplexity == pytest.approx(50)
+    assert Averages(1e4, 9.0, 0.1, 0.5).perplexity == np.inf
+    assert not recwarn.list
 
 
 def test_an_interrupt_ends_between_steps_and_inside_an_evaluation(data):

@@ -20,6 +20,7 @@ examples:
   python tools/pretrain.py                                   the book's small BERT on the text in this Python
   python tools/pretrain.py --corpus wikitext-2 --gpus 0,1    the book's text, on two GPUs
   python tools/pretrain.py --preset bert-tiny --corpus my_texts/ --num-steps 5000 --eval-every 500
+  python tools/pretrain.py --preset bert-tiny --max-minutes 30 --eval-every 100 --patience 5
   python tools/pretrain.py --cpus 2 --batch-size 64 --seed 7
 
 What stands in brackets is what the presets have. A run's folder holds config.json, vocab.json, log.jsonl,
@@ -86,21 +87,30 @@ def starting_point(arguments: argparse.Namespace) -> Config:
 
 def train(config: Config, contexts: list[Any], output: Path) -> int:
     """The run itself: data, network, steps, and what is left in the folder."""
-    from gluon_bert import checkpoint
+    from gluon_bert.checkpoint import check_new, create_run, save_checkpoint
     from gluon_bert.data.loader import load_data
     from gluon_bert.model.bert import BERTModel
     from gluon_bert.training.report import References, Report
-    from gluon_bert.training.trainer import Trainer
+    from gluon_bert.training.trainer import Trainer, check_evaluable
 
     class SavingReport(Report):
-        """Keeps the weights that were evaluated, too."""
+        """Keeps the weights of each evaluation, and whenever it is asked to."""
 
-        def evaluated(self, step: int, held_out: Any) -> None:
-            super().evaluated(step, held_out)
-            checkpoint.save_checkpoint(output, net, step)
+        saved: int | None = None
 
-    checkpoint.check_new(output)
+        def evaluated(self, step: int, held_out: Any, best: Any) -> None:
+            super().evaluated(step, held_out, best)
+            self.save(best=best.step == step)
+
+        def save(self, best: bool = False) -> None:
+            """Keep the weights after the step that was made last; once more does nothing."""
+            if self.saved != self.step:
+                save_checkpoint(output, net, self.step, best=best, keep=config.train.keep)
+                self.saved = self.step
+
+    check_new(output)
     data = load_data(config.data, config.train.batch_size, config.train.seed)
+    check_evaluable(config.train, data)
     net = BERTModel(len(data.vocab), config.model)
     net.setup(contexts, config.train.seed)
     facts = {
@@ -109,16 +119,16 @@ def train(config: Config, contexts: list[Any], output: Path) -> int:
         "text": data.fingerprint,
         "losses_for_comparison": References.of(data)._asdict(),
     }
-    checkpoint.create_run(output, config, data.vocab, facts)
+    create_run(output, config, data.vocab, facts)
     print(f"{describe(net, data, contexts)}\nrun folder: {output}", file=sys.stderr)
     trainer = Trainer(net, config.train, contexts)
     report = SavingReport(output, config.train, data)
     try:
         with interrupts_between_steps(trainer):
             trainer.fit(data, report)
-        checkpoint.save_checkpoint(output, net, report.step)
+        report.save()
     except KeyboardInterrupt:
-        checkpoint.save_checkpoint(output, net, report.step)
+        report.save()
         print(f"the weights after step {report.step} are kept in {output}", file=sys.stderr)
         raise
     finally:

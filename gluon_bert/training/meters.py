@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import contextmanager
 from typing import Any, Iterator, NamedTuple
@@ -20,6 +21,44 @@ class Averages(NamedTuple):
     nsp_loss: float
     mlm_accuracy: float
     nsp_accuracy: float
+
+    @property
+    def loss(self) -> float:
+        """MLM and NSP loss together; what was not counted, as its accuracy tells, adds nothing."""
+        both = ((self.mlm_loss, self.mlm_accuracy), (self.nsp_loss, self.nsp_accuracy))
+        return sum(loss for loss, accuracy in both if not math.isnan(accuracy))
+
+    @property
+    def perplexity(self) -> float:
+        """e to the MLM loss: among so many equally likely words it would be as hard to choose."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.mlm_loss))
+
+
+class Best(NamedTuple):
+    """The best evaluation so far, and how many were made in all and since."""
+
+    step: int
+    held_out: Averages
+    evaluations: int = 1
+    since: int = 0
+
+    def exhausts(self, patience: int) -> bool:
+        """Whether so many evaluations in a row were no better; never with a patience of 0."""
+        return 0 < patience <= self.since
+
+
+def best_of(before: Best | None, step: int, held_out: Averages) -> Best:
+    """The best evaluation, now that there is one more.
+
+    The lower MLM loss is the better. NSP has no say: it is easy, and a small text's pairs are soon learnt by
+    heart, while what is learnt of the words goes on improving.
+    """
+    if before is None:
+        return Best(step, held_out)
+    if held_out.mlm_loss < before.held_out.mlm_loss:
+        return Best(step, held_out, before.evaluations + 1)
+    return before._replace(evaluations=before.evaluations + 1, since=before.since + 1)
 
 
 class Totals(NamedTuple):
@@ -79,11 +118,13 @@ class Progress(NamedTuple):
     """Where a run stands: the window since the last report, and the run so far."""
 
     step: int
+    planned_steps: float  # of the whole run, as far as one can tell
     window: Averages
     run: Averages
     pairs_per_second: float  # of the window
     run_pairs_per_second: float
     seconds: float  # since the first step began, without evaluations
+    seconds_left: float  # of the whole run, with evaluations at the rate so far
     lr: float  # of this step
     gradient_norm: float  # of this step, before clipping
 
@@ -92,22 +133,32 @@ class Clock:
     """The time and the totals of a run, from the making of its first batch on."""
 
     def __init__(self) -> None:
-        self._started = self._window_started = time.perf_counter()
+        self._started = time.perf_counter()
+        self._stopped = 0.0  # seconds that do not count as training
+        self._window_started = 0.0  # seconds that do, before the window
         self._run = Totals.nothing()
 
-    def progress(self, step: int, window: Totals, lr: float, gradient_norm: float) -> Progress:
+    def elapsed(self) -> float:
+        """Seconds since the start, with those that do not count as training."""
+        return time.perf_counter() - self._started
+
+    def progress(
+        self, step: int, planned_steps: float, window: Totals, lr: float, gradient_norm: float
+    ) -> Progress:
         """How the run stands after a step with this learning rate, given what came since the last call."""
-        now = time.perf_counter()
+        elapsed = self.elapsed()
         self._run = self._run.plus(window)
-        window_seconds, seconds = now - self._window_started, now - self._started
-        self._window_started = now
+        seconds = elapsed - self._stopped
+        window_seconds, self._window_started = seconds - self._window_started, seconds
         return Progress(
             step,
+            planned_steps,
             window.averages(),
             self._run.averages(),
             window.num_pairs / window_seconds,
             self._run.num_pairs / seconds,
             seconds,
+            elapsed / step * (planned_steps - step),
             lr,
             gradient_norm,
         )
@@ -115,8 +166,6 @@ class Clock:
     @contextmanager
     def stopped(self) -> Iterator[None]:
         """Time that does not count as training."""
-        before = time.perf_counter()
+        before = self.elapsed()
         yield
-        away = time.perf_counter() - before
-        self._started += away
-        self._window_started += away
+        self._stopped += self.elapsed() - before

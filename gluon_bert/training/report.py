@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ..config import TrainConfig, without_nan
 from ..data.loader import Data
 from ..files import written_aside
-from .meters import Averages, Progress
+from .meters import Averages, Best, Progress
+from .trainer import Reporter
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class References(NamedTuple):
         return cls(math.log(len(data.vocab)), data.unigram_loss, data.held_out_unigram_loss, math.log(2))
 
 
-class Report:
+class Report(Reporter):
     """Tells of a run on the screen, in log.jsonl and in losses.png.
 
     On a terminal there is a progress bar; elsewhere a plain line per window. The log has a JSON object a
@@ -47,18 +48,21 @@ class Report:
         self.step = 0
         self.last: Progress | None = None
         self.held_out: Averages | None = None
+        self.best: Best | None = None
         self._config = config
+        self._about = "~" if config.max_minutes else ""
         # Looked up now, not at import: notebooks and tests put another stream in its place.
         self._screen = screen or sys.stderr
         self._records: list[dict[str, Any]] = []
         self.folder.mkdir(parents=True, exist_ok=True)
         self._log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
         self._bar = tqdm(
-            total=config.num_steps,
-            bar_format="{n}/{total} {bar}[{elapsed}<{remaining}{postfix}]",
+            total=config.num_steps or None,  # not known yet where the minutes end the run
+            bar_format="{n}/" + self._about + "{total} {bar}[{elapsed}<{remaining}{postfix}]",
             file=self._screen,
             disable=not self._screen.isatty(),
             dynamic_ncols=True,
+            smoothing=0,  # what is left, at the pace of the whole run, evaluations and all
         )
 
     def stepped(self, step: int) -> None:
@@ -77,22 +81,25 @@ class Report:
                 "seconds": progress.seconds,
             }
         )
-        window = progress.window
+        window, planned = progress.window, math.ceil(progress.planned_steps)
+        self._bar.total = planned
         # Short enough for a terminal of 80 columns.
         self._bar.set_postfix_str(
             f"MLM {window.mlm_loss:.3f} ({window.mlm_accuracy:.0%}) NSP {window.nsp_loss:.3f} "
             f"({window.nsp_accuracy:.0%}) lr {progress.lr:.2g} {progress.pairs_per_second:.0f} pairs/s"
         )
         if self._bar.disable:
-            steps = self._config.num_steps
-            left = tqdm.format_interval(progress.seconds / progress.step * (steps - progress.step))
+            left = tqdm.format_interval(progress.seconds_left)
             told = f"{in_words(window)}, lr {progress.lr:.3g}, {progress.pairs_per_second:.1f} pairs/s"
-            print(f"step {progress.step}/{steps}: {told}, {left} left", file=self._screen)
+            print(f"step {progress.step}/{self._about}{planned}: {told}, {left} left", file=self._screen)
 
-    def evaluated(self, step: int, held_out: Averages) -> None:
-        self.held_out = held_out
-        self._record({"step": step, "held_out": held_out._asdict()})
-        self._bar.write(f"held-out text after step {step}: {in_words(held_out)}", file=self._screen)
+    def evaluated(self, step: int, held_out: Averages, best: Best) -> None:
+        self.held_out, self.best = held_out, best
+        self._record({"step": step, "held_out": {**held_out._asdict(), "perplexity": held_out.perplexity}})
+        told = f"held-out text after step {step}: {held_out_in_words(held_out)}"
+        if best.since:
+            told += f"; the best was MLM loss {best.held_out.mlm_loss:.3f} after step {best.step}"
+        self._bar.write(told, file=self._screen)
 
     def close(self) -> None:
         """Close the log and draw losses.png; once more does no harm."""
@@ -115,7 +122,14 @@ class Report:
             f"last window: {in_words(window)}",
         ]
         if self.held_out:
-            lines.append(f"held-out text: {in_words(self.held_out)}")
+            lines.append(f"held-out text: {held_out_in_words(self.held_out)}")
+        if self.best and self.best.evaluations > 1:
+            lines.append(best_in_words(self.best))
+        if self.best and self.best.exhausts(self._config.patience):
+            lines.append(
+                f"The run ended after step {self.step}: {self.best.since} evaluations in a row were no "
+                f"better than the best (--patience {self._config.patience})."
+            )
         frequencies = f"{references.unigram:.3f} = entropy of the words' frequencies"
         if self.held_out:
             frequencies += f" ({references.held_out_unigram:.3f} on the held-out text)"
@@ -124,15 +138,20 @@ class Report:
             f"NSP {references.coin:.3f} = ln 2, a coin"
         )
         reached, line = window.mlm_loss, references.unigram
-        if self.held_out:
-            reached, line = self.held_out.mlm_loss, references.held_out_unigram
+        if self.best:
+            reached, line = self.best.held_out.mlm_loss, references.held_out_unigram
         if not reached < line:
             lines.append(
                 f"The MLM loss, {reached:.3f}, is still above {line:.3f}: so far the model has "
                 "at best learnt how frequent words are, not what surrounds them. This is how BERT begins; "
-                "more steps are needed (--num-steps)."
+                f"more steps are needed ({self._what_ended_it()})."
             )
         return lines
+
+    def _what_ended_it(self) -> str:
+        if self.best and self.best.exhausts(self._config.patience):
+            return "--patience"
+        return "--num-steps" if self.step == self._config.num_steps else "--max-minutes"
 
     def _record(self, record: dict[str, Any]) -> None:
         self._records.append(record)
@@ -153,18 +172,35 @@ def in_words(averages: Averages) -> str:
     ).replace("%", " %")
 
 
+def held_out_in_words(averages: Averages) -> str:
+    """What an evaluation gave, for a person."""
+    return f"{in_words(averages)}, perplexity {averages.perplexity:,.1f}"
+
+
+def best_in_words(best: Best) -> str:
+    """Which evaluation was the best of several, and where its weights are."""
+    if not best.since:
+        return f"This was the best of {best.evaluations} evaluations."
+    told = held_out_in_words(best.held_out)
+    return f"the best of {best.evaluations} evaluations, after step {best.step}: {told} (--checkpoint best)"
+
+
 def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: References) -> None:
-    """Draw the two losses over the steps, with the reference lines, as a PNG."""
+    """Draw the two losses over the steps, with the best evaluation and the reference lines, as a PNG."""
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     mlm, nsp = figure.subplots(1, 2)
     trained = [r for r in records if "held_out" not in r]
     held_out = [r for r in records if "held_out" in r]
     for axes, name, title in ((mlm, "mlm_loss", "Masked language model"), (nsp, "nsp_loss", "Next sentence")):
-        axes.plot([r["step"] for r in trained], [r[name] for r in trained], ".-", label="training")
+        curve(axes, [(r["step"], r[name]) for r in trained], "training", "tab:blue")
         if held_out:
-            values = [r["held_out"][name] for r in held_out]
-            axes.plot([r["step"] for r in held_out], values, "o", color="tab:orange", label="held-out text")
+            curve(axes, [(r["step"], r["held_out"][name]) for r in held_out], "held-out text", "tab:orange")
+        if len(held_out) > 1:
+            best = min(held_out, key=lambda r: r["held_out"]["mlm_loss"])
+            step, value = best["step"], best["held_out"][name]
+            label = f"best checkpoint, step {step}"
+            axes.plot(step, value, "*", color="tab:red", ms=11, zorder=3, label=label)
         axes.set(title=title, xlabel="optimizer step", ylabel="loss [nats]", xlim=(0, None))
         axes.grid(alpha=0.3)
     mlm.axhline(references.uniform, color="grey", ls=":", label=f"ln V = {references.uniform:.2f}")
@@ -175,6 +211,15 @@ def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: Refer
         mlm.axhline(value, color="tab:orange", ls="--", label=f"{alone}, held out = {value:.2f}")
     nsp.axhline(references.coin, color="grey", ls="--", label=f"a coin, ln 2 = {references.coin:.2f}")
     for axes in (mlm, nsp):
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, frameon=False)
+        # Small, or the wide legend takes the width from the curves.
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncol": 2, "columnspacing": 1.0}
+        axes.legend(**place, fontsize="small", frameon=False)
     with written_aside(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def curve(axes: Any, points: Sequence[tuple[int, float]], label: str, color: str) -> None:
+    """Draw losses over steps, with a mark each as long as the marks can be told apart."""
+    marker = "o" if len(points) <= 60 else ""
+    steps, losses = zip(*points) if points else ((), ())
+    axes.plot(steps, losses, "-", marker=marker, ms=4, color=color, label=label)

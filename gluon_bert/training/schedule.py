@@ -1,4 +1,4 @@
-"""Step -> learning rate. Pure functions of a place in a run: they know no optimizer and no clock."""
+"""Step -> learning rate, and how long a run is. Pure functions: they know no optimizer and read no clock."""
 
 from __future__ import annotations
 
@@ -13,6 +13,25 @@ DECAYS = {
     "linear": lambda way: 1.0 - way,
     "cosine": lambda way: 0.5 + 0.5 * math.cos(math.pi * way),  # Loshchilov and Hutter 2017, equation 5
 }
+
+
+def planned_steps(config: TrainConfig, step: int, finished: int, elapsed: float) -> float:
+    """How many steps the run will have, as far as one can tell when `step` begins; maybe a fraction.
+
+    That is `num_steps`, or as many as `max_minutes` have room for at the pace so far: `finished` steps took
+    `elapsed` seconds, evaluations included, while those between may still be queued on a device. Planned
+    on this, the learning rate follows the share of the time that is gone, and the last step is the one that
+    will use up the time.
+
+    >>> planned_steps(TrainConfig(num_steps=0, max_minutes=1.0), step=13, finished=10, elapsed=20.0)
+    30.0
+    """
+    num_steps = config.num_steps or math.inf
+    if not config.max_minutes:
+        return num_steps
+    # Before any is finished the pace is not known: a second, a guess that matters to the warm-up alone.
+    pace = elapsed / finished if finished else 1.0
+    return min(num_steps, max(step, 60 * config.max_minutes / pace))
 
 
 def learning_rate(config: TrainConfig, step: float, num_steps: float) -> float:
@@ -34,7 +53,9 @@ def learning_rate(config: TrainConfig, step: float, num_steps: float) -> float:
     peak = peak_step(config, num_steps)
     if step <= peak:
         return config.lr * (step / peak)
-    return config.lr * DECAYS[config.schedule]((step - peak) / (num_steps + 1 - peak))
+    # At least 1 where there is no limit on steps and no plan, which only a constant rate goes with.
+    way = max(1, num_steps + 1 - peak)
+    return config.lr * DECAYS[config.schedule]((step - peak) / way)
 
 
 def peak_step(config: TrainConfig, num_steps: float) -> int:
