@@ -34,7 +34,7 @@ def as_json(
     Raises BadInput for what this text or this export cannot be asked, and where the network gives no numbers.
     """
     if not np.isfinite(answer.vectors).all():
-        raise BadInput("the network gives no finite numbers for this text: export another run")
+        raise BadInput("the network gives no finite numbers for this text: its training had diverged")
     text = answer.text
     content: dict[str, Any] = dict(zip(("text", "pair"), given))
     content.update(tokens=list(text.tokens), unknown=list(text.unknown), truncated=text.truncated)

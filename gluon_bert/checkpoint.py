@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
+import numpy as np
+
 from .config import GROUPS, Config, write_json
 from .data.texts import TextReader
 from .data.vocab import Vocabulary
@@ -108,7 +110,9 @@ def find_checkpoint(folder: Path, which: str | int = "latest") -> int:
     """The step of the checkpoint `latest`, `best` or of that step; BadInput tells which ones there are."""
     there = steps(folder)
     if not there:
-        raise BadInput(f"{folder}: the run has no checkpoint yet")
+        raise BadInput(
+            f"{folder}: the run has no checkpoint yet: it keeps one with its first evaluation or at its end"
+        )
     named = {"latest": there[-1], **{str(step): step for step in there}}
     if str(which) not in named:
         best = best_step(folder)
@@ -146,9 +150,24 @@ def load_run(folder: Path, contexts: Sequence[Any] | None = None, which: str | i
     try:
         net.load_parameters(str(path), ctx=list(contexts or [mx.cpu()]))
     except (mx.MXNetError, AssertionError, ValueError, OSError) as error:
-        raise BadInput(f"{path}: cannot be read as the weights of this run ({in_a_line(error)})") from error
+        # What MXNet says next is for programs: how to load a part of the parameters all the same.
+        reason = in_a_line(error).split(" Please make sure")[0].split("Set allow_missing")[0].rstrip(" .")
+        raise BadInput(
+            f"{path}: cannot be read as the weights of this run ({reason}): it is damaged, or {CONFIG} or "
+            f"{vocab.FILE} is another run's"
+        ) from error
+    _refuse_no_numbers(net, path)
     net.compile()
     return Run(net, vocab, config, step)
+
+
+def _refuse_no_numbers(net: Any, path: Path) -> None:
+    for name, parameter in net._collect_params_with_prefix().items():
+        if not np.isfinite(parameter.list_data()[0].asnumpy()).all():
+            raise BadInput(
+                f"{path}: {name} holds values that are no numbers: the training had diverged, or the file is "
+                "damaged; name another with --checkpoint"
+            )
 
 
 def _path(folder: Path, step: int) -> Path:

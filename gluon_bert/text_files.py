@@ -47,8 +47,8 @@ def parse_line(where: str, text: str) -> Line:
     return Line(where, parts[0], parts[1] if len(parts) == 2 else None)
 
 
-def read_lines(path: Path) -> Iterator[Line]:
-    """The texts of a UTF-8 file; BadInput names the line that is none."""
+def read_lines(path: Path, flag: str = "--input") -> Iterator[Line]:
+    """The texts of a UTF-8 file, which a flag names; BadInput says which line is none."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -60,14 +60,14 @@ def read_lines(path: Path) -> Iterator[Line]:
                     raise BadInput(f"{where}: byte {wrong:#04x} is not UTF-8; convert it first") from error
                 yield parse_line(where, text)
     except OSError as error:
-        raise BadInput(f"--input {path}: cannot be read ({error.strerror or error})") from error
+        raise BadInput(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
 
 
-def count_lines(path: Path) -> int:
+def count_lines(path: Path, flag: str = "--input") -> int:
     """How many texts a file has, after a look at each; BadInput where a line is none, or none is there."""
-    count = sum(1 for _ in read_lines(path))
+    count = sum(1 for _ in read_lines(path, flag))
     if not count:
-        raise BadInput(f"--input {path}: is empty; a text a line is needed")
+        raise BadInput(f"{flag} {path}: is empty; a text a line is needed")
     return count
 
 

@@ -3,8 +3,10 @@
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import encode
 import numpy as np
@@ -187,6 +189,52 @@ def test_a_bad_line_leaves_no_file(run_folder, sentences, tmp_path, capsys):
         capsys, run_folder, "--input", sentences, "--output", output
     )
     assert [path.name for path in tmp_path.iterdir()] == ["sentences.txt"]
+
+
+def test_the_texts_are_not_overwritten(run_folder, sentences, tmp_path, capsys):
+    same = tmp_path / "same.jsonl"
+    sentences.rename(same)
+    content = same.read_bytes()
+    shown = told(capsys, run_folder, "--input", same, "--output", tmp_path / "x" / ".." / "same.jsonl")
+    assert "there is no folder" in shown or "is the file of --input" in shown
+    assert "is the file of --input" in told(capsys, run_folder, "--input", same, "--output", same)
+    assert same.read_bytes() == content
+    (tmp_path / "folder.npz").mkdir()
+    assert "is a folder; name another file" in told(
+        capsys, run_folder, "a", "--output", tmp_path / "folder.npz"
+    )
+    assert "--top 3: is for --fill-mask" in told(capsys, run_folder, "a", "--top", "3")
+
+
+def test_nothing_speaks_to_the_terminal(run_folder, capsys):
+    assert encode.main([str(run_folder), "a \x1b[31mcrane\x07"]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\x07" not in shown
+    assert "\\x1b[31mcrane" in shown
+
+
+def test_weights_that_are_no_numbers(run_folder, tmp_path, capsys):
+    folder = copy_of(run_folder, tmp_path / "run")
+    net = load_run(folder).net
+    net.encoder.embeddings.positions.weight.set_data(mx.nd.full((32, 16), np.nan))
+    save_checkpoint(folder, net, 2)
+    assert "encoder.embeddings.positions.weight holds values that are no numbers" in told(capsys, folder, "a")
+    assert encode.main([str(folder), "a", "--checkpoint", "1"]) == 0
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_command_leaves_nothing(run_folder, tmp_path, number, status):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a crane is flying\n" * 200_000, "utf-8")
+    output = tmp_path / "vectors.npz"
+    command = [sys.executable, str(ROOT / "tools" / "encode.py"), str(run_folder), "--input", str(texts)]
+    process = subprocess.Popen([*command, "--output", str(output)], stderr=subprocess.PIPE)
+    while not list(tmp_path.glob(".vectors.npz*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait() == status
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
 
 
 def test_what_is_no_run(run_folder, tmp_path, capsys):

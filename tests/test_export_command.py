@@ -88,7 +88,11 @@ def test_what_is_refused(run_folder, tmp_path, capsys):
     assert "--max-error: is for the formats" in shown
     assert "--max-error 0.0: must be above 0" in shown
     missing = told(capsys, run_folder, "--format", "bf16", "--text", tmp_path / "x.txt")
-    assert "x.txt: cannot be read" in missing
+    assert "--text" in missing and "x.txt: cannot be read" in missing
+    (tmp_path / "file").write_text("mine")
+    assert f"{tmp_path / 'file'} is no folder" in told(
+        capsys, run_folder, "--output", tmp_path / "file" / "x"
+    )
 
 
 def test_a_corpus_that_is_gone(run_folder, text_file, capsys):

@@ -103,9 +103,9 @@ def benchmark(arguments: argparse.Namespace) -> int:
     from gluon_bert.checkpoint import load_run
 
     check(arguments)
+    names = chosen(arguments.against)
     run = load_run(arguments.run)
     texts = texts_of(run, arguments)
-    names = chosen(arguments.against)
     with TemporaryDirectory(prefix="gluon_bert-benchmark-") as folder, ExitStack() as stack:
         works = {}
         for name in names:
@@ -146,6 +146,9 @@ def chosen(against: str | None) -> list[str]:
     from encoders import CONTESTANTS, installed, missing
 
     if against is None:
+        left_out = [f"{name} (needs {' and '.join(missing(name))})" for name in CONTESTANTS if missing(name)]
+        if left_out:
+            print(f"left out, as not installed: {', '.join(left_out)}", file=sys.stderr)
         return installed()
     names = against.split(",")
     unknown = [name for name in names if name not in CONTESTANTS]
@@ -167,8 +170,8 @@ def texts_of(run: Any, arguments: argparse.Namespace) -> Sequence[Any]:
         return held_out_texts(run, arguments.texts)
     from gluon_bert.text_files import count_lines, read_lines
 
-    count_lines(arguments.text)
-    texts = [run.reader.text(*line.given, truncate=True) for line in read_lines(arguments.text)]
+    count_lines(arguments.text, "--text")
+    texts = [run.reader.text(*line.given, truncate=True) for line in read_lines(arguments.text, "--text")]
     return list(islice(cycle(texts), arguments.texts))
 
 

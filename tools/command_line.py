@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import signal
 import sys
 from concurrent.futures import BrokenExecutor
-from typing import Any, Callable, Dict, List, Tuple, get_type_hints
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Tuple, get_type_hints
 
 from gluon_bert import runtime
 from gluon_bert.config import GROUPS, PRESETS, Config, flag
@@ -70,11 +72,19 @@ def run(main: Callable[[List[str]], int]) -> None:
     sys.exit(main(sys.argv[1:]))
 
 
+class Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+
+
 def guarded(body: Callable[[], int], name: str) -> int:
-    """The exit status of a command: its own, 2 for bad input told in words, 130 for Ctrl-C."""
+    """The exit status of a command: its own, 2 for bad input told in words, 130 or 143 if it was stopped."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr, force=True)
     try:
-        return body()
+        with _terminated_by_exception():
+            return body()
+    except Terminated:
+        print(f"{name}: stopped", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except BadInput as error:
         for line in str(error).splitlines():
             print(f"{name}: {line}", file=sys.stderr)
@@ -91,10 +101,34 @@ def guarded(body: Callable[[], int], name: str) -> int:
         return _failed(name, error)
 
 
+@contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """Let SIGTERM end the block by an exception, so that what is half-written is cleaned up."""
+
+    def handle(*_: Any) -> None:
+        raise Terminated
+
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not signal.SIG_DFL:  # the command has its own way
+        yield
+        return
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _failed(name: str, error: BaseException) -> int:
     """Tell in a line what went wrong outside the user's input; its origin only where the log asks for it."""
     logging.debug("where it went wrong", exc_info=error)
     told = in_a_line(error)
+    if isinstance(error, OSError) and error.strerror:
+        told = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if "Write incomplete" in told or "No space left" in told:
+        told += (
+            " (the disk is full, or a limit on the size of files is reached: make room, or write elsewhere)"
+        )
     if isinstance(error, MemoryError) or "allocate" in told:
         told += " (less memory: a smaller --batch-size, --max-len or network)"
     print(f"{name}: {type(error).__name__}: {told}", file=sys.stderr)

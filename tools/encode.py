@@ -18,6 +18,9 @@ from tqdm import tqdm
 from gluon_bert.errors import BadInput
 from gluon_bert.files import written_aside
 
+# Words that are told for a <mask> where nobody says how many.
+TOP = 5
+
 EXAMPLES = """\
 examples:
   python tools/encode.py runs/d2l-1 "a crane is flying" "a crane driver came || he just left"
@@ -28,11 +31,12 @@ examples:
 
 RUN is the folder of a run, or that of an export. A text is split into words as in training; one whose tokens
 stand apart by spaces is taken as it is. Words that the vocabulary does not have are told, and so is what was
-cut off where a text is longer than the network was trained for.
+cut off where a text is longer than the network was trained for. In a file of texts no line may be empty.
 
-vectors.npz holds, for N texts, the arrays cls, mean and pooled, (N, C), and truncated, (N,); with
---token-vectors also vectors, those of all tokens one text after the other, and starts, (N + 1,), where each
-text begins. mean is over all tokens of a text, <cls> and <sep> among them.
+vectors.npz holds, for N texts, the arrays cls, mean and pooled, (N, C), and truncated, (N,), how many tokens
+were cut off; with --token-vectors also vectors, those of all tokens one text after the other, and starts,
+(N + 1,), where each text begins. mean is over all tokens of a text, <cls> and <sep> among them. A file of
+that name is replaced once the new one is whole.
 """
 
 
@@ -51,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     ask = p.add_argument_group("what to ask (vectors)").add_mutually_exclusive_group()
     ask.add_argument("--fill-mask", nargs="*", metavar="TEXT", help="the likeliest words for each <mask>")
     ask.add_argument("--next", nargs="*", metavar="TEXT", help="how likely the second text follows the first")
-    p.add_argument("--top", type=int, default=5, metavar="N", help="words for each <mask> (5)")
+    p.add_argument("--top", type=int, metavar="N", help="words for each <mask> (5)")
     p.add_argument("--token-vectors", action="store_true", help="also the vector of each token")
     p.add_argument("--input", type=Path, metavar="FILE", help="texts from a UTF-8 file, a line each")
     p.add_argument(
@@ -107,6 +111,8 @@ def encode(arguments: argparse.Namespace) -> int:
             bar.update(1)
         bar.close()
     print("".join(seen.report(predictor.reader.max_len)), end="", file=sys.stderr)
+    if arguments.output:
+        print(f"{arguments.output}: {total} texts")
     return 0
 
 
@@ -129,9 +135,14 @@ def check(arguments: argparse.Namespace, ask: str, texts: list[str]) -> None:
         problems.append("--input: texts on the command line too; give one or the other")
     if not arguments.input and not texts:
         problems.append('no text: give some, such as "a crane is flying", or a file of them with --input')
-    if arguments.top < 1:
+    if arguments.top is not None and arguments.top < 1:
         problems.append(f"--top {arguments.top}: must be at least 1")
+    if arguments.top is not None and ask != "masks":
+        problems.append(f"--top {arguments.top}: is for --fill-mask")
     output = arguments.output
+    if output and (output.is_dir() or (arguments.input and same_file(output, arguments.input))):
+        what = "is a folder" if output.is_dir() else "is the file of --input"
+        problems.append(f"--output {output}: {what}; name another file")
     if output and output.suffix not in (".npz", ".jsonl"):
         problems.append(f"--output {output}: must end in .npz, for vectors, or in .jsonl")
     if output and output.suffix == ".npz" and ask != "vectors":
@@ -142,6 +153,11 @@ def check(arguments: argparse.Namespace, ask: str, texts: list[str]) -> None:
         problems.append("--json: is for the screen, --output writes a file; give one of them")
     if problems:
         raise BadInput("\n".join(problems))
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether both are one file that is there."""
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def predictor_of(folder: Path, context: Any, checkpoint: str = "latest") -> Any:
@@ -180,7 +196,7 @@ def sink(arguments: argparse.Namespace, ask: str, vocab: Any, stack: ExitStack) 
     from gluon_bert.text_files import vector_file
 
     def as_line(line: Any, answer: Any) -> str:
-        content = as_json(answer, vocab, [ask], arguments.top, arguments.token_vectors, line.given)
+        content = as_json(answer, vocab, [ask], arguments.top or TOP, arguments.token_vectors, line.given)
         return json.dumps(content, ensure_ascii=False)
 
     if arguments.output is None:
@@ -199,7 +215,7 @@ def in_words(line: Any, answer: Any, ask: str, vocab: Any, arguments: argparse.N
     """An answer for people."""
     told = [" || ".join(line.given)]
     if ask == "masks":
-        filled = answer.fill_masks(vocab, arguments.top)
+        filled = answer.fill_masks(vocab, arguments.top or TOP)
         for number, words in enumerate(filled, 1):
             told += [f"  <mask> {number} of {len(filled)}"] if len(filled) > 1 else []
             told += [f"  {probability:8.4f}  {word}" for word, probability in words]
@@ -216,7 +232,12 @@ def in_words(line: Any, answer: Any, ask: str, vocab: Any, arguments: argparse.N
                 f"  {token:<15} {numbers_in_words(vector)}"
                 for token, vector in zip(answer.text.tokens, answer.vectors)
             ]
-    return "\n".join(told)
+    return "\n".join(map(printable, told))
+
+
+def printable(text: str) -> str:
+    """A text in which nothing speaks to the terminal but to the reader."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def numbers_in_words(vector: np.ndarray, shown: int = 5) -> str:

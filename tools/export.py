@@ -128,8 +128,8 @@ def texts_of(run: Any, path: Path | None) -> Sequence[Any]:
 
     if path is None:
         return held_out_texts(run)
-    count_lines(path)
-    return [run.reader.text(*line.given, truncate=True) for line in read_lines(path)]
+    count_lines(path, "--text")
+    return [run.reader.text(*line.given, truncate=True) for line in read_lines(path, "--text")]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from command_line import guarded, run
+from command_line import Terminated, guarded, run
 
 from gluon_bert.errors import BadInput
 from gluon_bert.serving.server import ServerFailed, Settings, need_server, serving
@@ -27,9 +27,9 @@ It answers on this machine alone (127.0.0.1), at /predictions/bert. A request is
   "top"                  how many words for each <mask> (5)
   "token_vectors"        true: the vector of every token, too
 
-An answer is an object as `tools/encode.py --json` prints it; what cannot be answered gets status 400 and
-{"error": why}. Ctrl-C and SIGTERM stop the server; the exit status is then 130 or 143. It is 1 where the
-server fails by itself, and 2 where something given cannot be used.
+An answer is an object as `tools/encode.py --json` prints it; what cannot be answered, such as a text that
+is too long, gets status 400 and {"error": why}. Ctrl-C and SIGTERM stop the server; the exit status is then
+130 or 143. It is 1 where the server fails by itself, and 2 where something given cannot be used.
 """
 
 
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     before = {number: signal.signal(number, _stop_once) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return guarded(lambda: serve(arguments), "serve")
-    except _Terminated:
+    except Terminated:
         print("serve: stopped", file=sys.stderr)
         return 128 + signal.SIGTERM
     finally:
@@ -126,15 +126,11 @@ def example(address: str) -> str:
     return f"""curl -H 'Content-Type: application/json' -d '{{"text": "a crane is flying"}}' {address}"""
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as KeyboardInterrupt is SIGINT."""
-
-
 def _stop_once(number: int, _: Any) -> None:
     """End by an exception, and let no second signal interrupt the cleaning up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 if __name__ == "__main__":

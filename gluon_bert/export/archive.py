@@ -45,7 +45,9 @@ def pack(export: Path, folder: Path) -> Path:
     need_archiver()
     manifest = Manifest.load(export)
     if manifest.format != "mxnet":
-        raise BadInput(f"{export}: is an export as {manifest.format}; the model server takes --format mxnet")
+        raise BadInput(
+            f"{export}: is an export as {manifest.format}; the model server takes --format mar or mxnet"
+        )
     with TemporaryDirectory(dir=folder) as content:
         for name in (MANIFEST, *manifest.files):
             shutil.copy(export / name, content)
@@ -57,19 +59,26 @@ def pack(export: Path, folder: Path) -> Path:
 
 
 def check_archive(path: Path) -> None:
-    """Raise BadInput unless a file is an archive of `pack`, and whole."""
+    """Raise BadInput unless a file is an archive of `pack`, and whole, that can be served here."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
             handler = json.loads(archive.read("MAR-INF/MANIFEST.json"))["model"]["handler"]
+            tokenizer = json.loads(archive.read(MANIFEST))["tokenizer"]["kind"] if handler == HANDLER else ""
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
         raise BadInput(
-            f"{path}: cannot be read as a model archive ({type(error).__name__}: {error})"
+            f"{path}: cannot be read as a model archive ({type(error).__name__}: {error}); export the run "
+            "again"
         ) from error
     if damaged:
         raise BadInput(f"{path}: is damaged ({damaged}); export the run again")
     if handler != HANDLER:
         raise BadInput(f"{path}: is not an archive of this package: its handler is {handler}")
+    if tokenizer == "wordpiece" and importlib.util.find_spec("tokenizers") is None:
+        raise BadInput(
+            f"{path}: its network reads word pieces, for which tokenizers is not installed: "
+            "pip install -e '.[cpu,serve,wordpiece]'"
+        )
 
 
 def need_archiver() -> None:

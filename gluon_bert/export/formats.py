@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
@@ -193,6 +194,9 @@ def check_free(folder: Path) -> None:
     """Raise BadInput where a folder holds something already; writes nothing."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise BadInput(f"--output {folder}: is there already; name a new folder, or remove it")
+    there = next(path for path in folder.absolute().parents if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"--output {folder}: cannot be written, as {there} is no folder that can")
 
 
 def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:

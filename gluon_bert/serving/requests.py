@@ -101,8 +101,10 @@ def _object(body: bytes) -> dict[str, Any]:
         raise BadInput("the request is not JSON that can be read: too many brackets in each other") from error
     except BadInput:
         raise
-    except ValueError as error:  # not JSON, or a number of thousands of digits
+    except json.JSONDecodeError as error:
         raise BadInput(f"the request is not JSON: {error}") from error
+    except ValueError as error:
+        raise BadInput("the request has a number of more digits than can be read") from error
     if not isinstance(content, dict):
         raise BadInput('the request must be a JSON object such as {"text": "..."}')
     return content
