@@ -13,10 +13,13 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from http.client import HTTPConnection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +27,7 @@ import requests
 import serve
 from conftest import ROOT
 
-from gluon_bert.checkpoint import create_run, load_run, save_checkpoint
+from gluon_bert.checkpoint import Run, create_run, load_run, save_checkpoint
 from gluon_bert.config import preset
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.encoding import Predictor
@@ -34,6 +37,7 @@ from gluon_bert.export.formats import export_mxnet
 from gluon_bert.export.manifest import Manifest
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
+from gluon_bert.serving import handler
 from gluon_bert.serving import server as module
 from gluon_bert.serving.server import MAX_REQUEST, ServerFailed, Settings, free_ports, need_server, serving
 
@@ -111,10 +115,10 @@ assert handler.__file__.startswith(sys.argv[1]), handler.__file__
 class Context:
     system_properties = {"model_dir": sys.argv[1], "gpu_id": None}
     def set_response_status(self, code, phrase, idx): print(idx, code, phrase, file=sys.stderr)
-    def set_response_content_type(self, idx, value): assert value == "application/json"
+    request_ids = {0: "first", 1: "second"}
 assert handler.handle(None, Context()) == []
 assert handler.handle([], Context()) == []
-print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"}], Context())[0])
+print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"}], Context())[0].decode())
 """
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True
@@ -124,6 +128,29 @@ print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"
         assert "1 400 Bad Request" in done.stderr
         (expected,) = predictor.ask([predictor.reader.text("a crane")])
         np.testing.assert_allclose(json.loads(done.stdout)["mean"], expected.mean, atol=1e-5)
+
+    def test_no_status_is_torn_apart_in_the_servers_message(self):
+        """As multi-model-server itself writes it, whatever the answers: see the handler on its pieces."""
+        handlers = pytest.importorskip("mms.protocol.otf_message_handler")
+        rng = random.Random(0)
+        for size in range(1, 9):
+            ids = {i: str(uuid.UUID(int=i)) for i in range(size)}  # as the server's ids are
+            statuses = [rng.choice([200, 400, 500]) for _ in ids]
+            bodies = [b"{" + b"x" * rng.randint(0, 3000) + b"}" for _ in ids]
+            told = handler.aligned(bodies, statuses, ids)
+            assert [each.rstrip(b" ") for each in told] == bodies
+
+            context = SimpleNamespace(
+                get_response_content_type=lambda i: handler.CONTENT_TYPE,
+                get_response_headers=lambda i: {},
+                get_response_status=lambda i, told=statuses: (told[i], HTTPStatus(told[i]).phrase),
+            )
+            message = handlers.create_predict_response(told, ids, "Prediction success", 200, context)
+            at = 0
+            for status in statuses:
+                at = message.index(b"application/json", at) + len("application/json")
+                assert message[at : at + 4] == status.to_bytes(4, "big")
+                assert 0 < at % 16 <= 12
 
     def test_nothing_is_left_where_the_folder_is_taken_or_the_archiver_fails(
         self, run_folder, tmp_path, monkeypatch
@@ -271,6 +298,25 @@ class TestServer:
         assert reply.status_code == 200, reply.text
         assert reply.headers["content-type"] == "application/json"
         return reply.json()
+
+    def test_answers_of_megabytes_fail_no_batch(self, tmp_path):
+        """The frontend reads them in many pieces; a torn status would fail a whole batch."""
+        config = preset("d2l").replace(max_len=64, units=256, ffn_units=16, num_heads=2, num_layers=1)
+        vocab = Vocabulary(WORDS)
+        net = BERTModel(len(vocab), config.model)
+        net.setup([mx.cpu()], seed=0)
+        mar = export_archive(Run(net, vocab, config, step=1), tmp_path / "mar", "encoder")
+        port, management_port = free_ports()
+        with serving(mar, Settings(port=port, management_port=management_port)) as server:
+
+            def ask(length):
+                body = {"text": "crane " * length, "token_vectors": True}
+                reply = requests.post(server.address, json=body, timeout=60)
+                return reply.status_code, len(reply.json()["token_vectors"])
+
+            lengths = [random.Random(i).randint(40, 62) for i in range(160)]
+            with ThreadPoolExecutor(8) as pool:
+                assert list(pool.map(ask, lengths)) == [(200, length + 2) for length in lengths]
 
     def test_texts_pairs_and_ids_have_the_networks_vectors(self, server, predictor):
         reader = predictor.reader
