@@ -144,7 +144,9 @@ class DataConfig:
     num_buckets: int = option(
         1, "batches of like length, padded to this many lengths; 1: all to --max-len", at_least=1
     )
-    num_workers: int = option(0, "processes that read and split the text; 0: this one", at_least=0)
+    num_workers: int = option(
+        0, "processes that prepare the text; 0: this one; large texts want one for each core", at_least=0
+    )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ FLOORS = {
 SHARED_GROUND = {"errors", "files", "config", "runtime"}
 WITHOUT_MXNET = [
     "corpus",
+    "arrays",
+    "shards",
+    "preparation",
     "vocab",
     "pairs",
     "masking",

@@ -8,7 +8,8 @@ from conftest import small_text
 
 from gluon_bert.config import DataConfig
 from gluon_bert.data import pydoc_prose
-from gluon_bert.data.corpus import Corpus, Piece, guess_format, is_held_out, parse_piece, pieces, text_files
+from gluon_bert.data.corpus import Corpus, Piece, guess_format, is_held_out, parse, pieces, text_files
+from gluon_bert.data.documents import prepare
 from gluon_bert.errors import BadInput
 
 PROSE = """The crane is flying over the city. It is
@@ -18,12 +19,19 @@ A crane driver came. He just left.
 """
 
 
+def sides(*paths, **changes):
+    """The documents of a corpus, each with whether it is held out."""
+    config = DataConfig(corpus=tuple(map(str, paths)), **changes)
+    parsed_pieces = [parse(piece, config) for piece in Corpus(config).pieces()]
+    return [side for piece in parsed_pieces for side in zip(piece.documents, piece.held_out)]
+
+
 def documents(path, **changes):
-    return [document for document, _ in Corpus(DataConfig(corpus=(str(path),), **changes))]
+    return [document for document, _ in sides(path, **changes)]
 
 
-def parsed(text, text_format):
-    return parse_piece(Piece(text, text_format), "en", lowercase=True)
+def parsed(text, text_format, **changes):
+    return parse(Piece(text, text_format), DataConfig(**changes)).documents
 
 
 def test_running_text_is_split_into_sentences_across_line_ends():
@@ -40,10 +48,7 @@ def test_a_line_is_a_document_where_lines_are_paragraphs():
 
 def test_sentences_are_found_before_the_text_is_lower_cased():
     text = "Das ist gut. Der Hund läuft hier. Er ist da."
-    piece = Piece(text, "prose")
-    assert parse_piece(piece, "de", lowercase=True) == [
-        ["das ist gut .", "der hund läuft hier .", "er ist da ."]
-    ]
+    assert parsed(text, "prose", language="de") == [["das ist gut .", "der hund läuft hier .", "er ist da ."]]
 
 
 @pytest.mark.parametrize("space", ["\u00a0", "\u2028", "\u0085", "\t"])
@@ -97,12 +102,10 @@ def test_an_article_is_never_parted_between_pieces(tmp_path, monkeypatch):
 
 def test_word_pieces_are_made_of_the_text_as_it_stands():
     text = "It's 3.5 km. Don't: l'été!\n"
-    assert parse_piece(Piece(text, "paragraphs"), "en", lowercase=True, tokenizer="wordpiece") == [
-        ["it ' s 3 . 5 km .", "don ' t : l ' ete !"]
-    ]
+    assert parsed(text, "paragraphs", tokenizer="wordpiece") == [["it ' s 3 . 5 km .", "don ' t : l ' ete !"]]
     assert parsed(text, "paragraphs") == [["it's 3 . 5 km .", "don't : l'été !"]]
     lines = " The <unk> @-@ Crane . It flies . \n"
-    assert parse_piece(Piece(lines, "wikitext"), "en", lowercase=False, tokenizer="wordpiece") == [
+    assert parsed(lines, "wikitext", lowercase=False, tokenizer="wordpiece") == [
         ["The [UNK] @ - @ Crane", "It flies ."]
     ]
 
@@ -171,8 +174,8 @@ def test_the_valid_file_beside_wikitexts_train_file_is_held_out(tmp_path):
         (inner / f"wiki.{name}.tokens").write_text(f" {name} one . {name} two . \n" * 3, "utf-8")
     (inner / "README.md").write_text("No part of the corpus. Not a bit of it.\n", "utf-8")
     for path in (inner, inner / "wiki.train.tokens"):
-        sides = [(d[0], held_out) for d, held_out in Corpus(DataConfig(corpus=(str(path),)))]
-        assert sides == [("train one", False)] * 3 + [("valid one", True)] * 3
+        read = [(d[0], held_out) for d, held_out in sides(path)]
+        assert read == [("train one", False)] * 3 + [("valid one", True)] * 3
 
 
 def test_the_archives_folder_around_wikitexts_files_does_too(tmp_path):
@@ -187,23 +190,16 @@ def test_the_archives_folder_around_wikitexts_files_does_too(tmp_path):
 def test_no_text_is_read_twice_nor_held_out_and_trained_on(tmp_path):
     for name in ("train", "valid", "test"):
         (tmp_path / f"wiki.{name}.tokens").write_text(f" {name} one . {name} two . \n", "utf-8")
-    names = [str(path) for path in sorted(tmp_path.iterdir())] + [str(tmp_path)]
-    sides = [(d[0], held_out) for d, held_out in Corpus(DataConfig(corpus=tuple(names)))]
-    assert sides == [("train one", False), ("valid one", True)]
+    read = sides(*sorted(tmp_path.iterdir()), tmp_path)
+    assert [(d[0], held_out) for d, held_out in read] == [("train one", False), ("valid one", True)]
 
 
 def test_the_held_out_share_depends_on_the_text_alone(text_file):
-    read = list(Corpus(DataConfig(corpus=(str(text_file),), held_out=0.3)))
+    read = sides(text_file, held_out=0.3)
     share = sum(held_out for _, held_out in read) / len(read)
     assert 0.15 < share < 0.45
     assert all(is_held_out(document, 0.3) == held_out for document, held_out in read)
-    assert not any(held for _, held in Corpus(DataConfig(corpus=(str(text_file),), held_out=0.0)))
-
-
-def test_worker_processes_change_nothing(text_file, monkeypatch):
-    alone = list(Corpus(DataConfig(corpus=(str(text_file),), text_format="prose")))
-    spread = list(Corpus(DataConfig(corpus=(str(text_file),), text_format="prose", num_workers=2)))
-    assert spread == alone
+    assert not any(held for _, held in sides(text_file, held_out=0.0))
 
 
 def test_text_that_is_not_utf8_is_told_with_file_and_line(tmp_path):
@@ -228,6 +224,35 @@ def test_a_damaged_gz_is_told(tmp_path):
         documents(path)
 
 
+@pytest.mark.parametrize("text", ["one sentence a line .\n" * 30, "no end of a line at all " * 30])
+def test_a_text_without_ends_of_documents_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch, text):
+    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 100)
+    monkeypatch.setattr("gluon_bert.data.corpus._LARGEST_DOCUMENT", 600)
+    path = tmp_path / "t.txt"
+    path.write_text(f"first document\n\n{text}", "utf-8")
+    told = r"t.txt, line 3: a document of more than .* begins here; put blank lines between documents"
+    with pytest.raises(BadInput, match=told):
+        list(pieces(path, "sentences"))
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.txt.gz"])
+def test_pieces_tell_how_much_of_the_file_is_read(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 500)
+    path = tmp_path / name
+    content = small_text(100).encode()
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    corpus = Corpus(DataConfig(corpus=(str(path),), text_format="sentences"))
+    read = [piece.num_bytes for piece in corpus.pieces()]
+    assert len(read) > 5
+    assert sum(read) == corpus.num_bytes == path.stat().st_size
+
+
+def test_documents_of_one_sentence_are_counted_where_they_are_left_out():
+    piece = Piece("alone here\n\na b\nc d\n\nand alone\n", "sentences")
+    assert parse(piece, DataConfig()).dropped == (2, 4)
+    assert parse(Piece(" Only one . \n", "wikitext"), DataConfig()).dropped == (0, 0)
+
+
 def test_all_paths_that_cannot_be_read_are_told(tmp_path):
     with pytest.raises(BadInput) as told:
         Corpus(DataConfig(corpus=("/no/where", "pydoc", "/not/there")))
@@ -243,9 +268,14 @@ def test_a_paragraph_of_the_pydoc_prose_is_read_once(tmp_path, monkeypatch):
         (tmp_path / name).write_text(f'"""{prose}"""\n', "utf-8")
     sources = [pydoc_prose.Source(name, tmp_path / name) for name in ("a.py", "b.py")]
     monkeypatch.setattr(pydoc_prose, "source_files", lambda: sources)
-    read = [document for document, _ in Corpus(DataConfig())]
-    assert len(read) == 1
-    assert read[0][1] == "it never changes any of them ."
+    other = tmp_path / "other.txt"
+    other.write_text("One bird . It flies .\n" * 2, "utf-8")  # a user's text is taken as it is
+    config = DataConfig(corpus=("pydoc", str(other)), text_format="paragraphs", min_freq=1, held_out=0.0)
+    prepared = prepare(config, tmp_path / "cache")
+    train = prepared.train
+    assert len(train) == 3
+    second = prepared.vocab.words(train.tokens[train.sentences[1] : train.sentences[2]])
+    assert " ".join(second) == "it never changes any of them ."
 
 
 def test_what_is_no_regular_file_is_refused(tmp_path):

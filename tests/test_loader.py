@@ -1,15 +1,20 @@
 """Epochs: what is in them, and what they depend on."""
 
 import dataclasses
+import gc
 import hashlib
 import itertools
+import logging
+import weakref
 
 import numpy as np
 import pytest
 
 from gluon_bert.config import DataConfig, preset
-from gluon_bert.data.documents import prepare
+from gluon_bert.data.batch import make_batch
+from gluon_bert.data.documents import Documents, prepare
 from gluon_bert.data.loader import Loader, load_data
+from gluon_bert.data.masking import pair_noise
 from gluon_bert.errors import BadInput
 
 
@@ -79,6 +84,158 @@ def test_forever_goes_on_with_the_next_epoch(loader_of):
     first = [next(batches) for _ in range(per_epoch)]
     assert rows(first) == rows(loader.epoch(2))
     np.testing.assert_array_equal(next(batches).tokens, next(loader.epoch(3)).tokens)
+
+
+# Texts in parts, of which one at a time is in memory
+
+
+@pytest.fixture
+def parted(text_file, tmp_path, monkeypatch):
+    """Builds loaders of the text in about ten shards and three parts."""
+    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.preparation._SHARD_WORDS", 400)
+    monkeypatch.setattr("gluon_bert.data.loader._PART_TOKENS", 1200)
+
+    def build(seed=0, batch_size=8, **changes):
+        config = DataConfig(corpus=(str(text_file),), max_len=24, **changes)
+        prepared = prepare(config, tmp_path / "cache")
+        loader = Loader(prepared.train, prepared.vocab, config, batch_size, seed)
+        assert len(prepared.train.sizes) >= 9
+        assert len(loader._parts(0)) == 3
+        return loader
+
+    return build
+
+
+def unmasked(batches):
+    """Every pair before it was masked, as one hashable value."""
+    result = []
+    for batch in batches:
+        batch.tokens[tuple(batch.predictions)] = batch.labels
+        result += [tuple(row[:length]) for row, length in zip(batch.tokens, batch.lengths)]
+    return result
+
+
+def test_shards_change_nothing_as_long_as_they_are_one_part(loader_of, monkeypatch):
+    whole = rows(loader_of().epoch(1))
+    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.preparation._SHARD_WORDS", 400)
+    monkeypatch.setattr("gluon_bert.data.shards.FORMAT", 0)  # another cache
+    sharded = loader_of()
+    assert len(sharded.documents.sizes) >= 9
+    assert rows(sharded.epoch(1)) == whole
+
+
+def test_the_parts_of_an_epoch_are_all_of_the_text(parted, monkeypatch):
+    loader = parted(negative_rate=0.0)
+    epochs = [unmasked(loader.epoch(epoch)) for epoch in (0, 1)]
+    about = loader.num_pairs()
+    monkeypatch.setattr("gluon_bert.data.loader._PART_TOKENS", 10**9)
+    whole = Loader(loader.documents, loader.vocab, loader.config, 8, seed=0)
+    assert len(whole._parts(0)) == 1
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(unmasked(whole.epoch(0)))
+    assert epochs[0] != epochs[1]
+    assert about == pytest.approx(whole.num_pairs(), rel=0.1)
+    assert whole.num_pairs() == len(whole.pairs(0)) == len(epochs[0])
+
+
+def test_an_epoch_draws_what_is_mixed_and_in_which_turn(parted):
+    loader = parted()
+    mixtures = [loader._parts(epoch) for epoch in range(3)]
+    assert mixtures[0] != mixtures[1] != mixtures[2]
+    for mixture in mixtures:
+        assert sorted(shard for part in mixture for shard in part) == list(range(len(loader.documents.sizes)))
+        sizes = [loader.documents.sizes[part].sum() for part in mixture]
+        assert max(sizes) < 2 * min(sizes)
+    assert any(part != list(range(part[0], part[-1] + 1)) for part in mixtures[0])
+    assert parted(seed=1)._parts(0) != mixtures[0]
+    assert rows(parted(seed=3).epoch(1)) == rows(parted(seed=3).epoch(1))
+
+
+def test_one_part_at_a_time_is_in_memory(parted, monkeypatch):
+    loader = parted()
+    original, alive, most = loader.documents.part, weakref.WeakSet(), 0
+
+    class Counted(Documents):
+        __hash__ = object.__hash__
+
+    def part(shards):
+        nonlocal most
+        gc.collect()
+        most = max(most, len(alive) + 1)
+        read = original(shards)
+        counted = Counted(read.tokens, read.sentences, read.documents)
+        alive.add(counted)
+        return counted
+
+    monkeypatch.setattr(loader.documents, "part", part)
+    for _ in itertools.islice(loader.forever(), 300):
+        pass
+    assert most == 1
+
+
+def test_pairs_of_different_parts_have_masks_of_their_own(parted, monkeypatch):
+    loader, seen = parted(), []
+
+    def noise(seed, epoch, pairs, *others):
+        seen.extend(pairs.tolist())
+        return pair_noise(seed, epoch, pairs, *others)
+
+    monkeypatch.setattr("gluon_bert.data.loader.pair_noise", noise)
+    num_rows = len(rows(loader.epoch(0)))
+    assert len(set(seen)) == len(seen) == num_rows > 200
+
+
+def test_parts_that_are_not_drawn_anew_stay_what_they_were(parted):
+    loader = parted(redraw=False)
+    first, second = (rows(loader.epoch(epoch)) for epoch in (0, 1))
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+@pytest.mark.parametrize("pairs", ["sentences", "packed"])
+def test_a_random_second_segment_is_never_the_true_one_in_parts_either(parted, pairs):
+    loader = parted(pairs=pairs, negative_rate=1.0)
+    for epoch in range(2):
+        for batch in loader.epoch(epoch):
+            assert not batch.is_next.any()
+    for number in range(3):
+        documents, drawn = loader._part(0, number)
+        owner = np.searchsorted(
+            documents.sentences[documents.documents], [drawn.first[:, 0], drawn.second[:, 0]], "right"
+        )
+        assert (owner[0] != owner[1]).all() and len(drawn) > 20
+
+
+@pytest.mark.parametrize("skip", [0, 1, 20, 40, 69])
+def test_batches_that_are_skipped_are_not_made(parted, monkeypatch, skip):
+    loader = parted(num_buckets=2)
+    whole = [rows([batch]) for batch in loader.epoch(1)]
+    assert len(whole) > 70
+    made = []
+    monkeypatch.setattr("gluon_bert.data.loader.make_batch", lambda *a: made.append(1) or make_batch(*a))
+    assert [rows([batch]) for batch in parted(num_buckets=2).epoch(1, skip)] == whole[skip:]
+    assert len(made) == len(whole) - skip
+    batches = list(itertools.islice(loader.forever(1, skip), len(whole) - skip + 1))
+    assert rows(batches[:1]) == whole[skip]
+    assert rows(batches[-1:]) == rows(itertools.islice(loader.epoch(2), 1))
+
+
+def test_the_share_of_long_pairs_is_told(tmp_path, caplog):
+    path = tmp_path / "t.txt"
+    short, long = "a b c\nd e f", "a b c d e f g\na b c d e f g h"  # 9 and 18 tokens with the special ones
+    path.write_text("\n\n".join([short] * 3 + [long]), "utf-8")
+    config = DataConfig(corpus=(str(path),), text_format="sentences", max_len=17, held_out=0.0, min_freq=1)
+    with caplog.at_level(logging.INFO):
+        load_data(config, batch_size=2)
+        assert (
+            "25 % of the pairs of sentences are longer than --max-len 17: --long-pairs trunc" in caplog.text
+        )
+        caplog.clear()
+        load_data(dataclasses.replace(config, max_len=18), batch_size=2)
+    told = "0 % of the pairs of sentences are longer than --max-len 18: --long-pairs truncate"
+    assert told in caplog.messages
 
 
 def test_buckets_pad_to_few_known_lengths(loader_of):

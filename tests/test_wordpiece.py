@@ -260,7 +260,7 @@ def test_documents_hold_the_pieces_sentence_by_sentence():
 def test_more_sentences_than_a_block_are_joined_right(monkeypatch):
     documents = [(["the cranes", "flying", ""] * 5, False), (["unflyable"] * 4, False)]
     whole = numbered(documents, lambda _: vocabulary()).train
-    monkeypatch.setattr("gluon_bert.data.documents._BLOCK", 4)
+    monkeypatch.setattr("gluon_bert.data.arrays._BLOCK", 4)
     in_blocks = numbered(documents, lambda _: vocabulary()).train
     for name in ("tokens", "sentences", "documents"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(in_blocks, name))

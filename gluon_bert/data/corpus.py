@@ -1,4 +1,4 @@
-"""Where text comes from: a corpus as documents, lists of sentences whose tokens stand apart by spaces.
+"""Where text comes from: a corpus as documents, lists of sentences whose words stand apart by spaces.
 
 No ids here, and no MXNet: pieces of text are read in order and may be parsed in worker processes.
 """
@@ -9,15 +9,18 @@ import gzip
 import hashlib
 import logging
 import multiprocessing
+import os
 import re
 import signal
+import threading
 import zlib
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Callable, Iterable, Iterator, List, NamedTuple, Sequence
+from typing import IO, Any, Callable, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
 
 import sentencex
 
@@ -30,12 +33,16 @@ from .wikitext import wikitext2_folder
 log = logging.getLogger(__name__)
 
 Document = List[str]
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Tuple[Any, Any]]]
 
 ENDINGS = (".txt", ".text", ".md", ".tokens")
 WIKITEXT_TRAIN, WIKITEXT_VALID, WIKITEXT_TEST = (f"wiki.{part}.tokens" for part in ("train", "valid", "test"))
 
 # Bytes read at once: large enough to keep worker processes busy, small enough to stay out of sight in memory.
 _PIECE_BYTES = 1 << 20
+# A document is read, cut and numbered as a whole, which takes tens of times its size in memory. The longest
+# novels have 15 MB: whatever is larger is a corpus whose documents are not told apart.
+_LARGEST_DOCUMENT = 1 << 25
 _SAMPLED_LINES = 200
 # Above this mean length, in characters, a line is a paragraph and not a row of wrapped text.
 _PARAGRAPH_LINE = 200
@@ -45,10 +52,27 @@ _ENDS_A_SENTENCE = re.compile(r"[.!?…。！？]['\"’”)\]]*\s*$")
 
 
 class Piece(NamedTuple):
-    """Some whole documents of one text file, not parsed yet."""
+    """Some whole documents, not parsed yet: of a text file, or all that a source of the pydoc prose has.
+
+    held_out: whether all of it is (None: by the share asked for). num_bytes: of the file that it came from.
+    """
 
     text: str
     text_format: str
+    held_out: bool | None = None
+    num_bytes: int = 0
+    source: pydoc_prose.Source | None = None
+
+
+class Parsed(NamedTuple):
+    """The documents of a piece, and which of them are held out.
+
+    dropped: how many others had one sentence only, and how many words these had together.
+    """
+
+    documents: list[Document]
+    held_out: list[bool]
+    dropped: tuple[int, int]
 
 
 class TextFile(NamedTuple):
@@ -59,9 +83,10 @@ class TextFile(NamedTuple):
 
 
 class Corpus:
-    """The documents of one or more sources, each document told apart as training or held-out text.
+    """The text of one or more sources, in pieces to be parsed.
 
-    Iterating gives (document, is it held out); `fingerprint` tells one content from another.
+    num_bytes: of all files, packed as they may be. `fingerprint` tells one content from another. Raises
+    BadInput where there is nothing to be read.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -81,34 +106,20 @@ class Corpus:
         if problems:
             raise BadInput("\n".join(problems))
         self._files = _each_once(self._files)
+        paths = [file.path for file in self._files] + [source.path for source in self._prose]
+        self.num_bytes = sum(path.stat().st_size for path in paths)
 
-    def __iter__(self) -> Iterator[tuple[Document, bool]]:
+    def pieces(self) -> Iterator[Piece]:
+        """All of the text, always in the same pieces; the first file of each guessed format is told."""
+        for source in self._prose:
+            yield Piece("", "pydoc", num_bytes=source.path.stat().st_size, source=source)
         config = self._config
-        with _mapping(config.num_workers) as parse_all:
-            parse = partial(parse_source, lowercase=config.lowercase, tokenizer=config.tokenizer)
-            for document in _unique(parse_all(parse, self._prose)):
-                yield document, is_held_out(document, config.held_out)
-            parse_text = partial(
-                parse_piece,
-                language=config.language,
-                lowercase=config.lowercase,
-                tokenizer=config.tokenizer,
-            )
-            for file in self._files:
-                for documents in parse_all(parse_text, self._pieces(file.path)):
-                    for document in documents:
-                        held_out = file.held_out
-                        if held_out is None:
-                            held_out = is_held_out(document, config.held_out)
-                        yield document, held_out
-
-    def _pieces(self, path: Path) -> Iterator[Piece]:
-        """A file's pieces; the first file of each format that was guessed is told."""
-        for piece in pieces(path, self._config.text_format, self._config.language):
-            if self._config.text_format == "auto" and piece.text_format not in self._told:
-                self._told.add(piece.text_format)
-                log.info("%s: read as %s (--text-format changes that)", path, piece.text_format)
-            yield piece
+        for file in self._files:
+            for piece in pieces(file.path, config.text_format, config.language):
+                if config.text_format == "auto" and piece.text_format not in self._told:
+                    self._told.add(piece.text_format)
+                    log.info("%s: read as %s (--text-format changes that)", file.path, piece.text_format)
+                yield piece._replace(held_out=file.held_out)
 
     def fingerprint(self) -> str:
         """A hash of what would be read: the files' content, or the versions behind the pydoc prose."""
@@ -117,7 +128,7 @@ class Corpus:
             digest.update(pydoc_prose.fingerprint().encode())
         for file in self._files:
             digest.update(f"{file.path.name} {file.held_out} ".encode())
-            with _opened(file.path) as stream:
+            with _told_by_name(file.path), file.path.open("rb") as stream:
                 for block in iter(lambda: stream.read(_PIECE_BYTES), b""):
                     digest.update(block)
         return digest.hexdigest()
@@ -168,23 +179,39 @@ def _with_its_valid_file(path: Path) -> list[TextFile]:
 
 
 def pieces(path: Path, text_format: str, language: str = "en") -> Iterator[Piece]:
-    """A file's text in pieces that end where a document does; BadInput names a line that is not UTF-8."""
+    """A file's text in pieces that end where a document does.
+
+    BadInput names a line that is not UTF-8, and a document that is too large to be one.
+    """
     if text_format == "auto" and _without_gz(path).suffix == ".tokens":
         text_format = "wikitext"
-    line_number = 1
+    line_number = pending_from = 1
     pending: list[str] = []
-    for block in _blocks(path):
+    num_bytes = 0
+    for block, block_bytes in _blocks(path):
+        num_bytes += block_bytes
+        if len(block) > _LARGEST_DOCUMENT and not block.endswith(b"\n"):  # its last line goes on
+            raise _too_large(path, line_number + block.count(b"\n"))
         text = _decoded(block, path, line_number)
         line_number += block.count(b"\n")
         if text_format == "auto":
             text_format = guess_format(text, language)
         end = _end_of_documents(text, text_format)
         if end:
-            yield Piece("".join([*pending, text[:end]]), text_format)
-            pending = []
+            yield Piece("".join([*pending, text[:end]]), text_format, num_bytes=num_bytes)
+            pending, num_bytes, pending_from = [], 0, line_number - text.count("\n", end)
         pending.append(text[end:])
+        if sum(map(len, pending)) > _LARGEST_DOCUMENT:
+            raise _too_large(path, pending_from)
     if any(pending):
-        yield Piece("".join(pending), text_format)
+        yield Piece("".join(pending), text_format, num_bytes=num_bytes)
+
+
+def _too_large(path: Path, line: int) -> BadInput:
+    return BadInput(
+        f"--corpus {path}, line {line}: a document of more than {_LARGEST_DOCUMENT / 2**20:g} MB begins "
+        "here; put blank lines between documents, or name what parts them with --text-format"
+    )
 
 
 def guess_format(text: str, language: str) -> str:
@@ -200,27 +227,38 @@ def guess_format(text: str, language: str) -> str:
     return "paragraphs" if sum(map(len, lines)) > _PARAGRAPH_LINE * len(lines) else "prose"
 
 
-def parse_piece(piece: Piece, language: str, lowercase: bool, tokenizer: str = "words") -> list[Document]:
+def parse(piece: Piece, config: DataConfig) -> Parsed:
     """The documents of a piece that have two sentences at least; WikiText's may have one, as the book's."""
-    text = piece.text
+    documents = [document for document in _documents(piece, config) if document]
+    kept = documents
+    if config.tokenizer != "words" or piece.text_format not in ("wikitext", "articles"):
+        kept = [document for document in documents if len(document) >= 2]
+    if piece.held_out is None:
+        held_out = [is_held_out(document, config.held_out) for document in kept]
+    else:
+        held_out = [piece.held_out] * len(kept)
+    single = [document[0] for document in documents if len(document) == 1] if kept is not documents else []
+    return Parsed(kept, held_out, (len(single), sum(len(sentence.split()) for sentence in single)))
+
+
+def _documents(piece: Piece, config: DataConfig) -> list[Document]:
+    """All documents of a piece, of however many sentences, none of which is empty."""
+    text, lowercase, tokenizer = piece.text, config.lowercase, config.tokenizer
     if piece.text_format in ("wikitext", "articles"):
         text = text.lower() if lowercase and tokenizer == "words" else text
         articles = _ARTICLE.split(text) if piece.text_format == "articles" else text.split("\n")
         documents = [_wikitext_sentences(article) for article in articles]
         if tokenizer == "words":  # which stand apart already
-            return [sentences for sentences in documents if sentences]
+            return documents
+    elif piece.source:
+        documents = [split_sentences(paragraph, "en") for paragraph in pydoc_prose.paragraphs(piece.source)]
     elif piece.text_format == "sentences":
         documents = [block.split("\n") for block in _between_blank_lines(text)]
     else:
         lines = text.split("\n") if piece.text_format == "paragraphs" else _between_blank_lines(text)
-        documents = [split_sentences(line, language) for line in lines]
-    return _of_two_sentences(documents, lowercase, tokenizer)
-
-
-def parse_source(source: pydoc_prose.Source, lowercase: bool, tokenizer: str = "words") -> list[Document]:
-    """The documents of one file of the pydoc prose, a paragraph each."""
-    sentences = [split_sentences(paragraph, "en") for paragraph in pydoc_prose.paragraphs(source)]
-    return _of_two_sentences(sentences, lowercase, tokenizer)
+        documents = [split_sentences(line, config.language) for line in lines]
+    spaced = [[_spaced_words(s, lowercase, tokenizer) for s in sentences] for sentences in documents]
+    return [[s for s in sentences if s] for sentences in spaced]
 
 
 def split_sentences(text: str, language: str) -> list[str]:
@@ -242,26 +280,10 @@ def _wikitext_sentences(text: str) -> list[str]:
     return [s for line in text.split("\n") if " . " in line for s in line.strip().split(" . ")]
 
 
-def _of_two_sentences(documents: Iterable[Sequence[str]], lowercase: bool, tokenizer: str) -> list[Document]:
-    tokenized = ([" ".join(_words(s, lowercase, tokenizer)) for s in sentences] for sentences in documents)
-    filled = ([s for s in sentences if s] for sentences in tokenized)
-    return [sentences for sentences in filled if len(sentences) >= 2]
-
-
-def _words(sentence: str, lowercase: bool, tokenizer: str) -> list[str]:
+def _spaced_words(sentence: str, lowercase: bool, tokenizer: str) -> str:
     if tokenizer == "wordpiece":
-        return wordpiece.split_words(sentence, lowercase)
-    return split_words(sentence.lower() if lowercase else sentence)
-
-
-def _unique(batches: Iterable[list[Document]]) -> Iterator[Document]:
-    seen: set[bytes] = set()
-    for documents in batches:
-        for document in documents:
-            key = hashlib.md5("\n".join(document).encode("utf-8", "surrogatepass")).digest()
-            if key not in seen:
-                seen.add(key)
-                yield document
+        return wordpiece.spaced_words(sentence, lowercase)
+    return " ".join(split_words(sentence.lower() if lowercase else sentence))
 
 
 def _between_blank_lines(text: str) -> list[str]:
@@ -280,22 +302,28 @@ def _end_of_documents(lines: str, text_format: str) -> int:
     return last
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    """A file's bytes in blocks of whole lines."""
-    with _opened(path) as stream:
+def _blocks(path: Path) -> Iterator[tuple[bytes, int]]:
+    """A file's content in blocks of whole lines, and how many bytes of the file itself each of them took.
+
+    A line that is larger than a document may be is cut.
+    """
+    with _told_by_name(path), path.open("rb") as file:
+        stream: IO[bytes] = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file  # type: ignore[assignment]
+        before = 0
         while True:
             block = stream.read(_PIECE_BYTES)
             if not block:
                 return
-            yield block + stream.readline()
+            block += stream.readline(_LARGEST_DOCUMENT)
+            yield block, file.tell() - before
+            before = file.tell()
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    opener: Callable[..., IO[bytes]] = gzip.open if path.suffix == ".gz" else open  # type: ignore[assignment]
+def _told_by_name(path: Path) -> Iterator[None]:
+    """What goes wrong with the file, as BadInput."""
     try:
-        with opener(path, "rb") as stream:
-            yield stream
+        yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise BadInput(f"--corpus {path}: the .gz file is damaged or cut short ({error})") from error
     except OSError as error:
@@ -323,29 +351,40 @@ def _without_gz(path: Path) -> Path:
 
 
 @contextmanager
-def _mapping(num_workers: int) -> Iterator[Callable[..., Iterable[list[Document]]]]:
-    """A map that keeps the order, over processes or (0) in this one."""
-    if not num_workers:
-        yield map
+def processes(number: int) -> Iterator[Map]:
+    """A map over processes, or (0) in this one: item by item in their order, each with its result."""
+    if not number:
+        yield lambda function, items: ((item, function(item)) for item in items)
         return
     # Spawned, since a fork of a process in which MXNet runs may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, _leave_interrupts_to_the_command) as pool:
-        yield partial(_bounded_map, pool, 4 * num_workers)
+    with ProcessPoolExecutor(number, context, _follow_the_command) as pool:
+        yield partial(_bounded_map, pool, 4 * number)
 
 
-def _leave_interrupts_to_the_command() -> None:
+def _follow_the_command() -> None:
+    """In a worker: leave Ctrl-C to the command, and end with it, which a worker of a killed one would not."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _bounded_map(
-    pool: ProcessPoolExecutor, ahead: int, parse: Callable[..., list[Document]], items: Iterable[object]
-) -> Iterator[list[Document]]:
+    pool: ProcessPoolExecutor, ahead: int, function: Callable[[Any], Any], items: Iterable[Any]
+) -> Iterator[tuple[Any, Any]]:
     """Like pool.map, but reads only `ahead` items in advance, so that memory stays bounded."""
-    waiting = []
+    waiting: deque[tuple[Any, Future[Any]]] = deque()
     for item in items:
-        waiting.append(pool.submit(parse, item))
+        waiting.append((item, pool.submit(function, item)))
         if len(waiting) > ahead:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
+            item, future = waiting.popleft()
+            yield item, future.result()
+    while waiting:
+        item, future = waiting.popleft()
+        yield item, future.result()

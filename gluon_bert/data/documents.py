@@ -1,82 +1,60 @@
-"""Documents as ids, ready for drawing pairs, and their cache on disk. Draws nothing itself."""
+"""A corpus as ids, ready for drawing pairs: prepared once, then read from disk. Draws nothing itself."""
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
-import zipfile
-from array import array
-from collections import defaultdict
-from dataclasses import dataclass
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterable, Mapping
+from typing import Any, Iterable, Mapping, Union
 
 import numpy as np
 
 from ..config import DataConfig
 from ..errors import BadInput
-from ..files import digest, written_aside
+from ..files import digest
+from . import shards
+from .arrays import Documents, number_words
 from .corpus import Corpus, Document
+from .preparation import VocabularyOf, WordIds, finish, prepare_shards, vocabulary_maker
+from .shards import Shards
 from .vocab import SPECIAL_TOKENS, Vocabulary
 from .wikitext import data_folder
 from .wordpiece import WordPieceVocabulary, installed_version
 
 log = logging.getLogger(__name__)
 
-# Part of every cache key: raise it when the same text would give other ids.
-_FORMAT = 4
-_PARTS = ("tokens", "sentences", "documents")
-# Sentences whose words become pieces at once, so that what that takes besides stays small.
-_BLOCK = 1 << 16
-
-
-@dataclass(frozen=True)
-class Documents:
-    """All documents of a corpus in three arrays.
-
-    tokens: (N,) int32, the ids of all sentences one after the other.
-    sentences: (S + 1,) int64, where each sentence starts in `tokens`, and the end.
-    documents: (D + 1,) int64, where each document starts in `sentences`, and the end.
-
-    >>> d = Documents(np.arange(5, 11), np.array([0, 2, 3, 6]), np.array([0, 2, 3]))
-    >>> d.tokens[d.sentences[1]:d.sentences[2]]     # the second sentence, of the first document
-    array([7])
-    """
-
-    tokens: np.ndarray
-    sentences: np.ndarray
-    documents: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.documents) - 1
-
-    def with_pairs(self) -> int:
-        """How many documents have two sentences or more."""
-        return int(np.count_nonzero(np.diff(self.documents) >= 2))
+# In memory, or on disk in shards.
+Text = Union[Documents, Shards]
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A corpus as ids: the text to train on, the held-out text, and the vocabulary of the former.
 
-    `fingerprint` is a hash of the text and of all that made these ids of it.
+    fingerprint: a hash of the text and of all that made these ids of it. statistics: what the manifest says
+    of the text: documents, sentences and tokens, and shares of what is unknown, repeated or left out.
     """
 
-    train: Documents
-    held_out: Documents
+    train: Text
+    held_out: Text
     vocab: Vocabulary
     fingerprint: str
+    statistics: Mapping[str, Any] = field(default_factory=dict)
 
-    def unigram_loss(self, documents: Documents, predict_unknown: bool) -> float:
+    def unigram_loss(self, documents: Text, predict_unknown: bool) -> float:
         """The loss in nats, on these documents, of a model that knows the words' frequencies in training.
 
         On the training text itself it is the entropy of the words to predict. Below it a model must have
         learnt something of the words' context.
         """
         frequent, asked = (
-            np.bincount(text.tokens, minlength=len(self.vocab)).astype(np.float64)
-            for text in (self.train, documents)
+            text.counts(len(self.vocab)).astype(np.float64) for text in (self.train, documents)
         )
         if not predict_unknown:
             frequent[self.vocab.unk] = asked[self.vocab.unk] = 0
@@ -88,23 +66,37 @@ class Prepared:
 
 
 def prepare(config: DataConfig, cache: Path | None = None) -> Prepared:
-    """Read a corpus into ids, or its cache of an earlier time; BadInput where there is too little text.
+    """Read a corpus into ids, or what an earlier time left on disk; BadInput where there is too little text.
 
-    cache: the folder for that, by default in MXNet's data folder. What depends on a seed is not cached.
+    cache: the folder for that, by default in MXNet's data folder. What depends on a seed is not kept.
     """
-    vocabulary_of = _vocabulary_maker(config)
+    vocabulary_maker(config)  # tells what is wrong before any text is read
     corpus = Corpus(config)
-    folder = data_folder() / "gluon_bert" if cache is None else cache
-    fingerprint = _fingerprint(corpus, config)
-    path = folder / f"{fingerprint}.npz"
-    prepared = _load(path, config)
-    if prepared is None:
-        log.info("reading %s", ", ".join(config.corpus))
-        prepared = numbered(corpus, vocabulary_of, fingerprint)
-        _check(prepared, config)
-        _save(prepared, path)
-    else:
-        log.info("prepared text read from %s", path)
+    made_by = _made_by(corpus, config)
+    folder = (data_folder() / "gluon_bert" if cache is None else cache) / made_by["fingerprint"]
+    try:
+        prepared = _read(folder, config)
+    except shards.Damaged as problem:
+        log.warning("%s is damaged and made anew (%s)", folder, problem)
+        prepared = None
+    if prepared:
+        log.info("prepared text read from %s", folder)
+        return prepared
+    folder = _writable(folder)
+    with shards.locked(folder):
+        with suppress(shards.Damaged):
+            prepared = _read(folder, config)  # another process may have prepared it meanwhile
+        if not prepared:
+            log.info("reading %s", ", ".join(config.corpus))
+            try:
+                manifest = prepare_shards(corpus, config, folder, made_by)
+                prepared = _prepared(folder, manifest, config)
+                _check(prepared, config)
+                finish(folder, manifest, config)
+            except BadInput:
+                # Text that is refused is changed, and then has another folder.
+                shutil.rmtree(folder)
+                raise
     return prepared
 
 
@@ -116,72 +108,19 @@ def number(documents: Iterable[tuple[Document, bool]], min_freq: int) -> Prepare
     return numbered(documents, lambda counts: Vocabulary.from_counts(counts, min_freq))
 
 
-def numbered(
-    documents: Iterable[tuple[Document, bool]],
-    vocabulary_of: Callable[[Mapping[str, int]], Vocabulary],
-    fingerprint: str = "",
-) -> Prepared:
-    """Documents of words, each with whether it is held out, to documents of ids.
+def numbered(documents: Iterable[tuple[Document, bool]], vocabulary_of: VocabularyOf) -> Prepared:
+    """Documents of words, each with whether it is held out, to documents of ids, all in memory.
 
     vocabulary_of: gives the vocabulary for the training text's words and how often each of them occurs.
     """
-    order: defaultdict[str, int] = defaultdict(lambda: len(order))
-    sides = {False: _Growing(order), True: _Growing(order)}
-    for document, held_out in documents:
-        sides[held_out].add(document)
-    words = list(order)
-    counts = np.bincount(sides[False].tokens(), minlength=len(words))
-    vocab = vocabulary_of({word: n for word, n in zip(words, counts.tolist()) if n})
-    pieces = [vocab.pieces(word) for word in words]
-    ids = vocab.ids([piece for word in pieces for piece in word])
-    # A special token that stands in the text as a word is an unknown word, never the token itself.
-    ids[vocab.special[ids]] = vocab.unk
-    starts = np.concatenate([[0], np.cumsum([len(word) for word in pieces], dtype=np.int64)])
-    return Prepared(sides[False].finished(ids, starts), sides[True].finished(ids, starts), vocab, fingerprint)
-
-
-def _vocabulary_maker(config: DataConfig) -> Callable[[Mapping[str, int]], Vocabulary]:
-    """What gives the vocabulary for counted words; BadInput where it cannot, before any text is read."""
-    if config.tokenizer == "words":
-        return lambda counts: Vocabulary.from_counts(counts, config.min_freq)
-    installed_version()
-    if not config.vocab_file:
-        return lambda counts: WordPieceVocabulary.from_counts(counts, config.min_freq, config.vocab_size)
-    vocab = WordPieceVocabulary.load(Path(config.vocab_file))
-    vocab.check_case(config.vocab_file, config.lowercase)
-    return lambda counts: vocab
-
-
-class _Growing:
-    """Documents that are being read, their words numbered in the order of their first occurrence."""
-
-    def __init__(self, order: dict[str, int]) -> None:
-        self._order = order
-        self._tokens, self._sentences, self._documents = array("i"), array("q", [0]), array("q", [0])
-
-    def add(self, document: Document) -> None:
-        for sentence in document:
-            self._tokens.extend(map(self._order.__getitem__, sentence.split()))
-            self._sentences.append(len(self._tokens))
-        self._documents.append(len(self._sentences) - 1)
-
-    def tokens(self) -> np.ndarray:
-        return np.frombuffer(self._tokens, dtype=np.int32) if self._tokens else np.zeros(0, np.int32)
-
-    def finished(self, ids: np.ndarray, starts: np.ndarray) -> Documents:
-        """The documents; the tokens of word n are ids[starts[n]:starts[n + 1]]."""
-        words, bounds = self.tokens(), np.array(self._sentences)
-        tokens, ends, total = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)], 0
-        for first in range(0, len(bounds) - 1, _BLOCK):
-            block = bounds[first : first + _BLOCK + 1]
-            these = words[block[0] : block[-1]]
-            sizes = starts[these + 1] - starts[these]
-            end = np.concatenate([[0], np.cumsum(sizes)])
-            # Token j of the block is the (j - end[k])th of its word k.
-            tokens.append(ids[np.repeat(starts[these] - end[:-1], sizes) + np.arange(end[-1])])
-            ends.append(total + end[block[1:] - block[0]])
-            total += end[-1]
-        return Documents(np.concatenate(tokens), np.concatenate(ends), np.array(self._documents))
+    text = number_words(documents)
+    counts = text.word_counts()[0].tolist()
+    vocab = vocabulary_of({word: count for word, count in zip(text.words, counts) if count})
+    of_words = WordIds(text.words, vocab)
+    train, held_out = (
+        text.only(text.held_out == side).with_ids(of_words.ids, of_words.starts) for side in (False, True)
+    )
+    return Prepared(train, held_out, vocab, fingerprint="")
 
 
 def _check(prepared: Prepared, config: DataConfig) -> None:
@@ -194,8 +133,8 @@ def _check(prepared: Prepared, config: DataConfig) -> None:
             f"own document would be labelled wrongly; {len(prepared.held_out)} more are held out "
             "(--held-out), and --text-format says what parts documents and sentences"
         )
-    vocab, tokens = prepared.vocab, prepared.train.tokens
-    if config.vocab_file and vocab.special[tokens].all():
+    vocab = prepared.vocab
+    if config.vocab_file and not prepared.train.counts(len(vocab))[vocab.ordinary].any():
         raise BadInput(f"--vocab-file {config.vocab_file}: has no token for any word of --corpus {names}")
     if not len(vocab.ordinary):
         raise BadInput(
@@ -204,42 +143,43 @@ def _check(prepared: Prepared, config: DataConfig) -> None:
         )
 
 
-def _fingerprint(corpus: Corpus, config: DataConfig) -> str:
-    settings = [config.text_format, config.language, config.lowercase, config.held_out, config.min_freq]
+def _made_by(corpus: Corpus, config: DataConfig) -> dict[str, Any]:
+    """What the ids depend on, for the manifest: the settings, and the fingerprint of these and the text."""
+    names = ["text_format", "language", "lowercase", "held_out", "min_freq"]
+    settings = {name: getattr(config, name) for name in names}
     if config.tokenizer == "wordpiece":
-        file = digest(Path(config.vocab_file)) if config.vocab_file else ""
-        settings += [config.tokenizer, config.vocab_size, file, installed_version()]
-    content = json.dumps([_FORMAT, corpus.fingerprint(), *settings])
-    return hashlib.sha1(content.encode()).hexdigest()
+        settings["tokenizer"], settings["vocab_size"] = config.tokenizer, config.vocab_size
+        settings["vocab_file"] = digest(Path(config.vocab_file)) if config.vocab_file else ""
+        settings["tokenizers"] = installed_version()
+    content = json.dumps([shards.FORMAT, corpus.fingerprint(), settings])
+    return {"fingerprint": hashlib.sha1(content.encode()).hexdigest(), "corpus": config.corpus, **settings}
 
 
-def _save(prepared: Prepared, path: Path) -> None:
-    arrays = {f"train_{name}": getattr(prepared.train, name) for name in _PARTS}
-    arrays.update({f"held_out_{name}": getattr(prepared.held_out, name) for name in _PARTS})
-    content = "\n".join(prepared.vocab.tokens).encode("utf-8", "surrogatepass")
-    arrays["vocabulary"] = np.frombuffer(content, dtype=np.uint8)
+def _writable(folder: Path) -> Path:
+    """This folder, or one of the same name for this process alone where it cannot be made."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path, "wb") as file:
-            np.savez(file, **arrays)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
     except OSError as error:
         log.warning(
-            "the prepared text is not kept for next time: %s cannot be written (%s)", path, error.strerror
+            "the prepared text is not kept for next time: %s cannot be written (%s)", folder, error.strerror
         )
+    own = Path(tempfile.mkdtemp(prefix="gluon_bert."))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own / folder.name
 
 
-def _load(path: Path, config: DataConfig) -> Prepared | None:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            train, held_out = (
-                Documents(*(arrays[f"{side}_{name}"] for name in _PARTS)) for side in ("train", "held_out")
-            )
-            tokens = arrays["vocabulary"].tobytes().decode("utf-8", "surrogatepass").split("\n")
-    except FileNotFoundError:
-        return None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        log.warning("%s is damaged and made anew (%s)", path, error)
-        return None
-    if config.tokenizer == "wordpiece":
-        return Prepared(train, held_out, WordPieceVocabulary(tokens), path.stem)
-    return Prepared(train, held_out, Vocabulary(tokens[len(SPECIAL_TOKENS) :]), path.stem)
+def _read(folder: Path, config: DataConfig) -> Prepared | None:
+    """The prepared text in a folder, or None where it is not finished; Damaged as read_manifest."""
+    manifest = shards.read_manifest(folder)
+    return None if manifest is None else _prepared(folder, manifest, config)
+
+
+def _prepared(folder: Path, manifest: Mapping[str, Any], config: DataConfig) -> Prepared:
+    tokens = (folder / shards.VOCABULARY).read_bytes().decode("utf-8", "surrogatepass").split("\n")
+    wordpiece = config.tokenizer == "wordpiece"
+    vocab = WordPieceVocabulary(tokens) if wordpiece else Vocabulary(tokens[len(SPECIAL_TOKENS) :])
+    counts = np.load(folder / shards.COUNTS)
+    train, held_out = (Shards(folder, manifest, side, own) for side, own in zip(shards.SIDES, counts))
+    return Prepared(train, held_out, vocab, folder.name, manifest["statistics"])

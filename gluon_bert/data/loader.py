@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Iterator, NamedTuple
+from typing import Any, Iterator, Mapping, NamedTuple
 
 import numpy as np
 
 from ..config import DataConfig, check_group
 from ..errors import BadInput
 from .batch import Batch, make_batch
-from .documents import Documents, prepare
+from .documents import Documents, Text, prepare
 from .masking import num_draws, pair_noise
-from .pairs import Pairs, draw_pairs
+from .pairs import NUM_SPECIAL_IN_PAIR, Pairs, draw_pairs
 from .vocab import Vocabulary
 
-# What the seed's streams are drawn for: pairs, the order of an epoch. Masks have their noise.
-_PAIRS, _ORDER = 0, 1
+# What the seed's streams are drawn for: pairs, the order of a part. Masks have their noise.
+_PAIRS, _ORDER, _MIXTURE, _TURNS = 0, 1, 2, 3
+# Tokens whose pairs are drawn and shuffled at once, in some hundred MB: a thousand batches of 256 x 128.
+_PART_TOKENS = 1 << 25
 
 
 log = logging.getLogger(__name__)
@@ -26,45 +28,97 @@ log = logging.getLogger(__name__)
 class Loader:
     """The batches of a text, epoch by epoch.
 
+    A text of up to 64 M tokens is shuffled as a whole. A larger one is read in parts, one in memory at a
+    time: an epoch draws which shards are mixed in a part and the order of the parts, and a part is shuffled
+    as a small text is. A random second segment is of the same part.
+
     >>> loader = Loader(documents, vocab, config, batch_size=512, seed=0)      # doctest: +SKIP
     >>> for batch in loader.epoch(0): ...
     >>> for batch in loader.forever(): ...      # epoch 0, 1, 2 and so on
     """
 
     def __init__(
-        self, documents: Documents, vocab: Vocabulary, config: DataConfig, batch_size: int, seed: int
+        self, documents: Text, vocab: Vocabulary, config: DataConfig, batch_size: int, seed: int
     ) -> None:
         self.documents, self.vocab, self.config = documents, vocab, config
         self.batch_size, self.seed = batch_size, seed
-        self._drawn: tuple[int, Pairs] | None = None
+        self._drawn: tuple[tuple[int, int], Documents, Pairs] | None = None
+
+    def num_pairs(self) -> int:
+        """The pairs of an epoch; of a text in parts about as many, from one of them."""
+        sizes, part = self.documents.sizes, self._parts(0)[0]
+        _, pairs = self._part(0, 0)
+        return round(len(pairs) * (sizes.sum() / max(sizes[part].sum(), 1)))
 
     def pairs(self, epoch: int) -> Pairs:
-        """The pairs of an epoch: the same for all where the configuration does not draw them anew."""
-        drawing = self._drawing(epoch)
-        if self._drawn is None or self._drawn[0] != drawing:
-            rng = np.random.default_rng([self.seed, _PAIRS, drawing])
-            self._drawn = drawing, draw_pairs(self.documents, self.config, rng, self.vocab.unk)
-        return self._drawn[1]
+        """The pairs of an epoch, or of its first part: always the same where they are not drawn anew."""
+        return self._part(self._drawing(epoch), 0)[1]
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch in their shuffled order, the last of each bucket maybe smaller."""
-        pairs, draws = self.pairs(epoch), num_draws(self.config)
-        for members, length in self._plan(pairs, epoch):
-            noise = pair_noise(self.seed, self._drawing(epoch), members, length, draws)
-            yield make_batch(self.documents, pairs.take(members), noise, self.vocab, self.config)
+    def share_too_long(self) -> float:
+        """The share of neighbouring sentences that make a pair above max_len; of a text in parts, of one."""
+        documents = self._part(0, 0)[0]
+        sizes = np.diff(documents.sentences)
+        inside = np.ones(len(sizes), dtype=bool)
+        inside[documents.documents[1:] - 1] = False  # a document's last sentence has no next one
+        pairs = sizes[:-1] + sizes[1:] + NUM_SPECIAL_IN_PAIR
+        return float((pairs[inside[:-1]] > self.config.max_len).mean())
 
-    def forever(self, epoch: int = 0) -> Iterator[Batch]:
-        """Epoch after epoch, beginning with this one."""
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch in their shuffled order, the last of each bucket maybe smaller.
+
+        skip: leave out so many at the beginning, which are not made, though their pairs are drawn.
+        """
+        num_parts = len(self._parts(self._drawing(epoch)))
+        for number in np.random.default_rng([self.seed, _TURNS, epoch]).permutation(num_parts).tolist():
+            plan = self._plan(epoch, number)
+            for members, length in plan[skip:]:
+                yield self._batch(epoch, number, members, length)
+            skip = max(0, skip - len(plan))
+
+    def forever(self, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
+        """Epoch after epoch, beginning with this one, of which `skip` batches are left out."""
         while True:
-            yield from self.epoch(epoch)
-            epoch += 1
+            yield from self.epoch(epoch, skip)
+            epoch, skip = epoch + 1, 0
 
     def _drawing(self, epoch: int) -> int:
         return epoch if self.config.redraw else 0
 
-    def _plan(self, pairs: Pairs, epoch: int) -> list[tuple[np.ndarray, int]]:
-        """Which pairs stand in which batch, and to what length it is padded."""
-        rng = np.random.default_rng([self.seed, _ORDER, epoch])
+    def _parts(self, drawing: int) -> list[list[int]]:
+        """The shards of each part, whose order is that of the text; a small text is one part."""
+        sizes = self.documents.sizes
+        count = max(1, int(sizes.sum()) // _PART_TOKENS)
+        if count == 1:
+            return [list(range(len(sizes)))]
+        order = np.random.default_rng([self.seed, _MIXTURE, drawing]).permutation(len(sizes))
+        starts = np.cumsum(sizes[order]) - sizes[order]
+        number = starts * count // sizes.sum()
+        return [sorted(order[number == i].tolist()) for i in np.unique(number)]
+
+    def _part(self, drawing: int, number: int) -> tuple[Documents, Pairs]:
+        """The documents of a part and the pairs drawn of them; one part is kept in memory."""
+        if self._drawn is None or self._drawn[0] != (drawing, number):
+            kept = self._drawn[1] if self._drawn and len(self._parts(drawing)) == 1 else None
+            self._drawn = None  # before the next one is read
+            documents = kept or self.documents.part(self._parts(drawing)[number])
+            # Part 0 has the stream of [seed, _PAIRS, drawing], since NumPy fills up with zeros.
+            rng = np.random.default_rng([self.seed, _PAIRS, drawing, number])
+            pairs = draw_pairs(documents, self.config, rng, self.vocab.unk)
+            self._drawn = (drawing, number), documents, pairs
+        return self._drawn[1:]
+
+    def _batch(self, epoch: int, number: int, members: np.ndarray, length: int) -> Batch:
+        drawing = self._drawing(epoch)
+        documents, pairs = self._part(drawing, number)
+        # Pairs are numbered over all parts, or those of two parts would have the same masks.
+        own = members + (number << 32)
+        noise = pair_noise(self.seed, drawing, own, length, num_draws(self.config))
+        return make_batch(documents, pairs.take(members), noise, self.vocab, self.config)
+
+    def _plan(self, epoch: int, number: int) -> list[tuple[np.ndarray, int]]:
+        """Which pairs of a part stand in which batch, and to what length it is padded."""
+        _, pairs = self._part(self._drawing(epoch), number)
+        rng = np.random.default_rng([self.seed, _ORDER, epoch, number])
         order = rng.permutation(len(pairs))
         # Few lengths, all known beforehand: every new shape costs a new plan of the graph's memory.
         bounds = np.ceil(
@@ -84,7 +138,7 @@ class Data(NamedTuple):
 
     held_out: batches for evaluation, or None where there is too little text for them. unigram_loss and
     held_out_unigram_loss: on either text, of a model that knows only how frequent words are, in nats.
-    fingerprint: a hash of the text and its preparation.
+    fingerprint: a hash of the text and its preparation. statistics: of the text, see Prepared.
     """
 
     train: Loader
@@ -93,6 +147,7 @@ class Data(NamedTuple):
     unigram_loss: float
     held_out_unigram_loss: float
     fingerprint: str
+    statistics: Mapping[str, Any] = {}
 
 
 def load_data(config: DataConfig, batch_size: int, seed: int = 0) -> Data:
@@ -105,6 +160,13 @@ def load_data(config: DataConfig, batch_size: int, seed: int = 0) -> Data:
     train = Loader(prepared.train, prepared.vocab, config, batch_size, seed)
     if not len(train.pairs(0)):
         raise BadInput(f"--max-len {config.max_len}: no pair of sentences fits; a larger figure is needed")
+    if config.pairs == "sentences":
+        log.info(
+            "%.0f %% of the pairs of sentences are longer than --max-len %d: --long-pairs %s",
+            100 * train.share_too_long(),
+            config.max_len,
+            config.long_pairs,
+        )
     held_out = Loader(prepared.held_out, prepared.vocab, config, batch_size, seed)
     usable = prepared.held_out.with_pairs() >= 2 and len(held_out.pairs(0)) > 0
     if not usable:
@@ -116,4 +178,5 @@ def load_data(config: DataConfig, batch_size: int, seed: int = 0) -> Data:
         prepared.unigram_loss(prepared.train, config.predict_unknown),
         prepared.unigram_loss(prepared.held_out, config.predict_unknown) if usable else math.nan,
         prepared.fingerprint,
+        prepared.statistics,
     )

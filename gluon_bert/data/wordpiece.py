@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
@@ -76,10 +77,10 @@ class WordPieceVocabulary(Vocabulary):
         Pieces are joined as long as they stand side by side `min_freq` times. The same counts give the
         same vocabulary, in whatever order they come and with however many threads.
         """
-        counts = {word: n for word, n in counts.items() if word not in _IN_TEXT.values()}
-        alphabet = _alphabet(counts)
+        markers = set(_IN_TEXT.values())
+        alphabet = _alphabet({word: n for word, n in counts.items() if word not in markers})
         # A word with another character is [UNK] as a whole, so its pieces would never be met.
-        counts = {word: n for word, n in counts.items() if alphabet.issuperset(word)}
+        counts = {w: n for w, n in counts.items() if w not in markers and alphabet.issuperset(w)}
         alone = sorted({character for word in counts for character in word})
         inner = sorted({_PREFIX + character for word in counts for character in word[1:]})
         needed = [*SPECIAL_TOKENS, *alone, *inner]
@@ -162,12 +163,17 @@ def split_words(text: str, lowercase: bool) -> list[str]:
     >>> split_words("It's <unk> 3.5 km", lowercase=True)
     ['it', "'", 's', '[UNK]', '3', '.', '5', 'km']
     """
+    return spaced_words(text, lowercase).split()
+
+
+def spaced_words(text: str, lowercase: bool) -> str:
+    """The words of `split_words` as one text, apart by single spaces."""
     # Between spaces nothing depends on what is around: most parts have been met before.
-    return [word for part in text.split(" ") if part for word in _split_part(part, lowercase)]
+    return " ".join(filter(None, map(_spaced_part, text.split(" "), repeat(lowercase))))
 
 
 @lru_cache(maxsize=1 << 17)
-def _split_part(part: str, lowercase: bool) -> tuple[str, ...]:
+def _spaced_part(part: str, lowercase: bool) -> str:
     normalizer, splitter = _splitting(lowercase)
     found: list[str] = []
     for i, text in enumerate(_MARKER.split(_SURROGATE.sub("", part))):
@@ -175,7 +181,7 @@ def _split_part(part: str, lowercase: bool) -> tuple[str, ...]:
             found.append(_IN_TEXT[text])
         elif text:
             found += [word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))]
-    return tuple(found)
+    return " ".join(found)
 
 
 class _Splitting(NamedTuple):

@@ -1,0 +1,240 @@
+"""A prepared corpus on disk: its manifest, its vocabulary and its shards. Says how they lie, makes no ids.
+
+    <fingerprint>/                  a folder for each text and way of reading it
+      manifest.json                 written last: without it the preparation is unfinished
+      vocabulary.txt                a token a line, UTF-8
+      counts.npy                    (2, V) int64, how often each token occurs: to train on, held out
+      shard-00000/                  some million tokens of whole documents, in the order of the text
+        train.tokens.npy            (N,) uint16; int32 where the vocabulary has more than 65,536 tokens
+        train.sentences.npy         (S + 1,) int64, where each sentence starts in the tokens, and the end
+        train.documents.npy         (D + 1,) int64, the same for the documents in the sentences
+        held_out.tokens.npy         and so on: the same for the held-out text
+      words-00000.npz, ids.npz      what an unfinished preparation goes on with, gone from a finished one
+
+The manifest has the format's number, what made the shards (the settings, and the fingerprint: a hash of
+them and of the text), the statistics, and of every file its bytes and its CRC-32. The arrays are NumPy's own
+files, which `numpy.load(path, mmap_mode="r")` maps into memory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from ..config import write_json
+from ..errors import BadInput
+from ..files import folder_aside
+from .arrays import Documents
+
+log = logging.getLogger(__name__)
+
+# Part of every fingerprint: raise it when the same text would give other ids, or other files.
+FORMAT = 5
+MANIFEST, VOCABULARY, COUNTS = "manifest.json", "vocabulary.txt", "counts.npy"
+SIDES = ("train", "held_out")
+ARRAYS = ("tokens", "sentences", "documents")
+
+
+class Damaged(Exception):
+    """A prepared corpus is not what its manifest says; the message says where."""
+
+
+class Shards:
+    """One side of a prepared corpus, to train on or held out, in shards of which few are in memory at once.
+
+    sizes: (K,) int64, tokens a shard. As a whole, where that is wanted, it is `tokens`, `sentences` and
+    `documents`, as in Documents.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], side: str, counts: np.ndarray) -> None:
+        self._folder, self._shards, self._side, self._counts = folder, manifest["shards"], side, counts
+        self._lengths = np.array(
+            [[shard[side][name] for name in (*ARRAYS, "with_pairs")] for shard in self._shards],
+            dtype=np.int64,
+        )
+        self.sizes = self._lengths[:, 0]
+        self._whole: Documents | None = None
+
+    def __len__(self) -> int:
+        return int(self._lengths[:, 2].sum())
+
+    def with_pairs(self) -> int:
+        """How many documents have two sentences or more."""
+        return int(self._lengths[:, 3].sum())
+
+    def counts(self, size: int) -> np.ndarray:
+        """(size,) int64: how often each id occurs."""
+        assert size == len(self._counts)
+        return self._counts
+
+    def part(self, shards: Sequence[int]) -> Documents:
+        """The documents of these shards, copied into memory; BadInput where a file is damaged or foreign."""
+        lengths = self._lengths[list(shards), :3]
+        num_tokens, num_sentences, num_documents = lengths.sum(axis=0)
+        tokens = np.empty(num_tokens, id_type(len(self._counts)))
+        sentences, documents = np.zeros(num_sentences + 1, np.int64), np.zeros(num_documents + 1, np.int64)
+        for shard, (token, sentence, document) in zip(shards, np.cumsum(lengths, axis=0) - lengths):
+            try:
+                piece = Documents(*(self._array(shard, name) for name in ARRAYS))
+            except (OSError, ValueError, Damaged) as problem:
+                raise BadInput(
+                    f"{self._folder}: is damaged ({problem}); delete it, and the text is prepared anew"
+                ) from problem
+            tokens[token : token + len(piece.tokens)] = piece.tokens
+            sentences[sentence : sentence + len(piece.sentences)] = piece.sentences + token
+            documents[document : document + len(piece.documents)] = piece.documents + sentence
+        return Documents(tokens, sentences, documents)
+
+    def _array(self, shard: int, name: str) -> np.ndarray:
+        path = Path(shard_name(shard), f"{self._side}.{name}.npy")
+        mapped = np.load(self._folder / path, mmap_mode="r")
+        expected = self._shards[shard]["files"][path.name][1]
+        if _crc(self._folder / path) != expected:
+            raise Damaged(f"{path} has not the content that {MANIFEST} says")
+        return mapped
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """(N,) the ids of all tokens, as in Documents."""
+        return self._all().tokens
+
+    @property
+    def sentences(self) -> np.ndarray:
+        """(S + 1,) int64, where each sentence starts, as in Documents."""
+        return self._all().sentences
+
+    @property
+    def documents(self) -> np.ndarray:
+        """(D + 1,) int64, where each document starts, as in Documents."""
+        return self._all().documents
+
+    def _all(self) -> Documents:
+        if self._whole is None:
+            self._whole = self.part(range(len(self.sizes)))
+        return self._whole
+
+
+def id_type(vocab_size: int) -> Any:
+    """The type of the tokens' ids."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.int32
+
+
+def shard_name(number: int) -> str:
+    """The name of a shard's folder."""
+    return f"shard-{number:05}"
+
+
+def write_shard(folder: Path, number: int, sides: Mapping[str, Documents]) -> None:
+    """A shard's folder, whole or not at all."""
+    with folder_aside(folder / shard_name(number)) as aside:
+        for side, documents in sides.items():
+            for name in ARRAYS:
+                np.save(aside / f"{side}.{name}.npy", getattr(documents, name))
+
+
+def describe_shard(folder: Path, number: int) -> dict[str, Any]:
+    """What the manifest says of a shard: how long its arrays are; of its files the bytes and the CRC-32."""
+    shard = folder / shard_name(number)
+    description: dict[str, Any] = {}
+    for side in SIDES:
+        read = Documents(*(np.load(shard / f"{side}.{name}.npy", mmap_mode="r") for name in ARRAYS))
+        lengths = {"tokens": len(read.tokens), "sentences": len(read.sentences) - 1, "documents": len(read)}
+        description[side] = {**lengths, "with_pairs": read.with_pairs()}
+    files = (f"{side}.{name}.npy" for side in SIDES for name in ARRAYS)
+    return {**description, "files": {name: _described(shard / name) for name in files}}
+
+
+def manifest(
+    folder: Path, made_by: Mapping[str, Any], described: Sequence[Any], statistics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the manifest says of a folder that has all the rest."""
+    own = {name: _described(folder / name) for name in (VOCABULARY, COUNTS)}
+    return {
+        "format": FORMAT,
+        "made_by": made_by,
+        "statistics": statistics,
+        "files": own,
+        "shards": list(described),
+    }
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Finish a prepared corpus: from now on it is there. `read_manifest` is the inverse."""
+    write_json(folder / MANIFEST, content)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished corpus, or None; Damaged where a file is missing or of another size.
+
+    The vocabulary and the counts are also compared by content, the shards when they are read.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{MANIFEST} cannot be read: {error}") from error
+    try:
+        if content["made_by"]["fingerprint"] != folder.name:
+            raise Damaged(f"{MANIFEST} is that of {content['made_by']['fingerprint']}")
+        for name, described in content["files"].items():
+            if _described(folder / name) != described:
+                raise Damaged(f"{name} has not the content that {MANIFEST} says")
+        for number, shard in enumerate(content["shards"]):
+            for name, (num_bytes, _) in shard["files"].items():
+                found = (folder / shard_name(number) / name).stat().st_size
+                if found != num_bytes:
+                    raise Damaged(f"{shard_name(number)}/{name} has {found:,} bytes, not {num_bytes:,}")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"{type(error).__name__}: {error}") from error
+    return content
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder for this process alone, once others that prepare the same text are done with it.
+
+    The lock is gone with the process that holds it, however that ends.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            _lock(handle, folder)
+            # Whoever had it may have removed the folder: then this is the lock of one that has no name.
+            if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        # Some network file systems cannot lock. Two who prepare the same text there meet in an error: the
+        # second finds a shard where it wants to put its own.
+        log.warning(
+            "%s cannot be locked (%s): let one process at a time prepare a text", folder, error.strerror
+        )
+
+
+def _described(path: Path) -> list[int]:
+    return [path.stat().st_size, _crc(path)]
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            crc = zlib.crc32(block, crc)
+    return crc
