@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from pathlib import Path
 
 import pytest
 
 from gluon_bert.data.documents import prepare
+from gluon_bert.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 WIKITEXT = ROOT.parent / "shared" / "wikitext-2"
@@ -36,6 +38,20 @@ def wikitext_prepared(wikitext):
     from gluon_bert.config import preset
 
     return prepare(preset("d2l").replace(corpus=(str(wikitext),)).data)
+
+
+def skip_without(format):
+    """Skip where this machine cannot run an export of this format, with the reason."""
+    if format == "onnx":
+        missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+        if missing:
+            pytest.skip(f"the extra onnx is not installed: there is no {' and no '.join(missing)}")
+    from gluon_bert.export.formats import CPU_CHECKS
+
+    try:
+        CPU_CHECKS.get(format, lambda: None)()
+    except BadInput as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

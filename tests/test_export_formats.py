@@ -1,6 +1,5 @@
 """Exports to ONNX, int8 and bf16: close to the network they came from at any length, or not written."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, small_text
+from conftest import ROOT, skip_without, small_text
 
 from gluon_bert.checkpoint import Run
 from gluon_bert.config import preset
@@ -37,19 +36,6 @@ MAX_LEN = 32
 EXPORTS = {"onnx": export_onnx, "int8": export_int8, "bf16": export_bf16}
 # The largest difference of any single number, in units of the largest of its output.
 LARGEST = {"onnx": 1e-5, "int8": 0.1, "bf16": 0.02}
-
-
-def skip_without(format):
-    """Skip where this machine cannot run a format, with the reason."""
-    if format == "onnx":
-        missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
-        if missing:
-            pytest.skip(f"the extra onnx is not installed: there is no {' and no '.join(missing)}")
-    if format == "bf16":
-        try:
-            quantized.check_bf16()
-        except BadInput as error:
-            pytest.skip(str(error))
 
 
 @pytest.fixture(params=EXPORTS)
@@ -325,12 +311,19 @@ def test_module_reads_it_too(run, exports, low):
         assert max(found.values()) < LARGEST[low]
 
 
-def test_a_cpu_without_bfloat16_is_told_so(tmp_path):
-    code = "from gluon_bert.export.quantized import check_bf16; check_bf16()"
+@pytest.mark.parametrize(
+    "low, told",
+    [
+        ("bf16", "bf16: this CPU cannot compute in bfloat16, for which MXNet needs AVX-512"),
+        ("int8", "int8: this CPU's products of int8 overflow, for which MXNet needs AVX512_VNNI"),
+    ],
+)
+def test_a_cpu_that_cannot_is_told_so(low, told):
+    code = f"from gluon_bert.export.quantized import check_{low}; check_{low}()"
     limited = {**os.environ, "DNNL_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=limited, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "BadInput: bf16: this CPU cannot compute in bfloat16, for which MXNet needs AVX-512" in done.stderr
+    assert f"BadInput: {told}" in done.stderr
 
 
 def test_only_the_symbol_runs_elsewhere_than_on_the_cpu(exports, format):

@@ -79,7 +79,8 @@ def assert_same(ours, theirs, tolerance):
     """Equal relative to the largest value of each array."""
     assert ours.keys() == theirs.keys()
     for name in ours:
-        scale = max(np.abs(theirs[name]).max(), 1e-3)
+        # A floor for what is 0 but for rounding, which is that of larger values: the gradient of key biases.
+        scale = max(np.abs(theirs[name]).max(), 1e-2)
         np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=tolerance * scale, err_msg=name)
 
 

@@ -19,7 +19,7 @@ from ..runtime import versions
 from .comparison import NUM_GROUPS, batches, compare, differences, random_texts
 from .manifest import OUTPUTS, Manifest, hashes
 from .onnx_graph import OnnxNetwork, onnx_versions, package, save_onnx
-from .quantized import check_bf16, to_bf16, to_int8
+from .quantized import check_bf16, check_int8, to_bf16, to_int8
 from .symbol import BlockNetwork, ModuleNetwork, save_graph, trace
 
 # The same operators on the same numbers: what remains is the order of sums where shapes differ.
@@ -32,6 +32,9 @@ ONNX_ERROR = 1e-5
 # up to 0.05 with int8 and 0.008 with bf16, on bert-tiny and bert-base.
 INT8_ERROR = 0.1
 BF16_ERROR = 0.02
+
+# What asks of the CPU more than others have.
+CPU_CHECKS = {"int8": check_int8, "bf16": check_bf16}
 
 
 class Exported(NamedTuple):
@@ -99,9 +102,10 @@ def export_int8(
     """Write a run's network with dense layers in int8, as an MXNet symbol with its vocabulary and manifest.
 
     Every other text, by length, calibrates it and the rest are compared: of these no third may differ by
-    more than max_error in the mean. BadInput where one does, or where the folder is taken; then nothing is
-    left.
+    more than max_error in the mean. BadInput where one does, where the folder is taken, or where the CPU
+    cannot compute in int8; then nothing is left.
     """
+    check_int8()
     if len(texts) < 2 * NUM_GROUPS:
         raise BadInput(
             f"--text: {len(texts)} texts are too few for int8, which needs {2 * NUM_GROUPS}: half of them "
@@ -185,8 +189,8 @@ def _compared(
 def _network(folder: Path, manifest: Manifest, context: Any | None = None) -> Network:
     if manifest.format == "onnx":
         return OnnxNetwork(folder, manifest)
-    if manifest.format == "bf16":
-        check_bf16()
+    if manifest.format in CPU_CHECKS:
+        CPU_CHECKS[manifest.format]()
     return BlockNetwork(folder, manifest, context)
 
 

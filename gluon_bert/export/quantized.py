@@ -99,8 +99,28 @@ def check_bf16() -> None:
     except mx.MXNetError as error:
         raise BadInput(
             "bf16: this CPU cannot compute in bfloat16, for which MXNet needs AVX-512; export with --format "
-            "mxnet or int8"
+            "mxnet or onnx"
         ) from error
+
+
+def check_int8() -> None:
+    """Raise BadInput where MXNet's int8 products are wrong on this CPU.
+
+    Without VNNI oneDNN adds up pairs of products in 16 bits, which two large ones overflow without a word.
+    It is tried, as in `check_bf16`.
+    """
+    width = 16
+    tokens = mx.nd.full((1, width), 255, dtype=np.uint8)
+    weight = mx.nd.full((1, width), 127, dtype=np.int8)
+    bounds = [mx.nd.array([value]) for value in (0, 255, -127, 127)]
+    products, *_ = mx.nd.contrib.quantized_fully_connected(
+        tokens, weight, *bounds, num_hidden=1, no_bias=True, flatten=False
+    )
+    if products.asscalar() != 255 * 127 * width:
+        raise BadInput(
+            "int8: this CPU's products of int8 overflow, for which MXNet needs AVX512_VNNI; export with "
+            "--format mxnet or onnx"
+        )
 
 
 def _module(name: str) -> Any:
