@@ -50,6 +50,12 @@ class ModelConfig:
     embedding_norm: bool = option(False, "LayerNorm and dropout on the embeddings, as the original BERT has")
     tied_decoder: bool = option(False, "the MLM decoder shares its weight with the token embedding")
     init: str = option("xavier", "weights from Xavier or from N(0, 0.02)", choices=("xavier", "normal"))
+    decoder_bias: str = option(
+        "zeros",
+        "the MLM decoder's biases begin at zero, or so that its first scores are the frequencies of the "
+        "words, which then need not be learnt",
+        choices=("zeros", "frequencies"),
+    )
 
 
 @dataclass(frozen=True)

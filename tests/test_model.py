@@ -447,3 +447,14 @@ def test_setting_up_again_draws_the_weights_anew():
     name = "encoder.embeddings.tokens.weight"
     assert (first[name] != second[name]).any()
     np.testing.assert_array_equal(first[name], again[name])
+
+
+def test_the_decoders_first_scores_are_the_words_frequencies():
+    config = dataclasses.replace(BERT, decoder_bias="frequencies")
+    net = BERTModel(VOCAB, config)
+    counts = np.arange(VOCAB)
+    net.setup(mx.cpu(), word_counts=counts)
+    shares = np.exp(net.mlm.decoder.bias.data().asnumpy())
+    np.testing.assert_allclose(shares, (counts + 1) / (counts + 1).sum(), rtol=1e-5)
+    with pytest.raises(BadInput, match="--decoder-bias frequencies: the words' counts"):
+        net.setup(mx.cpu())

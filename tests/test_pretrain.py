@@ -390,3 +390,13 @@ def test_ctrl_c_leaves_a_usable_run_and_status_130(text_file, tmp_path):
     assert "interrupted" in err
     assert log_of(folder)
     assert (folder / "losses.png").exists()
+
+
+def test_a_run_may_begin_with_the_words_frequencies(command):
+    flags = ["--preset", "bert-tiny", "--decoder-bias", "frequencies", "--lr", "1e-9", "--held-out", "0.5"]
+    status, folder = command(*flags)
+    assert status == 0
+    compared = json.loads((folder / "config.json").read_text())["facts"]["losses_for_comparison"]
+    reached = log_of(folder)[-1]["held_out"]["mlm_loss"]
+    assert reached == pytest.approx(compared["held_out_unigram"], abs=0.2)
+    assert reached < compared["uniform"] - 0.4

@@ -44,7 +44,7 @@ def data():
         Loader(side, prepared.vocab, TEXT, TRAIN.batch_size, seed=0)
         for side in (prepared.train, prepared.held_out)
     )
-    return Data(train, held_out, prepared.vocab, 3.0, 3.0, "")
+    return Data(train, held_out, prepared.vocab, 3.0, 3.0, prepared.word_counts(prepared.train, False), "")
 
 
 @pytest.fixture(scope="module")

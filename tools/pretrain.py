@@ -112,7 +112,7 @@ def train(config: Config, contexts: list[Any], output: Path) -> int:
     data = load_data(config.data, config.train.batch_size, config.train.seed)
     check_evaluable(config.train, data)
     net = BERTModel(len(data.vocab), config.model)
-    net.setup(contexts, config.train.seed)
+    net.setup(contexts, config.train.seed, data.word_counts)
     facts = {
         "contexts": [str(context) for context in contexts],
         "versions": runtime.versions(),

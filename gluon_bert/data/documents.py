@@ -47,17 +47,20 @@ class Prepared:
     fingerprint: str
     statistics: Mapping[str, Any] = field(default_factory=dict)
 
+    def word_counts(self, documents: Text, predict_unknown: bool) -> np.ndarray:
+        """(V,) float64: how often each token occurs in these documents as a word that may be predicted."""
+        counts = documents.counts(len(self.vocab)).astype(np.float64)
+        if not predict_unknown:
+            counts[self.vocab.unk] = 0
+        return counts
+
     def unigram_loss(self, documents: Text, predict_unknown: bool) -> float:
         """The loss in nats, on these documents, of a model that knows the words' frequencies in training.
 
         On the training text itself it is the entropy of the words to predict. Below it a model must have
         learnt something of the words' context.
         """
-        frequent, asked = (
-            text.counts(len(self.vocab)).astype(np.float64) for text in (self.train, documents)
-        )
-        if not predict_unknown:
-            frequent[self.vocab.unk] = asked[self.vocab.unk] = 0
+        frequent, asked = (self.word_counts(text, predict_unknown) for text in (self.train, documents))
         met = asked > 0
         # <unk>, or a token of a published vocabulary, may not stand in the training text: it counts as once.
         frequent = np.maximum(frequent, met)

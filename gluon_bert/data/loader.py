@@ -138,6 +138,7 @@ class Data(NamedTuple):
 
     held_out: batches for evaluation, or None where there is too little text for them. unigram_loss and
     held_out_unigram_loss: on either text, of a model that knows only how frequent words are, in nats.
+    word_counts: (V,) float64, how often each token is a word that may be predicted, in the training text.
     fingerprint: a hash of the text and its preparation. statistics: of the text, see Prepared.
     """
 
@@ -146,6 +147,7 @@ class Data(NamedTuple):
     vocab: Vocabulary
     unigram_loss: float
     held_out_unigram_loss: float
+    word_counts: np.ndarray
     fingerprint: str
     statistics: Mapping[str, Any] = {}
 
@@ -177,6 +179,7 @@ def load_data(config: DataConfig, batch_size: int, seed: int = 0) -> Data:
         prepared.vocab,
         prepared.unigram_loss(prepared.train, config.predict_unknown),
         prepared.unigram_loss(prepared.held_out, config.predict_unknown) if usable else math.nan,
+        prepared.word_counts(prepared.train, config.predict_unknown),
         prepared.fingerprint,
         prepared.statistics,
     )

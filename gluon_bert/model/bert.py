@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..config import ModelConfig, check_group
 from ..errors import BadInput
 from ..runtime import mx
@@ -45,15 +47,28 @@ class BERTModel(mx.gluon.HybridBlock):
         encoded = self.encoder(tokens, segments, lengths)
         return encoded, self.mlm(encoded, predictions), self.nsp(self.pooler(encoded))
 
-    def setup(self, contexts: Any, seed: int = 0) -> None:
-        """Draw the initial weights onto these contexts and compile; seeds MXNet, so dropout as well."""
+    def setup(self, contexts: Any, seed: int = 0, word_counts: np.ndarray | None = None) -> None:
+        """Draw the initial weights onto these contexts and compile; seeds MXNet, so dropout as well.
+
+        word_counts: (V,) how often each word is to be predicted, for a decoder_bias of frequencies: BadInput
+        without them.
+        """
         mx.random.seed(seed)
         xavier = self.config.init == "xavier"
         weights = mx.init.Xavier() if xavier else mx.init.Normal(NORMAL_SIGMA)
         self.initialize(weights, ctx=contexts, force_reinit=True)
+        if self.config.decoder_bias == "frequencies":
+            if word_counts is None:
+                raise BadInput("--decoder-bias frequencies: the words' counts in the text are needed")
+            self.mlm.decoder.bias.set_data(mx.nd.array(log_frequencies(word_counts)))
         self.compile()
 
     def compile(self) -> None:
         """Hybridize; the encoder, whose shapes are few, keeps its memory from step to step."""
         self.hybridize()
         self.encoder.hybridize(static_alloc=True)
+
+
+def log_frequencies(counts: np.ndarray) -> np.ndarray:
+    """(V,) the logarithm of each word's share of all words, with one added to every count (Laplace)."""
+    return np.log((counts + 1) / (counts + 1).sum())
