@@ -1,0 +1,86 @@
+"""Recipes side by side: the runs, what they are measured on, what is refused."""
+
+import json
+import subprocess
+
+import compare_recipes
+import pytest
+from compare_recipes import Learnt, Recipe, flags_of, table
+
+SMALL = {"units": 16, "ffn_units": 16, "num_layers": 1, "num_heads": 1, "batch_size": 16, "log_every": 5}
+
+
+@pytest.fixture
+def recipes(monkeypatch):
+    """Two recipes that need seconds: one learns, the other has a learning rate of nearly nothing."""
+    learns = Recipe("one that learns", "d2l", {**SMALL, "lr": 0.01, "long_pairs": "truncate"})
+    both = {"learns": learns, "stays": learns.but("one that stays", lr=1e-9, predict_unknown=False)}
+    monkeypatch.setattr(compare_recipes, "RECIPES", both)
+    # Steps in place of minutes, so that no result depends on how fast the machine is.
+    limited = ["--eval-every", "15", "--max-minutes", "0", "--num-steps", "30"]
+    monkeypatch.setattr(compare_recipes, "flags_of", lambda *given: [*flags_of(*given), *limited])
+    return both
+
+
+def compare(*flags):
+    return compare_recipes.main([str(each) for each in flags])
+
+
+def test_recipes_train_for_the_same_time_and_are_measured_on_the_same_text(
+    recipes, text_file, tmp_path, capsys, monkeypatch
+):
+    flags = ["--corpus", text_file, "--minutes", 0.05, "--seeds", "0,1", "--output", tmp_path / "out"]
+    assert compare(*flags) == 0
+    shown = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
+    assert [(run["recipe"], run["seed"]) for run in results["runs"]] == [
+        ("learns", 0),
+        ("stays", 0),
+        ("learns", 1),
+        ("stays", 1),
+    ]
+    for run in results["runs"]:
+        minutes, losses = zip(*run["curve"])
+        assert len(minutes) == 2 and 0 < minutes[0] < minutes[1]
+        assert (run["steps"], run["pairs"]) == (30, 16 * 30)
+        fell = losses[0] - losses[1]
+        assert fell > 0.02 if run["recipe"] == "learns" else abs(fell) < 1e-5
+    assert "| one that learns | 2 |" in shown and "| one that stays | 2 |" in shown
+    assert (tmp_path / "out" / "learning.png").read_bytes().startswith(b"\x89PNG")
+
+    monkeypatch.setattr(subprocess, "call", lambda *_, **__: pytest.fail("trained again"))
+    assert compare(*flags) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_the_flags_are_the_recipes_and_keep_every_evaluation(recipes):
+    flags = flags_of(Recipe("x", "bert-tiny", {"lowercase": False, "lr": 0.5}), minutes=3.0, seed=7)
+    told = "--preset bert-tiny --lowercase no --lr 0.5 --eval-every 20 --max-minutes 3.0 --seed 7 --keep 0"
+    assert " ".join(flags) == told
+
+
+def test_the_table_has_the_mean_over_seeds_and_the_range(recipes):
+    runs = [Learnt("learns", seed, [(1.0, loss)], 10, 160, 0.25, 0.5) for seed, loss in ((0, 5.0), (1, 6.0))]
+    row = "| one that learns | 2 | 10 | 160 | 5.500 (5.000 to 6.000) | 25.0 % | 50.0 % |"
+    assert table(runs).splitlines()[-1] == row
+
+
+def test_what_is_refused(recipes, text_file, tmp_path, capsys):
+    assert compare("--minutes", 0, "--recipes", "learns,x", "--seeds", "0,a", "--output", tmp_path) == 2
+    told = capsys.readouterr().err
+    assert "--minutes 0.0: must be above 0" in told
+    assert "--recipes x: the recipes are learns, stays" in told
+    assert "--seeds 0,a: numbers with commas" in told
+
+    (tmp_path / "learns-0.part").mkdir()
+    assert compare("--corpus", text_file, "--output", tmp_path) == 2
+    assert "learns-0.part: is of a comparison that runs, or that was stopped" in capsys.readouterr().err
+    assert compare("--corpus", tmp_path / "none", "--output", tmp_path / "new") == 2
+    assert "the training failed with exit status 2" in capsys.readouterr().err
+
+
+def test_a_run_with_another_vocabulary_is_refused(recipes, text_file, tmp_path, capsys):
+    recipes["learns"] = recipes["learns"].but("with rarer words", min_freq=400)
+    flags = ["--corpus", text_file, "--minutes", 0.02, "--recipes", "learns", "--output", tmp_path / "out"]
+    assert compare(*flags) == 2
+    assert "has another vocabulary than the common examples" in capsys.readouterr().err
