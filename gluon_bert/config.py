@@ -21,13 +21,20 @@ SHORTEST_MAX_LEN = 8
 
 
 def option(
-    default: Any, help: str, *, at_least: Any = None, at_most: Any = None, choices: Sequence[str] = ()
+    default: Any,
+    help: str,
+    *,
+    at_least: Any = None,
+    at_most: Any = None,
+    choices: Sequence[str] = (),
+    may_change: bool = False,
 ) -> Any:
-    """A dataclass field that carries what its flag needs: help text, bounds, choices."""
-    return field(
-        default=default,
-        metadata={"help": help, "at_least": at_least, "at_most": at_most, "choices": tuple(choices)},
-    )
+    """A dataclass field that carries what its flag needs: help text, bounds, choices.
+
+    may_change: whether it can be another when a run is resumed.
+    """
+    bounds = {"at_least": at_least, "at_most": at_most, "choices": tuple(choices)}
+    return field(default=default, metadata={"help": help, **bounds, "may_change": may_change})
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class DataConfig:
         ("pydoc",),
         "pydoc (the prose in this Python installation), wikitext-2 (downloaded once), or files and folders "
         "of UTF-8 text, also .gz; a name ending in .tokens is read as WikiText",
+        may_change=True,  # to where the same text is now
     )
     text_format: str = option(
         "auto",
@@ -90,7 +98,9 @@ class DataConfig:
         choices=("words", "wordpiece"),
     )
     vocab_file: str = option(
-        "", "a published WordPiece vocabulary, vocab.txt, a token a line; without, one is made of the text"
+        "",
+        "a published WordPiece vocabulary, vocab.txt, a token a line; without, one is made of the text",
+        may_change=True,  # to where the same file is now
     )
     # [PAD] [UNK] [CLS] [SEP] [MASK] and some pieces; the default is Devlin et al. 2018's, uncased.
     vocab_size: int = option(30522, "V, tokens of a WordPiece vocabulary that is made, at most", at_least=8)
@@ -151,7 +161,10 @@ class DataConfig:
         1, "batches of like length, padded to this many lengths; 1: all to --max-len", at_least=1
     )
     num_workers: int = option(
-        0, "processes that prepare the text; 0: this one; large texts want one for each core", at_least=0
+        0,
+        "processes that prepare the text; 0: this one; large texts want one for each core",
+        at_least=0,
+        may_change=True,
     )
 
 
@@ -161,7 +174,10 @@ class TrainConfig:
 
     batch_size: int = option(512, "B, sentence pairs an optimizer step, over all contexts", at_least=1)
     num_steps: int = option(
-        50, "optimizer steps; 0: no limit, as is set where --max-minutes is given alone", at_least=0
+        50,
+        "optimizer steps; 0: no limit, as is set where --max-minutes is given alone",
+        at_least=0,
+        may_change=True,
     )
     max_minutes: float = option(
         0.0,
@@ -170,8 +186,9 @@ class TrainConfig:
         "follows the clock, and no seed repeats the run",
         at_least=0.0,
         at_most=1e6,
+        may_change=True,
     )
-    lr: float = option(1e-3, "the learning rate at its peak", at_least=0.0, at_most=1e3)
+    lr: float = option(1e-3, "the learning rate at its peak", at_least=0.0, at_most=1e3, may_change=True)
     schedule: str = option(
         "constant",
         "of the learning rate after the warm-up: constant, or falling to 0 at the end of the run, linear or "
@@ -210,17 +227,31 @@ class TrainConfig:
     seed: int = option(
         0, "of every random draw: weights, dropout, pairs, masks, order", at_least=0, at_most=2**31 - 1
     )
-    log_every: int = option(10, "steps between two lines of the log", at_least=1)
+    log_every: int = option(10, "steps between two lines of the log", at_least=1, may_change=True)
     eval_every: int = option(
-        0, "steps between two evaluations on held-out text; 0: at the end only", at_least=0
+        0,
+        "steps between two evaluations on held-out text; 0: at the end only",
+        at_least=0,
+        may_change=True,
     )
     patience: int = option(
         0,
         "end the run after this many evaluations in a row that were no better than the best, by the MLM loss "
         "on held-out text; 0: never",
         at_least=0,
+        may_change=True,
     )
-    keep: int = option(1, "how many of the latest checkpoints stay, beside the best; 0: all", at_least=0)
+    checkpoint_every: int = option(
+        500,
+        "steps between two checkpoints, from which --resume goes on; each evaluation and the end of the run, "
+        "however it is stopped, has one too; 0: these only",
+        at_least=0,
+        may_change=True,
+    )
+    # Two, so that there is one before the latest, should that be damaged.
+    keep: int = option(
+        2, "how many of the latest checkpoints stay, beside the best; 0: all", at_least=0, may_change=True
+    )
 
 
 @dataclass(frozen=True)
@@ -305,6 +336,27 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         return value
     kind = "list of strings" if hint == Tuple[str, ...] else hint.__name__
     raise BadInput(f"{where} is {value!r}, which is no {kind}")
+
+
+def changeable() -> List[str]:
+    """The flags that may change when a run is resumed."""
+    fields = (f for group in GROUPS.values() for f in dataclasses.fields(group))
+    return [flag(f.name) for f in fields if f.metadata["may_change"]]
+
+
+def refuse_changes(before: Config, after: Config, where: str) -> None:
+    """Raise BadInput where a resumed run would be another one; names everything that may not change."""
+    problems = []
+    for group in GROUPS:
+        for f in dataclasses.fields(getattr(before, group)):
+            old, new = (getattr(getattr(config, group), f.name) for config in (before, after))
+            if old != new and not f.metadata["may_change"]:
+                problems.append(
+                    f"{flag(f.name)} {new}: {where} was begun with {old}, which cannot change when it goes on"
+                )
+    if problems:
+        may = f"what may change: {', '.join(changeable())}; another run begins with --config"
+        raise BadInput("\n".join([*problems, may]))
 
 
 def check_group(group: Any) -> None:

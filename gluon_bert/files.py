@@ -1,14 +1,21 @@
-"""Files and folders that are whole or not there at all: written aside, synced and renamed; their hashes."""
+"""Files and folders that are whole or not there at all: written aside, synced, renamed; locks, hashes."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Iterator
+
+from .errors import BadInput
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -33,16 +40,19 @@ def written_aside(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         # mkstemp makes the file private; a result is as readable as any file the user creates.
         Path(name).chmod(0o666 & ~_umask())
         Path(name).replace(path)
+        sync(path.parent)
     except BaseException:
-        Path(name).unlink()
+        with suppress(FileNotFoundError):  # it has its name already
+            Path(name).unlink()
         raise
 
 
 @contextmanager
-def folder_aside(path: Path) -> Iterator[Path]:
+def folder_aside(path: Path, replace: bool = False) -> Iterator[Path]:
     """A new folder to fill, which takes its name only when the block ends without an error.
 
-    Until then it is a hidden neighbour. An empty folder of that name gives way.
+    Until then it is a hidden neighbour. A folder of that name gives way: an empty one, or, where `replace` is
+    set, any.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,10 +60,60 @@ def folder_aside(path: Path) -> Iterator[Path]:
     try:
         yield aside
         aside.chmod(0o777 & ~_umask())
-        aside.replace(path)
+        for written in [*aside.rglob("*"), aside]:
+            sync(written)
+        if replace and path.exists():
+            # For a moment neither has the name: a folder cannot take that of one that is not empty.
+            before = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+            path.replace(before)
+            aside.replace(path)
+            shutil.rmtree(before)
+        else:
+            aside.replace(path)
+        sync(path.parent)
     except BaseException:
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `written_aside` and `folder_aside` left in a folder whose process was killed meanwhile."""
+    for path in folder.glob(".*.part"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def held_alone(folder: Path, flag: str) -> Iterator[None]:
+    """The folder for this process alone; BadInput, which names the flag, where another one has it.
+
+    The lock is gone with the process that holds it, however that ends. On file systems that cannot lock
+    there is none.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise BadInput(
+                    f"{flag} {folder}: another process is training there; wait for its end, or stop it"
+                ) from error
+            log.warning("%s cannot be locked (%s): let one process at a time train there", folder, error)
+        yield
+    finally:
+        os.close(handle)
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -218,6 +219,19 @@ def parse_gpus(text: str) -> list[int]:
     numbers = [int(part) for part in parts]
     refuse_repeated_gpus(numbers)
     return numbers
+
+
+def parse_contexts(names: Sequence[str]) -> tuple[list[int] | None, int | None]:
+    """Contexts as a run records them, to what `contexts` takes; BadInput for what it cannot have recorded.
+
+    >>> parse_contexts(["cpu(0)", "cpu(1)"]), parse_contexts(["gpu(3)"])
+    ((None, 2), ([3], None))
+    """
+    found = [re.fullmatch(r"([cg]pu)\(([0-9]{1,4})\)", str(name)) for name in names]
+    kinds = {match[1] for match in found if match}
+    if not all(found) or len(kinds) != 1:
+        raise BadInput(f"the contexts of the run are {names!r}; say with --gpus or --cpus where it goes on")
+    return ([int(match[2]) for match in found if match], None) if kinds == {"gpu"} else (None, len(names))
 
 
 def contexts(gpus: Sequence[int] | None = None, cpus: int | None = None) -> list[mx.Context]:

@@ -77,3 +77,18 @@ def small_text(num_documents: int = 200, seed: int = 0) -> str:
         ]
         documents.append("\n".join(lines))
     return "\n\n".join(documents) + "\n"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=5,
+        help="how often the run of test_resume.py is killed (5; tried with 100)",
+    )
+
+
+@pytest.fixture
+def kills(request):
+    """How often a run is killed."""
+    return request.config.getoption("--kills")

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "gluon_bert"
 FLOORS = {
     "errors": 0,
     "files": 0,
+    "array_files": 0,
     "config": 0,
     "runtime": 0,
     "data": 1,
@@ -25,7 +26,7 @@ FLOORS = {
     "serving": 4,
 }
 # Floor 0 is one room: errors and files serve the others.
-SHARED_GROUND = {"errors", "files", "config", "runtime"}
+SHARED_GROUND = {"errors", "files", "array_files", "config", "runtime"}
 WITHOUT_MXNET = [
     "corpus",
     "arrays",

@@ -259,12 +259,14 @@ def copy_of(run_folder, folder):
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
 def test_damaged_weights(run_folder, tmp_path, capsys, damage):
     folder = copy_of(run_folder, tmp_path / "run")
-    (weights,) = folder.glob("checkpoints/*.params")
+    (weights,) = folder.glob("checkpoints/*/weights.npz")
     content = weights.read_bytes()
     weights.write_bytes(
         {"truncated": content[: len(content) // 2], "empty": b"", "text": b"no weights"}[damage]
     )
-    assert f"{weights}: cannot be read as the weights of this run" in told(capsys, folder, "a")
+    assert f"{weights}: is damaged, it has not the content that manifest.json says" in told(
+        capsys, folder, "a"
+    )
 
 
 def test_a_vocabulary_that_does_not_fit(run_folder, tmp_path, capsys):

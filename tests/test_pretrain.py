@@ -16,11 +16,11 @@ import pytest
 from conftest import ROOT
 
 from gluon_bert import checkpoint
-from gluon_bert.checkpoint import load_run, save_checkpoint
+from gluon_bert.checkpoint import load_run
 from gluon_bert.config import preset
 from gluon_bert.encoding import encode
 from gluon_bert.runtime import mx
-from gluon_bert.training import meters
+from gluon_bert.training import meters, saving
 from gluon_bert.training.meters import Averages
 from gluon_bert.training.report import Report
 
@@ -199,11 +199,11 @@ def test_a_run_without_held_out_text_says_so_and_writes_valid_json(command, caps
 def test_the_weights_of_every_evaluation_are_kept_if_asked_and_each_written_once(command, monkeypatch):
     written = []
 
-    def noting(folder, net, step, **options):
-        written.append(step)
-        return save_checkpoint(folder, net, step, **options)
+    def noting(folder, snapshot, **options):
+        written.append(snapshot.step)
+        return checkpoint.write_checkpoint(folder, snapshot, **options)
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", noting)
+    monkeypatch.setattr(saving, "write_checkpoint", noting)
     _, folder = command("--eval-every", "2", "--keep", "0")
     assert checkpoint.steps(folder) == written == [2, 4, 6]
 
@@ -221,7 +221,7 @@ def held_out_losses(monkeypatch):
 
 def test_the_latest_and_the_best_weights_stay(command, held_out_losses, capsys):
     held_out_losses(4.0, 3.0, 5.0, 3.5)
-    status, folder = command("--num-steps", "7", "--eval-every", "2")
+    status, folder = command("--num-steps", "7", "--eval-every", "2", "--keep", "1")
     assert status == 0
     assert checkpoint.steps(folder) == [4, 7]
     assert (load_run(folder, which="best").step, load_run(folder).step) == (4, 7)
@@ -230,7 +230,7 @@ def test_the_latest_and_the_best_weights_stay(command, held_out_losses, capsys):
 
 def test_patience_ends_the_run_and_the_log_has_its_last_step(command, held_out_losses, capsys):
     held_out_losses(4.0, 3.0, 5.0, 3.5)
-    status, folder = command("--num-steps", "1000", "--eval-every", "3", "--patience", "2")
+    status, folder = command("--num-steps", "1000", "--eval-every", "3", "--patience", "2", "--keep", "1")
     assert status == 0
     assert "The run ended after step 12: 2 evaluations in a row were no better" in capsys.readouterr().out
     steps = [(record["step"], "held_out" in record) for record in log_of(folder)]

@@ -7,13 +7,14 @@ import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Mapping, Sequence
 
-from command_line import add_config_flags, config_from, guarded, run
+from command_line import Terminated, add_config_flags, config_from, guarded, run
 
 from gluon_bert import runtime
-from gluon_bert.config import PRESETS, Config, preset
+from gluon_bert.config import PRESETS, Config, changeable, preset, refuse_changes
 from gluon_bert.errors import BadInput
+from gluon_bert.files import held_alone, remove_leftovers
 
 EXAMPLES = """\
 examples:
@@ -22,6 +23,7 @@ examples:
   python tools/pretrain.py --preset bert-tiny --corpus my_texts/ --num-steps 5000 --eval-every 500
   python tools/pretrain.py --preset bert-tiny --max-minutes 30 --eval-every 100 --patience 5
   python tools/pretrain.py --cpus 2 --batch-size 64 --seed 7
+  python tools/pretrain.py --resume runs/bert-tiny-1         go on with a run that was stopped or killed
 
 What stands in brackets is what the presets have. A run's folder holds config.json, vocab.json, log.jsonl,
 losses.png and checkpoints/.
@@ -40,6 +42,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (d2l)")
     p.add_argument("--config", type=Path, metavar="FILE", help="an earlier run's config.json, not a preset")
+    p.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with the run in this folder from its latest checkpoint, as if it had not been stopped; "
+        f"beside it only flags that a run may change: {', '.join(changeable())}, --gpus and --cpus",
+    )
     p.add_argument(
         "--output",
         type=Path,
@@ -66,12 +75,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def pretrain(arguments: argparse.Namespace) -> int:
     """Pretrain as the flags say."""
+    if arguments.resume is not None:
+        return resume(arguments)
     config = config_from(arguments, starting_point(arguments))
-    gpus = None if arguments.gpus is None else runtime.parse_gpus(arguments.gpus)
-    contexts = runtime.contexts(gpus, arguments.cpus)
+    contexts = contexts_from(arguments)
     name = arguments.preset or ("d2l" if arguments.config is None else "repeat")
     output = _free_folder(name) if arguments.output is None else arguments.output
-    return train(config, contexts, output)
+    return begin(config, contexts, output)
 
 
 def starting_point(arguments: argparse.Namespace) -> Config:
@@ -85,34 +95,26 @@ def starting_point(arguments: argparse.Namespace) -> Config:
     return read_config(arguments.config)
 
 
-def train(config: Config, contexts: list[Any], output: Path) -> int:
-    """The run itself: data, network, steps, and what is left in the folder."""
-    from gluon_bert.checkpoint import check_new, create_run, save_checkpoint
+def contexts_from(arguments: argparse.Namespace, recorded: Sequence[str] = ()) -> list[Any]:
+    """The contexts that the flags ask for; without any those of a resumed run, else what there is."""
+    gpus = None if arguments.gpus is None else runtime.parse_gpus(arguments.gpus)
+    if gpus is None and arguments.cpus is None and recorded:
+        gpus, cpus = runtime.parse_contexts(recorded)
+        return runtime.contexts(gpus, cpus)
+    return runtime.contexts(gpus, arguments.cpus)
+
+
+def begin(config: Config, contexts: list[Any], output: Path) -> int:
+    """A new run, in a folder of its own."""
+    from gluon_bert.checkpoint import check_new, create_run
     from gluon_bert.data.loader import load_data
-    from gluon_bert.model.bert import BERTModel
-    from gluon_bert.training.report import References, Report
-    from gluon_bert.training.trainer import Trainer, check_evaluable
-
-    class SavingReport(Report):
-        """Keeps the weights of each evaluation, and whenever it is asked to."""
-
-        saved: int | None = None
-
-        def evaluated(self, step: int, held_out: Any, best: Any) -> None:
-            super().evaluated(step, held_out, best)
-            self.save(best=best.step == step)
-
-        def save(self, best: bool = False) -> None:
-            """Keep the weights after the step that was made last; once more does nothing."""
-            if self.saved != self.step:
-                save_checkpoint(output, net, self.step, best=best, keep=config.train.keep)
-                self.saved = self.step
+    from gluon_bert.training.report import References
+    from gluon_bert.training.trainer import check_evaluable
 
     check_new(output)
     data = load_data(config.data, config.train.batch_size, config.train.seed)
     check_evaluable(config.train, data)
-    net = BERTModel(len(data.vocab), config.model)
-    net.setup(contexts, config.train.seed, data.word_counts)
+    net = network(config, data, contexts)
     facts = {
         "contexts": [str(context) for context in contexts],
         "versions": runtime.versions(),
@@ -120,39 +122,126 @@ def train(config: Config, contexts: list[Any], output: Path) -> int:
         "losses_for_comparison": References.of(data)._asdict(),
     }
     create_run(output, config, data.vocab, facts)
+    with held_alone(output, "--output"):
+        return train(config, data, net, contexts, output)
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    """Go on with a run from its latest checkpoint, as if it had not been stopped."""
+    from gluon_bert.checkpoint import CONFIG, latest_whole, read_config, read_facts, write_config
+    from gluon_bert.data.loader import load_data
+    from gluon_bert.data.wordpiece import load_vocabulary
+
+    folder = arguments.resume
+    for name in ("preset", "config", "output"):
+        if getattr(arguments, name) is not None:
+            raise BadInput(f"--{name}: has no place beside --resume, which goes on as {folder} was begun")
+    if not (folder / CONFIG).is_file():
+        raise BadInput(f"--resume {folder}: is no run: it has no {CONFIG}; name a folder that pretrain wrote")
+    before, facts = read_config(folder / CONFIG), read_facts(folder / CONFIG)
+    config = config_from(arguments, before)
+    refuse_changes(before, config, str(folder))
+    with held_alone(folder, "--resume"):
+        remove_leftovers(folder)
+        remove_leftovers(folder / "checkpoints")
+        contexts = contexts_from(arguments, facts.get("contexts") or ())
+        snapshot = latest_whole(folder)
+        data = load_data(config.data, config.train.batch_size, config.train.seed)
+        if data.fingerprint != facts.get("text") or data.vocab.tokens != load_vocabulary(folder).tokens:
+            raise BadInput(
+                f"--corpus {' '.join(config.data.corpus)}: the text, or what reads it, is not what {folder} "
+                "was begun with, and a run that goes on with another is another; begin one with --config"
+            )
+        tell_differences(facts.get("versions") or {}, runtime.versions())
+        now = {"contexts": [str(context) for context in contexts], "versions": runtime.versions()}
+        if (config, {**facts, **now}) != (before, facts):
+            write_config(folder, config, {**facts, **now})
+        return train(config, data, network(config, data, contexts), contexts, folder, snapshot)
+
+
+def tell_differences(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """A line for everything that may change the last digits of a resumed run."""
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            print(
+                f"{name} is {now.get(name)} and was {before.get(name)}: the last digits may differ from "
+                "those of a run that was not stopped",
+                file=sys.stderr,
+            )
+
+
+def network(config: Config, data: Any, contexts: list[Any]) -> Any:
+    """A network for the text, with its first weights."""
+    from gluon_bert.model.bert import BERTModel
+
+    net = BERTModel(len(data.vocab), config.model)
+    net.setup(contexts, config.train.seed, data.word_counts)
+    return net
+
+
+def train(
+    config: Config, data: Any, net: Any, contexts: list[Any], output: Path, snapshot: Any = None
+) -> int:
+    """The steps of a run, from the first or from a checkpoint on, and what they leave in its folder."""
+    from gluon_bert.training.report import Report
+    from gluon_bert.training.saving import CheckpointSaver, cost_in_words
+    from gluon_bert.training.trainer import Trainer
+
     print(f"{describe(net, data, contexts)}\nrun folder: {output}", file=sys.stderr)
     trainer = Trainer(net, config.train, contexts)
-    report = SavingReport(output, config.train, data)
+    if snapshot is not None:
+        trainer.restore(snapshot, output)
+        print(f"going on after step {snapshot.step}", file=sys.stderr)
+    run = trainer.standing
+    report = Report(output, config.train, data, step=run.step, best=run.best, log_bytes=run.log_bytes)
+    saver = CheckpointSaver(output, config.train, report)
     try:
-        with interrupts_between_steps(trainer):
-            trainer.fit(data, report)
-        report.save()
-    except KeyboardInterrupt:
-        report.save()
-        print(f"the weights after step {report.step} are kept in {output}", file=sys.stderr)
+        with signals_between_steps(trainer):
+            try:
+                trainer.fit(data, report, saver)
+            finally:
+                saver.close()
+    except (KeyboardInterrupt, Terminated):
+        print(
+            f"the weights after step {run.step} are kept in {output}; --resume {output} goes on from there",
+            file=sys.stderr,
+        )
         raise
     finally:
         report.close()
+    if snapshot is not None and trainer.standing.step == snapshot.step:
+        print(f"{output} is finished, after step {snapshot.step}: --num-steps or --max-minutes asks for more")
     print("\n".join(report.summary(contexts)))
+    if saver.cost.written:
+        print(cost_in_words(saver.cost, trainer.standing.clock.elapsed()))
     return 0
 
 
 @contextmanager
-def interrupts_between_steps(trainer: Any) -> Iterator[None]:
-    """Let a first Ctrl-C wait for the end of the step; a second one ends the process at once."""
+def signals_between_steps(trainer: Any) -> Iterator[None]:
+    """Let a first Ctrl-C or SIGTERM wait for the end of the step; a second one ends the process at once."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    came: list[int] = []
 
-    def handle(*_: Any) -> None:
-        print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+    def handle(number: int, _: Any) -> None:
+        print("stopping after this step; once more stops at once", file=sys.stderr)
+        came.append(number)
         trainer.interrupted = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in signals}
     try:
         yield
-        if trainer.interrupted:
+        if came:  # after the last step
             raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        if signal.SIGTERM in came:
+            raise Terminated from None
+        raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe(net: Any, data: Any, contexts: list[Any]) -> str:

@@ -25,6 +25,17 @@ _PART_TOKENS = 1 << 25
 log = logging.getLogger(__name__)
 
 
+class Position(NamedTuple):
+    """A place in the data: a batch of an epoch, both counted from 0."""
+
+    epoch: int = 0
+    batch: int = 0
+
+    def next(self) -> Position:
+        """The place behind this batch, maybe behind the epoch's last."""
+        return self._replace(batch=self.batch + 1)
+
+
 class Loader:
     """The batches of a text, epoch by epoch.
 
@@ -77,8 +88,14 @@ class Loader:
 
     def forever(self, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
         """Epoch after epoch, beginning with this one, of which `skip` batches are left out."""
+        return (batch for _, batch in self.walk(Position(epoch, skip)))
+
+    def walk(self, start: Position) -> Iterator[tuple[Position, Batch]]:
+        """The batches from a position on, epoch after epoch, each with its own position."""
+        epoch, skip = start
         while True:
-            yield from self.epoch(epoch, skip)
+            for number, batch in enumerate(self.epoch(epoch, skip), skip):
+                yield Position(epoch, number), batch
             epoch, skip = epoch + 1, 0
 
     def _drawing(self, epoch: int) -> int:

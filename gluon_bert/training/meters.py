@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import contextmanager
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -108,6 +108,24 @@ class Meter:
             predictions, pairs = shard.num_predictions, shard.num_pairs
             self._counts += [predictions, pairs, predictions * count_mlm_hits, pairs]
 
+    def to_json(self) -> dict[str, Any]:
+        """The meter as plain values, exact to the last bit. Waits for the devices."""
+        sums = {str(context): sums.asnumpy().tolist() for context, sums in self._sums.items()}
+        return {"sums": sums, "counts": self._counts.tolist()}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], contexts: Sequence[Any]) -> Meter:
+        """The inverse of `to_json`; what was on contexts that are not there any more goes to the first."""
+        meter = cls()
+        meter._counts = numbers(content["counts"], 4)
+        here = {str(context): context for context in contexts}
+        for name, sums in content["sums"].items():
+            context = here.get(name, contexts[0])
+            array = mx.nd.array(numbers(sums, 4), ctx=context, dtype=np.float32)
+            before = meter._sums.get(context)
+            meter._sums[context] = array if before is None else before + array
+        return meter
+
     def totals(self) -> Totals:
         """What was added up so far. Waits for the devices."""
         sums = sum((total.asnumpy().astype(np.float64) for total in self._sums.values()), np.zeros(4))
@@ -129,18 +147,47 @@ class Progress(NamedTuple):
     gradient_norm: float  # of this step, before clipping
 
 
+def numbers(values: Any, how_many: int) -> np.ndarray:
+    """(how_many,) float64 of a JSON list; ValueError where it is anything else."""
+    array = np.array(values, dtype=np.float64)
+    if array.shape != (how_many,):
+        raise ValueError(f"{how_many} numbers were expected")
+    return array
+
+
 class Clock:
     """The time and the totals of a run, from the making of its first batch on."""
 
     def __init__(self) -> None:
-        self._started = time.perf_counter()
+        self.start()
+        self._before = 0.0  # seconds that the run took until it was stopped and resumed
         self._stopped = 0.0  # seconds that do not count as training
         self._window_started = 0.0  # seconds that do, before the window
         self._run = Totals.nothing()
 
+    def start(self) -> None:
+        """The run begins now, or goes on: time counts from now on, beside what counted already."""
+        self._started = time.perf_counter()
+
+    def to_json(self) -> dict[str, Any]:
+        """The clock as plain values."""
+        run = {"sums": self._run.sums.tolist(), "counts": self._run.counts.tolist()}
+        times = {"stopped": self._stopped, "window_started": self._window_started}
+        return {"elapsed": self.elapsed(), **times, "run": run}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Clock:
+        """The inverse of `to_json`: a clock that goes on from there, now."""
+        clock = cls()
+        clock._before, clock._stopped, clock._window_started = numbers(
+            [content[name] for name in ("elapsed", "stopped", "window_started")], 3
+        ).tolist()
+        clock._run = Totals(numbers(content["run"]["sums"], 4), numbers(content["run"]["counts"], 4))
+        return clock
+
     def elapsed(self) -> float:
         """Seconds since the start, with those that do not count as training."""
-        return time.perf_counter() - self._started
+        return self._before + time.perf_counter() - self._started
 
     def progress(
         self, step: int, planned_steps: float, window: Totals, lr: float, gradient_norm: float

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, Mapping, Sequence
 
+import numpy as np
+
 from ..config import TrainConfig
 from ..runtime import mx
 
@@ -27,6 +29,61 @@ def gluon_trainer(parameters: Mapping[str, Any], config: TrainConfig) -> Any:
         wd=config.weight_decay,
     )
     return mx.gluon.Trainer(parameters, optimizer, update_on_kvstore=False)
+
+
+# What the optimizers keep of a parameter, in their states' order.
+_STATE = ("mean", "variance")
+
+
+def optimizer_arrays(trainer: Any, parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A copy on the host of what the optimizer keeps of the named parameters; waits for the devices.
+
+    Of each that was updated: `name/mean` and `name/variance`, of its shape, float32, and `name/updates`,
+    (1,) int64. All contexts have the same.
+    """
+    arrays = {}
+    updater, counts = trainer._updaters[0], trainer.optimizer._all_index_update_counts
+    updates = counts.get(trainer._contexts[0].device_id, {})
+    for name, parameter in parameters.items():
+        index = trainer._param2idx[parameter.name]
+        if index in updater.states:
+            for kind, array in zip(_STATE, updater.states[index]):
+                arrays[f"{name}/{kind}"] = array.asnumpy()
+            arrays[f"{name}/updates"] = np.array([updates[index]], dtype=np.int64)
+    return arrays
+
+
+def set_optimizer_arrays(
+    trainer: Any, parameters: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> None:
+    """The inverse of `optimizer_arrays`, on any number of contexts; ValueError where they do not fit."""
+    known = {f"{name}/{kind}" for name in parameters for kind in (*_STATE, "updates")}
+    if not arrays.keys() <= known:
+        raise ValueError(f"{min(arrays.keys() - known)} is of no parameter")
+    optimizer = trainer.optimizer
+    counts: dict[int, int] = {}
+    states: dict[int, tuple[np.ndarray, ...]] = {}
+    for name, parameter in parameters.items():
+        kinds = (*_STATE, "updates")
+        if not any(f"{name}/{kind}" in arrays for kind in kinds):
+            continue
+        expected = [(tuple(parameter.shape), np.float32)] * 2 + [((1,), np.int64)]
+        for kind, (shape, dtype) in zip(kinds, expected):
+            array = arrays[f"{name}/{kind}"]
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"{name}/{kind} is not {np.dtype(dtype)} {shape}")
+        index = trainer._param2idx[parameter.name]
+        states[index] = tuple(arrays[f"{name}/{kind}"] for kind in _STATE)
+        counts[index] = int(arrays[f"{name}/updates"][0])
+    for context, updater in zip(trainer._contexts, trainer._updaters):
+        updater.states = {
+            index: tuple(mx.nd.array(array, ctx=context, dtype=np.float32) for array in pair)
+            for index, pair in states.items()
+        }
+        updater.states_synced = dict.fromkeys(states, True)
+        optimizer._all_index_update_counts[context.device_id] = dict(counts)
+    optimizer._set_current_context(trainer._contexts[0].device_id)
+    optimizer.num_update = max(counts.values(), default=0)
 
 
 def mark_undecayed(parameters: Mapping[str, Any]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence, TextIO
+from typing import Any, Mapping, NamedTuple, Sequence, TextIO
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from ..config import TrainConfig, without_nan
 from ..data.loader import Data
+from ..errors import BadInput
 from ..files import written_aside
 from .meters import Averages, Best, Progress
 from .trainer import Reporter
@@ -41,23 +43,34 @@ class Report(Reporter):
 
     On a terminal there is a progress bar; elsewhere a plain line per window. The log has a JSON object a
     line: a window of steps, or (with the key `held_out`) an evaluation.
+
+    step, best, log_bytes: where a resumed run stands, and how long its log was then. What was logged after
+    that will be logged again, and is cut off.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, data: Data, screen: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        data: Data,
+        screen: TextIO | None = None,
+        step: int = 0,
+        best: Best | None = None,
+        log_bytes: int = 0,
+    ) -> None:
         self.folder, self.references = Path(folder), References.of(data)
-        self.step = 0
+        self.step, self.best = step, best
         self.last: Progress | None = None
         self.held_out: Averages | None = None
-        self.best: Best | None = None
         self._config = config
         self._about = "~" if config.max_minutes else ""
         # Looked up now, not at import: notebooks and tests put another stream in its place.
         self._screen = screen or sys.stderr
-        self._records: list[dict[str, Any]] = []
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
+        self._log = LogFile(self.folder / "log.jsonl", log_bytes)
         self._bar = tqdm(
             total=config.num_steps or None,  # not known yet where the minutes end the run
+            initial=step,
             bar_format="{n}/" + self._about + "{total} {bar}[{elapsed}<{remaining}{postfix}]",
             file=self._screen,
             disable=not self._screen.isatty(),
@@ -71,7 +84,7 @@ class Report(Reporter):
 
     def progressed(self, progress: Progress) -> None:
         self.last = progress
-        self._record(
+        self._log.append(
             {
                 "step": progress.step,
                 **progress.window._asdict(),
@@ -95,19 +108,24 @@ class Report(Reporter):
 
     def evaluated(self, step: int, held_out: Averages, best: Best) -> None:
         self.held_out, self.best = held_out, best
-        self._record({"step": step, "held_out": {**held_out._asdict(), "perplexity": held_out.perplexity}})
+        averages = {**held_out._asdict(), "perplexity": held_out.perplexity}
+        self._log.append({"step": step, "held_out": averages})
         told = f"held-out text after step {step}: {held_out_in_words(held_out)}"
         if best.since:
             told += f"; the best was MLM loss {best.held_out.mlm_loss:.3f} after step {best.step}"
         self._bar.write(told, file=self._screen)
 
+    def synced(self) -> int:
+        """How many bytes the log has, all of which are on the disk now."""
+        return self._log.synced()
+
     def close(self) -> None:
         """Close the log and draw losses.png; once more does no harm."""
         self._bar.close()
         self._log.close()
-        if self._records:
+        if self._log.records:
             try:
-                draw_losses(self.folder / "losses.png", self._records, self.references)
+                draw_losses(self.folder / "losses.png", self._log.records, self.references)
             except OSError as error:
                 log.warning("%s: no picture of the losses (%s)", self.folder, error.strerror or error)
 
@@ -153,11 +171,67 @@ class Report(Reporter):
             return "--patience"
         return "--num-steps" if self.step == self._config.num_steps else "--max-minutes"
 
-    def _record(self, record: dict[str, Any]) -> None:
-        self._records.append(record)
-        json.dump(without_nan(record), self._log)
-        self._log.write("\n")
-        self._log.flush()
+
+class LogFile:
+    """An object a line, of which only whole lines are ever on the disk.
+
+    records: those that are there, by what a log of so many bytes holds and what came since. Raises BadInput
+    where it holds something else.
+    """
+
+    def __init__(self, path: Path, num_bytes: int = 0) -> None:
+        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        found = path.stat().st_size
+        if found < num_bytes:
+            log.warning("%s: has %d bytes, not %d: lines of it are lost", path, found, num_bytes)
+        content = self._file.read(num_bytes)
+        self._num_bytes = content.rfind(b"\n") + 1
+        self.records = _records_in(content[: self._num_bytes], path)
+        self._file.truncate(self._num_bytes)
+        self._file.seek(self._num_bytes)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a line, whole or, with an OSError, not at all."""
+        self.records.append(dict(record))
+        line = json.dumps(without_nan(record)).encode() + b"\n"
+        try:
+            written = self._file.write(line)
+            if written != len(line):  # the disk is full, or a limit reached, in the middle of it
+                self._file.write(line[written:])  # says so
+        except OSError:
+            self._file.truncate(self._num_bytes)
+            self._file.seek(self._num_bytes)
+            raise
+        self._num_bytes += len(line)
+
+    def synced(self) -> int:
+        """How many bytes are on the disk by now: all."""
+        os.fsync(self._file.fileno())
+        return self._num_bytes
+
+    def close(self) -> None:
+        """Close the file; once more does no harm."""
+        self._file.close()
+
+
+def _records_in(content: bytes, path: Path) -> list[dict[str, Any]]:
+    records = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            of_losses = record.get("held_out", record)
+            numbers = [record["step"], *(of_losses[name] for name in Averages._fields)]
+            if not all(value is None or isinstance(value, (int, float)) for value in numbers):
+                raise ValueError("a loss is no number")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadInput(
+                f"{path}, line {number}: is no line of a run's log ({error}); move the file away, and "
+                "the log begins anew"
+            ) from error
+        for name in Averages._fields:  # JSON has no word for NaN
+            of_losses[name] = math.nan if of_losses[name] is None else of_losses[name]
+        records.append(record)
+    return records
 
 
 def in_words(averages: Averages) -> str:

@@ -1,0 +1,68 @@
+"""Named arrays in a file that NumPy reads too (.npz), read back without trust: no pickle, no surprise."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+from typing import IO, Any, Mapping
+
+import numpy as np
+
+from .errors import BadInput
+
+# All that is written, and all that is read: what NumPy puts before an array's values, format 1.0.
+_DTYPES: dict[bytes, Any] = {b"<f4": np.dtype("<f4"), b"<i4": np.dtype("<i4"), b"<i8": np.dtype("<i8")}
+_MAGIC = b"\x93NUMPY\x01\x00"
+_HEADER = re.compile(
+    rb"\{'descr': '(<f4|<i4|<i8)', 'fortran_order': False, "
+    rb"'shape': \((|[0-9]+,|[0-9]+(?:, [0-9]+)+)\), \} *\n"
+)
+
+
+def write_arrays(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays of float32, int32 or int64 under their names; `read_arrays` is the inverse."""
+    with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+        for name, array in arrays.items():
+            assert array.dtype.str.encode() in _DTYPES, (name, array.dtype)
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, np.ascontiguousarray(array), (1, 0), allow_pickle=False)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays in a file that `write_arrays` wrote; BadInput where it is another, or damaged.
+
+    A file takes no more memory than it has bytes, whatever it says of itself, and nothing in it is executed.
+    """
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            arrays: dict[str, np.ndarray] = {}
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise BadInput(f"{path}: says that it holds more than it does")
+            for entry in archive.infolist():
+                name, ending = entry.filename[:-4], entry.filename[-4:]
+                if ending != ".npy" or name in arrays or entry.compress_type != zipfile.ZIP_STORED:
+                    raise BadInput(f"{path}: {entry.filename!r} in it is not what this package writes")
+                arrays[name] = _array(archive, entry)
+            return arrays
+    except BadInput:
+        raise
+    # Of a damaged archive zipfile tells in many ways, of which not all are its own.
+    except (OSError, EOFError, ValueError, OverflowError, RuntimeError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path}: cannot be read as arrays ({error or type(error).__name__})") from error
+    except Exception as error:
+        if type(error).__module__ not in ("zlib", "struct"):
+            raise
+        raise BadInput(f"{path}: cannot be read as arrays ({error})") from error
+
+
+def _array(archive: zipfile.ZipFile, entry: Any) -> np.ndarray:
+    content = archive.read(entry)
+    size = int.from_bytes(content[8:10], "little")
+    header = _HEADER.fullmatch(content[10 : 10 + size])
+    if content[:8] != _MAGIC or not header:
+        raise ValueError(f"{entry.filename!r} has not the beginning of an array")
+    dtype = _DTYPES[header[1]]
+    shape = tuple(int(axis) for axis in header[2].split(b",") if axis.strip())
+    values = np.frombuffer(content, dtype, offset=10 + size)
+    return values.reshape(shape)

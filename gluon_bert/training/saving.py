@@ -1,0 +1,78 @@
+"""Checkpoints written while the training goes on: copied in its time, written in that of a thread."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from ..checkpoint import Snapshot, write_checkpoint
+from ..config import TrainConfig
+from .report import Report
+from .trainer import Saver, Trainer
+
+log = logging.getLogger(__name__)
+
+
+class Cost(NamedTuple):
+    """What checkpoints took: how many, the seconds that the training waited, the seconds of their writing."""
+
+    written: int = 0
+    waited: float = 0.0
+    writing: float = 0.0
+
+
+class CheckpointSaver(Saver):
+    """Keeps checkpoints in the folder of a run, each with the log as long as it is then.
+
+    The training waits for the copy to the host, and for the one before where that is still being written.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, report: Report) -> None:
+        self.folder, self.cost = Path(folder), Cost()
+        self._config, self._report = config, report
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[float] | None = None
+
+    def save(self, trainer: Trainer) -> None:
+        """Copy the run's state, and begin to write it; OSError where the one before could not be written."""
+        trainer.wait()  # for its steps, which is not what a checkpoint costs
+        began = time.perf_counter()
+        self._finish_pending()
+        trainer.standing.log_bytes = self._report.synced()
+        snapshot = trainer.snapshot()
+        best = trainer.standing.best
+        is_best = best is not None and best.step == snapshot.step
+        self._pending = self._thread.submit(self._write, snapshot, is_best)
+        self.cost = self.cost._replace(waited=self.cost.waited + time.perf_counter() - began)
+
+    def close(self) -> None:
+        """Wait until the last checkpoint is on the disk; OSError where it could not be written."""
+        try:
+            self._finish_pending()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, snapshot: Snapshot, best: bool) -> float:
+        began = time.perf_counter()
+        write_checkpoint(self.folder, snapshot, best=best, keep=self._config.keep)
+        return time.perf_counter() - began
+
+    def _finish_pending(self) -> None:
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        seconds = pending.result()
+        written, waited, writing = self.cost
+        self.cost = Cost(written + 1, waited, writing + seconds)
+
+
+def cost_in_words(cost: Cost, seconds: float) -> str:
+    """What the checkpoints of so many seconds of training took, for a person."""
+    share = cost.waited / seconds if seconds else 0.0
+    return (
+        f"{cost.written} checkpoints: the training waited {cost.waited:.2f} s for them ({share:.1%} of its "
+        f"time), while {cost.writing:.2f} s went into writing them"
+    ).replace("%", " %")
