@@ -241,6 +241,29 @@ class TrainConfig:
         at_least=0,
         may_change=True,
     )
+    bad_numbers: str = option(
+        "stop",
+        "what to do when a loss or a gradient is no number: stop, skip the step (the weights stay as they "
+        "were; ten in a row stop the run), or go back to the latest checkpoint and on with other batches "
+        "(three times from one checkpoint, then stop)",
+        choices=("stop", "skip", "back"),
+        may_change=True,
+    )
+    max_loss: float = option(
+        0.0,
+        "MLM and NSP loss together above which a window counts as gone wrong, too; 0: none",
+        at_least=0.0,
+        may_change=True,
+    )
+    debug_batch: bool = option(
+        False, "write the batch of a step whose numbers went wrong to RUN/bad-batches/", may_change=True
+    )
+    full_disk: str = option(
+        "stop",
+        "what to do when a checkpoint cannot be written: stop, or go on and try again with the next one",
+        choices=("stop", "go-on"),
+        may_change=True,
+    )
     checkpoint_every: int = option(
         500,
         "steps between two checkpoints, from which --resume goes on; each evaluation and the end of the run, "
@@ -438,6 +461,11 @@ def _train_contradictions(train: TrainConfig) -> List[str]:
         problems.append(
             f"--warmup 1.0: leaves nothing of the run for --schedule {train.schedule} to fall in; a smaller "
             "share, or --schedule constant"
+        )
+    if train.max_loss and train.bad_numbers == "skip":
+        problems.append(
+            f"--max-loss {train.max_loss}: is seen when its steps are made; --bad-numbers stop or back goes "
+            "with it"
         )
     if train.patience and not train.eval_every:
         problems.append(f"--patience {train.patience}: counts evaluations; ask for some with --eval-every")

@@ -169,6 +169,12 @@ class Clock:
         """The run begins now, or goes on: time counts from now on, beside what counted already."""
         self._started = time.perf_counter()
 
+    def catch_up(self, other: Clock) -> None:
+        """Count the time of another clock of the run as well, of which nothing else is left, as stopped."""
+        lost = other.elapsed() - self.elapsed()
+        self._before += lost
+        self._stopped += lost
+
     def to_json(self) -> dict[str, Any]:
         """The clock as plain values."""
         run = {"sums": self._run.sums.tolist(), "counts": self._run.counts.tolist()}

@@ -14,14 +14,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from ..array_files import write_arrays
 from ..config import TrainConfig, without_nan
 from ..data.loader import Data
 from ..errors import BadInput
 from ..files import written_aside
 from .meters import Averages, Best, Progress
+from .standing import Standing
 from .trainer import Reporter
+from .trouble import Trouble
 
 log = logging.getLogger(__name__)
+
+
+BAD_BATCHES = "bad-batches"
 
 
 class References(NamedTuple):
@@ -115,6 +121,31 @@ class Report(Reporter):
             told += f"; the best was MLM loss {best.held_out.mlm_loss:.3f} after step {best.step}"
         self._bar.write(told, file=self._screen)
 
+    def went_wrong(self, trouble: Trouble) -> None:
+        position = trouble.position._asdict() if trouble.position else None
+        largest = {name: norm if math.isfinite(norm) else None for name, norm in trouble.largest()}
+        about = {"what": trouble.what, "position": position, "largest_gradients": largest}
+        self._log.append({"step": trouble.step, "went_wrong": about})
+        self._bar.write(trouble.in_words(), file=self._screen)
+        if self._config.debug_batch and trouble.batch:
+            path = self.folder / BAD_BATCHES / f"step-{trouble.step:08d}.npz"
+            path.parent.mkdir(exist_ok=True)
+            with written_aside(path, "wb") as file:
+                write_arrays(file, vars(trouble.batch))
+            self._bar.write(f"its batch is in {path}", file=self._screen)
+
+    def went_back(self, standing: Standing, trouble: Trouble) -> None:
+        self.step, self.best = standing.step, standing.best
+        self._log.close()
+        self._log = LogFile(self._log.path, standing.log_bytes)
+        self._log.append({"step": standing.step, "went_back": {"from": trouble.step, "why": trouble.what}})
+        self._bar.n = standing.step
+        self._bar.write(
+            f"{trouble.in_words()}; back to the checkpoint after step {standing.step}, and on with other "
+            "batches",
+            file=self._screen,
+        )
+
     def synced(self) -> int:
         """How many bytes the log has, all of which are on the disk now."""
         return self._log.synced()
@@ -180,6 +211,7 @@ class LogFile:
     """
 
     def __init__(self, path: Path, num_bytes: int = 0) -> None:
+        self.path = path
         self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
         found = path.stat().st_size
         if found < num_bytes:
@@ -219,6 +251,9 @@ def _records_in(content: bytes, path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             record = json.loads(line)
+            if isinstance(record["step"], int) and ("went_wrong" in record or "went_back" in record):
+                records.append(record)
+                continue
             of_losses = record.get("held_out", record)
             numbers = [record["step"], *(of_losses[name] for name in Averages._fields)]
             if not all(value is None or isinstance(value, (int, float)) for value in numbers):
@@ -264,7 +299,7 @@ def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: Refer
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     mlm, nsp = figure.subplots(1, 2)
-    trained = [r for r in records if "held_out" not in r]
+    trained = [r for r in records if "mlm_loss" in r]
     held_out = [r for r in records if "held_out" in r]
     for axes, name, title in ((mlm, "mlm_loss", "Masked language model"), (nsp, "nsp_loss", "Next sentence")):
         curve(axes, [(r["step"], r[name]) for r in trained], "training", "tab:blue")

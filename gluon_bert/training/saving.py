@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoint import Snapshot, write_checkpoint
+from ..checkpoint import Snapshot, latest_whole, steps, write_checkpoint
 from ..config import TrainConfig
 from .report import Report
 from .trainer import Saver, Trainer
@@ -37,7 +37,7 @@ class CheckpointSaver(Saver):
         self._pending: Future[float] | None = None
 
     def save(self, trainer: Trainer) -> None:
-        """Copy the run's state, and begin to write it; OSError where the one before could not be written."""
+        """Copy the run's state and begin to write it; OSError, by `full_disk`, if the last one failed."""
         trainer.wait()  # for its steps, which is not what a checkpoint costs
         began = time.perf_counter()
         self._finish_pending()
@@ -48,8 +48,13 @@ class CheckpointSaver(Saver):
         self._pending = self._thread.submit(self._write, snapshot, is_best)
         self.cost = self.cost._replace(waited=self.cost.waited + time.perf_counter() - began)
 
+    def latest(self) -> Snapshot | None:
+        """The latest whole checkpoint on the disk, None where there is none."""
+        self._finish_pending()
+        return latest_whole(self.folder) if steps(self.folder) else None
+
     def close(self) -> None:
-        """Wait until the last checkpoint is on the disk; OSError where it could not be written."""
+        """Wait until the last checkpoint is on the disk; OSError, by `full_disk`, where it is not."""
         try:
             self._finish_pending()
         finally:
@@ -61,10 +66,22 @@ class CheckpointSaver(Saver):
         return time.perf_counter() - began
 
     def _finish_pending(self) -> None:
+        """Wait for the checkpoint that is being written; one that could not be is told, or ends the run."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        seconds = pending.result()
+        try:
+            seconds = pending.result()
+        except OSError as error:
+            kept = steps(self.folder)
+            log.warning(
+                "a checkpoint could not be written (%s); %s",
+                error.strerror or error,
+                f"the one after step {kept[-1]} stays" if kept else "there is none yet",
+            )
+            if self._config.full_disk == "stop":
+                raise
+            return
         written, waited, writing = self.cost
         self.cost = Cost(written + 1, waited, writing + seconds)
 

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -18,9 +18,17 @@ from ..errors import BadInput
 from ..runtime import mx
 from .loss import ShardLoss, shard_loss
 from .meters import Averages, Best, Meter, Progress, best_of
-from .optimizer import clip_gradients, gluon_trainer, optimizer_arrays, set_optimizer_arrays
+from .optimizer import (
+    clip_gradients,
+    gluon_trainer,
+    optimizer_arrays,
+    set_optimizer_arrays,
+    squared_norms,
+    usable_on,
+)
 from .schedule import learning_rate, planned_steps
 from .standing import Standing
+from .trouble import MOST_BACK, MOST_SKIPPED, Diverged, Trouble
 
 # Steps that may be queued on the devices. Two keep them busy while the next batch is made; more would
 # only take memory, and make an interrupt wait.
@@ -48,12 +56,22 @@ class Reporter:
     def evaluated(self, step: int, held_out: Averages, best: Best) -> None:
         """The held-out text was evaluated after this step; `best` takes it into account."""
 
+    def went_wrong(self, trouble: Trouble) -> None:
+        """The numbers of a step are unusable; whether that ends the run is another matter."""
+
+    def went_back(self, standing: Standing, trouble: Trouble) -> None:
+        """The run goes on from an earlier checkpoint, where it stands so, with other batches than before."""
+
 
 class Saver:
     """Who keeps what a run can be gone on from; this one keeps nothing."""
 
     def save(self, trainer: Trainer) -> None:
         """A checkpoint is due; `trainer.snapshot()` is what it holds."""
+
+    def latest(self) -> Snapshot | None:
+        """The checkpoint that was kept last, None where there is none."""
+        return None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -65,9 +83,10 @@ class Queued(NamedTuple):
 
     step: int
     position: Position
+    batch: Batch
     shards: list[Shard]
     losses: list[ShardLoss]
-    gradient_norm: Any
+    squared_norms: Any
     count_mlm_hits: bool
 
 
@@ -91,8 +110,10 @@ class Trainer:
         # two batches of an evaluation.
         self.interrupted = False
         self._queue: deque[Queued] = deque()
-        # Of the last step, before clipping; (1,), on the first context.
-        self._gradient_norm: Any = None
+        # Of each parameter's gradient in the last step, before clipping; (P,), on the first context.
+        self._squared_norms: Any = None
+        self._trained_names = [n for n, p in named_parameters(net).items() if p.grad_req != "null"]
+        self._back_to, self._times_back = -1, 0
         self._optimizer = gluon_trainer(parameters, config)
 
     def step(self, batch: Batch, count_mlm_hits: bool = False) -> tuple[list[Shard], list[ShardLoss]]:
@@ -111,12 +132,17 @@ class Trainer:
         self._optimizer.set_learning_rate(learning_rate(self.config, step, self.planned_steps))
         self.standing.step = step
         self._optimizer.allreduce_grads()
-        self._gradient_norm = clip_gradients(self._gradients(), self.config.clip_norm)
+        gradients = self._gradients()
+        self._squared_norms = squared_norms(gradients[0])
+        if self.config.bad_numbers == "skip":
+            self._optimizer.optimizer.usable = usable_on(self._squared_norms, self.contexts)
+        if self.config.clip_norm:
+            clip_gradients(gradients, self.config.clip_norm)
         self._optimizer.update(1)  # the losses are divided by the global counts already
 
     def _gradients(self) -> list[list[Any]]:
-        """Each context's gradients."""
-        trained = [p for p in self.net.collect_params().values() if p.grad_req != "null"]
+        """Each context's gradients, in the order of `_trained_names`."""
+        trained = [p for p in named_parameters(self.net).values() if p.grad_req != "null"]
         return [[parameter.grad(context) for parameter in trained] for context in self.contexts]
 
     def evaluate(self, batches: Iterable[Batch]) -> Averages:
@@ -137,38 +163,30 @@ class Trainer:
         """Train until `num_steps`, `max_minutes` or `patience` end it; returns how the run then stands.
 
         After `restore` it goes on where the run stood. Evaluations need held-out text, as does `patience`:
-        without any it is BadInput. So is a loss or a gradient that is no number any more. Raises Interrupted,
-        with everything saved, when `interrupted` is set.
+        without any it is BadInput. So is, by `bad_numbers`, a loss or a gradient that is no number any more:
+        Diverged. Raises Interrupted, with everything saved, when `interrupted` is set.
         """
         config, run = self.config, self.standing
-        reporter, saver = reporter or Reporter(), saver or Saver()
+        reporter, saver, progress = reporter or Reporter(), saver or Saver(), None
         check_evaluable(config, data)
         run.clock.start()
         self.planned_steps = planned_steps(config, run.step, run.step, run.clock.elapsed())
-        progress = None
         batches = data.train.walk(run.position)
         while not self._is_over():
-            if not run.evaluating:  # where a run was stopped in an evaluation it goes on with that
-                position, batch = next(batches)
-                step = run.step + 1
-                self.planned_steps = planned_steps(
-                    config, step, run.step - len(self._queue), run.clock.elapsed()
-                )
-                evaluated = step >= self.planned_steps or _is_due(config.eval_every, step)
-                logged = evaluated or _is_due(config.log_every, step)
-                results = self.step(batch, count_mlm_hits=logged)
-                self._queue.append(Queued(step, position, *results, self._gradient_norm, logged))
-                self._finish_steps(leave=0 if logged else QUEUED_STEPS)
-                run.position, run.evaluating = position.next(), evaluated and data.held_out is not None
-                reporter.stepped(step)
-                if logged:
-                    progress = self._progress()
-                    reporter.progressed(progress)
-            evaluated = run.evaluating
-            if evaluated:
-                self._evaluate(data.held_out, reporter)
-            if evaluated or self.interrupted or self._is_over() or _is_due(config.checkpoint_every, run.step):
-                saver.save(self)
+            try:
+                if (
+                    not self.standing.evaluating
+                ):  # where a run was stopped in an evaluation it goes on with that
+                    progress = self._next_step(batches, data.held_out, reporter) or progress
+                evaluated = self.standing.evaluating
+                if evaluated:
+                    self._evaluate(data.held_out, reporter)
+                due = evaluated or _is_due(config.checkpoint_every, self.standing.step)
+                if due or self.interrupted or self._is_over():
+                    self.wait(reporter)
+                    saver.save(self)
+            except Diverged as end:
+                batches = data.train.walk(self._go_back(end, reporter, saver))
             if self.interrupted:
                 raise Interrupted
         return progress
@@ -179,43 +197,90 @@ class Trainer:
         exhausted = run.best is not None and run.best.exhausts(self.config.patience)
         return not run.evaluating and (run.step >= self.planned_steps or exhausted)
 
+    def _next_step(
+        self, batches: Iterator[tuple[Position, Batch]], held_out: Loader | None, reporter: Reporter
+    ) -> Progress | None:
+        """Make the next step and tell of it; returns the progress where it is logged."""
+        config, run = self.config, self.standing
+        position, batch = next(batches)
+        step, finished = run.step + 1, run.step - len(self._queue)
+        self.planned_steps = planned_steps(config, step, finished, run.clock.elapsed())
+        evaluated = step >= self.planned_steps or _is_due(config.eval_every, step)
+        logged = evaluated or _is_due(config.log_every, step)
+        results = self.step(batch, count_mlm_hits=logged)
+        self._queue.append(Queued(step, position, batch, *results, self._squared_norms, logged))
+        run.position, run.evaluating = position.next(), evaluated and held_out is not None
+        reporter.stepped(step)
+        self._finish_steps(reporter, leave=0 if logged else QUEUED_STEPS)
+        if not logged:
+            return None
+        progress = self._progress()
+        reporter.progressed(progress)
+        if 0 < config.max_loss < progress.window.loss:
+            self._stop(f"the loss of the last window is {progress.window.loss:.3g}, above --max-loss")
+        return progress
+
     def _evaluate(self, held_out: Loader | None, reporter: Reporter) -> None:
         """Evaluate after the last step; what is interrupted in it is still to be done."""
         assert held_out is not None
         run = self.standing
         with run.clock.stopped(), suppress(Interrupted):
             averages = self.evaluate(held_out.epoch(0))
-            self._stop_if_diverged("the loss on held-out text", averages.loss, run.step)
+            if not math.isfinite(averages.loss):
+                self._stop("the loss on held-out text is no number any more")
             run.best, run.evaluating = best_of(run.best, run.step, averages), False
             reporter.evaluated(run.step, averages, run.best)
 
-    def _finish_steps(self, leave: int) -> None:
-        """Wait for all steps in the queue but so many, and add up what they gave."""
+    def _finish_steps(self, reporter: Reporter, leave: int) -> None:
+        """Wait for all steps in the queue but so many; add up what they gave, or see that it is unusable."""
+        run = self.standing
         while len(self._queue) > leave:
             done = self._queue.popleft()
-            done.gradient_norm.wait_to_read()
-            where = f"epoch {done.position.epoch}, batch {done.position.batch}"
-            self._stop_if_diverged(f"the gradient of {where}", done.gradient_norm.asscalar(), done.step)
-            self.standing.meter.add(done.shards, done.losses, done.count_mlm_hits)
+            done.squared_norms.wait_to_read()
+            norms = np.sqrt(done.squared_norms.asnumpy().astype(np.float64))
+            if np.isfinite(norms).all():
+                run.meter.add(done.shards, done.losses, done.count_mlm_hits)
+                run.skipped = 0
+                continue
+            run.skipped += 1
+            named = list(zip(self._trained_names, norms.tolist()))
+            trouble = Trouble(
+                done.step, "the gradient is no number any more", done.position, done.batch, named
+            )
+            reporter.went_wrong(trouble)
+            if self.config.bad_numbers != "skip" or run.skipped >= MOST_SKIPPED:
+                raise Diverged(trouble, self.config.lr)
+
+    def _stop(self, why: str) -> None:
+        raise Diverged(Trouble(self.standing.step, why), self.config.lr)
+
+    def _go_back(self, end: Diverged, reporter: Reporter, saver: Saver) -> Position:
+        """To the latest checkpoint, and on with the batches that come now; raises `end` if that is no way."""
+        snapshot = saver.latest() if self.config.bad_numbers == "back" else None
+        if snapshot is None:
+            raise end
+        self._times_back = self._times_back + 1 if snapshot.step == self._back_to else 1
+        self._back_to = snapshot.step
+        if self._times_back > MOST_BACK:
+            raise end
+        before = self.standing
+        self.restore(snapshot)
+        self.standing.position = before.position
+        self.standing.clock.catch_up(before.clock)
+        reporter.went_back(self.standing, end.trouble)
+        return before.position
 
     def _progress(self) -> Progress:
         """How the run stands after a step, and a new window begins. Waits for the devices."""
         mx.nd.waitall()  # so that the clock stops on finished work
         run = self.standing
-        lr, norm = self._optimizer.learning_rate, float(self._gradient_norm.asscalar())
         window, run.meter = run.meter.totals(), Meter()
-        return run.clock.progress(run.step, self.planned_steps, window, lr, norm)
+        norm = math.sqrt(self._squared_norms.asnumpy().astype(np.float64).sum())
+        return run.clock.progress(run.step, self.planned_steps, window, self._optimizer.learning_rate, norm)
 
-    def _stop_if_diverged(self, what: str, value: float, step: int) -> None:
-        if not math.isfinite(value):
-            raise BadInput(
-                f"--lr {self.config.lr:g}: at step {step} {what} is no number any more, the training has "
-                "diverged; a smaller learning rate is the usual remedy"
-            )
-
-    def wait(self) -> None:
+    def wait(self, reporter: Reporter | None = None) -> None:
         """Wait until the devices have done all steps."""
-        self._finish_steps(leave=0)
+        self._finish_steps(reporter or Reporter(), leave=0)
         mx.nd.waitall()
 
     def snapshot(self) -> Snapshot:

@@ -1,0 +1,188 @@
+"""Numbers gone wrong: found without waiting, told, skipped, gone back from; the batch is kept."""
+
+import json
+
+import numpy as np
+import pretrain
+import pytest
+
+from gluon_bert import checkpoint
+from gluon_bert.array_files import read_arrays
+from gluon_bert.config import preset
+from gluon_bert.data.loader import Loader
+from gluon_bert.runtime import mx
+from gluon_bert.training.optimizer import OPTIMIZERS, usable_on
+from gluon_bert.training.trainer import Trainer
+
+SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0.3"]
+SMALL += ["--num-steps", "12", "--log-every", "3", "--redraw", "yes"]
+NAME = "encoder.layers.1.attend.query.weight"
+
+
+@pytest.fixture
+def command(text_file, tmp_path):
+    """Runs the command on a small text with a small network; returns its status and the run's folder."""
+
+    def run(*flags, name="run"):
+        folder = tmp_path / name
+        return pretrain.main([*SMALL, "--corpus", str(text_file), "--output", str(folder), *flags]), folder
+
+    return run
+
+
+@pytest.fixture
+def breaking(monkeypatch):
+    """Makes the gradients of these batches of epoch 0 no numbers, whenever they are used."""
+
+    def break_batches(*bad, value=np.nan):
+        current, walk, gradients = [], Loader.walk, Trainer._gradients
+
+        def walking(self, start):
+            for position, batch in walk(self, start):
+                current[:] = [position]
+                yield position, batch
+
+        def broken(self):
+            arrays = gradients(self)
+            if current[0].epoch == 0 and current[0].batch in bad:
+                for of_context in arrays:
+                    of_context[self._trained_names.index(NAME)][1, 2] = value
+            return arrays
+
+        monkeypatch.setattr(Loader, "walk", walking)
+        monkeypatch.setattr(Trainer, "_gradients", broken)
+
+    return break_batches
+
+
+def log_of(folder, kind):
+    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [record for record in records if kind in record]
+
+
+def weights(folder):
+    step = checkpoint.steps(folder)[-1]
+    snapshot = checkpoint.read_checkpoint(folder, step)
+    return {**snapshot.weights, **snapshot.optimizer}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_run_stops_at_a_bad_step_and_says_where_and_in_which_gradient(command, breaking, capsys, value):
+    breaking(4, value=value)
+    status, folder = command("--checkpoint-every", "2", "--debug-batch", "yes")
+    assert status == 2
+    err = capsys.readouterr().err
+    assert "at step 5 (epoch 0, batch 4) the gradient is no number any more" in err
+    assert f"largest gradients, by norm: {NAME} {'nan' if np.isnan(value) else 'inf'}, " in err
+    assert "Traceback" not in err
+    assert checkpoint.steps(folder) == [2, 4]  # never weights that the bad step has touched
+    (record,) = log_of(folder, "went_wrong")
+    assert record["step"] == 5 and record["went_wrong"]["position"] == {"epoch": 0, "batch": 4}
+    assert next(iter(record["went_wrong"]["largest_gradients"].items())) == (NAME, None)
+    batch = read_arrays(folder / "bad-batches" / "step-00000005.npz")
+    assert batch["tokens"].shape[1] == 16 and set(batch) >= {"predictions", "labels", "is_next"}
+    # It goes on with another answer to the same step.
+    assert pretrain.main(["--resume", str(folder), "--bad-numbers", "skip"]) == 0
+    assert checkpoint.steps(folder)[-1] == 12
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("cpus", ["1", "2"])
+def test_a_bad_step_is_skipped_as_if_its_learning_rate_were_0(command, breaking, capsys, optimizer, cpus):
+    flags = ["--optimizer", optimizer, "--cpus", cpus, "--num-steps", "5", "--clip-norm", "1"]
+    _, before = command(*flags, "--num-steps", "4", name="before")
+    breaking(4)
+    status, skipped = command(*flags, "--bad-numbers", "skip", name="skipped")
+    assert status == 0
+    assert "at step 5 (epoch 0, batch 4) the gradient is no number" in capsys.readouterr().err
+    ours, theirs = weights(skipped), weights(before)
+    for name, array in theirs.items():
+        if not name.endswith("/updates"):
+            np.testing.assert_array_equal(ours[name], array, err_msg=name)
+    assert all(np.isfinite(array).all() for array in ours.values())
+    assert log_of(skipped, "went_wrong")[0]["step"] == 5
+
+
+def test_what_was_skipped_is_not_in_the_losses_and_a_resumed_run_skips_it_too(command, breaking):
+    breaking(3, 4)
+    flags = ["--bad-numbers", "skip", "--checkpoint-every", "4"]
+    status, folder = command(*flags)
+    assert status == 0
+    assert all(np.isfinite(record["mlm_loss"]) for record in log_of(folder, "mlm_loss"))
+    # Stopped between the two, which are in a row: the checkpoint after step 4 knows of the first.
+    state = checkpoint.read_checkpoint(folder, 12).state
+    _, shorter = command(*flags, "--num-steps", "4", "--log-every", "4", name="shorter")
+    assert checkpoint.read_checkpoint(shorter, 4).state["skipped"] == 1
+    assert pretrain.main(["--resume", str(shorter), "--num-steps", "12"]) == 0
+    ours, theirs = weights(folder), weights(shorter)
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+    assert state["skipped"] == 0
+
+
+def test_ten_bad_steps_in_a_row_are_no_accident(command, breaking, capsys):
+    breaking(*range(1, 100))
+    status, folder = command("--bad-numbers", "skip", "--num-steps", "60", "--batch-size", "8")
+    assert status == 2
+    assert "at step 11 (epoch 0, batch 10)" in capsys.readouterr().err
+    assert len(log_of(folder, "went_wrong")) == 10
+
+
+def test_a_run_goes_back_and_on_with_other_batches(command, breaking, capsys):
+    breaking(5)
+    flags = ["--bad-numbers", "back", "--checkpoint-every", "4", "--num-steps", "10"]
+    status, folder = command(*flags)
+    assert status == 0
+    assert "back to the checkpoint after step 4, and on with other batches" in capsys.readouterr().err
+    (record,) = log_of(folder, "went_back")
+    assert record == {"step": 4, "went_back": {"from": 6, "why": "the gradient is no number any more"}}
+    steps = [record["step"] for record in log_of(folder, "mlm_loss")]
+    assert steps == [3, 6, 9, 10]
+    # Of the ten steps the fifth was made with batch 6 or later: what was in the queue is behind it too.
+    state = checkpoint.read_checkpoint(folder, 10).state
+    assert state["position"]["epoch"] == 1 or state["position"]["batch"] >= 12
+
+
+def test_whoever_goes_back_again_and_again_stops(command, breaking, capsys):
+    breaking(*range(5, 100))
+    status, folder = command(
+        "--bad-numbers", "back", "--checkpoint-every", "4", "--num-steps", "60", "--batch-size", "8"
+    )
+    assert status == 2
+    assert capsys.readouterr().err.count("back to the checkpoint after step 4") == 3
+    assert checkpoint.steps(folder)[-1] == 4
+
+
+def test_without_a_checkpoint_there_is_no_way_back(command, breaking, capsys):
+    breaking(1)
+    assert command("--bad-numbers", "back")[0] == 2
+    assert "at step 2 (epoch 0, batch 1)" in capsys.readouterr().err
+
+
+def test_a_loss_that_explodes_counts_as_gone_wrong(command, capsys):
+    status, _ = command("--max-loss", "0.5", "--bad-numbers", "back", "--checkpoint-every", "2")
+    assert status == 2
+    err = capsys.readouterr().err
+    assert "above --max-loss" in err and err.count("back to the checkpoint after step 2") == 3
+    status, _ = command("--max-loss", "5", "--bad-numbers", "skip", name="no")
+    assert status == 2 and "--max-loss 5.0: is seen when its steps are made" in capsys.readouterr().err
+
+
+def test_finding_bad_numbers_waits_for_no_step(monkeypatch):
+    """The verdict is computed on the device: asking for it reads nothing."""
+
+    def reading(*_):
+        raise AssertionError("waited for a device")
+
+    squared = mx.nd.array([1.0, np.inf])
+    for name in ("asnumpy", "wait_to_read", "asscalar"):
+        monkeypatch.setattr(mx.nd.NDArray, name, reading)
+    verdicts = usable_on(squared, [mx.cpu(0), mx.cpu(1)])
+    monkeypatch.undo()
+    assert [np.isnan(verdict.asscalar()) for verdict in verdicts.values()] == [True, True]
+    assert usable_on(mx.nd.array([1e18, 0]), [mx.cpu()])[mx.cpu()].asscalar() == 1
+
+
+def test_the_answer_to_bad_numbers_may_change_when_a_run_goes_on():
+    fields = type(preset("d2l").train).__dataclass_fields__
+    assert all(fields[name].metadata["may_change"] for name in ("bad_numbers", "max_loss", "debug_batch"))
