@@ -19,7 +19,7 @@ from gluon_bert.runtime import mx
 from gluon_bert.training import meters
 from gluon_bert.training.loss import shard_loss
 from gluon_bert.training.meters import Averages, Clock, Meter, Totals, best_of
-from gluon_bert.training.trainer import Trainer
+from gluon_bert.training.trainer import Reporter, Trainer
 
 MODEL = ModelConfig(num_layers=1, units=16, ffn_units=32, num_heads=2, dropout=0.0, max_positions=16)
 BERT = dataclasses.replace(MODEL, activation="gelu", embedding_norm=True, tied_decoder=True, init="normal")
@@ -276,7 +276,7 @@ def test_evaluation_is_the_mean_over_everything_without_dropout(data, num_contex
 # fit and its reporter
 
 
-class Recorder:
+class Recorder(Reporter):
     """A reporter that notes what it is told, in order."""
 
     def __init__(self):

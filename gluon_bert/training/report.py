@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..array_files import write_arrays
 from ..config import TrainConfig, without_nan
+from ..data.batch import Batch
 from ..data.loader import Data
 from ..errors import BadInput
 from ..files import written_aside
@@ -90,7 +91,7 @@ class Report(Reporter):
 
     def progressed(self, progress: Progress) -> None:
         self.last = progress
-        self._log.append(
+        self._note(
             {
                 "step": progress.step,
                 **progress.window._asdict(),
@@ -115,7 +116,7 @@ class Report(Reporter):
     def evaluated(self, step: int, held_out: Averages, best: Best) -> None:
         self.held_out, self.best = held_out, best
         averages = {**held_out._asdict(), "perplexity": held_out.perplexity}
-        self._log.append({"step": step, "held_out": averages})
+        self._note({"step": step, "held_out": averages})
         told = f"held-out text after step {step}: {held_out_in_words(held_out)}"
         if best.since:
             told += f"; the best was MLM loss {best.held_out.mlm_loss:.3f} after step {best.step}"
@@ -125,20 +126,16 @@ class Report(Reporter):
         position = trouble.position._asdict() if trouble.position else None
         largest = {name: norm if math.isfinite(norm) else None for name, norm in trouble.largest()}
         about = {"what": trouble.what, "position": position, "largest_gradients": largest}
-        self._log.append({"step": trouble.step, "went_wrong": about})
+        self._note({"step": trouble.step, "went_wrong": about})
         self._bar.write(trouble.in_words(), file=self._screen)
         if self._config.debug_batch and trouble.batch:
-            path = self.folder / BAD_BATCHES / f"step-{trouble.step:08d}.npz"
-            path.parent.mkdir(exist_ok=True)
-            with written_aside(path, "wb") as file:
-                write_arrays(file, vars(trouble.batch))
-            self._bar.write(f"its batch is in {path}", file=self._screen)
+            self._keep(trouble.batch, trouble.step)
 
     def went_back(self, standing: Standing, trouble: Trouble) -> None:
         self.step, self.best = standing.step, standing.best
         self._log.close()
         self._log = LogFile(self._log.path, standing.log_bytes)
-        self._log.append({"step": standing.step, "went_back": {"from": trouble.step, "why": trouble.what}})
+        self._note({"step": standing.step, "went_back": {"from": trouble.step, "why": trouble.what}})
         self._bar.n = standing.step
         self._bar.write(
             f"{trouble.in_words()}; back to the checkpoint after step {standing.step}, and on with other "
@@ -149,6 +146,27 @@ class Report(Reporter):
     def synced(self) -> int:
         """How many bytes the log has, all of which are on the disk now."""
         return self._log.synced()
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        """Add a line to the log; where that is asked for, a full disk only delays it."""
+        try:
+            self._log.append(record)
+        except OSError as error:
+            if self._config.full_disk == "stop":
+                raise
+            log.warning("%s: lines wait until they can be written (%s)", self._log.path, error.strerror)
+
+    def _keep(self, batch: Batch, step: int) -> None:
+        """Write a batch for debugging; that it cannot be ends no run."""
+        path = self.folder / BAD_BATCHES / f"step-{step:08d}.npz"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with written_aside(path, "wb") as file:
+                write_arrays(file, vars(batch))
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", path, error.strerror or error)
+        else:
+            self._bar.write(f"its batch is in {path}", file=self._screen)
 
     def close(self) -> None:
         """Close the log and draw losses.png; once more does no harm."""
@@ -219,27 +237,33 @@ class LogFile:
         content = self._file.read(num_bytes)
         self._num_bytes = content.rfind(b"\n") + 1
         self.records = _records_in(content[: self._num_bytes], path)
+        self._unwritten = b""
         self._file.truncate(self._num_bytes)
         self._file.seek(self._num_bytes)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line, whole or, with an OSError, not at all."""
+        """Add a line, whole or, with an OSError, not at all: then it comes with the next."""
         self.records.append(dict(record))
-        line = json.dumps(without_nan(record)).encode() + b"\n"
+        self._unwritten += json.dumps(without_nan(record)).encode() + b"\n"
+        self._write()
+
+    def synced(self) -> int:
+        """How many bytes are on the disk by now: all, or it is an OSError."""
+        self._write()
+        os.fsync(self._file.fileno())
+        return self._num_bytes
+
+    def _write(self) -> None:
+        lines = self._unwritten
         try:
-            written = self._file.write(line)
-            if written != len(line):  # the disk is full, or a limit reached, in the middle of it
-                self._file.write(line[written:])  # says so
+            written = self._file.write(lines)
+            if written != len(lines):  # the disk is full, or a limit reached, in the middle of it
+                self._file.write(lines[written:])  # says so
         except OSError:
             self._file.truncate(self._num_bytes)
             self._file.seek(self._num_bytes)
             raise
-        self._num_bytes += len(line)
-
-    def synced(self) -> int:
-        """How many bytes are on the disk by now: all."""
-        os.fsync(self._file.fileno())
-        return self._num_bytes
+        self._num_bytes, self._unwritten = self._num_bytes + len(lines), b""
 
     def close(self) -> None:
         """Close the file; once more does no harm."""

@@ -6,7 +6,7 @@ import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from ..checkpoint import Snapshot, latest_whole, steps, write_checkpoint
 from ..config import TrainConfig
@@ -35,17 +35,18 @@ class CheckpointSaver(Saver):
         self._config, self._report = config, report
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[float] | None = None
+        self._failure: OSError | None = None  # of the last checkpoint, which is then not there
 
     def save(self, trainer: Trainer) -> None:
-        """Copy the run's state and begin to write it; OSError, by `full_disk`, if the last one failed."""
+        """Copy the run's state and begin to write it; OSError, by `full_disk`, where that failed."""
         trainer.wait()  # for its steps, which is not what a checkpoint costs
         began = time.perf_counter()
-        self._finish_pending()
-        trainer.standing.log_bytes = self._report.synced()
-        snapshot = trainer.snapshot()
-        best = trainer.standing.best
-        is_best = best is not None and best.step == snapshot.step
-        self._pending = self._thread.submit(self._write, snapshot, is_best)
+        self._see_to(self._finish_pending)
+        if self._see_to(lambda: self._note_log(trainer)):
+            snapshot = trainer.snapshot()
+            best = trainer.standing.best
+            is_best = best is not None and best.step == snapshot.step
+            self._pending = self._thread.submit(self._write, snapshot, is_best)
         self.cost = self.cost._replace(waited=self.cost.waited + time.perf_counter() - began)
 
     def latest(self) -> Snapshot | None:
@@ -54,11 +55,16 @@ class CheckpointSaver(Saver):
         return latest_whole(self.folder) if steps(self.folder) else None
 
     def close(self) -> None:
-        """Wait until the last checkpoint is on the disk; OSError, by `full_disk`, where it is not."""
+        """Wait until the last checkpoint is on the disk; OSError where it is not."""
         try:
-            self._finish_pending()
+            self._see_to(self._finish_pending)
+            if self._failure:
+                raise self._failure
         finally:
             self._thread.shutdown()
+
+    def _note_log(self, trainer: Trainer) -> None:
+        trainer.standing.log_bytes = self._report.synced()
 
     def _write(self, snapshot: Snapshot, best: bool) -> float:
         began = time.perf_counter()
@@ -66,24 +72,27 @@ class CheckpointSaver(Saver):
         return time.perf_counter() - began
 
     def _finish_pending(self) -> None:
-        """Wait for the checkpoint that is being written; one that could not be is told, or ends the run."""
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        try:
+        """Wait for the checkpoint that is being written; raises what went wrong there."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
             seconds = pending.result()
+            written, waited, writing = self.cost
+            self.cost = Cost(written + 1, waited, writing + seconds)
+
+    def _see_to(self, part: Callable[[], None]) -> bool:
+        """Do a part of the work on a checkpoint; returns whether it succeeded, or raises, by `full_disk`."""
+        try:
+            part()
         except OSError as error:
             kept = steps(self.folder)
-            log.warning(
-                "a checkpoint could not be written (%s); %s",
-                error.strerror or error,
-                f"the one after step {kept[-1]} stays" if kept else "there is none yet",
-            )
+            stays = f"the one after step {kept[-1]} stays" if kept else "there is none yet"
+            log.warning("a checkpoint could not be written (%s); %s", error.strerror or error, stays)
+            self._failure = error
             if self._config.full_disk == "stop":
                 raise
-            return
-        written, waited, writing = self.cost
-        self.cost = Cost(written + 1, waited, writing + seconds)
+            return False
+        self._failure = None
+        return True
 
 
 def cost_in_words(cost: Cost, seconds: float) -> str:

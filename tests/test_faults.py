@@ -1,0 +1,211 @@
+"""Full disks, threads and processes that fail: told, nothing lost, nothing left behind."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pretrain
+import pytest
+from conftest import ROOT
+
+from gluon_bert import checkpoint
+from gluon_bert.training import saving
+from gluon_bert.training.report import LogFile, Report
+
+SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0.3"]
+SMALL += ["--num-steps", "12", "--log-every", "3", "--redraw", "yes", "--checkpoint-every", "2"]
+
+
+@pytest.fixture
+def command(text_file, tmp_path):
+    """Runs the command on a small text with a small network; returns its status and the run's folder."""
+
+    def run(*flags, name="run"):
+        folder = tmp_path / name
+        return pretrain.main([*SMALL, "--corpus", str(text_file), "--output", str(folder), *flags]), folder
+
+    return run
+
+
+@contextmanager
+def files_of_at_most(num_bytes):
+    """The system refuses to make a file longer, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def all_of(folder):
+    step = checkpoint.steps(folder)[-1]
+    snapshot = checkpoint.read_checkpoint(folder, step)
+    return step, {**snapshot.weights, **snapshot.optimizer}
+
+
+def windows(folder):
+    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [record["step"] for record in records if "mlm_loss" in record]
+
+
+def assert_same(one, other):
+    (step, ours), (other_step, theirs) = all_of(one), all_of(other)
+    assert step == other_step and ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+    assert windows(one) == windows(other)
+
+
+def leftovers(folder):
+    return [path for path in folder.rglob(".*") if path.name.endswith(".part")]
+
+
+def test_a_full_disk_ends_a_run_that_keeps_its_last_checkpoint_and_goes_on_with_room(command, capsys):
+    _, undisturbed = command(name="undisturbed")
+    _, folder = command("--num-steps", "4", "--log-every", "4")
+    capsys.readouterr()
+    with files_of_at_most(30_000):
+        assert pretrain.main(["--resume", str(folder), "--num-steps", "12", "--log-every", "3"]) == 1
+    err = capsys.readouterr().err
+    assert "a checkpoint could not be written (File too large); the one after step 4 stays" in err
+    assert "Traceback" not in err
+    assert checkpoint.steps(folder)[-1] == 4 and not leftovers(folder)
+    assert pretrain.main(["--resume", str(folder)]) == 0
+    assert all_of(folder)[0] == 12
+    for name, array in all_of(undisturbed)[1].items():
+        np.testing.assert_array_equal(array, all_of(folder)[1][name])
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing_where_that_is_asked_for(command, capsys, monkeypatch):
+    _, undisturbed = command(name="undisturbed")
+    stepped, real = Report.stepped, os.fsync
+    full = [False]
+
+    def filling(self, step):
+        stepped(self, step)
+        full[0] = 3 < step < 9
+
+    def syncing(handle):
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(Report, "stepped", filling)
+    monkeypatch.setattr(os, "fsync", syncing)
+    status, folder = command("--full-disk", "go-on")
+    assert status == 0
+    assert capsys.readouterr().err.count("a checkpoint could not be written (No space left on device)") >= 3
+    assert_same(undisturbed, folder)
+    assert not leftovers(folder)
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_a_failure_whatever_was_asked_for(command, capsys):
+    with files_of_at_most(30_000):
+        status, folder = command("--full-disk", "go-on")
+    assert status == 1
+    assert "a checkpoint could not be written (File too large); there is none yet" in capsys.readouterr().err
+    assert checkpoint.steps(folder) == [] and not leftovers(folder)
+
+
+def test_a_log_has_whole_lines_only_and_makes_up_for_those_that_had_no_room(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = LogFile(path)
+    averages = dict.fromkeys(("mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy"), 0.5)
+    log.append({"step": 1, **averages})
+    size = path.stat().st_size
+    with files_of_at_most(size + 20):
+        for step in (2, 3):
+            with pytest.raises(OSError, match="File too large"):
+                log.append({"step": step, **averages})
+            assert path.stat().st_size == size
+        with pytest.raises(OSError, match="File too large"):
+            log.synced()
+    log.append({"step": 4, **averages})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert log.synced() == path.stat().st_size
+    log.close()
+    # What came after a checkpoint is cut off, and half a line too.
+    again = LogFile(path, size + 10)
+    assert [record["step"] for record in again.records] == [1]
+    assert path.stat().st_size == size
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(command, monkeypatch):
+    """The thread that writes waits for a step to come: none would, if the training waited for it."""
+    came, write, stepped = threading.Event(), saving.write_checkpoint, Report.stepped
+
+    def writing(*args, **options):
+        came.clear()
+        if args[1].step < 12:
+            assert came.wait(timeout=60)
+        return write(*args, **options)
+
+    def stepping(self, step):
+        stepped(self, step)
+        came.set()
+
+    monkeypatch.setattr(saving, "write_checkpoint", writing)
+    monkeypatch.setattr(Report, "stepped", stepping)
+    status, folder = command()
+    assert status == 0 and checkpoint.steps(folder)[-1] == 12
+
+
+def test_a_thread_that_fails_ends_the_run_with_its_own_traceback(command, monkeypatch):
+    def failing(*_, **__):
+        raise ZeroDivisionError("in the thread")
+
+    monkeypatch.setattr(saving, "write_checkpoint", failing)
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError, match="in the thread") as caught:
+        command()
+    assert any(entry.name == "failing" for entry in caught.traceback)
+    assert threading.active_count() == before
+
+
+def children_of(pid):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], stdout=subprocess.PIPE, text=True)
+    return [int(child) for child in found.stdout.split()]
+
+
+def alive(pid):
+    try:
+        return b"\nState:\tZ" not in Path(f"/proc/{pid}/status").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_no_process_is_left_when_a_run_ends_while_it_reads_text(tmp_path, number):
+    text = "\n".join(f"the crane number {i} lifts a tower . it leaves the city ." for i in range(400_000))
+    (tmp_path / "text.txt").write_text(text, "utf-8")
+    flags = ["--corpus", str(tmp_path / "text.txt"), "--text-format", "paragraphs", "--num-workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools/pretrain.py"), *flags, "--output", str(tmp_path / "run")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "MXNET_HOME": str(tmp_path / "home")},
+    )
+    deadline = time.monotonic() + 60
+    while len(children := children_of(process.pid)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)
+    children = children_of(process.pid)
+    process.send_signal(number)
+    status = process.wait(timeout=60)
+    assert status == {signal.SIGTERM: 143, signal.SIGINT: 130}.get(number, -signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while any(map(alive, children)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not (tmp_path / "run").exists()
