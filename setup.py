@@ -59,6 +59,7 @@ setup(
         "onnx": ONNX,
         "serve": ["multi-model-server==1.1.11", "model-archiver==1.0.3"],
         "test": ["pytest>=7", "hypothesis", *WORDPIECE, *ONNX, *GLUONNLP],
+        "fuzz": ["atheris>=2.3"],
         "lint": ["ruff", "mypy", "pre-commit"],
     },
 )

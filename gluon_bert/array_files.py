@@ -12,21 +12,21 @@ import numpy as np
 from .errors import BadInput
 
 # All that is written, and all that is read: what NumPy puts before an array's values, format 1.0.
-_DTYPES: dict[bytes, Any] = {b"<f4": np.dtype("<f4"), b"<i4": np.dtype("<i4"), b"<i8": np.dtype("<i8")}
+_DTYPES: dict[bytes, Any] = {name: np.dtype(name.decode()) for name in (b"<f4", b"<u2", b"<i4", b"<i8")}
 _MAGIC = b"\x93NUMPY\x01\x00"
 _HEADER = re.compile(
-    rb"\{'descr': '(<f4|<i4|<i8)', 'fortran_order': False, "
+    rb"\{'descr': '(<f4|<u2|<i4|<i8)', 'fortran_order': False, "
     rb"'shape': \((|[0-9]+,|[0-9]+(?:, [0-9]+)+)\), \} *\n"
 )
 
 
 def write_arrays(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays of float32, int32 or int64 under their names; `read_arrays` is the inverse."""
+    """Write arrays of float32, uint16, int32 or int64 under their names; `read_arrays` is the inverse."""
     with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
         for name, array in arrays.items():
             assert array.dtype.str.encode() in _DTYPES, (name, array.dtype)
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                np.lib.format.write_array(entry, np.ascontiguousarray(array), (1, 0), allow_pickle=False)
+                np.lib.format.write_array(entry, np.asarray(array, order="C"), (1, 0), allow_pickle=False)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -56,13 +56,31 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise BadInput(f"{path}: cannot be read as arrays ({error})") from error
 
 
+def mapped_array(path: Path) -> np.ndarray:
+    """The array in a file of `numpy.save`, mapped into memory; ValueError where it is none of these types."""
+    with path.open("rb") as file:
+        beginning = file.read(10)
+        dtype, shape, offset = _described(beginning + file.read(_header_size(beginning)))
+    return np.memmap(path, dtype, "r", offset, shape)
+
+
 def _array(archive: zipfile.ZipFile, entry: Any) -> np.ndarray:
     content = archive.read(entry)
-    size = int.from_bytes(content[8:10], "little")
-    header = _HEADER.fullmatch(content[10 : 10 + size])
+    dtype, shape, offset = _described(content)
+    return np.frombuffer(content, dtype, offset=offset).reshape(shape)
+
+
+def _header_size(beginning: bytes) -> int:
+    return int.from_bytes(beginning[8:10], "little")
+
+
+def _described(content: bytes) -> tuple[Any, tuple[int, ...], int]:
+    """The type and the shape of an array, and where its values begin, from the beginning of its file.
+
+    Not by NumPy, which evaluates it as Python and raises whatever that raises.
+    """
+    offset = 10 + _header_size(content)
+    header = _HEADER.fullmatch(content[10:offset])
     if content[:8] != _MAGIC or not header:
-        raise ValueError(f"{entry.filename!r} has not the beginning of an array")
-    dtype = _DTYPES[header[1]]
-    shape = tuple(int(axis) for axis in header[2].split(b",") if axis.strip())
-    values = np.frombuffer(content, dtype, offset=10 + size)
-    return values.reshape(shape)
+        raise ValueError("it does not begin as an array does")
+    return _DTYPES[header[1]], tuple(int(axis) for axis in header[2].split(b",") if axis.strip()), offset

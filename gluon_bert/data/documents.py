@@ -176,13 +176,18 @@ def _writable(folder: Path) -> Path:
 def _read(folder: Path, config: DataConfig) -> Prepared | None:
     """The prepared text in a folder, or None where it is not finished; Damaged as read_manifest."""
     manifest = shards.read_manifest(folder)
-    return None if manifest is None else _prepared(folder, manifest, config)
+    if manifest is None:
+        return None
+    try:
+        return _prepared(folder, manifest, config)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, EOFError) as error:
+        raise shards.Damaged(f"{type(error).__name__}: {error}") from error
 
 
 def _prepared(folder: Path, manifest: Mapping[str, Any], config: DataConfig) -> Prepared:
     tokens = (folder / shards.VOCABULARY).read_bytes().decode("utf-8", "surrogatepass").split("\n")
     wordpiece = config.tokenizer == "wordpiece"
     vocab = WordPieceVocabulary(tokens) if wordpiece else Vocabulary(tokens[len(SPECIAL_TOKENS) :])
-    counts = np.load(folder / shards.COUNTS)
+    counts = np.load(folder / shards.COUNTS, allow_pickle=False)
     train, held_out = (Shards(folder, manifest, side, own) for side, own in zip(shards.SIDES, counts))
     return Prepared(train, held_out, vocab, folder.name, manifest["statistics"])

@@ -29,6 +29,7 @@ from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from ..array_files import mapped_array
 from ..config import write_json
 from ..errors import BadInput
 from ..files import folder_aside
@@ -60,6 +61,8 @@ class Shards:
             [[shard[side][name] for name in (*ARRAYS, "with_pairs")] for shard in self._shards],
             dtype=np.int64,
         )
+        if (self._lengths < 0).any() or counts.dtype.kind not in "iu" or counts.ndim != 1:
+            raise Damaged(f"{MANIFEST} or {COUNTS} has numbers that are none")
         self.sizes = self._lengths[:, 0]
         self._whole: Documents | None = None
 
@@ -78,28 +81,36 @@ class Shards:
     def part(self, shards: Sequence[int]) -> Documents:
         """The documents of these shards, copied into memory; BadInput where a file is damaged or foreign."""
         lengths = self._lengths[list(shards), :3]
+        self._refuse_damaged(shards)
         num_tokens, num_sentences, num_documents = lengths.sum(axis=0)
         tokens = np.empty(num_tokens, id_type(len(self._counts)))
         sentences, documents = np.zeros(num_sentences + 1, np.int64), np.zeros(num_documents + 1, np.int64)
         for shard, (token, sentence, document) in zip(shards, np.cumsum(lengths, axis=0) - lengths):
-            try:
-                piece = Documents(*(self._array(shard, name) for name in ARRAYS))
-            except (OSError, ValueError, Damaged) as problem:
-                raise BadInput(
-                    f"{self._folder}: is damaged ({problem}); delete it, and the text is prepared anew"
-                ) from problem
+            piece = Documents(*(self._array(shard, name) for name in ARRAYS))
             tokens[token : token + len(piece.tokens)] = piece.tokens
             sentences[sentence : sentence + len(piece.sentences)] = piece.sentences + token
             documents[document : document + len(piece.documents)] = piece.documents + sentence
         return Documents(tokens, sentences, documents)
 
+    def _refuse_damaged(self, numbers: Sequence[int]) -> None:
+        """Raise BadInput where a file is not what the manifest says, before memory is asked for."""
+        try:
+            for number in numbers:
+                lengths = self._lengths[number] + [0, 1, 1, 0]
+                for name, length in zip(ARRAYS, lengths.tolist()):
+                    path = Path(shard_name(number), f"{self._side}.{name}.npy")
+                    if _crc(self._folder / path) != self._shards[number]["files"][path.name][1]:
+                        raise Damaged(f"{path} has not the content that {MANIFEST} says")
+                    array = self._array(number, name)
+                    if array.shape != (length,) or array.dtype.kind not in "iu":
+                        raise Damaged(f"{path} has not the length that {MANIFEST} says")
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, Damaged) as problem:
+            raise BadInput(
+                f"{self._folder}: is damaged ({problem}); delete it, and the text is prepared anew"
+            ) from problem
+
     def _array(self, shard: int, name: str) -> np.ndarray:
-        path = Path(shard_name(shard), f"{self._side}.{name}.npy")
-        mapped = np.load(self._folder / path, mmap_mode="r")
-        expected = self._shards[shard]["files"][path.name][1]
-        if _crc(self._folder / path) != expected:
-            raise Damaged(f"{path} has not the content that {MANIFEST} says")
-        return mapped
+        return mapped_array(self._folder / shard_name(shard) / f"{self._side}.{name}.npy")
 
     @property
     def tokens(self) -> np.ndarray:
@@ -180,20 +191,22 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         content = json.loads((folder / MANIFEST).read_text("utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{MANIFEST} cannot be read: {error}") from error
     try:
         if content["made_by"]["fingerprint"] != folder.name:
             raise Damaged(f"{MANIFEST} is that of {content['made_by']['fingerprint']}")
         for name, described in content["files"].items():
-            if _described(folder / name) != described:
+            if Path(name).name != name or _described(folder / name) != described:
                 raise Damaged(f"{name} has not the content that {MANIFEST} says")
         for number, shard in enumerate(content["shards"]):
             for name, (num_bytes, _) in shard["files"].items():
+                if Path(name).name != name:
+                    raise Damaged(f"{name!r} is no file of a shard")
                 found = (folder / shard_name(number) / name).stat().st_size
                 if found != num_bytes:
                     raise Damaged(f"{shard_name(number)}/{name} has {found:,} bytes, not {num_bytes:,}")
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from error
     return content
 

@@ -124,7 +124,7 @@ class Vocabulary:
         """The vocabulary that `save` wrote; BadInput names the file where it is none."""
         try:
             tokens = json.loads(Path(path).read_text("utf-8"))["idx_to_token"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(
                 f"{path}: cannot be read as a vocabulary ({type(error).__name__}: {error})"
             ) from error

@@ -23,6 +23,8 @@ INSTALL_SERVE = "pip install -e '.[cpu,serve]'"
 
 # The copy of this package in the archive, which the server puts on the path of its workers.
 HANDLER = "gluon_bert.serving.handler:handle"
+# What else an archive that was made up may raise: encryption, unknown compression, JSON of another shape.
+_UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError, RecursionError)
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -65,7 +67,7 @@ def check_archive(path: Path) -> None:
             damaged = archive.testzip()
             handler = json.loads(archive.read("MAR-INF/MANIFEST.json"))["model"]["handler"]
             tokenizer = json.loads(archive.read(MANIFEST))["tokenizer"]["kind"] if handler == HANDLER else ""
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, *_UNREADABLE) as error:
         raise BadInput(
             f"{path}: cannot be read as a model archive ({type(error).__name__}: {error}); export the run "
             "again"

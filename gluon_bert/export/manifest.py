@@ -90,7 +90,7 @@ class Manifest:
             manifest = cls(**{each.name: content[each.name] for each in fields(cls)})
         except FileNotFoundError as error:
             raise BadInput(f"{folder}: holds no export: there is no {MANIFEST}") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(
                 f"{path}: cannot be read as an export's manifest ({type(error).__name__}: {error})"
             ) from error

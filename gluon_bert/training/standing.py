@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Mapping, Sequence
 
 from ..data.loader import Position
+from ..errors import BadInput
 from .meters import Averages, Best, Clock, Meter, numbers
 
 
@@ -41,19 +42,22 @@ class Standing:
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any], contexts: Sequence[Any]) -> Standing:
-        """The inverse of `to_json`; ValueError, KeyError or TypeError where it was not written by that."""
-        best = content["best"]
-        return cls(
-            _count(content["step"]),
-            Position(_count(content["position"]["epoch"]), _count(content["position"]["batch"])),
-            content["evaluating"] is True,
-            None if best is None else _best(best),
-            _count(content["skipped"]),
-            _count(content["log_bytes"]),
-            Meter.from_json(content["meter"], contexts),
-            Clock.from_json(content["clock"]),
-        )
+    def from_json(cls, content: Mapping[str, Any], contexts: Sequence[Any], where: str) -> Standing:
+        """The inverse of `to_json`; BadInput, which begins with `where`, if it was not written by that."""
+        try:
+            best = content["best"]
+            return cls(
+                _count(content["step"]),
+                Position(_count(content["position"]["epoch"]), _count(content["position"]["batch"])),
+                content["evaluating"] is True,
+                None if best is None else _best(best),
+                _count(content["skipped"]),
+                _count(content["log_bytes"]),
+                Meter.from_json(content["meter"], contexts),
+                Clock.from_json(content["clock"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise BadInput(f"{where}: cannot be gone on from ({type(error).__name__}: {error})") from error
 
 
 def _best(content: Mapping[str, Any]) -> Best:

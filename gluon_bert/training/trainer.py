@@ -294,10 +294,9 @@ class Trainer:
         set_weights(self.net, snapshot.weights, where)
         try:
             set_optimizer_arrays(self._optimizer, named_parameters(self.net), snapshot.optimizer)
-            standing = Standing.from_json(snapshot.state, self.contexts)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (KeyError, ValueError) as error:
             raise BadInput(f"{where}: cannot be gone on from ({type(error).__name__}: {error})") from error
-        self.standing = standing
+        self.standing = Standing.from_json(snapshot.state, self.contexts, str(where))
         self._queue.clear()
 
 
