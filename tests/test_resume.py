@@ -386,7 +386,7 @@ def test_a_run_killed_at_random_moments_is_the_undisturbed_one(text_file, tmp_pa
     rng = random.Random(0)
     folder, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     flags = [*SMALL, "--num-steps", str(20 * kills), "--eval-every", "50", "--corpus", str(text_file)]
-    out, _ = (process := in_a_process(*flags, "--output", str(undisturbed))).communicate(timeout=600)
+    out, _ = (process := in_a_process(*flags, "--output", str(undisturbed))).communicate(timeout=3600)
     assert process.returncode == 0, out
     process = in_a_process(*flags, "--checkpoint-every", "2", "--output", str(folder))
     wait_for(lambda: folder.exists() and checkpoint.steps(folder), process)
@@ -398,10 +398,11 @@ def test_a_run_killed_at_random_moments_is_the_undisturbed_one(text_file, tmp_pa
         killed += process.returncode == -signal.SIGKILL
         leftovers += len(list(folder.glob("checkpoints/.*.part")))
         last = checkpoint.steps(folder)[-1]
-        process = in_a_process("--resume", str(folder))
+        every = "2" if killed < kills else "500"
+        process = in_a_process("--resume", str(folder), "--checkpoint-every", every)
         if killed < kills:
             wait_for(lambda last=last: checkpoint.steps(folder)[-1] > last, process)
-    out, _ = process.communicate(timeout=600)
+    out, _ = process.communicate(timeout=3600)
     assert process.returncode == 0, out
     print(f"killed {killed} times, {leftovers} of them in the middle of a checkpoint")
     assert killed == kills

@@ -51,7 +51,7 @@ class CheckpointSaver(Saver):
 
     def latest(self) -> Snapshot | None:
         """The latest whole checkpoint on the disk, None where there is none."""
-        self._finish_pending()
+        self._see_to(self._finish_pending)
         return latest_whole(self.folder) if steps(self.folder) else None
 
     def close(self) -> None:
@@ -99,6 +99,6 @@ def cost_in_words(cost: Cost, seconds: float) -> str:
     """What the checkpoints of so many seconds of training took, for a person."""
     share = cost.waited / seconds if seconds else 0.0
     return (
-        f"{cost.written} checkpoints: the training waited {cost.waited:.2f} s for them ({share:.1%} of its "
+        f"checkpoints, {cost.written}: the training waited {cost.waited:.2f} s for them ({share:.1%} of its "
         f"time), while {cost.writing:.2f} s went into writing them"
     ).replace("%", " %")

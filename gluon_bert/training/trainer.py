@@ -174,9 +174,8 @@ class Trainer:
         batches = data.train.walk(run.position)
         while not self._is_over():
             try:
-                if (
-                    not self.standing.evaluating
-                ):  # where a run was stopped in an evaluation it goes on with that
+                # A run that was stopped in an evaluation goes on with that.
+                if not self.standing.evaluating:
                     progress = self._next_step(batches, data.held_out, reporter) or progress
                 evaluated = self.standing.evaluating
                 if evaluated:
