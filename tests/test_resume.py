@@ -23,6 +23,7 @@ from gluon_bert.training.trainer import Trainer, dropout_seed
 SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0.3"]
 SMALL += ["--num-steps", "12", "--log-every", "3", "--eval-every", "5", "--num-buckets", "2"]
 SMALL += ["--redraw", "yes"]
+README = str(ROOT / "README.md")  # another text
 
 
 @pytest.fixture
@@ -274,10 +275,7 @@ def test_weights_alone_are_no_run_to_go_on_with(damaged_run, capsys):
         (["--units", "32"], "what may change: --corpus, --vocab-file, --num-workers, --num-steps,"),
         (["--preset", "d2l"], "--preset: has no place beside --resume"),
         (["--output", "x"], "--output: has no place beside --resume"),
-        (
-            ["--corpus", "pydoc"],
-            "--corpus pydoc: the text, or what reads it, is not what {run} was begun with",
-        ),
+        (["--corpus", README], f"--corpus {README}: the text, or what reads it, is not what {{run}} was"),
     ],
 )
 def test_what_may_not_change_is_named(damaged_run, capsys, flags, told):
