@@ -40,7 +40,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["gluon_bert", "gluon_bert.*"]),
-    package_data={"gluon_bert": ["py.typed"]},
+    package_data={"gluon_bert": ["py.typed"], "gluon_bert.ops": ["native/*"]},
     python_requires=">=3.8,<3.13",
     install_requires=[
         "numpy>=1.17,<2",

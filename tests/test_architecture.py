@@ -15,6 +15,7 @@ FLOORS = {
     "array_files": 0,
     "config": 0,
     "runtime": 0,
+    "ops": 0,
     "data": 1,
     "model": 1,
     "checkpoint": 2,
@@ -26,7 +27,7 @@ FLOORS = {
     "serving": 4,
 }
 # Floor 0 is one room: errors and files serve the others.
-SHARED_GROUND = {"errors", "files", "array_files", "config", "runtime"}
+SHARED_GROUND = {"errors", "files", "array_files", "config", "runtime", "ops"}
 WITHOUT_MXNET = [
     "corpus",
     "arrays",

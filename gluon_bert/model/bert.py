@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import ops
 from ..config import ModelConfig, check_group
 from ..errors import BadInput
 from ..runtime import mx
@@ -40,6 +41,12 @@ class BERTModel(mx.gluon.HybridBlock):
             tied = self.encoder.embeddings.tokens if config.tied_decoder else None
             self.mlm = MaskedLanguageModelHead(vocab_size, config, embedding=tied)
             self.nsp = NextSentenceHead(config)
+
+    def forward(self, tokens: Any, *others: Any) -> tuple[Any, Any, Any]:
+        """Part by part, where compiled operators compute one, or as one graph."""
+        if ops.compute(self, tokens):
+            return self.hybrid_forward(mx.nd, tokens, *others)
+        return super().forward(tokens, *others)
 
     def hybrid_forward(
         self, F: Any, tokens: Any, segments: Any, lengths: Any, predictions: Any

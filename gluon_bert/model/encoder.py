@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import ops
 from ..config import ModelConfig
 from ..runtime import mx
 from .attention import SelfAttention, padding_scores
@@ -95,12 +96,12 @@ class Encoder(mx.gluon.HybridBlock):
     """Padded token ids to a vector a position.
 
     tokens (B, T), segments (B, T) of 0 and 1, lengths (B,), all float32 -> (B, T, C) float32. What
-    stands in tokens past a row's length changes nothing before it.
+    stands in tokens past a row's length changes nothing before it, and the vectors there mean nothing.
     """
 
     def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._num_heads = config.num_heads
+        self._config = config
         with self.name_scope():
             self.embeddings = Embeddings(vocab_size, config)
             self.layers: Any = mx.gluon.nn.HybridSequential()
@@ -109,12 +110,44 @@ class Encoder(mx.gluon.HybridBlock):
             # Pre-LayerNorm leaves the last residual sum unnormalised.
             self.norm: Any = layer_norm(config) if config.norm == "pre" else None
 
+    def forward(self, tokens: Any, segments: Any, lengths: Any) -> Any:
+        """By compiled operators, where they compute, or as `hybrid_forward` says."""
+        if ops.compute(self, tokens):
+            return ops.encode(self._config, self._in_order(), tokens, segments, lengths)
+        return super().forward(tokens, segments, lengths)
+
     def hybrid_forward(self, F: Any, tokens: Any, segments: Any, lengths: Any) -> Any:
-        padding = padding_scores(F, tokens, lengths, self._num_heads)
+        padding = padding_scores(F, tokens, lengths, self._config.num_heads)
         x = self.embeddings(tokens, segments)
         for layer in self.layers:
             x = layer(x, padding)
         return self.norm(x) if self.norm else x
+
+    def _in_order(self) -> list[Any]:
+        """The parameters in the order in which the encoder computes with them."""
+        blocks = [self.embeddings.norm]
+        for layer in self.layers:
+            attend, feed_forward = layer.attend, layer.feed_forward
+            blocks += [attend.query, attend.key, attend.value, attend.output, layer.norm1]
+            blocks += [feed_forward.expand, feed_forward.project, layer.norm2]
+        return [
+            self.embeddings.tokens.weight,
+            self.embeddings.segments.weight,
+            self.embeddings.positions.weight,
+            *both_parameters(*blocks, self.norm),
+        ]
+
+    def export(self, path: str, **kwargs: Any) -> None:
+        """As every HybridBlock; with MXNet's own operators, whichever computed so far."""
+        if not self._cached_graph:
+            one = mx.nd.ones((1, 1), ctx=self.embeddings.tokens.weight.list_ctx()[0])
+            self._build_cache(one, one, one[0])
+        super().export(path, **kwargs)
+
+
+def both_parameters(*blocks: Any) -> list[Any]:
+    """The weight and the bias of each dense block, gamma and beta of each LayerNorm; nothing of None."""
+    return [p for block in blocks if block for p in block.params.values()]
 
 
 def activation(name: str) -> Any:

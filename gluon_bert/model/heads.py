@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..runtime import mx
-from .encoder import activation, layer_norm
+from .encoder import activation, both_parameters, layer_norm
 
 
 class Pooler(mx.gluon.HybridBlock):
@@ -73,6 +73,11 @@ class MaskedLanguageModelHead(mx.gluon.HybridBlock):
 
     def hybrid_forward(self, F: Any, encoded: Any, predictions: Any) -> Any:
         return self.decoder(self.transform(encoded, predictions))
+
+    def in_order(self) -> list[Any]:
+        """The parameters in the order in which the head computes with them."""
+        transform, decoder = self.transform, self.decoder
+        return [*both_parameters(transform.dense, transform.norm), decoder.weight, decoder.bias]
 
 
 class NextSentenceHead(mx.gluon.HybridBlock):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from .. import ops
 from ..data.batch import Shard
 from ..runtime import mx
 
@@ -36,17 +37,28 @@ def shard_loss(net: Any, shard: Shard, count_mlm_hits: bool = False) -> ShardLos
     encoded = net.encoder(shard.tokens, shard.segments, shard.lengths)
     nsp_scores = net.nsp(net.pooler(encoded))
     nsp = cross_entropy(nsp_scores, shard.is_next)
-    masked = net.mlm.transform(encoded, shard.predictions)
-    mlm = mlm_hits = mx.nd.zeros((1,), ctx=masked.context)
-    for start in range(0, len(shard.labels), SLICE):
-        some = slice(start, start + SLICE)
-        mlm_scores, labels = net.mlm.decoder(masked[some]), shard.labels[some]
-        mlm = mlm + cross_entropy(mlm_scores, labels)
-        if count_mlm_hits:
-            mlm_hits = mlm_hits + hits(mlm_scores, labels)
+    mlm, mlm_hits = masked_loss(net, encoded, shard, count_mlm_hits)
     nsp_hits = hits(nsp_scores, shard.is_next)
     total = mlm * shard.mlm_weight + nsp * shard.nsp_weight
     return ShardLoss(mlm, nsp, total, mx.nd.concat(mlm_hits, nsp_hits, dim=0))
+
+
+def masked_loss(net: Any, encoded: Any, shard: Shard, count_hits: bool) -> tuple[Any, Any]:
+    """The sum of the losses of a shard's predictions, and their hits, 0 unless asked for; both (1,)."""
+    if len(shard.labels) and ops.compute(net.mlm, encoded):
+        loss, found = ops.masked_loss(
+            net.config, net.mlm.in_order(), encoded, shard.predictions, shard.labels
+        )
+        return loss, found if count_hits else mx.nd.zeros_like(found)
+    masked = net.mlm.transform(encoded, shard.predictions)
+    loss = found = mx.nd.zeros((1,), ctx=masked.context)
+    for start in range(0, len(shard.labels), SLICE):
+        some = slice(start, start + SLICE)
+        scores, labels = net.mlm.decoder(masked[some]), shard.labels[some]
+        loss = loss + cross_entropy(scores, labels)
+        if count_hits:
+            found = found + hits(scores, labels)
+    return loss, found
 
 
 def cross_entropy(scores: Any, labels: Any) -> Any:

@@ -1,0 +1,250 @@
+// The operators as MXNet sees them: what they are called with, their shapes, and who does the work.
+//
+// gluon_bert_encoder: tokens (B, T), segments (B, T), lengths (B,), key (2,), then the encoder's parameters in
+// the order of Network, 16 a layer -> (B, T, C). gluon_bert_masked_loss: encoded (B, T, C), predictions (2, M),
+// labels (M,), then the head's six parameters -> the sum of the losses (1,), the hits (1,). All float32.
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "encoder.h"
+#include "masked_loss.h"
+#include "mxnet/lib_api.h"
+
+using namespace mxnet::ext;
+using namespace gluon_bert;
+
+namespace {
+
+typedef std::unordered_map<std::string, std::string> Attributes;
+typedef std::vector<std::vector<unsigned int>> Shapes;
+
+double number(const Attributes& attributes, const char* name) { return std::stod(attributes.at(name)); }
+int whole(const Attributes& attributes, const char* name) { return (int)number(attributes, name); }
+
+Activation activation_of(const Attributes& attributes) {
+  return attributes.at("activation") == "gelu" ? Activation::kGelu : Activation::kRelu;
+}
+
+MXReturnValue float32(const Attributes&, std::vector<int>* inputs, std::vector<int>* outputs) {
+  std::fill(inputs->begin(), inputs->end(), (int)kFloat32);
+  std::fill(outputs->begin(), outputs->end(), (int)kFloat32);
+  return MX_SUCCESS;
+}
+
+// Hands out the arrays of a call one after another.
+class Arrays {
+ public:
+  Arrays(std::vector<MXTensor>* all, size_t first) : all_(all), at_(first) {}
+  float* next() { return all_->at(at_++).data<float>(); }
+  Dense dense() {
+    const float* weight = next();
+    return {weight, next()};
+  }
+  Norm norm() {
+    const float* gamma = next();
+    return {gamma, next()};
+  }
+
+ private:
+  std::vector<MXTensor>* all_;
+  size_t at_;
+};
+
+// What went wrong, told to MXNet, which makes an MXNetError of it where the result is waited for.
+template <class Work>
+MXReturnValue told(Work work) {
+  try {
+    work();
+    return MX_SUCCESS;
+  } catch (const std::exception& error) {
+    MX_ERROR_MSG << error.what();
+    return MX_FAIL;
+  }
+}
+
+constexpr int kLayerParameters = 16, kEncoderInputs = 4;
+
+int encoder_arrays(const Attributes& a) {
+  return kEncoderInputs + 3 + 2 * whole(a, "embedding_norm") + kLayerParameters * whole(a, "layers") +
+         2 * whole(a, "pre");
+}
+
+MXReturnValue encoder_counts(const Attributes& a, int* inputs, int* outputs) {
+  *inputs = a.empty() ? 1 : encoder_arrays(a), *outputs = 1;
+  return MX_SUCCESS;
+}
+
+MXReturnValue encoder_shape(const Attributes&, Shapes* inputs, Shapes* outputs) {
+  const unsigned length = inputs->at(0).at(1), positions = inputs->at(kEncoderInputs + 2).at(0);
+  if (length > positions) {
+    MX_ERROR_MSG << "texts of " << length << " tokens, where there are embeddings of " << positions << " positions";
+    return MX_FAIL;
+  }
+  outputs->at(0) = {inputs->at(0).at(0), length, inputs->at(kEncoderInputs).at(1)};
+  return MX_SUCCESS;
+}
+
+class EncoderState : public CustomStatefulOp {
+ public:
+  explicit EncoderState(const Attributes& attributes) : a_(attributes) {}
+
+  MXReturnValue Forward(std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs, const OpResource&) override {
+    return told([&] {
+      encoder_.reset(new Encoder(network(inputs, 0), given(inputs, 0), whole(a_, "keep")));
+      encoder_->forward(outputs->at(0).data<float>());
+      if (!whole(a_, "keep")) encoder_.reset();
+    });
+  }
+
+  MXReturnValue Backward(std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs, const OpResource&) override {
+    return told([&] {
+      if (!encoder_) throw std::runtime_error("nothing was kept of the forward pass for this backward pass");
+      const Network net = network(inputs, 1);
+      encoder_->use(net, given(inputs, 1));
+      for (int i = 0; i < kEncoderInputs; ++i)
+        std::fill_n(outputs->at(i).data<float>(), outputs->at(i).size(), 0.f);
+      Arrays out(outputs, kEncoderInputs);
+      Gradients g;
+      g.token_embedding = out.next(), g.segment_embedding = out.next(), g.position_embedding = out.next();
+      if (net.embedding_norm)
+        for (float*& norm : g.first_norm) norm = out.next();
+      g.layers.resize(net.layers.size(), std::vector<float*>(kLayerParameters));
+      for (auto& layer : g.layers)
+        for (float*& parameter : layer) parameter = out.next();
+      if (net.pre)
+        for (float*& norm : g.last_norm) norm = out.next();
+      encoder_->backward(inputs->at(0).data<float>(), g);
+    });
+  }
+
+ private:
+  // The inputs begin with array number `first`.
+  Inputs given(std::vector<MXTensor>* arrays, size_t first) const {
+    const MXTensor& tokens = arrays->at(first);
+    Arrays next(arrays, first);
+    Inputs in;
+    in.tokens = next.next(), in.segments = next.next(), in.lengths = next.next();
+    in.rows = (int)tokens.shape.at(0), in.columns = (int)tokens.shape.at(1);
+    const float* key = next.next();  // two numbers from 0 up to 1, of 24 bits each
+    in.key = (uint64_t)(key[0] * (1 << 24)) << 24 | (uint64_t)(key[1] * (1 << 24));
+    return in;
+  }
+
+  Network network(std::vector<MXTensor>* arrays, size_t first) const {
+    Network n;
+    first += kEncoderInputs;
+    n.words = (int)arrays->at(first).shape.at(0), n.units = (int)arrays->at(first).shape.at(1);
+    n.positions = (int)arrays->at(first + 2).shape.at(0);
+    n.heads = whole(a_, "heads"), n.ffn_units = whole(a_, "ffn_units");
+    n.pre = whole(a_, "pre"), n.embedding_norm = whole(a_, "embedding_norm");
+    n.activation = activation_of(a_);
+    n.epsilon = (float)number(a_, "epsilon"), n.dropout = (float)number(a_, "dropout");
+    Arrays next(arrays, first);
+    n.token_embedding = next.next(), n.segment_embedding = next.next(), n.position_embedding = next.next();
+    if (n.embedding_norm) n.first_norm = next.norm();
+    n.layers.resize(whole(a_, "layers"));
+    for (Layer& layer : n.layers) {
+      layer.query = next.dense(), layer.key = next.dense(), layer.value = next.dense(), layer.output = next.dense();
+      layer.norm1 = next.norm();
+      layer.expand = next.dense(), layer.project = next.dense();
+      layer.norm2 = next.norm();
+    }
+    if (n.pre) n.last_norm = next.norm();
+    return n;
+  }
+
+  Attributes a_;
+  std::unique_ptr<Encoder> encoder_;
+};
+
+constexpr int kHeadInputs = 3;
+
+MXReturnValue head_counts(const Attributes&, int* inputs, int* outputs) {
+  *inputs = kHeadInputs + 6, *outputs = 2;
+  return MX_SUCCESS;
+}
+
+MXReturnValue head_shape(const Attributes&, Shapes*, Shapes* outputs) {
+  outputs->at(0) = {1}, outputs->at(1) = {1};
+  return MX_SUCCESS;
+}
+
+class HeadState : public CustomStatefulOp {
+ public:
+  explicit HeadState(const Attributes& attributes) : a_(attributes) {}
+
+  MXReturnValue Forward(std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs, const OpResource&) override {
+    return told([&] {
+      const bool keep = whole(a_, "keep");
+      loss_.reset(new MaskedLoss(head(inputs), predictions(inputs), keep));
+      loss_->forward(outputs->at(0).data<float>(), outputs->at(1).data<float>());
+      if (!keep) loss_.reset();
+    });
+  }
+
+  MXReturnValue Backward(std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs, const OpResource&) override {
+    return told([&] {
+      if (!loss_) throw std::runtime_error("nothing was kept of the forward pass for this backward pass");
+      for (int i = 1; i < kHeadInputs; ++i) std::fill_n(outputs->at(i).data<float>(), outputs->at(i).size(), 0.f);
+      std::vector<MXTensor> given(inputs->begin() + 2, inputs->end());  // after the gradients of both outputs
+      loss_->use(head(&given), predictions(&given));
+      Arrays out(outputs, kHeadInputs);
+      HeadGradients g;
+      g.encoded = outputs->at(0).data<float>();
+      g.transform = out.next(), g.transform_bias = out.next(), g.gamma = out.next(), g.beta = out.next();
+      g.decoder = out.next(), g.decoder_bias = out.next();
+      loss_->backward(inputs->at(0).data<float>()[0], g);
+    });
+  }
+
+ private:
+  Predictions predictions(std::vector<MXTensor>* arrays) const {
+    const std::vector<int64_t>& shape = arrays->at(0).shape;
+    Arrays next(arrays, 0);
+    Predictions p;
+    p.encoded = next.next(), p.places = next.next(), p.labels = next.next();
+    p.rows = (int)shape.at(0), p.columns = (int)shape.at(1), p.count = (int)arrays->at(2).size();
+    return p;
+  }
+
+  Head head(std::vector<MXTensor>* arrays) const {
+    Head h;
+    h.units = (int)arrays->at(0).shape.at(2), h.words = (int)arrays->at(kHeadInputs + 4).shape.at(0);
+    h.activation = activation_of(a_), h.epsilon = (float)number(a_, "epsilon");
+    Arrays next(arrays, kHeadInputs);
+    h.transform = next.dense(), h.norm = next.norm(), h.decoder = next.dense();
+    return h;
+  }
+
+  Attributes a_;
+  std::unique_ptr<MaskedLoss> loss_;
+};
+
+template <class State>
+MXReturnValue create(const Attributes& attributes, const MXContext&, const Shapes&, const std::vector<int>,
+                     CustomStatefulOp** state) {
+  *state = CustomStatefulOp::create<State>(attributes);
+  return MX_SUCCESS;
+}
+
+}  // namespace
+
+REGISTER_OP(gluon_bert_encoder)
+    .setParseAttrs(encoder_counts)
+    .setInferType(float32)
+    .setInferShape(encoder_shape)
+    .setCreateOpState(create<EncoderState>, "cpu");
+
+REGISTER_OP(gluon_bert_masked_loss)
+    .setParseAttrs(head_counts)
+    .setInferType(float32)
+    .setInferShape(head_shape)
+    .setCreateOpState(create<HeadState>, "cpu");
+
+MXReturnValue initialize(int version) {
+  if (version >= 10700) return MX_SUCCESS;
+  MX_ERROR_MSG << "MXNet " << version << " is older than this interface";
+  return MX_FAIL;
+}
