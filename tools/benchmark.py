@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import platform
+import re
 import statistics
 import sys
 import time
@@ -24,10 +27,21 @@ EXAMPLES = """\
 examples:
   python tools/benchmark.py encode runs/d2l-1
   python tools/benchmark.py encode runs/d2l-1 --against onnxruntime,transformers --rounds 9 --json speed.json
+  python tools/benchmark.py train --against mxnet,seed,pytorch --json speed.json
 
 All contestants get the same work in turns, round by round (A B C, A B C, ...), so that whatever else the
 machine does meets them all. Told are the medians over the rounds, and the median of each round's ratio to the
 first. A contestant whose results are not the first one's is an error.
+
+train: optimizer steps of the book's model, 512 pairs each, from text in memory to new weights and their loss
+  compiled      this package with its compiled operators
+  mxnet         this package with MXNet's own operators
+  seed          the book's own code, d2l 0.17.6 on MXNet
+  pytorch       the same network in PyTorch, as fast as its own operators make it; pytorch-bf16: in bf16
+  Each is a process; seed and pytorch are installed in environments of their own, below MXNet's data folder,
+  when they are first asked for. Told are also the rate by the time that all cores together were at work,
+  which other processes change less, the peak memory, and the MLM loss of the last round: a first contestant
+  that has learnt less than another is an error.
 
 encode: vectors of texts of mixed lengths, from text in memory to numbers on the host
   plain         the hybridized network, batches in the texts' order, padded to the longest
@@ -38,6 +52,9 @@ encode: vectors of texts of mixed lengths, from text in memory to numbers on the
   transformers  PyTorch transformers' BertModel with the same weights and batches (torch, transformers)
 """
 
+
+# Pairs of a text are the same, and so is the network; what is left is initial weights, dropout, order.
+LEARNT_LESS = 0.2  # nats after a few dozen steps
 
 # Two ways to compute the same vectors in single precision are no further apart.
 SAME = 1e-3
@@ -65,23 +82,33 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     p = argparse.ArgumentParser(
         prog="benchmark",
-        usage="python tools/benchmark.py encode RUN [flags]",
+        usage="python tools/benchmark.py {encode RUN,train} [flags]",
         description="Measure speed, side by side with others, in rounds.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("what", choices=("encode",), help="what to measure")
-    p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
+    p.add_argument("what", choices=("encode", "train"), help="what to measure")
+    p.add_argument("run", type=Path, nargs="?", metavar="RUN", help="encode: the folder of a run")
     p.add_argument(
         "--rounds", type=int, default=5, metavar="N", help="rounds, after one that does not count (5)"
     )
-    p.add_argument("--texts", type=int, default=512, metavar="N", help="texts a round (512)")
-    p.add_argument("--text", type=Path, metavar="FILE", help="a text a line (the run's own held-out text)")
+    p.add_argument("--texts", type=int, default=512, metavar="N", help="encode: texts a round (512)")
+    p.add_argument(
+        "--text", type=Path, metavar="FILE", help="encode: a text a line (the run's own held-out text)"
+    )
+    p.add_argument("--steps", type=int, default=3, metavar="N", help="train: steps a round (3)")
+    p.add_argument(
+        "--corpus",
+        default="wikitext-2",
+        metavar="NAME",
+        help="train: wikitext-2 or a folder with its two files (wikitext-2, downloaded once)",
+    )
     p.add_argument(
         "--against",
         metavar="NAME[,NAME...]",
-        help="only these beside plain and encode (all that are installed)",
+        help="encode: only these beside plain and encode (all that are installed); train: these beside "
+        "compiled (mxnet)",
     )
     p.add_argument("--json", type=Path, metavar="FILE", help="write every figure to a file")
     return p
@@ -98,11 +125,97 @@ def main(argv: list[str] | None = None) -> int:
 
 def benchmark(arguments: argparse.Namespace) -> int:
     """Measure as the flags say."""
+    check(arguments)
+    return encode(arguments) if arguments.what == "encode" else train(arguments)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Optimizer steps of processes in turns."""
+    from trainers import CONTESTANTS, Contestant, write_batches
+
+    from gluon_bert.data.wikitext import wikitext2_folder
+
+    names = ["compiled", *(arguments.against or "mxnet").split(",")]
+    unknown = [name for name in names if name not in CONTESTANTS]
+    if unknown:
+        raise BadInput(f"--against {unknown[0]}: must be some of {', '.join(CONTESTANTS)}")
+    named = arguments.corpus == "wikitext-2"
+    corpus = wikitext2_folder() if named else Path(arguments.corpus).absolute()
+    threads = os.environ.get("OMP_NUM_THREADS", str(runtime.usable_cores()))
+    with TemporaryDirectory(prefix="gluon_bert-benchmark-") as folder, ExitStack() as stack:
+        batches = Path(folder, "batches.npz")
+        write_batches(corpus, (arguments.rounds + 1) * arguments.steps, batches)
+        contestants = []
+        for name in dict.fromkeys(names):
+            print(f"getting {name} ready", file=sys.stderr)
+            contestants.append(Contestant(name, corpus, batches, threads))
+            stack.callback(contestants[-1].close)
+        answers: dict[str, list[dict[str, Any]]] = {each.name: [] for each in contestants}
+        for number in range(arguments.rounds + 1):
+            for each in contestants:
+                answer = each.make(arguments.steps)
+                if number:  # the first one is to warm up
+                    answers[each.name].append(answer)
+        facts = {each.name: each.facts for each in contestants}
+    told = f"{arguments.rounds} rounds of {arguments.steps} steps, {threads} threads, {machine()}"
+    print(train_table(told, answers, facts))
+    if arguments.json:
+        content = {"what": "train", "work": told, "versions": runtime.versions()}
+        write_json(arguments.json, {**content, "contestants": facts, "rounds": answers})
+    refuse_learning_less(answers)
+    return 0
+
+
+def train_table(
+    told: str, answers: Mapping[str, list[dict[str, Any]]], facts: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """The rates of training for people, and which part of the possible the first contestant reaches."""
+    clock, cores = (
+        {name: rates(own, key) for name, own in answers.items()} for key in ("seconds", "cpu_seconds")
+    )
+    first = next(iter(answers))
+    lines = [told, f"{'':14}{'pairs/s':>9}{'ratio':>7}   {'from .. to':14}{'pairs/CPU s':>11}{'ratio':>7}"]
+    lines[-1] += f"{'peak GB':>9}{'ready s':>9}{'MLM loss':>10}"
+    for name, own in answers.items():
+        ratios = [a / b for a, b in zip(clock[name], clock[first])]
+        cpu_ratios = [a / b for a, b in zip(cores[name], cores[first])]
+        spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
+        lines.append(
+            f"{name:14}{statistics.median(clock[name]):9.1f}{statistics.median(ratios):7.2f}   {spread:14}"
+            f"{statistics.median(cores[name]):11.1f}{statistics.median(cpu_ratios):7.2f}"
+            f"{own[-1]['peak_gigabytes']:9.2f}{facts[name]['ready_seconds']:9.1f}{own[-1]['mlm_loss']:10.3f}"
+        )
+    return "\n".join([*lines, *(f"{name}: {fact['with']}" for name, fact in facts.items())])
+
+
+def rates(answers: Sequence[Mapping[str, Any]], seconds: str) -> list[float]:
+    """Pairs a second of each round, by this clock."""
+    return [answer["pairs"] / answer[seconds] for answer in answers]
+
+
+def refuse_learning_less(answers: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Raise BadInput if the first contestant's loss is above another's: speed alone does not count."""
+    first, *others = ((name, own[-1]["mlm_loss"]) for name, own in answers.items())
+    for name, loss in others:
+        if not first[1] <= loss + LEARNT_LESS:
+            raise BadInput(f"{first[0]} has learnt less than {name}: MLM loss {first[1]:.3f}, not {loss:.3f}")
+
+
+def machine() -> str:
+    """The processor in a phrase, as far as it is known."""
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:  # no Linux
+        names = []
+    return f"{names[0] if names else platform.machine()}, {runtime.usable_cores()} cores"
+
+
+def encode(arguments: argparse.Namespace) -> int:
+    """Vectors of texts by contestants in turns."""
     from encoders import CONTESTANTS
 
     from gluon_bert.checkpoint import load_run
 
-    check(arguments)
     names = chosen(arguments.against)
     run = load_run(arguments.run)
     texts = texts_of(run, arguments)
@@ -132,9 +245,13 @@ def check(arguments: argparse.Namespace) -> None:
     """Raise one BadInput that tells everything that is wrong with the flags."""
     problems = [
         f"--{name} {getattr(arguments, name)}: must be at least 1"
-        for name in ("rounds", "texts")
+        for name in ("rounds", "texts", "steps")
         if getattr(arguments, name) < 1
     ]
+    if arguments.what == "encode" and arguments.run is None:
+        problems.append("encode: name the folder of a run")
+    if arguments.what == "train" and arguments.run is not None:
+        problems.append(f"train {arguments.run}: takes no run; --corpus names a text")
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         problems.append(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
     if problems:

@@ -1,0 +1,75 @@
+"""A contestant of `benchmark.py train`: this package, on the corpus named first, with the preset d2l."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Iterator
+
+import numpy as np
+from protocol import Step, serve
+
+from gluon_bert import ops, runtime
+from gluon_bert.config import ModelConfig, preset
+from gluon_bert.data.batch import Batch
+from gluon_bert.data.loader import Loader, load_data
+from gluon_bert.model.bert import BERTModel
+from gluon_bert.runtime import mx
+from gluon_bert.training.meters import Meter
+from gluon_bert.training.trainer import Trainer
+
+
+def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
+    """The steps, and with what they are made."""
+    config = preset("d2l").replace(corpus=(sys.argv[1],))
+    data = load_data(config.data, config.train.batch_size, config.train.seed)
+    contexts = runtime.contexts(cpus=1)
+    net = BERTModel(len(data.vocab), config.model)
+    net.setup(contexts, config.train.seed)
+    trainer = Trainer(net, config.train, contexts)
+    facts = {
+        "with": f"{runtime.versions()['mxnet']}, operators: {ops.in_use(contexts)}",
+        "flop_per_pair": flop(next(data.train.epoch(0)), config.model, len(data.vocab))
+        / config.train.batch_size,
+        "best_flop_per_second": best_rate_of_products(),
+    }
+    return steps(trainer, data.train), facts
+
+
+def steps(trainer: Any, batches: Loader) -> Iterator[Step]:
+    """A step after the other, each from the text to the new weights and to its losses on the host."""
+    for batch in batches.forever():
+        shards, losses = trainer.step(batch)
+        meter = Meter()
+        meter.add(shards, losses, count_mlm_hits=False)
+        means = meter.totals().averages()
+        mx.nd.waitall()
+        yield len(batch), means.mlm_loss, means.nsp_loss
+
+
+def flop(batch: Batch, model: ModelConfig, vocab_size: int) -> float:
+    """Floating-point operations of the products that a step on this batch needs, forward and backward.
+
+    Nothing is counted for padding. Backward takes twice as many as forward.
+    """
+    tokens, pairs = float(batch.lengths.sum()), float((batch.lengths.astype(float) ** 2).sum())
+    layer = tokens * (4 * model.units**2 + 2 * model.units * model.ffn_units) + 2 * pairs * model.units
+    head = len(batch.labels) * model.units * (model.units + vocab_size) + len(batch) * model.units**2
+    return 3 * 2 * (model.num_layers * layer + head)
+
+
+def best_rate_of_products() -> float:
+    """Floating-point operations a second of the fastest product of matrices that this process knows."""
+    size, best = 1536, 0.0
+    array = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
+    on_device = mx.nd.array(array)
+    for _ in range(8):
+        for product in (lambda: array @ array, lambda: mx.nd.dot(on_device, on_device).wait_to_read()):
+            before = time.perf_counter()
+            product()
+            best = max(best, 2 * size**3 / (time.perf_counter() - before))
+    return best
+
+
+if __name__ == "__main__":
+    serve(prepare)

@@ -1,0 +1,183 @@
+"""A contestant of `benchmark.py train`: the same network in PyTorch, as fast as its own operators make it.
+
+It is given the batches, so that making them costs it nothing. A batch is sorted by length and goes through
+the encoder in groups padded to their own longest row; dropout takes 16 bits an element; scores are made of
+the masked words only, in slices whose gradient is made along with them; Adam is fused; and freed memory is
+kept for the next step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import Any, Iterator
+
+# Before the first allocation: nothing by mmap, nothing given back, one arena (M_MMAP_MAX and so on).
+for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
+    ctypes.CDLL(None).mallopt(option, value)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from protocol import Step, serve  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+UNITS, FFN_UNITS, HEADS, LAYERS, DROPOUT, POSITIONS = 128, 256, 2, 2, 0.2, 1000
+GROUPS, SLICE = 8, 512
+# bf16 where it is asked for: products in bf16, sums, weights and losses in float32.
+LOW = {"fp32": None, "bf16": torch.bfloat16}[sys.argv[2]]
+
+
+def dropout(x: Any) -> Any:
+    """As F.dropout, whose draws take a tenth of the step."""
+    draws = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+    kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= int(DROPOUT * 2**16) - 2**15
+    return x * kept.to(x.dtype).mul_(1 / (1 - DROPOUT))
+
+
+class Layer(nn.Module):
+    """A post-LayerNorm encoder layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.output = nn.Linear(UNITS, 3 * UNITS), nn.Linear(UNITS, UNITS)
+        self.norm1, self.norm2 = nn.LayerNorm(UNITS), nn.LayerNorm(UNITS)
+        self.expand, self.project = nn.Linear(UNITS, FFN_UNITS), nn.Linear(FFN_UNITS, UNITS)
+
+    def forward(self, x: Any, mask: Any) -> Any:
+        """(B, T, C), (B, 1, 1, T) -> (B, T, C)."""
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, HEADS, UNITS // HEADS).permute(2, 0, 3, 1, 4)
+        # With dropout scaled_dot_product_attention does the same on a CPU, and draws its dropout slower.
+        weights = dropout(torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask, -1))
+        found = (weights @ v).transpose(1, 2).reshape(x.shape)
+        x = self.norm1(x + dropout(self.output(found)))
+        return self.norm2(x + dropout(self.project(F.relu(self.expand(x)))))
+
+
+class Network(nn.Module):
+    """The section's BERT."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.tokens, self.segments = nn.Embedding(vocab_size, UNITS), nn.Embedding(2, UNITS)
+        self.positions = nn.Parameter(torch.empty(1, POSITIONS, UNITS))
+        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.transform, self.norm = nn.Linear(UNITS, UNITS), nn.LayerNorm(UNITS)
+        self.decoder = nn.Linear(UNITS, vocab_size)
+        self.pooler, self.next = nn.Linear(UNITS, UNITS), nn.Linear(UNITS, 2)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        # Xavier of the one matrix (3 C, C) would make query, key and value smaller than of three.
+        for layer in self.layers:
+            for part in layer.qkv.weight.data.chunk(3):
+                nn.init.xavier_uniform_(part)
+        nn.init.uniform_(self.positions, *(sign * (6 / (UNITS * (POSITIONS + 1))) ** 0.5 for sign in (-1, 1)))
+
+    def encode(self, tokens: Any, segments: Any, lengths: Any) -> Any:
+        """(B, T), (B, T), (B,) -> (B, T, C)."""
+        length = tokens.shape[1]
+        mask = -1e9 * (torch.arange(length) >= lengths[:, None])[:, None, None]
+        x = self.tokens(tokens) + self.segments(segments) + self.positions[:, :length]
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+    def forward(self, groups: list[Any], labels: Any, is_next: Any) -> tuple[Any, Any]:
+        """The mean MLM and NSP losses of a batch in groups."""
+        masked, first = [], []
+        for tokens, segments, lengths, rows, positions in groups:
+            encoded = self.encode(tokens, segments, lengths)
+            masked.append(encoded[rows, positions])
+            first.append(encoded[:, 0])
+        ready = self.norm(F.relu(self.transform(torch.cat(masked))))
+        if LOW is None:
+            mlm = SlicedLoss.apply(ready, self.decoder.weight, self.decoder.bias, labels) / len(labels)
+        else:
+            scores = self.decoder(ready).float()
+            mlm = F.cross_entropy(scores, labels)
+        nsp = F.cross_entropy(self.next(torch.tanh(self.pooler(torch.cat(first)))).float(), is_next)
+        return mlm, nsp
+
+
+class SlicedLoss(torch.autograd.Function):
+    """The sum of the decoder's cross-entropies, a slice of predictions at a time with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, labels: Any) -> Any:
+        """(M, C), (V, C), (V,), (M,) -> ()."""
+        d_x, d_weight, d_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+        room, ones = torch.empty(SLICE, len(weight)), torch.ones(SLICE)
+        total = torch.zeros(())
+        for start in range(0, len(labels), SLICE):
+            some, right = x[start : start + SLICE], labels[start : start + SLICE]
+            rows = torch.arange(len(right))
+            scores = torch.log_softmax(torch.addmm(bias, some, weight.T, out=room[: len(right)]), 1)
+            total -= scores[rows, right].sum()
+            scores.exp_()[rows, right] -= 1
+            torch.mm(scores, weight, out=d_x[start : start + SLICE])
+            d_weight.addmm_(scores.T, some)
+            d_bias.addmv_(scores.T, ones[: len(right)])
+        ctx.save_for_backward(d_x, d_weight, d_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        """The gradients that are there already, times that of the loss."""
+        return (*(gradient * each for each in ctx.saved_tensors), None)
+
+
+def grouped(batch: dict[str, Any]) -> tuple[list[Any], Any, Any]:
+    """A batch as groups of rows of like length, with its labels and next sentences in their order."""
+    order = np.argsort(batch["lengths"], kind="stable")
+    rows, positions = batch["predictions"]
+    groups, labels = [], []
+    for members in np.array_split(order, GROUPS):
+        length = batch["lengths"][members].max()
+        place = np.full(len(order), -1)
+        place[members] = np.arange(len(members))
+        mine = place[rows] >= 0
+        labels.append(batch["labels"][mine])
+        arrays = (
+            batch["tokens"][members, :length],
+            batch["segments"][members, :length],
+            batch["lengths"][members],
+            place[rows[mine]],
+            positions[mine],
+        )
+        groups.append([torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for array in arrays])
+    whole = np.concatenate(labels), batch["is_next"][order]
+    return (groups, *(torch.from_numpy(array.astype(np.int64)) for array in whole))
+
+
+def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
+    """The steps, and with what they are made."""
+    torch.manual_seed(0)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    with np.load(sys.argv[1]) as file:
+        arrays = dict(file)
+    net = Network(int(arrays.pop("vocab_size")))
+    names = ("tokens", "segments", "lengths", "predictions", "labels", "is_next")
+    count = len(arrays) // len(names)
+    batches = [{name: arrays[f"{name}-{number}"] for name in names} for number in range(count)]
+    return steps(net, batches), {"with": f"torch {torch.__version__}, {sys.argv[2]}"}
+
+
+def steps(net: Any, batches: list[dict[str, Any]]) -> Iterator[Step]:
+    """A step after the other."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+    for batch in batches:
+        with torch.autocast("cpu", dtype=LOW or torch.bfloat16, enabled=LOW is not None):
+            mlm, nsp = net(*grouped(batch))
+        optimizer.zero_grad(set_to_none=True)
+        (mlm + nsp).backward()
+        optimizer.step()
+        yield len(batch["is_next"]), mlm.item(), nsp.item()
+
+
+if __name__ == "__main__":
+    serve(prepare)
