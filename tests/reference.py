@@ -13,10 +13,15 @@ import numpy as np
 from gluon_bert.data.batch import Batch
 
 
-def forward(config, parameters, batch):
+def nothing_dropped(place, x):
+    """No dropout. Places are numbered: 0 the embeddings, then three a layer, attention weights first."""
+    return x
+
+
+def forward(config, parameters, batch, drop=nothing_dropped):
     """Encoded tokens (B, T, C), MLM scores (M, V) and NSP scores (B, 2) (Devlin et al. 2018, section 3)."""
     p = parameters
-    encoded = encode(config, p, batch)
+    encoded = encode(config, p, batch, drop)
     masked = np.stack([encoded[row, position] for row, position in batch.predictions.T])
     x = ACTIVATIONS[config.activation](dense(p, "mlm.transform.dense", masked))
     x = layer_norm(p, "mlm.transform.norm", x, config.norm_epsilon)
@@ -26,23 +31,24 @@ def forward(config, parameters, batch):
     return encoded, mlm_scores, dense(p, "nsp.dense", pooled)
 
 
-def encode(config, p, batch):
+def encode(config, p, batch, drop=nothing_dropped):
     """Embeddings and layers: a batch -> (B, T, C)."""
     epsilon = config.norm_epsilon
     x = p["encoder.embeddings.tokens.weight"][batch.tokens]
     x = x + p["encoder.embeddings.segments.weight"][batch.segments]
     x = x + p["encoder.embeddings.positions.weight"][: batch.tokens.shape[1]]
     if config.embedding_norm:
-        x = layer_norm(p, "encoder.embeddings.norm", x, epsilon)
+        x = drop(0, layer_norm(p, "encoder.embeddings.norm", x, epsilon))
     for i in range(config.num_layers):
         name = f"encoder.layers.{i}"
 
-        def attend(x, name=name):
-            return attention(p, f"{name}.attend", x, batch.lengths, config.num_heads)
+        def attend(x, name=name, place=1 + 3 * i):
+            heads = attention(p, f"{name}.attend", x, batch.lengths, config.num_heads, place, drop)
+            return drop(place + 1, heads)
 
-        def feed_forward(x, name=name):
+        def feed_forward(x, name=name, place=3 + 3 * i):
             hidden = ACTIVATIONS[config.activation](dense(p, f"{name}.feed_forward.expand", x))
-            return dense(p, f"{name}.feed_forward.project", hidden)
+            return drop(place, dense(p, f"{name}.feed_forward.project", hidden))
 
         for sub_layer, norm in ((attend, f"{name}.norm1"), (feed_forward, f"{name}.norm2")):
             if config.norm == "pre":
@@ -52,16 +58,18 @@ def encode(config, p, batch):
     return layer_norm(p, "encoder.norm", x, epsilon) if config.norm == "pre" else x
 
 
-def attention(p, name, x, lengths, num_heads):
+def attention(p, name, x, lengths, num_heads, place=0, drop=nothing_dropped):
     """Softmax attention, a row and a head at a time, over the real tokens only (Vaswani et al. 2017, 3.2)."""
     size = x.shape[2] // num_heads
     query, key, value = (dense(p, f"{name}.{which}", x) for which in ("query", "key", "value"))
+    kept = drop(place, np.ones((len(x), num_heads, x.shape[1], x.shape[1])))
     heads = np.zeros_like(x)
     for row, length in enumerate(lengths):
-        for start in range(0, x.shape[2], size):
-            part = slice(start, start + size)
+        for head in range(num_heads):
+            part = slice(head * size, (head + 1) * size)
             scores = query[row, :, part] @ key[row, :length, part].T / math.sqrt(size)
-            heads[row, :, part] = np.exp(log_softmax(scores)) @ value[row, :length, part]
+            weights = np.exp(log_softmax(scores)) * kept[row, head, :, :length]
+            heads[row, :, part] = weights @ value[row, :length, part]
     return dense(p, f"{name}.output", heads)
 
 
@@ -101,9 +109,9 @@ def cross_entropy(scores, labels):
     return -sum(row[label] for row, label in zip(log_softmax(np.asarray(scores, np.float64)), labels))
 
 
-def losses(config, parameters, batch):
+def losses(config, parameters, batch, drop=nothing_dropped):
     """The summed MLM loss, the summed NSP loss, and mean plus mean."""
-    _, mlm_scores, nsp_scores = forward(config, parameters, batch)
+    _, mlm_scores, nsp_scores = forward(config, parameters, batch, drop)
     mlm, nsp = cross_entropy(mlm_scores, batch.labels), cross_entropy(nsp_scores, batch.is_next)
     return mlm, nsp, mlm / len(batch.labels) + nsp / len(batch.is_next)
 

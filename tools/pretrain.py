@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="RUN",
         help="go on with the run in this folder from its latest checkpoint, as if it had not been stopped; "
-        f"beside it only flags that a run may change: {', '.join(changeable())}, --gpus and --cpus",
+        f"beside it only flags that a run may change: {', '.join(changeable())}, --gpus, --cpus, --operators and --profile",
     )
     p.add_argument(
         "--output",
@@ -59,6 +59,19 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--gpus", metavar="N[,N...]", help="these GPUs, such as 0 or 0,1")
     where.add_argument(
         "--cpus", type=int, metavar="N", help="N contexts on the CPU, each with its shard of the batch"
+    )
+    where.add_argument(
+        "--operators",
+        metavar="{auto,compiled,mxnet}",
+        help="on CPUs: compiled for this processor, MXNet's own, or compiled where there is a C++ compiler, "
+        "which takes half a minute once (auto, or what GLUON_BERT_OPERATORS says)",
+    )
+    p.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="write what MXNet's operators did, and when, for chrome://tracing; a table of them follows the "
+        "summary. The run is slower by it",
     )
     add_config_flags(p)
     return p
@@ -75,13 +88,41 @@ def main(argv: list[str] | None = None) -> int:
 
 def pretrain(arguments: argparse.Namespace) -> int:
     """Pretrain as the flags say."""
+    if arguments.profile is None:
+        return begin_or_resume(arguments)
+    with profiled(arguments.profile):
+        return begin_or_resume(arguments)
+
+
+def begin_or_resume(arguments: argparse.Namespace) -> int:
+    """A new run, or one that goes on."""
     if arguments.resume is not None:
         return resume(arguments)
     config = config_from(arguments, starting_point(arguments))
     contexts = contexts_from(arguments)
     name = arguments.preset or ("d2l" if arguments.config is None else "repeat")
     output = _free_folder(name) if arguments.output is None else arguments.output
-    return begin(config, contexts, output)
+    return begin(config, contexts, output, arguments.operators)
+
+
+@contextmanager
+def profiled(path: Path) -> Iterator[None]:
+    """Let MXNet's profiler watch a block; leaves its trace in a file and prints its table."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise BadInput(f"--profile {path}: is no file that can be written")
+    from gluon_bert.runtime import mx
+
+    mx.profiler.set_config(
+        profile_imperative=True, profile_symbolic=True, aggregate_stats=True, filename=str(path)
+    )
+    mx.profiler.set_state("run")
+    try:
+        yield
+    finally:
+        mx.nd.waitall()
+        mx.profiler.set_state("stop")
+        print(mx.profiler.dumps(sort_by="total"))
+        mx.profiler.dump()
 
 
 def starting_point(arguments: argparse.Namespace) -> Config:
@@ -104,19 +145,22 @@ def contexts_from(arguments: argparse.Namespace, recorded: Sequence[str] = ()) -
     return runtime.contexts(gpus, arguments.cpus)
 
 
-def begin(config: Config, contexts: list[Any], output: Path) -> int:
+def begin(config: Config, contexts: list[Any], output: Path, operators: str | None) -> int:
     """A new run, in a folder of its own."""
+    from gluon_bert import ops
     from gluon_bert.checkpoint import check_new, create_run
     from gluon_bert.data.loader import load_data
     from gluon_bert.training.report import References
     from gluon_bert.training.trainer import check_evaluable
 
     check_new(output)
+    ops.choose(operators)
     data = load_data(config.data, config.train.batch_size, config.train.seed)
     check_evaluable(config.train, data)
     net = network(config, data, contexts)
     facts = {
         "contexts": [str(context) for context in contexts],
+        "operators": ops.in_use(contexts),
         "versions": runtime.versions(),
         "text": data.fingerprint,
         "losses_for_comparison": References.of(data)._asdict(),
@@ -128,6 +172,7 @@ def begin(config: Config, contexts: list[Any], output: Path) -> int:
 
 def resume(arguments: argparse.Namespace) -> int:
     """Go on with a run from its latest checkpoint, as if it had not been stopped."""
+    from gluon_bert import ops
     from gluon_bert.checkpoint import CONFIG, latest_whole, read_config, read_facts, write_config
     from gluon_bert.data.loader import load_data
     from gluon_bert.data.wordpiece import load_vocabulary
@@ -145,6 +190,8 @@ def resume(arguments: argparse.Namespace) -> int:
         remove_leftovers(folder)
         remove_leftovers(folder / "checkpoints")
         contexts = contexts_from(arguments, facts.get("contexts") or ())
+        ops.choose(arguments.operators)
+        operators = ops.in_use(contexts)
         snapshot = latest_whole(folder)
         data = load_data(config.data, config.train.batch_size, config.train.seed)
         if data.fingerprint != facts.get("text") or data.vocab.tokens != load_vocabulary(folder).tokens:
@@ -152,8 +199,15 @@ def resume(arguments: argparse.Namespace) -> int:
                 f"--corpus {' '.join(config.data.corpus)}: the text, or what reads it, is not what {folder} "
                 "was begun with, and a run that goes on with another is another; begin one with --config"
             )
-        tell_differences(facts.get("versions") or {}, runtime.versions())
-        now = {"contexts": [str(context) for context in contexts], "versions": runtime.versions()}
+        now = {
+            "contexts": [str(context) for context in contexts],
+            "operators": operators,
+            "versions": runtime.versions(),
+        }
+        tell_differences(
+            {"operators": facts.get("operators", operators), **(facts.get("versions") or {})},
+            {"operators": operators, **runtime.versions()},
+        )
         if (config, {**facts, **now}) != (before, facts):
             write_config(folder, config, {**facts, **now})
         return train(config, data, network(config, data, contexts), contexts, folder, snapshot)
@@ -183,11 +237,13 @@ def train(
     config: Config, data: Any, net: Any, contexts: list[Any], output: Path, snapshot: Any = None
 ) -> int:
     """The steps of a run, from the first or from a checkpoint on, and what they leave in its folder."""
+    from gluon_bert import ops
     from gluon_bert.training.report import Report
     from gluon_bert.training.saving import CheckpointSaver, cost_in_words
     from gluon_bert.training.trainer import Trainer
 
-    print(f"{describe(net, data, contexts)}\nrun folder: {output}", file=sys.stderr)
+    print(f"{describe(net, data, contexts)}\noperators: {ops.in_use(contexts)}", file=sys.stderr)
+    print(f"run folder: {output}", file=sys.stderr)
     trainer = Trainer(net, config.train, contexts)
     if snapshot is not None:
         trainer.restore(snapshot, output)

@@ -1,0 +1,340 @@
+"""The compiled operators: equal to MXNet's own and to NumPy, whole or not there at all, told and chosen."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import reference
+from conftest import ROOT
+
+from gluon_bert import ops
+from gluon_bert.config import ModelConfig
+from gluon_bert.data.batch import split_and_load
+from gluon_bert.errors import BadInput
+from gluon_bert.model.bert import BERTModel
+from gluon_bert.ops import build
+from gluon_bert.runtime import mx
+from gluon_bert.training import loss
+from gluon_bert.training.loss import shard_loss
+
+SMALL = ModelConfig(num_layers=2, units=8, ffn_units=12, num_heads=2, dropout=0.0, max_positions=400)
+BERT = dataclasses.replace(
+    SMALL, activation="gelu", embedding_norm=True, tied_decoder=True, norm_epsilon=1e-12
+)
+VARIANTS = {
+    "post": SMALL,
+    "bert": BERT,
+    "pre": dataclasses.replace(BERT, norm="pre"),
+    "pre-relu": dataclasses.replace(SMALL, norm="pre", num_layers=3),
+    "one-layer": dataclasses.replace(BERT, num_layers=1),
+}
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    """Skips where this process has no compiled operators, unless they were asked for."""
+    if ops.in_use() != "compiled for this processor":
+        pytest.skip(f"the operators are {ops.in_use()}")
+
+
+def network(config, vocab_size=50, seed=0):
+    net = BERTModel(vocab_size, config)
+    net.setup(mx.cpu(), seed)
+    reference.randomise(net, seed)
+    return net
+
+
+def step(net, batch, by_mxnet=False):
+    """The shard's losses and hits, and all gradients, by one side."""
+    with pytest.MonkeyPatch.context() as patch:
+        if by_mxnet:
+            patch.setattr(ops, "compute", lambda *_: False)
+        (shard,) = split_and_load(batch, [mx.cpu()])
+        with mx.autograd.record():
+            found = shard_loss(net, shard, count_mlm_hits=True)
+        found.total.backward()
+        return [each.asnumpy() for each in found], reference.gradients(net)
+
+
+def assert_same(ours, theirs):
+    """Equal to 1e-5 of the largest value of each array, or of a hundredth where all are small."""
+    for one, other in zip(ours[0], theirs[0]):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, expected in theirs[1].items():
+        scale = max(np.abs(expected).max(), 1e-2)
+        np.testing.assert_allclose(ours[1][name], expected, rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_both_sides_give_the_same_losses_and_gradients(config):
+    net, batch = network(config), reference.random_batch([3, 12, 7, 5, 12], 12, 50)
+    assert_same(step(net, batch), step(net, batch, by_mxnet=True))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_both_sides_agree_on_random_sizes(seed):
+    """Sizes that fill no vector, no tile and no slice, and some that fill several."""
+    rng = np.random.default_rng(seed)
+    heads = int(rng.integers(1, 6))
+    config = dataclasses.replace(
+        VARIANTS[rng.choice(list(VARIANTS))],
+        num_heads=heads,
+        units=heads * int(rng.integers(1, 40)),
+        ffn_units=int(rng.integers(1, 300)),
+    )
+    padded_to = int(rng.integers(6, 200))
+    lengths = rng.integers(3, padded_to + 1, rng.integers(1, 12))
+    vocab_size = int(rng.integers(5, 2000))
+    net, batch = (
+        network(config, vocab_size, seed),
+        reference.random_batch(lengths, padded_to, vocab_size, seed),
+    )
+    assert_same(step(net, batch), step(net, batch, by_mxnet=True))
+
+
+def test_more_predictions_than_a_slice_and_deeper_sums_than_a_block():
+    config = dataclasses.replace(BERT, num_layers=1, units=300, ffn_units=520, num_heads=3)
+    net, batch = network(config, 700), reference.random_batch([9] * 300, 9, 700)
+    assert len(batch.labels) > 500
+    assert_same(step(net, batch), step(net, batch, by_mxnet=True))
+
+
+# Dropout
+
+
+def factor(index, rate, key, place):
+    """What elements of these numbers are multiplied by, as `rows.h` has it."""
+    mask = (1 << 64) - 1
+    z = (key + (place + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    z ^= z >> 31
+    first, second = np.uint32(z & 0xFFFFFFFF), np.uint32(z >> 32)
+    x = index.astype(np.uint32) ^ first
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    x = (x ^ (x >> 16) ^ second) * np.uint32(0x9E3779B1)
+    x ^= x >> 15
+    return np.where((x >> 8) >= int(np.float32(rate) * (1 << 24)), 1 / (1 - rate), 0.0)
+
+
+def test_half_the_numbers_are_dropped_and_neighbours_know_nothing_of_each_other():
+    kept = np.stack([factor(np.arange(1 << 16), 0.5, 12345, place) > 0 for place in range(8)]).astype(float)
+    assert np.abs(kept.mean(axis=1) - 0.5).max() < 0.01
+    for shift in (1, 2, 16, 128, 4096):
+        both = (kept[:, shift:] - 0.5) * (kept[:, :-shift] - 0.5)
+        assert np.abs(both.mean(axis=1)).max() < 0.005
+    assert np.abs(np.corrcoef(kept) - np.eye(8)).max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["post", "bert", "pre"])
+def test_with_dropout_loss_and_gradients_are_those_of_the_reference(name):
+    config = dataclasses.replace(VARIANTS[name], dropout=0.3)
+    net, batch = network(config), reference.random_batch([3, 12, 7], 12, 50)
+    mx.random.seed(7)
+    high, low = (int(each * (1 << 24)) for each in mx.nd.random.uniform(shape=(2,)).asnumpy())
+    key = high << 24 | low
+
+    def drop(place, x):
+        return x * factor(np.arange(x.size), 0.3, key, place).reshape(x.shape)
+
+    mx.random.seed(7)
+    (_, _, total, _), gradients = step(net, batch)
+    values = reference.values(net)
+    assert total[0] == pytest.approx(reference.losses(config, values, batch, drop)[2], rel=1e-5)
+    rng = np.random.default_rng(0)
+    for array_name, array in values.items():
+        direction = rng.normal(size=array.shape)
+        original, slope = array.copy(), 0.0
+        for sign in (1, -1):
+            array[...] = original + sign * 1e-5 * direction  # in place: a tied array has two names
+            slope += sign * reference.losses(config, values, batch, drop)[2] / 2e-5
+        array[...] = original
+        expected = pytest.approx(slope, rel=1e-3, abs=1e-5)
+        assert (gradients[array_name] * direction).sum() == expected, array_name
+
+
+STEPS = """
+import json, sys
+sys.path[:0] = ["tests"]
+from test_ops import BERT, dataclasses, mx, network, reference, step
+net = network(dataclasses.replace(BERT, dropout=0.3, units=24, num_heads=3))
+mx.random.seed(3)
+found = [step(net, reference.random_batch([40, 9, 33, 64] * 8, 64, 50)) for _ in range(2)]
+sums = [[float(losses[2][0]), sum(abs(g).sum() for g in grads.values())] for losses, grads in found]
+print(json.dumps(sums))
+"""
+
+
+def run(code, **variables):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(done.stdout.decode().splitlines()[-1])
+
+
+def test_a_seed_repeats_dropout_on_any_number_of_threads():
+    one, again, three = (run(STEPS, OMP_NUM_THREADS=threads) for threads in ("1", "1", "3"))
+    assert one == again
+    assert one[0] != one[1]
+    np.testing.assert_allclose(np.ravel(three), np.ravel(one), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_wider_vectors_compute_the_same(tmp_path):
+    """Those of AVX-512, which the compiler spells out where the processor has none."""
+    wider = tmp_path / "wider"
+    wider.write_text('#!/bin/sh\nexec c++ -D__AVX512F__=1 "$@"\n', "utf-8")
+    wider.chmod(0o755)
+    other = run(STEPS, CXX=str(wider), MXNET_HOME=str(tmp_path), GLUON_BERT_OPERATORS="compiled")
+    np.testing.assert_allclose(np.ravel(other), np.ravel(run(STEPS)), rtol=1e-5)
+
+
+# What gradients meet
+
+
+def test_gradients_that_are_added_up_are_added_up():
+    net, batch = network(BERT), reference.random_batch([3, 12, 7], 12, 50)
+    once = step(net, batch)[1]
+    net.collect_params().setattr("grad_req", "add")
+    for _ in range(3):
+        _, added = step(net, batch)
+    for name, gradient in once.items():
+        np.testing.assert_allclose(added[name], 3 * gradient, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_parameters_that_stand_still_have_no_gradient_and_the_others_theirs():
+    net, batch = network(SMALL), reference.random_batch([3, 12, 7], 12, 50)
+    expected = step(net, batch)[1]
+    net.encoder.embeddings.collect_params().setattr("grad_req", "null")
+    net.encoder.layers[0].collect_params().setattr("grad_req", "null")
+    (shard,) = split_and_load(batch, [mx.cpu()])
+    with mx.autograd.record():
+        total = shard_loss(net, shard).total
+    total.backward()
+    for name, parameter in net._collect_params_with_prefix().items():
+        if parameter.grad_req != "null":
+            np.testing.assert_allclose(parameter.grad().asnumpy(), expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_second_forward_pass_leaves_the_first_ones_gradients_alone():
+    net = network(BERT)
+    one, other = (
+        reference.random_batch(lengths, 12, 50, seed=i) for i, lengths in enumerate(([3, 12], [9, 5, 7]))
+    )
+    expected = step(net, one)[1]
+    shards = [split_and_load(each, [mx.cpu()])[0] for each in (one, other)]
+    with mx.autograd.record():
+        totals = [shard_loss(net, shard).total for shard in shards]
+    totals[0].backward(retain_graph=True)
+    totals[0].backward()
+    for name, gradient in reference.gradients(net).items():
+        np.testing.assert_array_equal(gradient, expected[name], err_msg=name)
+
+
+def test_what_is_no_number_is_seen_in_the_loss():
+    net, batch = network(SMALL), reference.random_batch([3, 12, 7], 12, 50)
+    weight = net.encoder.layers[1].feed_forward.expand.weight
+    weight.set_data(weight.data() * np.nan)
+    assert np.isnan(step(net, batch)[0][0]).all()
+
+
+def test_scores_of_any_size_give_finite_losses():
+    net, batch = network(SMALL), reference.random_batch([3, 12, 7], 12, 50)
+    net.mlm.decoder.weight.set_data(net.mlm.decoder.weight.data() * 1e4)
+    losses, gradients = step(net, batch)
+    assert all(np.isfinite(each).all() for each in (*losses, *gradients.values()))
+    np.testing.assert_allclose(losses[0], step(net, batch, by_mxnet=True)[0][0], rtol=1e-5)
+
+
+def test_without_predictions_the_mlm_loss_is_zero(monkeypatch):
+    monkeypatch.setattr(ops, "masked_loss", None)  # which wants one at least
+    net, batch = network(SMALL), reference.random_batch([3, 12], 12, 50)
+    (shard,) = split_and_load(batch, [mx.cpu()])
+    none = dataclasses.replace(shard, labels=[])
+    assert loss.masked_loss(net, net.encoder(shard.tokens, shard.segments, shard.lengths), none, True)[0] == 0
+
+
+# Which side computes
+
+
+def test_graphs_and_exports_have_mxnets_operators_only(tmp_path):
+    net, batch = network(BERT), reference.random_batch([3, 12], 12, 50)
+    arrays = [mx.nd.array(a, dtype=np.float32) for a in (batch.tokens, batch.segments, batch.lengths)]
+    encoded = net.encoder(*arrays)
+    net.encoder.export(str(tmp_path / "encoder"))
+    assert "gluon_bert_" not in (tmp_path / "encoder-symbol.json").read_text("utf-8")
+    files = (
+        str(tmp_path / "encoder-symbol.json"),
+        ["data0", "data1", "data2"],
+        str(tmp_path / "encoder-0000.params"),
+    )
+    with mx.AttrScope(__dtype__="0"):  # float32, or it warns
+        served = mx.gluon.SymbolBlock.imports(*files)(*arrays)
+    np.testing.assert_allclose(served[0, :3].asnumpy(), encoded[0, :3].asnumpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_are_not_hybridized_compute_with_mxnets_operators():
+    net = network(SMALL)
+    array = mx.nd.zeros((1, 3))
+    assert ops.compute(net.encoder, array)
+    net.hybridize(active=False)
+    assert not ops.compute(net.encoder, array)
+    assert not ops.compute(net.encoder, mx.sym.var("tokens"))
+
+
+def told(**variables):
+    code = "import json; from gluon_bert import ops; print(json.dumps(ops.choose()))"
+    return run(code, **variables)
+
+
+def test_without_a_compiler_mxnet_computes_and_the_reason_is_told(tmp_path):
+    elsewhere = {"MXNET_HOME": str(tmp_path), "GLUON_BERT_OPERATORS": "auto"}
+    assert told(CXX="no-such-compiler", **elsewhere) == (
+        "MXNet's own (there is no C++ compiler (no-such-compiler))"
+    )
+    broken = tmp_path / "broken"
+    broken.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "x.cc:1: error: not today"; exit 1\n', "utf-8"
+    )
+    broken.chmod(0o755)
+    assert told(CXX=str(broken), **elsewhere) == f"MXNet's own ({broken} fails: x.cc:1: error: not today)"
+    assert not list((tmp_path / "gluon_bert" / "operators").iterdir())
+    (tmp_path / "file").touch()
+    assert "cannot be written" in told(**{**elsewhere, "MXNET_HOME": str(tmp_path / "file")})
+
+
+def test_operators_can_be_chosen(monkeypatch):
+    assert told(GLUON_BERT_OPERATORS="mxnet") == "MXNet's own (as asked for)"
+    with pytest.raises(BadInput, match="--operators quick: must be one of auto, compiled, mxnet"):
+        ops.choose("quick")
+    monkeypatch.setenv(ops.VARIABLE, "quick")
+    with pytest.raises(BadInput, match="GLUON_BERT_OPERATORS quick: must be one of"):
+        ops.choose()
+    monkeypatch.undo()
+    assert ops.choose() == "compiled for this processor"
+
+
+def test_compiled_operators_that_are_asked_for_and_missing_are_an_error(tmp_path):
+    code = "from gluon_bert import ops; ops.choose('compiled')"
+    environment = {**os.environ, "CXX": "no-such-compiler", "MXNET_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+    assert b"BadInput: the compiled operators cannot be had: there is no C++ compiler" in done.stderr
+
+
+def test_the_library_is_built_once_and_anew_for_other_sources(monkeypatch, tmp_path):
+    path = build.built_library()
+    monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
+    assert build.built_library() == path
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+    with pytest.raises(pytest.fail.Exception):
+        build.built_library()
