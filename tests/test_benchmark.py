@@ -7,6 +7,8 @@ import benchmark
 import encoders
 import numpy as np
 import pytest
+import trainers
+from conftest import small_text
 
 from gluon_bert.checkpoint import create_run, load_run, save_checkpoint
 from gluon_bert.config import preset
@@ -89,6 +91,88 @@ def test_every_engine_makes_the_same_vectors(run_folder, tmp_path, name):
     texts = held_out_texts(run, 12)
     expected = encoders.plain(run, tmp_path, None)(texts)
     np.testing.assert_allclose(encoders.CONTESTANTS[name][0](run, tmp_path, None)(texts), expected, atol=1e-4)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder as WikiText-2's, with a few hundred pairs."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name, count in (("train", 200), ("valid", 20)):
+        paragraphs = small_text(count).replace("\n\n", "\t").replace("\n", " ").replace("\t", "\n")
+        (folder / f"wiki.{name}.tokens").write_text(paragraphs, "utf-8")
+    return folder
+
+
+def test_both_sides_train_in_turns(corpus, tmp_path, capsys):
+    figures = tmp_path / "speed.json"
+    command = ["train", "--corpus", str(corpus), "--steps", "2", "--rounds", "1", "--json", str(figures)]
+    assert benchmark.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:4]] == ["compiled", "mxnet"]
+    assert "compiled: mxnet 1.9.1, operators: compiled for this processor" in lines
+    content = json.loads(figures.read_text("utf-8"))
+    ours, theirs = (content["rounds"][name][0] for name in ("compiled", "mxnet"))
+    assert ours["pairs"] == theirs["pairs"] > 100
+    assert ours["mlm_loss"] == pytest.approx(theirs["mlm_loss"], abs=0.2)
+    assert ours["seconds"] > 0 < ours["cpu_seconds"]
+    assert content["contestants"]["compiled"]["flop_per_pair"] > 1e6
+
+
+def test_the_batches_for_others_are_our_own(corpus, tmp_path):
+    trainers.write_batches(corpus, 2, tmp_path / "batches.npz")
+    config = preset("d2l").replace(corpus=(str(corpus),))
+    first = next(load_data(config.data, 512).train.epoch(0))
+    with np.load(tmp_path / "batches.npz") as arrays:
+        for name, array in vars(first).items():
+            np.testing.assert_array_equal(arrays[f"{name}-0"], array)
+
+
+def answer(seconds, loss):
+    return {
+        "seconds": seconds,
+        "cpu_seconds": 2 * seconds,
+        "pairs": 8,
+        "mlm_loss": loss,
+        "peak_gigabytes": 0.5,
+    }
+
+
+def test_rounds_of_training_are_compared_pair_by_pair():
+    answers = {"compiled": [answer(1, 5.0), answer(4, 4.0)], "seed": [answer(2, 5.0), answer(16, 4.1)]}
+    facts = {name: {"ready_seconds": 1.5, "with": "this"} for name in answers}
+    table = benchmark.train_table("", answers, facts)
+    assert (
+        "seed                2.2   0.38   0.25 .. 0.50          1.1   0.38     0.50      1.5     4.100"
+        in table
+    )
+
+
+def test_a_faster_step_that_learns_less_does_not_count():
+    answers = {"compiled": [answer(1, 5.0)], "seed": [answer(2, 4.9)]}
+    benchmark.refuse_learning_less(answers)
+    for loss in (5.2, float("nan")):
+        answers["compiled"] = [answer(1, loss)]
+        with pytest.raises(BadInput, match=r"compiled has learnt less than seed: MLM loss .*, not 4.900"):
+            benchmark.refuse_learning_less(answers)
+
+
+def test_a_contestant_that_ends_is_told_with_its_last_words(tmp_path):
+    with pytest.raises(BadInput, match=r"compiled ended with status 1: .*nowhere"):
+        trainers.Contestant("compiled", tmp_path / "nowhere", tmp_path, "1")
+    with pytest.raises(BadInput, match=r"the batches cannot be made: .*nowhere"):
+        trainers.write_batches(tmp_path / "nowhere", 1, tmp_path / "batches.npz")
+
+
+def test_what_training_is_measured_with_is_checked(run_folder, capsys):
+    def told(*arguments):
+        assert benchmark.main([*arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "--against jax: must be some of compiled, mxnet, seed" in told("train", "--against", "jax")
+    assert "--steps 0: must be at least 1" in told("train", "--steps", "0")
+    assert "takes no run; --corpus names a text" in told("train", str(run_folder))
+    assert "encode: name the folder of a run" in told("encode")
 
 
 def test_what_is_refused(run_folder, monkeypatch, capsys):
