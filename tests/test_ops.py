@@ -189,6 +189,10 @@ def test_a_seed_repeats_dropout_on_any_number_of_threads():
     np.testing.assert_allclose(np.ravel(three), np.ravel(one), rtol=1e-5)
 
 
+def test_products_are_counted():
+    assert ops.products(2) == 2 * ops.products(1) > 1e6
+
+
 @pytest.mark.slow
 def test_wider_vectors_compute_the_same(tmp_path):
     """Those of AVX-512, which the compiler spells out where the processor has none."""

@@ -185,7 +185,19 @@ def train_table(
             f"{statistics.median(cores[name]):11.1f}{statistics.median(cpu_ratios):7.2f}"
             f"{own[-1]['peak_gigabytes']:9.2f}{facts[name]['ready_seconds']:9.1f}{own[-1]['mlm_loss']:10.3f}"
         )
-    return "\n".join([*lines, *(f"{name}: {fact['with']}" for name, fact in facts.items())])
+    lines += [f"{name}: {fact['with']}" for name, fact in facts.items()]
+    counted = [name for name, fact in facts.items() if "flop_per_pair" in fact]
+    return "\n".join([*lines, *(of_the_possible(name, cores[name], facts[name]) for name in counted)])
+
+
+def of_the_possible(name: str, cpu_rates: Sequence[float], facts: Mapping[str, Any]) -> str:
+    """Which part of the floor, the products of a step without padding, this package's step reaches."""
+    most = facts["fastest_products"]["flop_per_cpu_second"]
+    reached = facts["flop_per_pair"] * statistics.median(cpu_rates)
+    return (
+        f"{name}: {facts['flop_per_pair'] / 1e6:.0f} MFLOP of products a pair, {reached / 1e9:.1f} GFLOP a "
+        f"CPU second, {reached / most:.0%} of the {most / 1e9:.1f} of the fastest products seen in this run"
+    )
 
 
 def rates(answers: Sequence[Mapping[str, Any]], seconds: str) -> list[float]:

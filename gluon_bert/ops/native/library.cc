@@ -248,3 +248,19 @@ MXReturnValue initialize(int version) {
   MX_ERROR_MSG << "MXNet " << version << " is older than this interface";
   return MX_FAIL;
 }
+
+// What the processor can do at most: products of matrices that stay in the caches, on all threads at once.
+// Returns how many floating-point operations that were; whoever calls has the clock.
+extern "C" double gluon_bert_products(int repeats) {
+  constexpr int kSize = 10 * kRows, kDeep = 256, kWide = 256;
+  const int threads = omp_get_max_threads();
+  const long ld = stride(kDeep);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> left(kSize * ld, 1), right(kDeep * kWide, 1), out(kSize * stride(kWide));
+    for (int i = 0; i < repeats; ++i)
+      multiply<Start::kZero>(kSize, kWide, kDeep, {left.data(), ld, 1}, {right.data(), kCols, kDeep * (long)kCols},
+                             out.data(), stride(kWide));
+  }
+  return 2.0 * kSize * kDeep * kWide * repeats * threads;
+}
