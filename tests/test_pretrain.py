@@ -15,7 +15,7 @@ import pretrain
 import pytest
 from conftest import ROOT
 
-from gluon_bert import checkpoint
+from gluon_bert import checkpoint, ops
 from gluon_bert.checkpoint import load_run
 from gluon_bert.config import preset
 from gluon_bert.encoding import encode
@@ -77,6 +77,29 @@ def test_a_run_leaves_all_that_it_promises(command, capsys):
     assert content["train"]["seed"] == 0
     assert content["facts"]["contexts"] == ["cpu(0)"]
     assert {"gluon_bert", "python", "numpy", "mxnet"} <= content["facts"]["versions"].keys()
+
+
+@pytest.mark.parametrize("name, told", [("mxnet", "MXNet's own (as asked for)"), ("auto", None)])
+def test_a_run_tells_which_operators_compute(command, capsys, monkeypatch, name, told):
+    monkeypatch.setenv(ops.VARIABLE, "auto")  # and back to what it was
+    status, folder = command("--operators", name)
+    assert status == 0
+    told = told or ops.in_use()
+    assert f"\noperators: {told}\n" in capsys.readouterr().err
+    assert json.loads((folder / "config.json").read_text())["facts"]["operators"] == told
+    monkeypatch.undo()
+    ops.choose()
+
+
+def test_a_profile_shows_the_operators_of_a_run(command, tmp_path, capsys):
+    status, _ = command("--profile", str(tmp_path / "trace.json"))
+    assert status == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^adam_update +\d{2,} ", table, re.M)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert any(event["name"] == "adam_update" for event in events)
+    assert command("--profile", "/no/folder/trace.json", name="other")[0] == 2
+    assert "--profile /no/folder/trace.json: is no file that can be written" in capsys.readouterr().err
 
 
 def test_the_run_can_be_loaded_and_encodes(command):

@@ -2,7 +2,8 @@
 //
 // The scores of all words are never there at once. The threads divide the vocabulary; for kSlice predictions
 // at a time they make their scores, agree on the softmax's sums, and use the scores up for the gradients: when
-// the loss is known its gradients are, too.
+// the loss is known its gradients are, too. A tile of scores becomes powers of e while it is in the cache, each
+// against the highest of its row in the tile; what is left for later is a factor a row and tile.
 #pragma once
 
 #include <omp.h>
@@ -77,10 +78,17 @@ class MaskedLoss {
   // Predictions whose scores are there at once, and words that are used up together: the slice's vectors, a
   // tile of scores and the tile's rows of the decoder stay in a second cache.
   static constexpr int kSlice = 240, kTile = 128;
+  static constexpr long kTileStride = stride(kTile);
 
-  // What a thread tells the others of its words' scores.
+  // What a thread tells the others of its words' scores: the highest, and the sum of e^(score - highest).
   struct Share {
     float most[kSlice], sum[kSlice];
+  };
+  // A thread's own room: powers of its scores for a slice of predictions and their tiles' highest scores, a
+  // tile of gradients, the tile's words packed, and the scores of the labels that are among its words.
+  struct Room {
+    Floats powers, highest, tile, packed;
+    float of_label[kSlice];
   };
 
   long place(int m) const {
@@ -117,22 +125,25 @@ class MaskedLoss {
     std::vector<Share> shares(2 * threads_);  // of this slice and of the one before, which some may still read
     std::vector<double> losses(threads_ * 16), right(threads_ * 16);
     const int most_words = h_.words / threads_ + 1;
-    const long ld_scores = stride(panels(most_words) * kCols), ld_tile = stride(kTile);
-    const size_t packed_size = (size_t)std::max(panels(kTile) * kCols * h_.units, kTile * panels(h_.units) * kCols);
-    std::vector<Floats> scores(threads_), tiles(threads_), packed(threads_);
-    for (int t = 0; t < threads_; ++t)
-      scores[t] = Floats(kSlice * ld_scores), tiles[t] = Floats(kSlice * ld_tile), packed[t] = Floats(packed_size);
+    ld_powers_ = stride(panels(most_words) * kCols), tiles_ = (most_words + kTile - 1) / kTile;
+    std::vector<Room> rooms(threads_);
+    for (Room& room : rooms) {
+      room.powers = Floats(kSlice * ld_powers_);
+      room.highest = Floats(kSlice * tiles_);
+      room.tile = Floats(kSlice * kTileStride);
+      room.packed = Floats(std::max(panels(kTile) * kCols * h_.units, kTile * panels(h_.units) * kCols));
+    }
 #pragma omp parallel num_threads(threads_)
     {
       const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
       const Words words{share(h_.words, thread, threads), share(h_.words, thread + 1, threads)};
-      Floats& own = scores[thread];
+      Room& own = rooms[thread];
       float log_sums[kSlice];
       int number = 0;
       for (int first = 0; first < p_.count; first += kSlice, ++number) {
         const int some = std::min(kSlice, p_.count - first);
         Share* both = shares.data() + number % 2 * threads;
-        make_scores(first, some, words, own, ld_scores, packed[thread], both[thread]);
+        make_scores(first, some, words, own, both[thread]);
 #pragma omp barrier
         for (int i = 0; i < some; ++i) {
           float most = both[0].most[i], sum = 0;
@@ -141,11 +152,10 @@ class MaskedLoss {
           log_sums[i] = most + std::log(sum);
           const int word = label(first + i);
           if (word < words.first || word >= words.last) continue;
-          const float score = own[i * ld_scores + word - words.first];
-          losses[thread * 16] += log_sums[i] - score;
-          right[thread * 16] += score >= most;
+          losses[thread * 16] += log_sums[i] - own.of_label[i];
+          right[thread * 16] += own.of_label[i] >= most;
         }
-        if (keep_) use_scores(first, some, words, own, ld_scores, log_sums, tiles[thread], ld_tile, packed[thread]);
+        if (keep_) use_scores(first, some, words, own, log_sums);
       }
     }
     double total = 0, found = 0;
@@ -157,48 +167,54 @@ class MaskedLoss {
     int first, last;
   };
 
-  // A thread's scores of some predictions; for each the highest, and the sum of e^(score - highest).
-  void make_scores(int first, int some, Words words, float* scores, long ld, float* room, Share& found) const {
+  // A thread's scores of some predictions, as powers.
+  void make_scores(int first, int some, Words words, Room& room, Share& found) const {
     const int c = h_.units;
-    for (int tile = words.first; tile < words.last; tile += kTile) {
+    for (int tile = words.first, number = 0; tile < words.last; tile += kTile, ++number) {
       const int width = std::min(kTile, words.last - tile);
-      const Right weight = pack_transposed(h_.decoder.weight + (long)tile * c, c, c, width, room);
-      float* out = scores + tile - words.first;
-      multiply<Start::kBias>(some, width, c, {ready_ + first * ld_, ld_, 1}, weight, out, ld, h_.decoder.bias + tile);
+      const Right weight = pack_transposed(h_.decoder.weight + (long)tile * c, c, c, width, room.packed);
+      float* out = room.powers + tile - words.first;
+      multiply<Start::kBias>(some, width, c, {ready_ + first * ld_, ld_, 1}, weight, out, ld_powers_,
+                             h_.decoder.bias + tile);
       for (int i = 0; i < some; ++i) {
-        const float* row = out + i * ld;
+        float* row = out + i * ld_powers_;
+        const int at = label(first + i) - tile;
+        if (at >= 0 && at < width) room.of_label[i] = row[at];
         const float here = largest(row, width);
-        const bool begins = tile == words.first;
-        const float most = begins ? here : std::max(found.most[i], here);
-        float sum = begins ? 0 : found.sum[i] * exponential(found.most[i] - most);
+        float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int j = 0; j < width; ++j) sum += exponential(row[j] - most);
-        found.most[i] = most, found.sum[i] = sum;
+        for (int j = 0; j < width; ++j) {
+          row[j] = exponential(row[j] - here);
+          sum += row[j];
+        }
+        room.highest[i * tiles_ + number] = here;
+        const float most = number ? std::max(found.most[i], here) : here;
+        const float before = number ? found.sum[i] * exponential(found.most[i] - most) : 0;
+        found.most[i] = most, found.sum[i] = before + sum * exponential(here - most);
       }
     }
   }
 
   // The gradients of the decoder and of its input, from a thread's scores.
-  void use_scores(int first, int some, Words words, const float* scores, long ld, const float* log_sums, float* tile,
-                  long ld_tile, float* room) {
+  void use_scores(int first, int some, Words words, Room& room, const float* log_sums) {
     const int c = h_.units;
     float* d_ready = d_ready_ + (omp_get_thread_num() * (long)p_.count + first) * ld_;
-    for (int begin = words.first; begin < words.last; begin += kTile) {
+    for (int begin = words.first, number = 0; begin < words.last; begin += kTile, ++number) {
       const int width = std::min(kTile, words.last - begin);
       float* bias = d_bias_ + begin;
       if (first == 0) std::fill_n(bias, width, 0.f);
       for (int i = 0; i < some; ++i) {
-        const float* row = scores + i * ld + begin - words.first;
-        float* out = tile + i * ld_tile;
-        const float log_sum = log_sums[i];
+        const float* row = room.powers + i * ld_powers_ + begin - words.first;
+        float* out = room.tile + i * kTileStride;
+        const float share = exponential(room.highest[i * tiles_ + number] - log_sums[i]);
 #pragma omp simd
-        for (int j = 0; j < width; ++j) out[j] = exponential(row[j] - log_sum);
+        for (int j = 0; j < width; ++j) out[j] = row[j] * share;
         const int at = label(first + i) - begin;
         if (at >= 0 && at < width) out[at] -= 1;
         add(out, width, bias);
       }
-      const Right weight = pack(h_.decoder.weight + (long)begin * c, c, width, c, room);
-      const Left by_row{tile, ld_tile, 1}, by_word{tile, 1, ld_tile};
+      const Right weight = pack(h_.decoder.weight + (long)begin * c, c, width, c, room.packed);
+      const Left by_row{room.tile, kTileStride, 1}, by_word{room.tile, 1, kTileStride};
       if (begin == words.first)
         multiply<Start::kZero>(some, c, width, by_row, weight, d_ready, ld_);
       else
@@ -254,7 +270,7 @@ class MaskedLoss {
   Predictions p_;
   bool keep_;
   int threads_;
-  long ld_;
+  long ld_, ld_powers_ = 0, tiles_ = 0;
   // (M, C) each: the encoded vectors, then their gradients; the transform before and after its activation; and
   // after its norm, ready for the decoder.
   Floats gathered_, before_, after_, ready_;
