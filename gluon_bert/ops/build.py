@@ -99,6 +99,8 @@ def _build(compiler: str, header: Path, source: Path, path: Path) -> None:
             )
             if done.returncode:
                 raise CannotBuild(f"{compiler} fails: {_first_error(done.stdout.decode(errors='replace'))}")
+            with library.open("rb") as file:
+                os.fsync(file.fileno())  # a library that is cut short would be kept
             library.replace(path)
     except subprocess.TimeoutExpired:
         raise CannotBuild(f"{compiler} has not ended after {MOST_SECONDS} seconds") from None
