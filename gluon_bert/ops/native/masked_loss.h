@@ -78,16 +78,16 @@ class MaskedLoss {
   // Predictions whose scores are there at once, and words that are used up together: the slice's vectors, a
   // tile of scores and the tile's rows of the decoder stay in a second cache.
   static constexpr int kSlice = 240, kTile = 128;
-  static constexpr long kTileStride = stride(kTile);
+  static constexpr long kTileStride = stride(kTile), kTileSize = kSlice * kTileStride;
 
   // What a thread tells the others of its words' scores: the highest, and the sum of e^(score - highest).
   struct Share {
     float most[kSlice], sum[kSlice];
   };
-  // A thread's own room: powers of its scores for a slice of predictions and their tiles' highest scores, a
-  // tile of gradients, the tile's words packed, and the scores of the labels that are among its words.
+  // A thread's own room: its scores for a slice of predictions, tile after tile, as powers and then as gradients;
+  // the highest of each row and tile; a tile's words packed; and the scores of labels that are among its words.
   struct Room {
-    Floats powers, highest, tile, packed;
+    Floats tiles, highest, packed;
     float of_label[kSlice];
   };
 
@@ -124,13 +124,11 @@ class MaskedLoss {
   void decode(float* loss, float* hits) {
     std::vector<Share> shares(2 * threads_);  // of this slice and of the one before, which some may still read
     std::vector<double> losses(threads_ * 16), right(threads_ * 16);
-    const int most_words = h_.words / threads_ + 1;
-    ld_powers_ = stride(panels(most_words) * kCols), tiles_ = (most_words + kTile - 1) / kTile;
+    tiles_ = h_.words / threads_ / kTile + 1;
     std::vector<Room> rooms(threads_);
     for (Room& room : rooms) {
-      room.powers = Floats(kSlice * ld_powers_);
-      room.highest = Floats(kSlice * tiles_);
-      room.tile = Floats(kSlice * kTileStride);
+      room.tiles = Floats(tiles_ * kTileSize);
+      room.highest = Floats(tiles_ * kSlice);
       room.packed = Floats(std::max(panels(kTile) * kCols * h_.units, kTile * panels(h_.units) * kCols));
     }
 #pragma omp parallel num_threads(threads_)
@@ -173,11 +171,11 @@ class MaskedLoss {
     for (int tile = words.first, number = 0; tile < words.last; tile += kTile, ++number) {
       const int width = std::min(kTile, words.last - tile);
       const Right weight = pack_transposed(h_.decoder.weight + (long)tile * c, c, c, width, room.packed);
-      float* out = room.powers + tile - words.first;
-      multiply<Start::kBias>(some, width, c, {ready_ + first * ld_, ld_, 1}, weight, out, ld_powers_,
+      float* out = room.tiles + number * kTileSize;
+      multiply<Start::kBias>(some, width, c, {ready_ + first * ld_, ld_, 1}, weight, out, kTileStride,
                              h_.decoder.bias + tile);
       for (int i = 0; i < some; ++i) {
-        float* row = out + i * ld_powers_;
+        float* row = out + i * kTileStride;
         const int at = label(first + i) - tile;
         if (at >= 0 && at < width) room.of_label[i] = row[at];
         const float here = largest(row, width);
@@ -187,7 +185,7 @@ class MaskedLoss {
           row[j] = exponential(row[j] - here);
           sum += row[j];
         }
-        room.highest[i * tiles_ + number] = here;
+        room.highest[number * kSlice + i] = here;
         const float most = number ? std::max(found.most[i], here) : here;
         const float before = number ? found.sum[i] * exponential(found.most[i] - most) : 0;
         found.most[i] = most, found.sum[i] = before + sum * exponential(here - most);
@@ -201,20 +199,20 @@ class MaskedLoss {
     float* d_ready = d_ready_ + (omp_get_thread_num() * (long)p_.count + first) * ld_;
     for (int begin = words.first, number = 0; begin < words.last; begin += kTile, ++number) {
       const int width = std::min(kTile, words.last - begin);
+      float* tile = room.tiles + number * kTileSize;
       float* bias = d_bias_ + begin;
       if (first == 0) std::fill_n(bias, width, 0.f);
       for (int i = 0; i < some; ++i) {
-        const float* row = room.powers + i * ld_powers_ + begin - words.first;
-        float* out = room.tile + i * kTileStride;
-        const float share = exponential(room.highest[i * tiles_ + number] - log_sums[i]);
+        float* row = tile + i * kTileStride;
+        const float share = exponential(room.highest[number * kSlice + i] - log_sums[i]);
 #pragma omp simd
-        for (int j = 0; j < width; ++j) out[j] = row[j] * share;
+        for (int j = 0; j < width; ++j) row[j] *= share;
         const int at = label(first + i) - begin;
-        if (at >= 0 && at < width) out[at] -= 1;
-        add(out, width, bias);
+        if (at >= 0 && at < width) row[at] -= 1;
+        add(row, width, bias);
       }
       const Right weight = pack(h_.decoder.weight + (long)begin * c, c, width, c, room.packed);
-      const Left by_row{room.tile, kTileStride, 1}, by_word{room.tile, 1, kTileStride};
+      const Left by_row{tile, kTileStride, 1}, by_word{tile, 1, kTileStride};
       if (begin == words.first)
         multiply<Start::kZero>(some, c, width, by_row, weight, d_ready, ld_);
       else
@@ -270,7 +268,7 @@ class MaskedLoss {
   Predictions p_;
   bool keep_;
   int threads_;
-  long ld_, ld_powers_ = 0, tiles_ = 0;
+  long ld_, tiles_ = 0;
   // (M, C) each: the encoded vectors, then their gradients; the transform before and after its activation; and
   // after its norm, ready for the decoder.
   Floats gathered_, before_, after_, ready_;
