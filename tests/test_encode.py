@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from gluon_bert import ops
 from gluon_bert.checkpoint import create_run, load_run, save_checkpoint
 from gluon_bert.config import preset
 from gluon_bert.data.vocab import Vocabulary
@@ -276,6 +277,7 @@ def test_a_vocabulary_that_does_not_fit(run_folder, tmp_path, capsys):
 
 
 def test_the_real_command_from_a_shell(run_folder):
+    ops.in_use()  # so that they are built, which is told once
     command = [sys.executable, str(ROOT / "tools" / "encode.py"), str(run_folder), "a crane", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     (line,) = io.StringIO(done.stdout)

@@ -179,8 +179,10 @@ assert not any(name.startswith("gluon_bert") for name in sys.modules)
     }
     with np.load(found) as arrays:
         for name, array in expected.items():
+            real = np.arange(6) < [[6], [3]] if name == "encoded" else ...  # padding's vectors mean nothing
             for reader in ("block", "module"):
-                np.testing.assert_allclose(arrays[f"{reader}_{name}"], array.asnumpy(), atol=1e-5)
+                found_array = arrays[f"{reader}_{name}"]
+                np.testing.assert_allclose(found_array[real], array.asnumpy()[real], atol=1e-5)
 
 
 def test_equal_runs_give_equal_files(exports, tmp_path):

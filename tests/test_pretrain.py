@@ -95,9 +95,9 @@ def test_a_profile_shows_the_operators_of_a_run(command, tmp_path, capsys):
     status, _ = command("--profile", str(tmp_path / "trace.json"))
     assert status == 0
     table = capsys.readouterr().out
-    assert re.search(r"^adam_update +\d{2,} ", table, re.M)
+    assert re.search(r"^_adamw_update +\d{2,} ", table, re.M)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert any(event["name"] == "adam_update" for event in events)
+    assert any("adamw_update" in event["name"] for event in events)
     assert command("--profile", "/no/folder/trace.json", name="other")[0] == 2
     assert "--profile /no/folder/trace.json: is no file that can be written" in capsys.readouterr().err
 

@@ -92,7 +92,8 @@ class TestArchive:
         with zipfile.ZipFile(archive) as file:
             names = set(file.namelist())
             manifest = json.loads(file.read("MAR-INF/MANIFEST.json"))
-        package = {str(path.relative_to(ROOT)) for path in (ROOT / "gluon_bert").rglob("*.py")}
+        files = [*(ROOT / "gluon_bert").rglob("*.py"), *(ROOT / "gluon_bert" / "ops" / "native").iterdir()]
+        package = {str(path.relative_to(ROOT)) for path in files}
         exported = {"bert-symbol.json", "bert-0000.params", "vocab.json", "manifest.json"}
         assert names == package | exported | {"gluon_bert/py.typed", "MAR-INF/MANIFEST.json"}
         assert manifest["model"] == {"modelName": "bert", "handler": "gluon_bert.serving.handler:handle"}

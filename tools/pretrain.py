@@ -47,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="RUN",
         help="go on with the run in this folder from its latest checkpoint, as if it had not been stopped; "
-        f"beside it only flags that a run may change: {', '.join(changeable())}, --gpus, --cpus, --operators and --profile",
+        f"beside it only flags that a run may change: {', '.join(changeable())}, --gpus, --cpus, "
+        "--operators and --profile",
     )
     p.add_argument(
         "--output",
