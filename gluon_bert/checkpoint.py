@@ -60,15 +60,15 @@ class Run(NamedTuple):
         return TextReader(self.vocab, self.config.data.max_len, self.config.data.lowercase)
 
 
-def check_new(folder: Path) -> None:
-    """Raise BadInput where no new run can be written; writes nothing."""
+def check_new(folder: Path, flag: str = "--output") -> None:
+    """Raise BadInput where no new run can be written, naming the flag; writes nothing."""
     if (folder / CONFIG).exists():
-        raise BadInput(f"--output {folder}: holds a run already; name a new folder")
+        raise BadInput(f"{flag} {folder}: holds a run already; name a new folder")
     if folder.is_dir() and any(folder.iterdir()):
-        raise BadInput(f"--output {folder}: is not empty; name a new folder")
+        raise BadInput(f"{flag} {folder}: is not empty; name a new folder")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise BadInput(f"--output {folder}: cannot be written, as {there} is no folder that can")
+        raise BadInput(f"{flag} {folder}: cannot be written, as {there} is no folder that can")
 
 
 def create_run(

@@ -49,7 +49,12 @@ class ModelConfig:
         0.2, "dropout rate of attention, layers and embeddings", at_least=0.0, at_most=0.9
     )
     max_positions: int = option(1000, "the longest sequence that has position embeddings", at_least=1)
-    activation: str = option("relu", "of the feed-forward network and the MLM head", choices=("relu", "gelu"))
+    activation: str = option(
+        "relu",
+        "of the feed-forward network and the MLM head; gelu_tanh is the approximation of GELU in the "
+        "original BERT's code",
+        choices=("relu", "gelu", "gelu_tanh"),
+    )
     norm: str = option(
         "post", "LayerNorm after (post) or before (pre) each sub-layer", choices=("post", "pre")
     )

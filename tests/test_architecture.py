@@ -18,6 +18,7 @@ FLOORS = {
     "data": 1,
     "model": 1,
     "checkpoint": 2,
+    "conversion": 3,
     "encoding": 2,
     "answers": 3,
     "training": 3,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import benchmark
+import convert
 import encode
 import export
 import numpy as np
@@ -22,7 +23,14 @@ from gluon_bert.serving.server import free_ports
 
 README = (ROOT / "README.md").read_text("utf-8")
 COMMANDS = re.findall(r"^ {4}(?:.* && )?python tools/(\w+)\.py(.*)$", README, re.M)
-TOOLS = {"pretrain": pretrain, "encode": encode, "export": export, "serve": serve, "benchmark": benchmark}
+TOOLS = {
+    "pretrain": pretrain,
+    "convert": convert,
+    "encode": encode,
+    "export": export,
+    "serve": serve,
+    "benchmark": benchmark,
+}
 EXPORTED, WALK_THROUGH, ASKED = re.findall(r"```python\n(.*?)```", README, re.S)
 
 

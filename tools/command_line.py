@@ -156,7 +156,7 @@ def _shown(value: Any) -> str:
 
 def _parsing(hint: Any, choices: Tuple[str, ...]) -> Dict[str, Any]:
     if hint is bool:
-        return {"type": _yes_or_no, "metavar": "{yes,no}"}
+        return {"type": yes_or_no, "metavar": "{yes,no}"}
     if hint == Tuple[str, ...]:
         return {"nargs": "+", "action": _AsTuple, "metavar": "NAME"}
     if choices:
@@ -164,7 +164,8 @@ def _parsing(hint: Any, choices: Tuple[str, ...]) -> Dict[str, Any]:
     return {"type": hint, "metavar": "X" if hint is float else "N" if hint is int else "NAME"}
 
 
-def _yes_or_no(text: str) -> bool:
+def yes_or_no(text: str) -> bool:
+    """The type of a flag that is answered with yes or no."""
     if text not in ("yes", "no"):
         raise argparse.ArgumentTypeError(f"{text}: must be yes or no")
     return text == "yes"

@@ -22,6 +22,9 @@ _LETTER = rf"[\w\u200c\u200d{_MARKS}]"
 # A word with its inner apostrophes and hyphens, or one other visible character; <unk> and <mask> stay whole.
 _WORD = re.compile(rf"<unk>|<mask>|{_LETTER}+(?:['’-]{_LETTER}+)*|[^\s]")
 
+# Above this share of tokens with capitals a vocabulary is a cased one; in the uncased ones a few are strays.
+_CASED_SHARE = 0.1
+
 
 def split_words(text: str) -> list[str]:
     """Running text to words and punctuation marks, with accented letters in their composed form.
@@ -91,6 +94,11 @@ class Vocabulary:
         return [
             word for part in text.split() for word in ([part] if self._known(part) else split_words(part))
         ]
+
+    def is_cased(self) -> bool:
+        """Whether it was made of text with capitals, as far as its tokens tell."""
+        capitals = sum(self.tokens[i] != self.tokens[i].lower() for i in self.ordinary)
+        return capitals > _CASED_SHARE * len(self.ordinary)
 
     def _known(self, part: str) -> bool:
         return part in self and (part == MASK or part not in SPECIAL_TOKENS)

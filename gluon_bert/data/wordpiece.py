@@ -31,8 +31,6 @@ _LONGEST_WORD = 100
 _MOST_CHARACTERS = 1000
 # Words that are told to the trainer at once: one that occurs a million times makes no long text.
 _REPEATED = 10_000
-# Above this share of tokens with capitals a vocabulary is a cased one; in the uncased ones a few are strays.
-_CASED_SHARE = 0.1
 
 
 class WordPieceVocabulary(Vocabulary):
@@ -139,8 +137,7 @@ class WordPieceVocabulary(Vocabulary):
 
     def check_case(self, path: str, lowercase: bool) -> None:
         """Raise BadInput where a published vocabulary was made for text of the other case."""
-        capitals = sum(self.tokens[i] != self.tokens[i].lower() for i in self.ordinary)
-        if lowercase and capitals > _CASED_SHARE * len(self.ordinary):
+        if lowercase and self.is_cased():
             raise BadInput(f"--vocab-file {path}: is a cased vocabulary; add --lowercase no")
         if not lowercase and "a" in self and "A" not in self:
             raise BadInput(f"--vocab-file {path}: is an uncased vocabulary; add --lowercase yes")

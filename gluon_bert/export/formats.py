@@ -194,13 +194,13 @@ def _network(folder: Path, manifest: Manifest, context: Any | None = None) -> Ne
     return BlockNetwork(folder, manifest, context)
 
 
-def check_free(folder: Path) -> None:
-    """Raise BadInput where a folder holds something already; writes nothing."""
+def check_free(folder: Path, flag: str = "--output") -> None:
+    """Raise BadInput where a folder holds something already, naming the flag; writes nothing."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise BadInput(f"--output {folder}: is there already; name a new folder, or remove it")
+        raise BadInput(f"{flag} {folder}: is there already; name a new folder, or remove it")
     there = next(path for path in folder.absolute().parents if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise BadInput(f"--output {folder}: cannot be written, as {there} is no folder that can")
+        raise BadInput(f"{flag} {folder}: cannot be written, as {there} is no folder that can")
 
 
 def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:
