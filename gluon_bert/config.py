@@ -61,7 +61,14 @@ class ModelConfig:
     norm_epsilon: float = option(1e-5, "epsilon of every LayerNorm", at_least=1e-12)
     embedding_norm: bool = option(False, "LayerNorm and dropout on the embeddings, as the original BERT has")
     tied_decoder: bool = option(False, "the MLM decoder shares its weight with the token embedding")
-    init: str = option("xavier", "weights from Xavier or from N(0, 0.02)", choices=("xavier", "normal"))
+    init: str = option(
+        "xavier",
+        "weights from Xavier, from N(0, 0.02) (normal), or from RUN, the folder of an earlier run or of "
+        "converted weights; its network and its tokenizer are then taken with them",
+    )
+    init_checkpoint: str = option(
+        "latest", "which of that run's networks: the latest, the best, or that after a step"
+    )
     decoder_bias: str = option(
         "zeros",
         "the MLM decoder's biases begin at zero, or so that its first scores are the frequencies of the "
@@ -104,8 +111,15 @@ class DataConfig:
     )
     vocab_file: str = option(
         "",
-        "a published WordPiece vocabulary, vocab.txt, a token a line; without, one is made of the text",
+        "a published WordPiece vocabulary, vocab.txt, a token a line, or of words the vocab.json of a run; "
+        "without, one is made of the text",
         may_change=True,  # to where the same file is now
+    )
+    extend_vocab: int = option(
+        0,
+        "add at most so many tokens to --vocab-file or to the vocabulary of --init: the corpus's most "
+        "frequent words, --min-freq at least, that are no token yet",
+        at_least=0,
     )
     # [PAD] [UNK] [CLS] [SEP] [MASK] and some pieces; the default is Devlin et al. 2018's, uncased.
     vocab_size: int = option(30522, "V, tokens of a WordPiece vocabulary that is made, at most", at_least=8)
@@ -340,11 +354,18 @@ class Config:
             problems.append(
                 f"--max-len {self.data.max_len}: must not exceed --max-positions {self.model.max_positions}"
             )
+        if self.data.extend_vocab and not self.data.vocab_file and self.model.init in DRAWN:
+            problems.append(
+                f"--extend-vocab {self.data.extend_vocab}: has no effect, it needs --vocab-file or --init RUN"
+            )
         if self.train.lr == 0:
             problems.append("--lr 0.0: must be above 0")
         if problems:
             raise BadInput("\n".join(problems))
 
+
+# Ways to draw the first weights; any other --init names a run.
+DRAWN = ("xavier", "normal")
 
 GROUPS: Dict[str, Any] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 
@@ -413,6 +434,10 @@ def problems_of(group: Any) -> List[str]:
 def _model_contradictions(model: ModelConfig) -> List[str]:
     if model.num_heads > 0 and model.units % model.num_heads:
         return [f"--num-heads {model.num_heads}: must divide --units {model.units}"]
+    if not model.init:
+        return [f"--init: must be {', '.join(DRAWN)} or the folder of a run"]
+    if model.init in DRAWN and model.init_checkpoint != "latest":
+        return [f"--init-checkpoint {model.init_checkpoint}: has no effect, it needs --init RUN"]
     return []
 
 
@@ -440,7 +465,10 @@ def _without_effect(data: DataConfig) -> List[str]:
     """A sentence for everything that was changed and would change nothing, as another option is not set."""
     makes_pieces = data.tokenizer == "wordpiece" and not data.vocab_file
     used = {
-        "vocab_file": (data.tokenizer == "wordpiece", "needs --tokenizer wordpiece"),
+        "vocab_file": (
+            data.tokenizer == "wordpiece" or data.vocab_file.endswith(".json"),
+            "needs --tokenizer wordpiece; a vocabulary of words is the vocab.json of a run",
+        ),
         "vocab_size": (makes_pieces, "needs --tokenizer wordpiece, and no --vocab-file, which has its size"),
         "short_pair_rate": (data.pairs == "packed", "needs --pairs packed"),
         "max_ngram": (data.masking == "ngrams", "needs --masking ngrams"),

@@ -21,6 +21,7 @@ FLOORS = {
     "conversion": 3,
     "encoding": 2,
     "answers": 3,
+    "starting": 3,
     "training": 3,
     "text_files": 3,
     "export": 3,

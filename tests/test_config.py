@@ -100,7 +100,13 @@ def test_all_problems_are_told_at_once():
         ({"clip_norm": -1.0}, "--clip-norm -1.0: must be at least 0.0"),
         ({"clip_norm": float("inf")}, "--clip-norm inf: must be at most"),
         ({"num_heads": 0}, "--num-heads 0: must be at least 1"),
-        ({"vocab_file": "v.txt"}, "--vocab-file v.txt: has no effect, it needs --tokenizer wordpiece"),
+        (
+            {"vocab_file": "v.txt"},
+            "--vocab-file v.txt: has no effect, it needs --tokenizer wordpiece; a vocabulary of words",
+        ),
+        ({"extend_vocab": 9}, "--extend-vocab 9: has no effect, it needs --vocab-file or --init RUN"),
+        ({"init": ""}, "--init: must be xavier, normal or the folder of a run"),
+        ({"init_checkpoint": "best"}, "--init-checkpoint best: has no effect, it needs --init RUN"),
         ({"vocab_size": 8000}, "--vocab-size 8000: has no effect, it needs --tokenizer wordpiece"),
         (
             {"tokenizer": "wordpiece", "vocab_file": "v.txt", "vocab_size": 8000},

@@ -71,6 +71,22 @@ class Vocabulary:
         words = [w for w, n in counts.items() if n >= min_freq and w not in SPECIAL_TOKENS]
         return cls(sorted(words, key=lambda word: (-counts[word], word)))
 
+    def extended(self, counts: Mapping[str, int], number: int, min_freq: int) -> Vocabulary:
+        """This vocabulary with the `number` most frequent words behind it that are no token of it, or fewer.
+
+        >>> Vocabulary(["crane"]).extended({"crane": 9, "is": 7, "a": 8, "rare": 1}, 5, 2).tokens[5:]
+        ['crane', 'a', 'is']
+        """
+        new = [word for word, n in counts.items() if n >= min_freq and self._is_new(word)]
+        new = sorted(new, key=lambda word: (-counts[word], word))[:number]
+        return self._with(new) if new else self
+
+    def _is_new(self, word: str) -> bool:
+        return word not in self
+
+    def _with(self, new: Sequence[str]) -> Vocabulary:
+        return type(self)([*self.tokens[len(SPECIAL_TOKENS) :], *new])
+
     def __len__(self) -> int:
         return len(self.tokens)
 

@@ -91,6 +91,12 @@ class WordPieceVocabulary(Vocabulary):
         # table, other in each process, and among equally frequent pairs it joins the lower numbers first.
         return cls(_joined(counts, needed, min_freq, size))
 
+    def _is_new(self, word: str) -> bool:
+        return word not in self and word not in _IN_TEXT and len(word) <= _LONGEST_WORD
+
+    def _with(self, new: Sequence[str]) -> WordPieceVocabulary:
+        return type(self)([*self.tokens, *new])
+
     def split(self, text: str, lowercase: bool) -> list[str]:
         """The words of a text, as BERT parts them; <mask> and <unk> are [MASK] and [UNK]."""
         return split_words(text, lowercase)
