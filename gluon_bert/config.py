@@ -297,6 +297,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class FineTuneConfig:
+    """How a pretrained network is fine-tuned."""
+
+    # Devlin et al. 2018, appendix A.3, has 2 to 4 epochs, 16 or 32 and 2e-5 to 5e-5; Turc et al. 2019 up to
+    # 3e-4 for small networks.
+    epochs: int = option(3, "how often each example is seen", at_least=1)
+    batch_size: int = option(32, "examples an optimizer step", at_least=1)
+    lr: float = option(5e-5, "the learning rate at its peak; small networks want up to 3e-4", at_least=0.0)
+    warmup: float = option(
+        0.1, "share of the steps over which the learning rate rises", at_least=0.0, at_most=0.99
+    )
+    weight_decay: float = option(0.01, "as in pretraining", at_least=0.0, at_most=1.0)
+    clip_norm: float = option(1.0, "the largest norm of the gradient; 0: no limit", at_least=0.0, at_most=1e6)
+    dropout: float = option(0.1, "dropout rate", at_least=0.0, at_most=0.9)
+    max_len: int = option(0, "tokens of a text that are read; 0: as many as in pretraining", at_least=0)
+    best_by: str = option(
+        "auto",
+        "the metric by which the best epoch is chosen (accuracy of classes, Pearson's correlation of scores)",
+        choices=("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse"),
+    )
+    seed: int = option(0, "of the head's weights, dropout and order", at_least=0, at_most=2**31 - 1)
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that defines a run but for where it runs and where it writes."""
 
@@ -448,8 +472,6 @@ def _data_contradictions(data: DataConfig) -> List[str]:
             f"--mask-token-rate {data.mask_token_rate} and --random-token-rate {data.random_token_rate}: "
             "must not exceed 1 together"
         )
-    if not data.corpus:
-        problems.append("--corpus: must name a corpus, a file or a folder")
     if data.num_buckets > data.max_len:
         problems.append(f"--num-buckets {data.num_buckets}: must not exceed --max-len {data.max_len}")
     if data.masking == "ngrams" and data.max_ngram == 1:
@@ -509,6 +531,7 @@ _CONTRADICTIONS: Dict[Any, Any] = {
     ModelConfig: _model_contradictions,
     DataConfig: _data_contradictions,
     TrainConfig: _train_contradictions,
+    FineTuneConfig: lambda tuning: [] if tuning.lr else ["--lr 0.0: must be above 0"],
 }
 
 

@@ -74,7 +74,10 @@ def beginning_with(init: str, checkpoint: str, recipe: Config | None) -> Config:
 def _load(init: str, checkpoint: str) -> Run:
     if not Path(init).is_dir():
         raise BadInput(f"--init {init}: is no folder; it must be {', '.join(DRAWN)} or the folder of a run")
-    return load_run(Path(init), which=checkpoint)
+    run = load_run(Path(init), which=checkpoint)
+    if run.net.task:
+        raise BadInput(f"--init {init}: was fine-tuned, and has no heads to pretrain; name the run before")
+    return run
 
 
 def _from_run(config: Config) -> dict[str, Any]:

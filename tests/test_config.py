@@ -83,7 +83,6 @@ def test_all_problems_are_told_at_once():
     [
         ({"max_len": 1001}, "--max-len 1001: must not exceed --max-positions 1000"),
         ({"mask_token_rate": 0.9, "random_token_rate": 0.2}, "must not exceed 1 together"),
-        ({"corpus": ()}, "--corpus"),
         ({"lr": 0.0}, "--lr 0.0: must be above 0"),
         ({"num_buckets": 65}, "--num-buckets 65: must not exceed --max-len 64"),
         ({"seed": 2**31}, "--seed 2147483648: must be at most 2147483647"),

@@ -205,6 +205,8 @@ def write(arguments: argparse.Namespace, source: Place, target: Place) -> list[s
     (folder,) = target.paths
     check_free(folder, "--to")
     loaded = load_run(source.paths[0], which=arguments.checkpoint)
+    if loaded.net.task:
+        raise BadInput(f"--from {source.paths[0]}: was fine-tuned; name the run that it began with")
     if target.kind == "huggingface":
         notes = write_huggingface(loaded, folder)
     else:

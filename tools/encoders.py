@@ -62,8 +62,7 @@ def exported(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     from gluon_bert.export.formats import export_mxnet, load_exported
 
     export_mxnet(run, folder / "mxnet")
-    read_back = load_exported(folder / "mxnet")
-    return _predicting(Predictor(read_back.network, read_back.reader))
+    return _predicting(load_exported(folder / "mxnet").predictor)
 
 
 def served(run: Run, folder: Path, stack: ExitStack) -> Vectors:
@@ -97,8 +96,7 @@ def onnxruntime(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     from gluon_bert.export.held_out import held_out_texts
 
     export_onnx(run, folder / "onnx", "all", held_out_texts(run))
-    read_back = load_exported(folder / "onnx")
-    return _predicting(Predictor(read_back.network, read_back.reader))
+    return _predicting(load_exported(folder / "onnx").predictor)
 
 
 def transformers(run: Run, folder: Path, stack: ExitStack) -> Vectors:

@@ -28,6 +28,8 @@ class BERTModel(mx.gluon.HybridBlock):
     >>> encoded, mlm_scores, nsp_scores = net(tokens, segments, lengths, predictions)
     """
 
+    task = None  # see FineTunedModel, which has one
+
     def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if mx.util.is_np_array():
@@ -46,6 +48,10 @@ class BERTModel(mx.gluon.HybridBlock):
     ) -> tuple[Any, Any, Any]:
         encoded = self.encoder(tokens, segments, lengths)
         return encoded, self.mlm(encoded, predictions), self.nsp(self.pooler(encoded))
+
+    def like(self, config: ModelConfig, **kwargs: Any) -> BERTModel:
+        """A network of this kind with another configuration and no weights."""
+        return BERTModel(self.vocab_size, config, **kwargs)
 
     def setup(self, contexts: Any, seed: int = 0, word_counts: np.ndarray | None = None) -> None:
         """Draw the initial weights onto these contexts and compile; seeds MXNet, so dropout as well.
