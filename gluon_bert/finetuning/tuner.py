@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from typing import Any, Callable, Iterable, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 
@@ -83,9 +83,24 @@ class FineTuner:
         The best is that with the best first metric of the task, or that of `best_by`, the earlier of equals.
         BadInput where the loss is no number any more.
         """
+        best, started = None, time.perf_counter()
+        for number, step, loss in self.epochs(train):
+            found = self.evaluate(dev)
+            better = best is None or self._value(found) > self._value(best.dev)
+            epoch = Epoch(number, step, loss, found, better, time.perf_counter() - started)
+            best = epoch if better else best
+            reporter(epoch)
+        assert best
+        return best
+
+    def epochs(self, train: Examples) -> Iterator[tuple[int, int, float]]:
+        """Train epoch by epoch: its number, the steps made so far, and the mean loss of its examples.
+
+        BadInput where the loss is no number any more.
+        """
         config = train_config(self.config, len(train))
         optimizer = gluon_trainer(self.net.collect_params(), config)
-        step, best, started = 0, None, time.perf_counter()
+        step = 0
         for number in range(1, self.config.epochs + 1):
             losses = []
             for rows in train.batches(config.batch_size, config.seed, number):
@@ -95,15 +110,10 @@ class FineTuner:
             loss = sum(n * float(each.asscalar()) for n, each in losses) / len(train)
             if not math.isfinite(loss):
                 raise BadInput(
-                    f"--lr {config.lr:g}: in epoch {number} the loss is no number any more; a smaller one"
+                    f"--lr {config.lr:g}: in epoch {number} the loss is no number any more; a smaller "
+                    "learning rate is the usual remedy"
                 )
-            found = self.evaluate(dev)
-            better = best is None or self._value(found) > self._value(best.dev)
-            epoch = Epoch(number, step, loss, found, better, time.perf_counter() - started)
-            best = epoch if better else best
-            reporter(epoch)
-        assert best
-        return best
+            yield number, step, loss
 
     def _step(self, train: Examples, rows: np.ndarray, optimizer: Any) -> Any:
         """One optimizer step; returns the mean loss of the batch, on the device."""
