@@ -66,8 +66,9 @@ setup(
         "serve": ["multi-model-server==1.1.11", "model-archiver==1.0.3"],
         "test": ["pytest>=7", "hypothesis", *CONVERT, *WORDPIECE, *ONNX, *GLUONNLP],
         # What conversions are compared with. The book's package, d2l 0.17.6, pins versions that exclude ours:
-        # the last two are what it imports, and it is installed beside them with --no-deps.
-        "test-others": ["torch>=2", "transformers>=4.30", *GOOGLE, "pandas", "ipython"],
+        # pandas and ipython are what it imports, and it is installed beside them with --no-deps. Metrics are
+        # compared with scikit-learn's.
+        "test-others": ["torch>=2", "transformers>=4.30", *GOOGLE, "pandas", "ipython", "scikit-learn"],
         "fuzz": ["atheris>=2.3"],
         "lint": ["ruff", "mypy", "pre-commit"],
     },

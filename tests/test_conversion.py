@@ -14,6 +14,7 @@ import convert
 import numpy as np
 import pytest
 import reference
+import tokenizers
 from conftest import ROOT
 
 from gluon_bert.checkpoint import create_run, load_run, save_checkpoint
@@ -277,6 +278,34 @@ def test_rows_without_a_token_get_the_names_of_unused_ones(tmp_path, capsys):
     back = load_run(tmp_path / "back")
     assert back.vocab.tokens[-3:] == ["[unused0]", "[unused1]", "[unused2]"]
     assert back.vocab.special[-3:].all()
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_the_vocabulary_may_stand_in_tokenizer_json(lowercase, tmp_path):
+    run, folder = huggingface_folder(tmp_path)
+    tokens = (folder / "vocab.txt").read_text().split()
+    (folder / "vocab.txt").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    tokenizer = tokenizers.BertWordPieceTokenizer(
+        {token: i for i, token in enumerate(tokens)}, lowercase=lowercase
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    foreign = read_huggingface(folder)
+    assert (foreign.vocab.tokens, foreign.lowercase, foreign.notes) == (run.vocab.tokens, lowercase, [])
+    with pytest.raises(BadInput, match=r"the tokenizer in .* says the contrary"):
+        read_huggingface(folder, lowercase=not lowercase)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for change, told in (
+        ({"type": "BPE"}, "not WordPiece"),
+        ({"vocab": {"a": 7}}, "are not 0, 1, 2 and so on"),
+    ):
+        changed = {**content, "model": {**content["model"], **change}}
+        (folder / "tokenizer.json").write_text(json.dumps(changed))
+        with pytest.raises(BadInput, match=told):
+            read_huggingface(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match=r"has neither vocab\.txt nor tokenizer\.json"):
+        read_huggingface(folder)
 
 
 def without(*names):

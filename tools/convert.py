@@ -19,8 +19,9 @@ examples:
   python tools/convert.py --from runs/my-1 --checkpoint best --to huggingface my_bert/
 
 what stands behind the kinds:
-  huggingface  DIR            config.json, vocab.txt, model.safetensors or pytorch_model.bin, as
-                              BertForPreTraining of PyTorch transformers has them (extra convert)
+  huggingface  DIR            config.json, vocab.txt or tokenizer.json, model.safetensors or
+                              pytorch_model.bin, as BertForPreTraining of PyTorch transformers has
+                              them (extra convert)
   google       DIR            bert_config.json, vocab.txt, bert_model.ckpt.*, as google-research/bert
                               has them; can be read only (extra convert-google, which is TensorFlow)
   gluonnlp     PARAMS VOCAB   what save_parameters of GluonNLP 0.10's BERTModel wrote, and vocab.json or

@@ -34,11 +34,13 @@ def read_google(
     notes: list[str] = []
     path = folder / "bert_config.json"
     settings = read_json(path)
+    if "vocab_size" not in settings:
+        raise BadInput(f"{path}: has no vocab_size")
     model = model_config({**settings, "layer_norm_eps": 1e-12}, path, notes)
     if model.activation == "gelu":
         model = dataclasses.replace(model, activation=gelu)
         notes.append(f'"gelu" is taken for {gelu} (--gelu)')
-    vocab_size = settings.get("vocab_size", 0)
+    vocab_size = settings["vocab_size"]
     arrays = _read(checkpoint_in(folder))
     weights = translate(arrays, GOOGLE, vocab_size, model, folder, new_heads)
     vocab = read_vocabulary(folder / "vocab.txt", vocab_size, notes)

@@ -20,6 +20,7 @@ from .torch_file import read_tensors
 from .vocabularies import read_vocabulary
 from .weights import Foreign, foreign_arrays, translate, weights_of
 
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 WEIGHTS, SHARDS, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
 # transformers' names of activations -> ours. Its three forms of the tanh approximation differ in the last
@@ -69,9 +70,10 @@ _DECODER, _EMBEDDING = "cls.predictions.decoder.weight", "bert.embeddings.word_e
 
 
 def read_huggingface(folder: Path, lowercase: bool | None = None, new_heads: bool = False) -> Foreign:
-    """The network in a folder with config.json, vocab.txt and model.safetensors or pytorch_model.bin.
+    """The network in a folder with config.json, vocab.txt or tokenizer.json, and model.safetensors or
+    pytorch_model.bin.
 
-    lowercase: whether its text is lower-cased, where tokenizer_config.json does not say it. new_heads: heads
+    lowercase: whether its text is lower-cased, where the tokenizer's files do not say it. new_heads: heads
     that are missing as a whole are drawn anew. BadInput says what cannot be used, all at once.
     """
     folder = Path(folder)
@@ -81,7 +83,7 @@ def read_huggingface(folder: Path, lowercase: bool | None = None, new_heads: boo
     vocab_size = settings.get("vocab_size", _DEFAULTS["vocab_size"])
     arrays = _renamed(_read_weights(folder, notes), model, notes)
     weights = translate(arrays, HUGGINGFACE, vocab_size, model, folder, new_heads)
-    vocab = read_vocabulary(folder / "vocab.txt", vocab_size, notes)
+    vocab = read_vocabulary(_vocabulary_file(folder), vocab_size, notes)
     return Foreign(weights, model, vocab, _lowercase(folder, vocab, lowercase, notes), notes)
 
 
@@ -105,7 +107,7 @@ def write_huggingface(run: Run, folder: Path) -> list[str]:
             "model_max_length": run.config.data.max_len,
             **specials,
         }
-        write_json(aside / "tokenizer_config.json", tokenizer)
+        write_json(aside / TOKENIZER_CONFIG, tokenizer)
         with written_aside(aside / "vocab.txt") as file:
             file.writelines(token + "\n" for token in run.vocab.tokens)
         safetensors.numpy.save_file(arrays, str(aside / WEIGHTS), metadata={"format": "pt"})
@@ -252,14 +254,34 @@ def _renamed(arrays: dict[str, np.ndarray], model: ModelConfig, notes: list[str]
     return arrays
 
 
+def _vocabulary_file(folder: Path) -> Path:
+    for name in ("vocab.txt", TOKENIZER):
+        if (folder / name).is_file():
+            return folder / name
+    raise BadInput(f"{folder}: has neither vocab.txt nor {TOKENIZER}")
+
+
+def _said_of_case(folder: Path) -> bool | None:
+    """Whether the tokenizer's files say that text is lower-cased; None where they say nothing."""
+    for name in (TOKENIZER_CONFIG, TOKENIZER):
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        normalizer = content.get("normalizer")
+        said = content.get("do_lower_case")
+        said = normalizer.get("lowercase") if said is None and isinstance(normalizer, dict) else said
+        if isinstance(said, bool):
+            return said
+    return None
+
+
 def _lowercase(folder: Path, vocab: Vocabulary, asked: bool | None, notes: list[str]) -> bool:
-    path = folder / "tokenizer_config.json"
-    said = read_json(path).get("do_lower_case") if path.is_file() else None
+    said = _said_of_case(folder)
     if asked is not None:
-        if isinstance(said, bool) and said != asked:
-            raise BadInput(f"--lowercase {'yes' if asked else 'no'}: {path} says the contrary")
+        if said is not None and said != asked:
+            raise BadInput(
+                f"--lowercase {'yes' if asked else 'no'}: the tokenizer in {folder} says the contrary"
+            )
         return asked
-    if isinstance(said, bool):
+    if said is not None:
         return said
     found = not vocab.is_cased()
     told = "lower-cased" if found else "cased"
