@@ -20,6 +20,8 @@ BATCH_MASKS = 256
 # Tokens that are read ahead and sorted by length: with 16 batches a few in a hundred are padding.
 CHUNK_TOKENS = 16 * BATCH_TOKENS
 
+_TASK = "its task"
+
 
 class Outputs(NamedTuple):
     """What a network computes of padded texts, float32 on the host.
@@ -114,18 +116,18 @@ class Answer:
         if self.text.is_pair != self.task.pairs:
             wanted = "pairs of texts: give two" if self.task.pairs else "single texts: give one"
             raise BadInput(f"the network was fine-tuned on {wanted}")
-        scores = self._given(self.task_scores, "its task")
+        scores = self._given(self.task_scores, _TASK)
         if self.task.kind == "regression":
             return {"score": float(scores[0])}
         probabilities = dict(zip(self.task.labels, softmax(scores.astype(np.float64)).tolist()))
         return {"label": self.task.labels[int(scores.argmax())], "probabilities": probabilities}
 
     def _given(self, scores: np.ndarray | None, what: str) -> np.ndarray:
-        if scores is not None:
-            return scores
-        if self.task:
-            raise BadInput(f"the network was fine-tuned, and has no head for {what} any more, or not with it")
-        raise BadInput(f"the network was exported without {what}: export it with --outputs all")
+        if scores is None and self.task and what != _TASK:
+            raise BadInput(f"the network was fine-tuned, and has no head for {what} any more")
+        if scores is None:
+            raise BadInput(f"the network was exported without {what}: export it with --outputs all")
+        return scores
 
 
 class Predictor:

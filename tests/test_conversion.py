@@ -778,6 +778,22 @@ def test_flags_that_contradict_each_other_are_refused(arguments, told, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "package, kind, told",
+    [
+        ("safetensors.numpy", "huggingface", "needs the package safetensors: pip install -e '.[convert]'"),
+        ("tensorflow", "google", "is read by TensorFlow: pip install -e '.[convert-google]'"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(package, kind, told, tmp_path, monkeypatch, capsys):
+    _, folder = huggingface_folder(tmp_path)
+    (folder / "bert_config.json").write_text((folder / "config.json").read_text())
+    (folder / "bert_model.ckpt.index").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, package, None)
+    assert convert.main(["--from", kind, str(folder), "--to", str(tmp_path / "run")]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_a_folder_that_is_taken_is_not_written_over(tmp_path, capsys):
     _, folder = huggingface_folder(tmp_path)
     for arguments in (("--from", "huggingface", folder, "--to", tmp_path / "original"),

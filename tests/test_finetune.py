@@ -281,6 +281,14 @@ def test_it_is_exported_and_answers_as_the_run_does(command, format, capsys):
     assert "error" in no_head
 
 
+def test_an_encoder_alone_has_no_labels(command, capsys):
+    _, folder = command("classes", "--epochs", "1")
+    assert export.main([str(folder), "--outputs", "encoder"]) == 0
+    capsys.readouterr()
+    assert encode.main([str(folder / "export" / "mxnet"), "the crane"]) == 2
+    assert "was exported without its task: export it with --outputs all" in capsys.readouterr().err
+
+
 def test_encode_tells_labels_and_scores(command, tmp_path, capsys):
     _, classes = command("classes", "--epochs", "4", name="classes")
     _, score = command("score", "--epochs", "1", name="score")

@@ -19,7 +19,7 @@ from gluon_bert.errors import BadInput
 from gluon_bert.files import written_aside
 
 # Each network sees so many examples at least, if few ones over and over, and each of them so often at least.
-EXAMPLES_SEEN, EPOCHS = 2000, 3
+EXAMPLES_SEEN, EPOCHS = 5000, 3
 
 DESCRIPTION = """\
 Fine-tune the encoder of RUN, and one of the same size with random weights, to tell from which kind of section

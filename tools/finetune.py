@@ -182,7 +182,8 @@ def create(output: Path, before: Any, arguments: argparse.Namespace, tuner: Any,
         before.config.replace(max_len=tuner.reader.max_len, dropout=tuner.config.dropout),
         train=train_config(tuner.config, num_examples),
     )
-    files = {name: str(getattr(arguments, name)) for name in ("run", "train", "dev", "test")}
+    given = {name: getattr(arguments, name) for name in ("run", "train", "dev", "test")}
+    files = {name: None if path is None else str(path) for name, path in given.items()}
     facts = {
         "finetuned": {**files, "began_with_step": before.step, **dataclasses.asdict(tuner.config)},
         "versions": runtime.versions(),

@@ -122,7 +122,8 @@ class FineTuner:
         arrays = (batch.tokens, batch.segments, batch.lengths, train.targets[rows])
         *inputs, targets = (mx.nd.array(each, ctx=self._context, dtype=np.float32) for each in arrays)
         with mx.autograd.record():
-            _, scores = self.net(*inputs)
+            # Part by part, each of which keeps its memory from step to step.
+            scores = self.net.head(self.net.pooler(self.net.encoder(*inputs)))
             loss = task_loss(scores, targets, self.net.task)
         loss.backward()
         trained = [p for p in self.net.collect_params().values() if p.grad_req != "null"]
