@@ -101,40 +101,44 @@ def main(argv: list[str] | None = None) -> int:
 def finetune(arguments: argparse.Namespace) -> int:
     """Fine-tune as the flags say."""
     from gluon_bert.checkpoint import check_new, load_run
-    from gluon_bert.data.tables import choose_columns, read_table
+    from gluon_bert.data.texts import TextReader
     from gluon_bert.finetuning.examples import examples, task_of
     from gluon_bert.finetuning.tuner import FineTuner, begin
 
     config = config_from(arguments)
     output = arguments.output or free_folder(arguments.run)
     check_new(output)
-    header = arguments.header
-    columns = choose_columns(arguments.train, "--train", header, arguments.text, arguments.label)
-    tables = {"--train": arguments.train, "--dev": arguments.dev, "--test": arguments.test}
-    rows = {
-        flag: read_table(path, flag, header, columns, labels_needed=flag != "--test")
-        for flag, path in tables.items()
-        if path is not None
-    }
-    before = load_run(arguments.run, [device(arguments)], arguments.checkpoint)
+    rows = read_rows(arguments)
+    context = device(arguments)
+    before = load_run(arguments.run, [context], arguments.checkpoint)
     check(arguments, before, config)
     task = task_of(rows["--train"], arguments.task)
     check_metric(config, task)
     max_len = config.max_len or before.config.data.max_len
-    reader = type(before.reader)(before.vocab, max_len, before.config.data.lowercase)
+    reader = TextReader(before.vocab, max_len, before.config.data.lowercase)
     data = {flag: examples(its_rows, task, reader, flag) for flag, its_rows in rows.items()}
-    context = before.net.pooler.dense.weight.list_ctx()[0]
     tuner = FineTuner(begin(before.net, task, config, context), reader, config)
     create(output, before, arguments, tuner, len(rows["--train"]))
     print(f"{describe(task, data)}\nrun folder: {output}", file=sys.stderr)
     best = fit(output, tuner, data["--train"], data["--dev"])
-    told = predict(output, "--test" if "--test" in data else "--dev", rows, data, reader)
-    print(
-        f"best of {config.epochs} epochs: {best.number}, {in_words(best.dev)} on the dev file "
-        "(--checkpoint best)"
-    )
-    print(told)
+    print(f"best of {config.epochs} epochs: {best.number}, {in_words(best.dev)} on the dev file")
+    print(predict(output, "--test" if "--test" in data else "--dev", rows, data, reader))
+    print(f"its network: {output} --checkpoint best")
     return 0
+
+
+def read_rows(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The rows of each table, by its flag."""
+    from gluon_bert.data.tables import choose_columns, read_table
+
+    header = arguments.header
+    columns = choose_columns(arguments.train, "--train", header, arguments.text, arguments.label)
+    tables = {"--train": arguments.train, "--dev": arguments.dev, "--test": arguments.test}
+    return {
+        flag: read_table(path, flag, header, columns, labels_needed=flag != "--test")
+        for flag, path in tables.items()
+        if path is not None
+    }
 
 
 def config_from(arguments: argparse.Namespace) -> FineTuneConfig:
