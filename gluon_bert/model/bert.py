@@ -60,9 +60,7 @@ class BERTModel(mx.gluon.HybridBlock):
         without them.
         """
         mx.random.seed(seed)
-        xavier = self.config.init == "xavier"
-        weights = mx.init.Xavier() if xavier else mx.init.Normal(NORMAL_SIGMA)
-        self.initialize(weights, ctx=contexts, force_reinit=True)
+        self.initialize(initial_weights(self.config), ctx=contexts, force_reinit=True)
         if self.config.decoder_bias == "frequencies":
             if word_counts is None:
                 raise BadInput("--decoder-bias frequencies: the words' counts in the text are needed")
@@ -73,6 +71,11 @@ class BERTModel(mx.gluon.HybridBlock):
         """Hybridize; the encoder, whose shapes are few, keeps its memory from step to step."""
         self.hybridize()
         self.encoder.hybridize(static_alloc=True)
+
+
+def initial_weights(config: ModelConfig) -> Any:
+    """What draws the weights: Xavier, or N(0, 0.02), also where those of an earlier run will replace them."""
+    return mx.init.Xavier() if config.init == "xavier" else mx.init.Normal(NORMAL_SIGMA)
 
 
 def log_frequencies(counts: np.ndarray) -> np.ndarray:

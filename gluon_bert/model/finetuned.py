@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import ModelConfig, check_group
 from ..runtime import mx
-from .bert import NORMAL_SIGMA
+from .bert import initial_weights
 from .encoder import Encoder
 from .heads import Pooler
 from .task import Task
@@ -53,9 +53,7 @@ class FineTunedModel(mx.gluon.HybridBlock):
     def setup(self, contexts: Any, seed: int = 0) -> None:
         """Draw the initial weights onto these contexts and compile; seeds MXNet, so dropout as well."""
         mx.random.seed(seed)
-        xavier = self.config.init == "xavier"
-        weights = mx.init.Xavier() if xavier else mx.init.Normal(NORMAL_SIGMA)
-        self.initialize(weights, ctx=contexts, force_reinit=True)
+        self.initialize(initial_weights(self.config), ctx=contexts, force_reinit=True)
         self.compile()
 
     def compile(self) -> None:
