@@ -88,11 +88,11 @@ def test_the_command(corpus, tmp_path, capsys):
     assert pretrain.main([*small, *flags, "--output", str(tmp_path / "run")]) == 0
     command = [str(tmp_path / "run"), "--corpus", str(corpus), "--sizes", "16", "48", "--seeds", "2"]
     assert does_pretraining_help.main([*command, "--lr", "0.003"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "the most frequent kind alone: 33.3%"
+    assert capsys.readouterr().out.splitlines()[-1] == "the most frequent kind alone: 33.3% right"
     content = json.loads((tmp_path / "run" / "study" / "does-pretraining-help.json").read_text())
     assert (content["paragraphs_asked"], len(content["results"])) == (24, 8)
     for pretrained in (True, False):
-        found = does_pretraining_help.accuracies(content["results"], 48, pretrained)
+        found = does_pretraining_help.found(content["results"], "accuracy", 48, pretrained)
         assert len(found) == 2
         assert max(found) > 0.5  # the first words tell it
     assert (tmp_path / "run" / "study" / "does-pretraining-help.png").read_bytes()[1:4] == b"PNG"

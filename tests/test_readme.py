@@ -9,6 +9,7 @@ import sys
 
 import benchmark
 import convert
+import does_pretraining_help
 import encode
 import export
 import finetune
@@ -32,6 +33,7 @@ TOOLS = {
     "finetune": finetune,
     "serve": serve,
     "benchmark": benchmark,
+    "does_pretraining_help": does_pretraining_help,
 }
 EXPORTED, WALK_THROUGH, ASKED = re.findall(r"```python\n(.*?)```", README, re.S)
 

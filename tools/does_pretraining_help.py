@@ -120,8 +120,8 @@ def fine_tuned(
     context = before.net.pooler.dense.weight.list_ctx()[0]
     tuner = FineTuner(begin(before.net, task, config, context, pretrained), before.reader, config)
     losses = [loss for _, _, loss in tuner.epochs(train)]
-    found = tuner.evaluate(dev)
-    return {**found, "train_loss": losses[-1], "seconds": round(time.perf_counter() - started, 1)}
+    right = tuner.evaluate(dev)
+    return {**right, "train_loss": losses[-1], "seconds": round(time.perf_counter() - started, 1)}
 
 
 def in_words(result: dict[str, Any]) -> str:
@@ -132,21 +132,22 @@ def in_words(result: dict[str, Any]) -> str:
     )
 
 
-def accuracies(results: Sequence[dict[str, Any]], size: int, pretrained: bool) -> list[float]:
-    """The shares that were right with so many examples, one a seed."""
-    return [r["accuracy"] for r in results if r["size"] == size and r["pretrained"] == pretrained]
+def found(results: Sequence[dict[str, Any]], name: str, size: int, pretrained: bool) -> list[float]:
+    """A metric of the networks that learnt from so many examples, one a seed."""
+    return [r[name] for r in results if r["size"] == size and r["pretrained"] == pretrained]
 
 
 def table(results: Sequence[dict[str, Any]], most: float) -> list[str]:
-    """The results for people: means over the seeds, and the smallest and the largest."""
-    lines = [f"{'examples':>8}  {'pretrained':>24}  {'from scratch':>24}"]
+    """The results for people: means over the seeds, of the accuracy also the smallest and the largest."""
+    lines = [f"{'examples':>8}  {'pretrained':>34}  {'from scratch':>34}"]
     for size in sorted({result["size"] for result in results}):
         cells = []
         for pretrained in (True, False):
-            found = accuracies(results, size, pretrained)
-            cells.append(f"{statistics.mean(found):.1%} ({min(found):.1%} to {max(found):.1%})")
-        lines.append(f"{size:>8}  {cells[0]:>24}  {cells[1]:>24}")
-    return [*lines, f"the most frequent kind alone: {most:.1%}"]
+            right, f1 = (found(results, name, size, pretrained) for name in ("accuracy", "f1"))
+            spread = f"{min(right):.1%} to {max(right):.1%}"
+            cells.append(f"{statistics.mean(right):.1%} ({spread}), F1 {statistics.mean(f1):.3f}")
+        lines.append(f"{size:>8}  {cells[0]:>34}  {cells[1]:>34}")
+    return [*lines, f"the most frequent kind alone: {most:.1%} right"]
 
 
 def write(arguments: argparse.Namespace, results: Sequence[dict[str, Any]], most: float, asked: int) -> None:
@@ -175,7 +176,7 @@ def draw(path: Path, results: Sequence[dict[str, Any]], most: float) -> None:
     axes = figure.subplots()
     sizes = sorted({result["size"] for result in results})
     for pretrained, color in ((True, "tab:blue"), (False, "tab:orange")):
-        means = [100 * statistics.mean(accuracies(results, size, pretrained)) for size in sizes]
+        means = [100 * statistics.mean(found(results, "accuracy", size, pretrained)) for size in sizes]
         axes.plot(sizes, means, "-", color=color, label=NAMES[pretrained])
         own = [r for r in results if r["pretrained"] == pretrained]
         axes.plot([r["size"] for r in own], [100 * r["accuracy"] for r in own], "o", color=color, ms=5)
