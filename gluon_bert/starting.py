@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import Run, load_run
+from .checkpoint import Run, load_run, named_parameters, weights_of
 from .config import DRAWN, Config, ModelConfig, flag
 from .data.vocab import Vocabulary
 from .errors import BadInput
@@ -102,9 +102,8 @@ def start_from(net: Any, vocab: Vocabulary, run: Run) -> None:
     if vocab.tokens[:known] != run.vocab.tokens:
         raise BadInput(f"--vocab-file: does not begin with the {known:,} tokens of the run to begin with")
     pieces = [run.vocab.ids(run.vocab.pieces(token)) for token in vocab.tokens[known:]]
-    parameters = net._collect_params_with_prefix()
-    for name, parameter in run.net._collect_params_with_prefix().items():
-        array = parameter.list_data()[0].asnumpy()
+    parameters = named_parameters(net)
+    for name, array in weights_of(run.net).items():
         if name in _BY_TOKEN and pieces:
             array = np.concatenate([array, [array[ids].mean(axis=0) for ids in pieces]])
         parameters[name].set_data(mx.nd.array(array))

@@ -17,13 +17,13 @@ import reference
 import tokenizers
 from conftest import ROOT
 
-from gluon_bert.checkpoint import create_run, load_run, save_checkpoint
+from gluon_bert.checkpoint import create_run, load_run, save_checkpoint, weights_of
 from gluon_bert.config import preset
 from gluon_bert.conversion.huggingface import bert_config, read_huggingface
 from gluon_bert.conversion.layout import D2L, GLUONNLP, GOOGLE, HUGGINGFACE
 from gluon_bert.conversion.mxnet_files import read_parameters
 from gluon_bert.conversion.torch_file import read_tensors
-from gluon_bert.conversion.weights import foreign_arrays, network, shapes, translate, weights_of
+from gluon_bert.conversion.weights import foreign_arrays, network, shapes, translate
 from gluon_bert.data.batch import split_and_load
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
@@ -593,7 +593,8 @@ def test_the_number_of_heads_must_be_said(tmp_path, capsys):
 def test_a_run_of_the_package_is_no_parameter_file_of_another(tmp_path):
     run = a_run(tmp_path / "run", configured("small", "d2l"), Vocabulary(WORDS))
     run.vocab.save(tmp_path / "vocab.json")
-    path = tmp_path / "run" / "checkpoints" / "step-00000007.params"
+    path = tmp_path / "ours.params"
+    run.net.save_parameters(str(path))
     for kind in ("d2l", "gluonnlp"):
         with pytest.raises(BadInput, match=r"it is another network's; it has encoder\.embeddings"):
             read_parameters(kind, path, tmp_path / "vocab.json", num_heads=2)

@@ -7,9 +7,8 @@ import pretrain
 import pytest
 from conftest import small_text
 
-from gluon_bert.checkpoint import load_run
+from gluon_bert.checkpoint import load_run, weights_of
 from gluon_bert.config import preset
-from gluon_bert.conversion.weights import weights_of
 from gluon_bert.data.documents import prepare
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
@@ -95,6 +94,12 @@ def test_its_config_repeats_the_run(before, tmp_path):
     one, two = (weights_of(load_run(tmp_path / name).net) for name in ("one", "two"))
     for name in one:
         np.testing.assert_array_equal(one[name], two[name])
+
+
+def test_it_is_resumed_like_any_run(before, tmp_path):
+    assert go_on(before, "words", tmp_path / "run", "--extend-vocab", "3", "--num-steps", "2") == 0
+    assert pretrain.main(["--resume", str(tmp_path / "run"), "--num-steps", "3"]) == 0
+    assert load_run(tmp_path / "run").step == 3
 
 
 def test_a_preset_gives_the_recipe_and_the_run_the_network(before, tmp_path):

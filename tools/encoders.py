@@ -11,10 +11,10 @@ from typing import Any, Callable, Sequence
 import numpy as np
 
 from gluon_bert import runtime
-from gluon_bert.checkpoint import Run
+from gluon_bert.checkpoint import Run, weights_of
 from gluon_bert.conversion.huggingface import bert_config
 from gluon_bert.conversion.layout import HUGGINGFACE
-from gluon_bert.conversion.weights import foreign_arrays, weights_of
+from gluon_bert.conversion.weights import foreign_arrays
 from gluon_bert.data.texts import Padded, Text, padded
 from gluon_bert.encoding import GluonNetwork, Outputs, Predictor
 from gluon_bert.errors import BadInput

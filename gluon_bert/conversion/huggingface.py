@@ -9,7 +9,7 @@ from typing import Any, Mapping
 
 import numpy as np
 
-from ..checkpoint import Run
+from ..checkpoint import Run, weights_of
 from ..config import ModelConfig, check_group, write_json
 from ..data.vocab import Vocabulary
 from ..data.wordpiece import WordPieceVocabulary
@@ -18,7 +18,7 @@ from ..files import folder_aside, written_aside
 from .layout import HUGGINGFACE
 from .torch_file import read_tensors
 from .vocabularies import read_vocabulary
-from .weights import Foreign, foreign_arrays, translate, weights_of
+from .weights import Foreign, foreign_arrays, translate
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 WEIGHTS, SHARDS, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"

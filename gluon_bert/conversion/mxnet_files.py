@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checkpoint import Run
+from ..checkpoint import Run, weights_of
 from ..config import ModelConfig, check_group, preset
 from ..errors import BadInput, in_a_line
 from ..files import folder_aside
 from ..runtime import mx
 from .layout import D2L, GLUONNLP, Layout
 from .vocabularies import read_vocabulary
-from .weights import Foreign, foreign_arrays, translate, weights_of
+from .weights import Foreign, foreign_arrays, translate
 
 PARAMETERS = "bert.params"
 _TIED = "mlm.decoder.weight"

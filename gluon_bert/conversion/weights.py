@@ -8,7 +8,7 @@ from typing import Any, Mapping
 
 import numpy as np
 
-from ..checkpoint import check_new, create_run, load_run, save_checkpoint
+from ..checkpoint import check_new, create_run, load_run, named_parameters, save_checkpoint
 from ..config import Config, DataConfig, ModelConfig, preset
 from ..data.vocab import Vocabulary
 from ..data.wordpiece import WordPieceVocabulary
@@ -18,7 +18,6 @@ from ..model.bert import BERTModel
 from ..runtime import mx, versions
 from .layout import Layout
 
-_TIED = "mlm.decoder.weight"
 # What stands on the encoder; a published file may lack one as a whole.
 HEADS = ("pooler", "mlm", "nsp")
 
@@ -40,23 +39,18 @@ class Foreign:
 
 def shapes(vocab_size: int, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The parameters of a network by their names, each once."""
-    found = BERTModel(vocab_size, config)._collect_params_with_prefix()
-    if config.tied_decoder:
-        del found[_TIED]
+    found = named_parameters(BERTModel(vocab_size, config))
     return {name: tuple(parameter.shape) for name, parameter in found.items()}
 
 
-def weights_of(net: Any) -> dict[str, np.ndarray]:
-    """The parameters of a network on the host, each once; the inverse of `network`."""
-    parameters = net._collect_params_with_prefix()
-    return {name: parameters[name].list_data()[0].asnumpy() for name in shapes(net.vocab_size, net.config)}
-
-
 def network(weights: Mapping[str, np.ndarray], vocab_size: int, config: ModelConfig, seed: int = 0) -> Any:
-    """A network on the CPU with these weights; heads that are not among them are drawn from the seed."""
+    """A network on the CPU with these weights; heads that are not among them are drawn from the seed.
+
+    The inverse of `checkpoint.weights_of`.
+    """
     net = BERTModel(vocab_size, config)
     net.setup([mx.cpu()], seed)
-    parameters = net._collect_params_with_prefix()
+    parameters = named_parameters(net)
     for name, array in weights.items():
         parameters[name].set_data(mx.nd.array(array, dtype=np.float32))
     return net

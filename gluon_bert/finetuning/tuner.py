@@ -9,6 +9,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 
+from ..checkpoint import named_parameters, weights_of
 from ..config import FineTuneConfig, TrainConfig
 from ..data.texts import TextReader, padded
 from ..encoding import Answer, GluonNetwork, Predictor
@@ -41,10 +42,10 @@ def begin(net: Any, task: Task, config: FineTuneConfig, context: Any, pretrained
     tuned = FineTunedModel(net.vocab_size, dataclasses.replace(net.config, dropout=config.dropout), task)
     tuned.setup([context], config.seed)
     if pretrained:
-        weights = net._collect_params_with_prefix()
-        for name, parameter in tuned._collect_params_with_prefix().items():
+        weights = weights_of(net)
+        for name, parameter in named_parameters(tuned).items():
             if not name.startswith("head."):
-                parameter.set_data(weights[name].list_data()[0].as_in_context(context))
+                parameter.set_data(mx.nd.array(weights[name], ctx=context))
     return tuned
 
 
