@@ -29,6 +29,10 @@ WORDPIECE = [
 ]
 # MXNet's converter imports onnx.mapping, which is gone from 1.19; older than 1.13 was not tried.
 ONNX = ["onnx>=1.13,<1.19", "onnxruntime>=1.12"]
+# Reads and writes the weights of transformers; 0.3 has NumPy alone as its need.
+CONVERT = ["safetensors>=0.3.2"]
+# Reads the checkpoints of google-research/bert: no other reader of them is kept up.
+GOOGLE = ["tensorflow-cpu>=2.10"]
 # An sdist with a C extension: installing it takes a C compiler, so pretraining does without it.
 GLUONNLP = ["gluonnlp==0.10.0"]
 
@@ -57,8 +61,14 @@ setup(
         "gluonnlp": GLUONNLP,
         "wordpiece": WORDPIECE,
         "onnx": ONNX,
+        "convert": [*CONVERT, *WORDPIECE],
+        "convert-google": [*GOOGLE, *WORDPIECE],
         "serve": ["multi-model-server==1.1.11", "model-archiver==1.0.3"],
-        "test": ["pytest>=7", "hypothesis", *WORDPIECE, *ONNX, *GLUONNLP],
+        "test": ["pytest>=7", "hypothesis", *CONVERT, *WORDPIECE, *ONNX, *GLUONNLP],
+        # What conversions are compared with. The book's package, d2l 0.17.6, pins versions that exclude ours:
+        # pandas and ipython are what it imports, and it is installed beside them with --no-deps. Metrics are
+        # compared with scikit-learn's.
+        "test-others": ["torch>=2", "transformers>=4.30", *GOOGLE, "pandas", "ipython", "scikit-learn"],
         "fuzz": ["atheris>=2.3"],
         "lint": ["ruff", "mypy", "pre-commit"],
     },

@@ -11,7 +11,7 @@ from .encoding import Answer
 from .errors import BadInput
 
 # What a text can be asked for.
-ASKS = ("vectors", "masks", "next")
+ASKS = ("vectors", "masks", "next", "task")
 
 
 def as_json(
@@ -30,6 +30,7 @@ def as_json(
     - vectors: `cls`, `mean` and, if exported, `pooled`, each of C numbers; `token_vectors` (T of C numbers)
     - masks: `predictions`, for each <mask> the `top` likeliest as {"token": ..., "probability": ...}
     - next: `is_next`, the probability that the second text follows the first
+    - task: of a fine-tuned network `label` and `probabilities`, by label, or `score`
 
     Raises BadInput for what this text or this export cannot be asked, and where the network gives no numbers.
     """
@@ -51,4 +52,6 @@ def as_json(
         ]
     if "next" in ask:
         content["is_next"] = answer.is_next
+    if "task" in ask:
+        content.update(answer.verdict)
     return content

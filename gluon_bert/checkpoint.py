@@ -32,12 +32,15 @@ from .data.wordpiece import load_vocabulary
 from .errors import BadInput
 from .files import digest, folder_aside
 from .model.bert import BERTModel
+from .model.finetuned import FineTunedModel
+from .model.task import Task
 from .runtime import mx
 
 log = logging.getLogger(__name__)
 
 CONFIG, CHECKPOINTS, BEST = "config.json", "checkpoints", "best.json"
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights.npz", "optimizer.npz", "state.json", "manifest.json"
+TASK = "task"  # the key in config.json
 
 # Raised when an older gluon_bert could not read what is written now.
 FORMAT = 2
@@ -60,23 +63,28 @@ class Run(NamedTuple):
         return TextReader(self.vocab, self.config.data.max_len, self.config.data.lowercase)
 
 
-def check_new(folder: Path) -> None:
-    """Raise BadInput where no new run can be written; writes nothing."""
+def check_new(folder: Path, flag: str = "--output") -> None:
+    """Raise BadInput where no new run can be written, naming the flag; writes nothing."""
     if (folder / CONFIG).exists():
-        raise BadInput(f"--output {folder}: holds a run already; name a new folder")
+        raise BadInput(f"{flag} {folder}: holds a run already; name a new folder")
     if folder.is_dir() and any(folder.iterdir()):
-        raise BadInput(f"--output {folder}: is not empty; name a new folder")
+        raise BadInput(f"{flag} {folder}: is not empty; name a new folder")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise BadInput(f"--output {folder}: cannot be written, as {there} is no folder that can")
+        raise BadInput(f"{flag} {folder}: cannot be written, as {there} is no folder that can")
 
 
 def create_run(
-    folder: Path, config: Config, vocab: Vocabulary, facts: Mapping[str, Any] | None = None
+    folder: Path,
+    config: Config,
+    vocab: Vocabulary,
+    facts: Mapping[str, Any] | None = None,
+    task: Task | None = None,
 ) -> None:
     """Make a run's folder with its configuration and vocabulary.
 
-    facts: what else it takes to repeat the run, such as versions and contexts. Raises BadInput where the
+    facts: what else it takes to repeat the run, such as versions and contexts. task: what the network is
+    fine-tuned for. Raises BadInput where the
     folder holds a run already or cannot be written.
     """
     folder = Path(folder)
@@ -84,7 +92,7 @@ def create_run(
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         vocab.save(folder / vocab.FILE)
-        write_config(folder, config, facts or {})
+        write_config(folder, config, facts or {}, task)
     except OSError as error:
         raise BadInput(f"--output {folder}: cannot be written ({error.strerror or error})") from error
 
@@ -234,9 +242,10 @@ def find_checkpoint(folder: Path, which: str | int = "latest") -> int:
     return named[str(which)]
 
 
-def write_config(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
-    """Write a run's config.json; `read_config` and `read_facts` are the inverse."""
-    write_json(folder / CONFIG, {"format": FORMAT, **config.to_json(), "facts": facts})
+def write_config(folder: Path, config: Config, facts: Mapping[str, Any], task: Task | None = None) -> None:
+    """Write a run's config.json; `read_config`, `read_facts` and `read_task` are the inverse."""
+    content = {"format": FORMAT, **config.to_json(), "facts": facts}
+    write_json(folder / CONFIG, {**content, TASK: task.to_json()} if task else content)
 
 
 def read_config(path: Path) -> Config:
@@ -268,6 +277,12 @@ def _config_in(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_task(path: Path) -> Task | None:
+    """What the run of a config.json was fine-tuned for, None where it was pretrained."""
+    content = _config_in(path)
+    return Task.from_json(content[TASK], path) if TASK in content else None
+
+
 def load_run(folder: Path, contexts: Sequence[Any] | None = None, which: str | int = "latest") -> Run:
     """Read a run's checkpoint onto the contexts, by default one CPU; BadInput says what is missing.
 
@@ -279,7 +294,8 @@ def load_run(folder: Path, contexts: Sequence[Any] | None = None, which: str | i
     config = read_config(folder / CONFIG)
     vocab = load_vocabulary(folder)
     step = find_checkpoint(folder, which)
-    net = BERTModel(len(vocab), config.model)
+    task = read_task(folder / CONFIG)
+    net = FineTunedModel(len(vocab), config.model, task) if task else BERTModel(len(vocab), config.model)
     net.initialize(mx.init.Zero(), ctx=list(contexts or [mx.cpu()]))
     set_weights(net, read_checkpoint(folder, step, weights_only=True).weights, _path(folder, step) / WEIGHTS)
     net.compile()

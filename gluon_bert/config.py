@@ -49,14 +49,26 @@ class ModelConfig:
         0.2, "dropout rate of attention, layers and embeddings", at_least=0.0, at_most=0.9
     )
     max_positions: int = option(1000, "the longest sequence that has position embeddings", at_least=1)
-    activation: str = option("relu", "of the feed-forward network and the MLM head", choices=("relu", "gelu"))
+    activation: str = option(
+        "relu",
+        "of the feed-forward network and the MLM head; gelu_tanh is the approximation of GELU in the "
+        "original BERT's code",
+        choices=("relu", "gelu", "gelu_tanh"),
+    )
     norm: str = option(
         "post", "LayerNorm after (post) or before (pre) each sub-layer", choices=("post", "pre")
     )
     norm_epsilon: float = option(1e-5, "epsilon of every LayerNorm", at_least=1e-12)
     embedding_norm: bool = option(False, "LayerNorm and dropout on the embeddings, as the original BERT has")
     tied_decoder: bool = option(False, "the MLM decoder shares its weight with the token embedding")
-    init: str = option("xavier", "weights from Xavier or from N(0, 0.02)", choices=("xavier", "normal"))
+    init: str = option(
+        "xavier",
+        "weights from Xavier, from N(0, 0.02) (normal), or from RUN, the folder of an earlier run or of "
+        "converted weights; its network and its tokenizer are then taken with them",
+    )
+    init_checkpoint: str = option(
+        "latest", "which of that run's networks: the latest, the best, or that after a step"
+    )
     decoder_bias: str = option(
         "zeros",
         "the MLM decoder's biases begin at zero, or so that its first scores are the frequencies of the "
@@ -99,8 +111,15 @@ class DataConfig:
     )
     vocab_file: str = option(
         "",
-        "a published WordPiece vocabulary, vocab.txt, a token a line; without, one is made of the text",
+        "a published WordPiece vocabulary, vocab.txt, a token a line, or of words the vocab.json of a run; "
+        "without, one is made of the text",
         may_change=True,  # to where the same file is now
+    )
+    extend_vocab: int = option(
+        0,
+        "add at most so many tokens to --vocab-file or to the vocabulary of --init: the corpus's most "
+        "frequent words, --min-freq at least, that are no token yet",
+        at_least=0,
     )
     # [PAD] [UNK] [CLS] [SEP] [MASK] and some pieces; the default is Devlin et al. 2018's, uncased.
     vocab_size: int = option(30522, "V, tokens of a WordPiece vocabulary that is made, at most", at_least=8)
@@ -278,6 +297,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class FineTuneConfig:
+    """How a pretrained network is fine-tuned."""
+
+    # Devlin et al. 2018, appendix A.3, has 2 to 4 epochs, 16 or 32 and 2e-5 to 5e-5; Turc et al. 2019 up to
+    # 3e-4 for small networks.
+    epochs: int = option(3, "how often each example is seen", at_least=1)
+    batch_size: int = option(32, "examples an optimizer step", at_least=1)
+    lr: float = option(5e-5, "the learning rate at its peak; small networks want up to 3e-4", at_least=0.0)
+    warmup: float = option(
+        0.1, "share of the steps over which the learning rate rises", at_least=0.0, at_most=0.99
+    )
+    weight_decay: float = option(0.01, "as in pretraining", at_least=0.0, at_most=1.0)
+    clip_norm: float = option(1.0, "the largest norm of the gradient; 0: no limit", at_least=0.0, at_most=1e6)
+    dropout: float = option(0.1, "dropout rate", at_least=0.0, at_most=0.9)
+    max_len: int = option(0, "tokens of a text that are read; 0: as many as in pretraining", at_least=0)
+    best_by: str = option(
+        "auto",
+        "the metric by which the best epoch is chosen (accuracy of classes, Pearson's correlation of scores)",
+        choices=("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse"),
+    )
+    seed: int = option(0, "of the head's weights, dropout and order", at_least=0, at_most=2**31 - 1)
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that defines a run but for where it runs and where it writes."""
 
@@ -335,11 +378,18 @@ class Config:
             problems.append(
                 f"--max-len {self.data.max_len}: must not exceed --max-positions {self.model.max_positions}"
             )
+        if self.data.extend_vocab and not self.data.vocab_file and self.model.init in DRAWN:
+            problems.append(
+                f"--extend-vocab {self.data.extend_vocab}: has no effect, it needs --vocab-file or --init RUN"
+            )
         if self.train.lr == 0:
             problems.append("--lr 0.0: must be above 0")
         if problems:
             raise BadInput("\n".join(problems))
 
+
+# Ways to draw the first weights; any other --init names a run.
+DRAWN = ("xavier", "normal")
 
 GROUPS: Dict[str, Any] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 
@@ -408,6 +458,10 @@ def problems_of(group: Any) -> List[str]:
 def _model_contradictions(model: ModelConfig) -> List[str]:
     if model.num_heads > 0 and model.units % model.num_heads:
         return [f"--num-heads {model.num_heads}: must divide --units {model.units}"]
+    if not model.init:
+        return [f"--init: must be {', '.join(DRAWN)} or the folder of a run"]
+    if model.init in DRAWN and model.init_checkpoint != "latest":
+        return [f"--init-checkpoint {model.init_checkpoint}: has no effect, it needs --init RUN"]
     return []
 
 
@@ -418,8 +472,6 @@ def _data_contradictions(data: DataConfig) -> List[str]:
             f"--mask-token-rate {data.mask_token_rate} and --random-token-rate {data.random_token_rate}: "
             "must not exceed 1 together"
         )
-    if not data.corpus:
-        problems.append("--corpus: must name a corpus, a file or a folder")
     if data.num_buckets > data.max_len:
         problems.append(f"--num-buckets {data.num_buckets}: must not exceed --max-len {data.max_len}")
     if data.masking == "ngrams" and data.max_ngram == 1:
@@ -435,7 +487,10 @@ def _without_effect(data: DataConfig) -> List[str]:
     """A sentence for everything that was changed and would change nothing, as another option is not set."""
     makes_pieces = data.tokenizer == "wordpiece" and not data.vocab_file
     used = {
-        "vocab_file": (data.tokenizer == "wordpiece", "needs --tokenizer wordpiece"),
+        "vocab_file": (
+            data.tokenizer == "wordpiece" or data.vocab_file.endswith(".json"),
+            "needs --tokenizer wordpiece; a vocabulary of words is the vocab.json of a run",
+        ),
         "vocab_size": (makes_pieces, "needs --tokenizer wordpiece, and no --vocab-file, which has its size"),
         "short_pair_rate": (data.pairs == "packed", "needs --pairs packed"),
         "max_ngram": (data.masking == "ngrams", "needs --masking ngrams"),
@@ -476,6 +531,7 @@ _CONTRADICTIONS: Dict[Any, Any] = {
     ModelConfig: _model_contradictions,
     DataConfig: _data_contradictions,
     TrainConfig: _train_contradictions,
+    FineTuneConfig: lambda tuning: [] if tuning.lr else ["--lr 0.0: must be above 0"],
 }
 
 

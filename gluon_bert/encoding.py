@@ -10,6 +10,7 @@ import numpy as np
 from .data.texts import Padded, Text, TextReader, by_length, chunks, padded
 from .data.vocab import Vocabulary
 from .errors import BadInput
+from .model.task import Task
 from .runtime import mx
 
 # Tokens that are computed at once, padding counted: enough to keep a CPU's matrix products busy.
@@ -19,18 +20,22 @@ BATCH_MASKS = 256
 # Tokens that are read ahead and sorted by length: with 16 batches a few in a hundred are padding.
 CHUNK_TOKENS = 16 * BATCH_TOKENS
 
+_TASK = "its task"
+
 
 class Outputs(NamedTuple):
     """What a network computes of padded texts, float32 on the host.
 
     encoded (B, T, C); pooled (B, C); mask_scores (M, V) for the M masks; next_scores (B, 2) for "does not
-    follow" and "follows". None: what the network was exported without.
+    follow" and "follows"; task_scores (B, K), what a fine-tuned network was fine-tuned for. None: what the
+    network has not, or was exported without.
     """
 
     encoded: np.ndarray
     pooled: np.ndarray | None = None
     mask_scores: np.ndarray | None = None
     next_scores: np.ndarray | None = None
+    task_scores: np.ndarray | None = None
 
 
 class Network(Protocol):
@@ -41,16 +46,19 @@ class Network(Protocol):
 
 
 class GluonNetwork:
-    """A BERTModel as a Network, on its first context, with dropout off."""
+    """A BERTModel or a FineTunedModel as a Network, on its first context, with dropout off."""
 
     def __init__(self, net: Any) -> None:
         self.net = net
-        self._context = net.nsp.dense.weight.list_ctx()[0]
+        self._context = net.pooler.dense.weight.list_ctx()[0]
 
     def __call__(self, texts: Padded) -> Outputs:
         """The outputs, brought to the host."""
         encoded = self.net.encoder(*map(self._load, (texts.tokens, texts.segments, texts.lengths)))
         pooled = self.net.pooler(encoded)
+        if self.net.task:
+            task_scores = self.net.head(pooled).asnumpy()
+            return Outputs(encoded.asnumpy(), pooled.asnumpy(), task_scores=task_scores)
         mask_scores = None
         if texts.predictions.size:
             mask_scores = self.net.mlm(encoded, self._load(texts.predictions)).asnumpy()
@@ -65,7 +73,8 @@ class Answer:
     """What the network says of one text of T tokens.
 
     vectors: (T, C), one a token with <cls> and <sep>. pooled: (C,). mask_scores: (K, V) for its K masks.
-    next_scores: (2,). All float32; None where the network was exported without.
+    next_scores: (2,). task_scores: (K,), what `task` says. All float32; None where the network has not, or
+    was exported without.
     """
 
     text: Text
@@ -73,6 +82,8 @@ class Answer:
     pooled: np.ndarray | None
     mask_scores: np.ndarray | None
     next_scores: np.ndarray | None
+    task_scores: np.ndarray | None = None
+    task: Task | None = None
 
     @property
     def cls(self) -> np.ndarray:
@@ -88,14 +99,35 @@ class Answer:
         """For each <mask> the likeliest tokens, each with its probability among the whole vocabulary."""
         if not len(self.text.masks):
             raise BadInput("the text has no <mask>: put one where a word is to be found")
-        return [_likeliest(vocab, row, top) for row in softmax(_given(self.mask_scores, "masked words"))]
+        return [_likeliest(vocab, row, top) for row in softmax(self._given(self.mask_scores, "masked words"))]
 
     @property
     def is_next(self) -> float:
         """The probability that the second text follows the first."""
         if not self.text.is_pair:
             raise BadInput("a single text has no next sentence: give a pair")
-        return float(softmax(_given(self.next_scores, "the next sentence"))[1])
+        return float(softmax(self._given(self.next_scores, "the next sentence"))[1])
+
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """What a fine-tuned network says: {"label", "probabilities"} of classes, or {"score"}."""
+        if self.task is None:
+            raise BadInput("the network was pretrained, not fine-tuned: it knows no labels and no scores")
+        if self.text.is_pair != self.task.pairs:
+            wanted = "pairs of texts: give two" if self.task.pairs else "single texts: give one"
+            raise BadInput(f"the network was fine-tuned on {wanted}")
+        scores = self._given(self.task_scores, _TASK)
+        if self.task.kind == "regression":
+            return {"score": float(scores[0])}
+        probabilities = dict(zip(self.task.labels, softmax(scores.astype(np.float64)).tolist()))
+        return {"label": self.task.labels[int(scores.argmax())], "probabilities": probabilities}
+
+    def _given(self, scores: np.ndarray | None, what: str) -> np.ndarray:
+        if scores is None and self.task and what != _TASK:
+            raise BadInput(f"the network was fine-tuned, and has no head for {what} any more")
+        if scores is None:
+            raise BadInput(f"the network was exported without {what}: export it with --outputs all")
+        return scores
 
 
 class Predictor:
@@ -107,13 +139,13 @@ class Predictor:
     ...     print(answer.mean, answer.fill_masks(run.vocab))
     """
 
-    def __init__(self, network: Network, reader: TextReader) -> None:
-        self.network, self.reader = network, reader
+    def __init__(self, network: Network, reader: TextReader, task: Task | None = None) -> None:
+        self.network, self.reader, self.task = network, reader, task
 
     @classmethod
     def of(cls, run: Any) -> Predictor:
         """A predictor of a run as `load_run` gives it."""
-        return cls(GluonNetwork(run.net), run.reader)
+        return cls(GluonNetwork(run.net), run.reader, run.net.task)
 
     def ask(self, texts: Iterable[Text]) -> Iterator[Answer]:
         """An answer for each text, in their order. Reads ahead no more than one chunk of them."""
@@ -126,7 +158,7 @@ class Predictor:
 
     def _ask(self, texts: list[Text]) -> Iterator[Answer]:
         batch = padded(texts, self.reader.max_len)
-        encoded, pooled, mask_scores, next_scores = self.network(batch)
+        encoded, pooled, mask_scores, next_scores, task_scores = self.network(batch)
         for row, text in enumerate(texts):
             mine = batch.predictions[0] == row
             yield Answer(
@@ -135,6 +167,8 @@ class Predictor:
                 None if pooled is None else pooled[row],
                 None if mask_scores is None else mask_scores[mine],
                 None if next_scores is None else next_scores[row],
+                None if task_scores is None else task_scores[row],
+                self.task,
             )
 
 
@@ -158,15 +192,9 @@ def encode(
     """
     reader = TextReader(vocab, net.config.max_positions, lowercase=False)
     text = reader.tokens(tokens_a, tokens_b)
-    context = net.nsp.dense.weight.list_ctx()[0]
+    context = net.pooler.dense.weight.list_ctx()[0]
     inputs = ([text.ids], [text.segments], [len(text)])
     return net.encoder(*(mx.nd.array(each, ctx=context, dtype=np.float32) for each in inputs))
-
-
-def _given(scores: np.ndarray | None, what: str) -> np.ndarray:
-    if scores is None:
-        raise BadInput(f"the network was exported without {what}: export it with --outputs all")
-    return scores
 
 
 def _likeliest(vocab: Vocabulary, probabilities: np.ndarray, top: int) -> list[tuple[str, float]]:

@@ -95,7 +95,12 @@ def relu(x):
     return np.maximum(x, 0)
 
 
-ACTIVATIONS = {"gelu": gelu, "relu": relu}
+def gelu_tanh(x):
+    """The approximation of GELU (Hendrycks and Gimpel 2016, section 2)."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
 
 
 def log_softmax(scores):

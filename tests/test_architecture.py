@@ -19,11 +19,14 @@ FLOORS = {
     "data": 1,
     "model": 1,
     "checkpoint": 2,
+    "conversion": 3,
     "encoding": 2,
     "answers": 3,
+    "starting": 3,
     "training": 3,
     "text_files": 3,
     "export": 3,
+    "finetuning": 4,
     "serving": 4,
 }
 # Floor 0 is one room: errors and files serve the others.
@@ -41,6 +44,7 @@ WITHOUT_MXNET = [
     "wikitext",
     "texts",
     "wordpiece",
+    "tables",
 ]
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

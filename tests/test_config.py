@@ -83,7 +83,6 @@ def test_all_problems_are_told_at_once():
     [
         ({"max_len": 1001}, "--max-len 1001: must not exceed --max-positions 1000"),
         ({"mask_token_rate": 0.9, "random_token_rate": 0.2}, "must not exceed 1 together"),
-        ({"corpus": ()}, "--corpus"),
         ({"lr": 0.0}, "--lr 0.0: must be above 0"),
         ({"num_buckets": 65}, "--num-buckets 65: must not exceed --max-len 64"),
         ({"seed": 2**31}, "--seed 2147483648: must be at most 2147483647"),
@@ -100,7 +99,13 @@ def test_all_problems_are_told_at_once():
         ({"clip_norm": -1.0}, "--clip-norm -1.0: must be at least 0.0"),
         ({"clip_norm": float("inf")}, "--clip-norm inf: must be at most"),
         ({"num_heads": 0}, "--num-heads 0: must be at least 1"),
-        ({"vocab_file": "v.txt"}, "--vocab-file v.txt: has no effect, it needs --tokenizer wordpiece"),
+        (
+            {"vocab_file": "v.txt"},
+            "--vocab-file v.txt: has no effect, it needs --tokenizer wordpiece; a vocabulary of words",
+        ),
+        ({"extend_vocab": 9}, "--extend-vocab 9: has no effect, it needs --vocab-file or --init RUN"),
+        ({"init": ""}, "--init: must be xavier, normal or the folder of a run"),
+        ({"init_checkpoint": "best"}, "--init-checkpoint best: has no effect, it needs --init RUN"),
         ({"vocab_size": 8000}, "--vocab-size 8000: has no effect, it needs --tokenizer wordpiece"),
         (
             {"tokenizer": "wordpiece", "vocab_file": "v.txt", "vocab_size": 8000},

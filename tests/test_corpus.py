@@ -295,3 +295,8 @@ def test_paths_that_cannot_be_read_are_told(tmp_path):
         text_files(tmp_path / "nowhere")
     with pytest.raises(BadInput, match=r"holds no file that ends in \.txt"):
         text_files(tmp_path)
+
+
+def test_no_corpus_is_told():
+    with pytest.raises(BadInput, match="--corpus: must name a corpus, a file or a folder"):
+        Corpus(DataConfig(corpus=()))

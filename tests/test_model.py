@@ -24,6 +24,7 @@ BERT = dataclasses.replace(
 VARIANTS = {
     "d2l": D2L,
     "bert": BERT,
+    "tanh": dataclasses.replace(BERT, activation="gelu_tanh"),
     "pre": dataclasses.replace(BERT, norm="pre"),
     "pre-untied-relu": dataclasses.replace(D2L, norm="pre"),
     "one-head": dataclasses.replace(D2L, num_heads=1, num_layers=1),

@@ -28,6 +28,7 @@ BERT = dataclasses.replace(
 VARIANTS = {
     "post": SMALL,
     "bert": BERT,
+    "tanh": dataclasses.replace(BERT, activation="gelu_tanh"),
     "pre": dataclasses.replace(BERT, norm="pre"),
     "pre-relu": dataclasses.replace(SMALL, norm="pre", num_layers=3),
     "one-layer": dataclasses.replace(BERT, num_layers=1),

@@ -8,8 +8,11 @@ import subprocess
 import sys
 
 import benchmark
+import convert
+import does_pretraining_help
 import encode
 import export
+import finetune
 import numpy as np
 import pretrain
 import pytest
@@ -22,7 +25,16 @@ from gluon_bert.serving.server import free_ports
 
 README = (ROOT / "README.md").read_text("utf-8")
 COMMANDS = re.findall(r"^ {4}(?:.* && )?python tools/(\w+)\.py(.*)$", README, re.M)
-TOOLS = {"pretrain": pretrain, "encode": encode, "export": export, "serve": serve, "benchmark": benchmark}
+TOOLS = {
+    "pretrain": pretrain,
+    "convert": convert,
+    "encode": encode,
+    "export": export,
+    "finetune": finetune,
+    "serve": serve,
+    "benchmark": benchmark,
+    "does_pretraining_help": does_pretraining_help,
+}
 EXPORTED, WALK_THROUGH, ASKED = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -55,9 +67,10 @@ def runs(tmp_path_factory):
         yield folder
 
 
-def commands(tool, flag=""):
-    """The README's commands of a tool that have a flag."""
-    return [shlex.split(arguments) for name, arguments in COMMANDS if name == tool and flag in arguments]
+def commands(tool, flag="", of="runs/d2l-1"):
+    """The README's commands of a tool that have a flag and use what is of a run."""
+    used = [arguments for name, arguments in COMMANDS if name == tool and flag in arguments]
+    return [shlex.split(arguments) for arguments in used if re.search(rf"{of}[ /]", arguments)]
 
 
 def test_what_was_pretrained_is_used_as_told(runs, capfd):
@@ -70,6 +83,23 @@ def test_what_was_pretrained_is_used_as_told(runs, capfd):
     capfd.readouterr()
     command = [sys.executable, "-W", "ignore", "-c", EXPORTED]
     assert subprocess.run(command, cwd=runs, capture_output=True, text=True).stdout == "(1, 4, 128)\n"
+
+
+def test_what_was_pretrained_is_fine_tuned_and_exported_as_told(runs, capsys):
+    rows = [f"the {noun} {verb}\t{verb}" for noun in ("crane", "bird", "city") for verb in ("sees", "lifts")]
+    for name in ("train.tsv", "dev.tsv"):
+        (runs / name).write_text("\n".join(["text\tlabel", *rows]) + "\n", "utf-8")
+    (runs / "runs" / "base").symlink_to(runs / "runs" / "d2l-1")
+    (tuning,) = commands("finetune", of="runs/base")
+    assert finetune.main(tuning) == 0
+    (asking,) = commands("encode", of="runs/base-finetuned-1")
+    capsys.readouterr()
+    assert encode.main(asking) == 0
+    assert set(capsys.readouterr().out.split()) >= {"sees", "lifts"}
+    (packing,) = commands("export", of="runs/base-finetuned-1")
+    assert export.main(packing) == 0
+    (serving,) = commands("serve", of="runs/base-finetuned-1")
+    assert (runs / serving[0]).is_file()
 
 
 @pytest.mark.java

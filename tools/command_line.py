@@ -9,6 +9,7 @@ import signal
 import sys
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Tuple, get_type_hints
 
 from gluon_bert import runtime
@@ -21,15 +22,20 @@ TITLES = {"model": "the network", "data": "the text and its masks", "train": "tr
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of the configuration, in groups; those not given stay as the preset has them."""
     for group_name, group in GROUPS.items():
-        flags = parser.add_argument_group(TITLES[group_name])
-        hints = get_type_hints(group)
-        for field in dataclasses.fields(group):
-            flags.add_argument(
-                flag(field.name),
-                help=_help(group_name, field),
-                default=argparse.SUPPRESS,
-                **_parsing(hints[field.name], field.metadata["choices"]),
-            )
+        add_field_flags(parser.add_argument_group(TITLES[group_name]), group, partial(_defaults, group_name))
+
+
+def add_field_flags(parser: Any, group: Any, default: Callable[[str], str]) -> None:
+    """A flag for every field of a dataclass of options; `default` tells what a field is if not given."""
+    hints = get_type_hints(group)
+    for field in dataclasses.fields(group):
+        parser.add_argument(
+            flag(field.name),
+            # argparse takes a percent sign for the start of a format.
+            help=f"{field.metadata['help']} ({default(field.name)})".replace("%", "%%"),
+            default=argparse.SUPPRESS,
+            **_parsing(hints[field.name], field.metadata["choices"]),
+        )
 
 
 def config_from(arguments: argparse.Namespace, preset: Config) -> Config:
@@ -47,8 +53,8 @@ def add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="latest",
         metavar="{latest,best,STEP}",
-        help="the network after the last step, the best one by the MLM loss on held-out text, or that after "
-        "a step (latest)",
+        help="the network after the last step, the best one on held-out text, by the MLM loss or what a fine-"
+        "tuned run chose it by, or that after a step (latest)",
     )
 
 
@@ -135,20 +141,15 @@ def _failed(name: str, error: BaseException) -> int:
     return 1
 
 
-def _help(group_name: str, field: Any) -> str:
-    # argparse takes a percent sign for the start of a format.
-    return f"{field.metadata['help']} ({_defaults(group_name, field.name)})".replace("%", "%%")
-
-
 def _defaults(group_name: str, name: str) -> str:
     """What the presets have: the first one's value, and the others' where they agree on another."""
-    first, *others = (_shown(getattr(getattr(config, group_name), name)) for config in PRESETS.values())
+    first, *others = (shown(getattr(getattr(config, group_name), name)) for config in PRESETS.values())
     if set(others) == {first}:
         return first
     return f"d2l: {first}, bert-*: {others[0] if len(set(others)) == 1 else 'by size'}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return " ".join(value) if isinstance(value, tuple) else str(value)
@@ -156,7 +157,7 @@ def _shown(value: Any) -> str:
 
 def _parsing(hint: Any, choices: Tuple[str, ...]) -> Dict[str, Any]:
     if hint is bool:
-        return {"type": _yes_or_no, "metavar": "{yes,no}"}
+        return {"type": yes_or_no, "metavar": "{yes,no}"}
     if hint == Tuple[str, ...]:
         return {"nargs": "+", "action": _AsTuple, "metavar": "NAME"}
     if choices:
@@ -164,7 +165,8 @@ def _parsing(hint: Any, choices: Tuple[str, ...]) -> Dict[str, Any]:
     return {"type": hint, "metavar": "X" if hint is float else "N" if hint is int else "NAME"}
 
 
-def _yes_or_no(text: str) -> bool:
+def yes_or_no(text: str) -> bool:
+    """The type of a flag that is answered with yes or no."""
     if text not in ("yes", "no"):
         raise argparse.ArgumentTypeError(f"{text}: must be yes or no")
     return text == "yes"

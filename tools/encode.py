@@ -29,9 +29,11 @@ examples:
   python tools/encode.py runs/d2l-1 --input sentences.txt --output vectors.npz
   python tools/encode.py runs/d2l-1 --input sentences.txt --fill-mask --json > filled.jsonl
 
-RUN is the folder of a run, or that of an export. A text is split into words as in training; one whose tokens
-stand apart by spaces is taken as it is. Words that the vocabulary does not have are told, and so is what was
-cut off where a text is longer than the network was trained for. In a file of texts no line may be empty.
+RUN is the folder of a run, or that of an export. A fine-tuned one tells what it was fine-tuned for, its label
+or score, unless --token-vectors or an .npz asks for vectors. A text is split into words as in training; one
+whose tokens stand apart by spaces is taken as it is. Words that the vocabulary does not have are told, and so
+is what was cut off where a text is longer than the network was trained for. In a file of texts no line may be
+empty.
 
 vectors.npz holds, for N texts, the arrays cls, mean and pooled, (N, C), and truncated, (N,), how many tokens
 were cut off; with --token-vectors also vectors, those of all tokens one text after the other, and starts,
@@ -98,6 +100,8 @@ def encode(arguments: argparse.Namespace) -> int:
         parsed = [parse_line(f"text {number}", text) for number, text in enumerate(texts, 1)]
         total, lines = len(parsed), iter(parsed)
     predictor = predictor_of(arguments.run, device(arguments), arguments.checkpoint)
+    if predictor.task and ask == "vectors" and not wants_vectors(arguments):
+        ask = "task"
     told, asked_lines = tee(lines)
     truncate = arguments.too_long == "cut"
     answers = predictor.ask(readable(predictor.reader, asked_lines, ask, truncate))
@@ -126,6 +130,12 @@ def asked(arguments: argparse.Namespace) -> tuple[str, list[str]]:
     if len(texts) == 2 and not any("||" in text for text in texts):
         texts = [" || ".join(texts)]
     return "next", texts
+
+
+def wants_vectors(arguments: argparse.Namespace) -> bool:
+    """Whether the flags ask for vectors, rather than for what a network was made for."""
+    npz = arguments.output is not None and arguments.output.suffix == ".npz"
+    return npz or arguments.token_vectors
 
 
 def check(arguments: argparse.Namespace, ask: str, texts: list[str]) -> None:
@@ -170,8 +180,7 @@ def predictor_of(folder: Path, context: Any, checkpoint: str = "latest") -> Any:
     if (folder / MANIFEST).exists():
         if checkpoint != "latest":
             raise BadInput(f"--checkpoint {checkpoint}: {folder} is an export, of one network; name its run")
-        exported = load_exported(folder, context)
-        return Predictor(exported.network, exported.reader)
+        return load_exported(folder, context).predictor
     return Predictor.of(load_run(folder, [context], checkpoint))
 
 
@@ -219,6 +228,8 @@ def in_words(line: Any, answer: Any, ask: str, vocab: Any, arguments: argparse.N
         for number, words in enumerate(filled, 1):
             told += [f"  <mask> {number} of {len(filled)}"] if len(filled) > 1 else []
             told += [f"  {probability:8.4f}  {word}" for word, probability in words]
+    elif ask == "task":
+        told += verdict_in_words(answer.verdict)
     elif ask == "next":
         told.append(f"  {answer.is_next:.4f}  is the probability that the second follows the first")
     else:
@@ -233,6 +244,14 @@ def in_words(line: Any, answer: Any, ask: str, vocab: Any, arguments: argparse.N
                 for token, vector in zip(answer.text.tokens, answer.vectors)
             ]
     return "\n".join(map(printable, told))
+
+
+def verdict_in_words(verdict: dict[str, Any]) -> list[str]:
+    """What a fine-tuned network says, the likeliest label first."""
+    if "score" in verdict:
+        return [f"  {verdict['score']:8.4f}  is the score"]
+    likeliest = sorted(verdict["probabilities"].items(), key=lambda each: -each[1])[:TOP]
+    return [f"  {probability:8.4f}  {label}" for label, probability in likeliest]
 
 
 def printable(text: str) -> str:

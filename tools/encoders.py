@@ -11,7 +11,10 @@ from typing import Any, Callable, Sequence
 import numpy as np
 
 from gluon_bert import runtime
-from gluon_bert.checkpoint import Run
+from gluon_bert.checkpoint import Run, weights_of
+from gluon_bert.conversion.huggingface import bert_config
+from gluon_bert.conversion.layout import HUGGINGFACE
+from gluon_bert.conversion.weights import foreign_arrays
 from gluon_bert.data.texts import Padded, Text, padded
 from gluon_bert.encoding import GluonNetwork, Outputs, Predictor
 from gluon_bert.errors import BadInput
@@ -21,6 +24,9 @@ PLAIN_BATCH = 64
 
 # Connections to the server, and so requests that wait at once.
 CONNECTIONS = 8
+
+# What transformers' BertForPreTraining calls its BertModel.
+OF_BERT = "bert."
 
 Vectors = Callable[[Sequence[Text]], np.ndarray]
 
@@ -56,8 +62,7 @@ def exported(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     from gluon_bert.export.formats import export_mxnet, load_exported
 
     export_mxnet(run, folder / "mxnet")
-    read_back = load_exported(folder / "mxnet")
-    return _predicting(Predictor(read_back.network, read_back.reader))
+    return _predicting(load_exported(folder / "mxnet").predictor)
 
 
 def served(run: Run, folder: Path, stack: ExitStack) -> Vectors:
@@ -91,8 +96,7 @@ def onnxruntime(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     from gluon_bert.export.held_out import held_out_texts
 
     export_onnx(run, folder / "onnx", "all", held_out_texts(run))
-    read_back = load_exported(folder / "onnx")
-    return _predicting(Predictor(read_back.network, read_back.reader))
+    return _predicting(load_exported(folder / "onnx").predictor)
 
 
 def transformers(run: Run, folder: Path, stack: ExitStack) -> Vectors:
@@ -112,24 +116,14 @@ class TransformersNetwork:
             raise BadInput("--against transformers: its BertModel has no LayerNorm before the sub-layers")
         self._torch = torch
         torch.set_num_threads(int(runtime.versions()["threads"]))
-        self._model = BertModel(
-            BertConfig(
-                vocab_size=net.vocab_size,
-                hidden_size=config.units,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                intermediate_size=config.ffn_units,
-                hidden_act=config.activation,
-                max_position_embeddings=config.max_positions,
-                layer_norm_eps=config.norm_epsilon,
-            )
-        ).eval()
+        self._model = BertModel(BertConfig(**bert_config(config, net.vocab_size))).eval()
         if not config.embedding_norm:
             self._model.embeddings.LayerNorm = torch.nn.Identity()
+        arrays = foreign_arrays(weights_of(net), HUGGINGFACE)
         weights = {
-            _their_name(name): torch.from_numpy(parameter.data().asnumpy())
-            for name, parameter in net._collect_params_with_prefix().items()
-            if name.startswith(("encoder.", "pooler."))
+            name[len(OF_BERT) :]: torch.from_numpy(array)
+            for name, array in arrays.items()
+            if name.startswith(OF_BERT)
         }
         self._model.load_state_dict(weights, strict=True)
 
@@ -141,32 +135,6 @@ class TransformersNetwork:
         with torch.inference_mode():
             found = self._model(input_ids=tokens, token_type_ids=segments, attention_mask=real)
         return Outputs(found.last_hidden_state.numpy(), found.pooler_output.numpy())
-
-
-# Our names -> those of transformers' BertModel, in the order in which they are replaced.
-_NAMES = {
-    "encoder.embeddings.tokens": "embeddings.word_embeddings",
-    "encoder.embeddings.segments": "embeddings.token_type_embeddings",
-    "encoder.embeddings.positions": "embeddings.position_embeddings",
-    "encoder.embeddings.norm": "embeddings.LayerNorm",
-    "encoder.layers": "encoder.layer",
-    "attend.query": "attention.self.query",
-    "attend.key": "attention.self.key",
-    "attend.value": "attention.self.value",
-    "attend.output": "attention.output.dense",
-    "norm1": "attention.output.LayerNorm",
-    "feed_forward.expand": "intermediate.dense",
-    "feed_forward.project": "output.dense",
-    "norm2": "output.LayerNorm",
-    "gamma": "weight",
-    "beta": "bias",
-}
-
-
-def _their_name(name: str) -> str:
-    for ours, theirs in _NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
 
 
 # In the order in which they take their turns, with the packages that they need.

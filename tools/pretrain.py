@@ -12,7 +12,7 @@ from typing import Any, Iterator, Mapping, Sequence
 from command_line import Terminated, add_config_flags, config_from, guarded, run
 
 from gluon_bert import runtime
-from gluon_bert.config import PRESETS, Config, changeable, preset, refuse_changes
+from gluon_bert.config import DRAWN, PRESETS, Config, changeable, preset, refuse_changes
 from gluon_bert.errors import BadInput
 from gluon_bert.files import held_alone, remove_leftovers
 
@@ -22,6 +22,7 @@ examples:
   python tools/pretrain.py --corpus wikitext-2 --gpus 0,1    the book's text, on two GPUs
   python tools/pretrain.py --preset bert-tiny --corpus my_texts/ --num-steps 5000 --eval-every 500
   python tools/pretrain.py --preset bert-tiny --max-minutes 30 --eval-every 100 --patience 5
+  python tools/pretrain.py --init runs/d2l-1 --corpus my_domain/ --lr 0.0001 --extend-vocab 500
   python tools/pretrain.py --cpus 2 --batch-size 64 --seed 7
   python tools/pretrain.py --resume runs/bert-tiny-1         go on with a run that was stopped or killed
 
@@ -128,10 +129,21 @@ def profiled(path: Path) -> Iterator[None]:
 
 def starting_point(arguments: argparse.Namespace) -> Config:
     """The configuration that the flags change: a preset's, or an earlier run's."""
+    if arguments.config is not None and arguments.preset is not None:
+        raise BadInput("--config and --preset exclude each other: give one of them")
+    init = getattr(arguments, "init", DRAWN[0])
+    if init not in DRAWN:
+        from gluon_bert.starting import beginning_with
+
+        recipe = None if arguments.config is None and arguments.preset is None else recipe_of(arguments)
+        return beginning_with(init, getattr(arguments, "init_checkpoint", "latest"), recipe)
+    return recipe_of(arguments)
+
+
+def recipe_of(arguments: argparse.Namespace) -> Config:
+    """The configuration that --preset or --config names."""
     if arguments.config is None:
         return preset(arguments.preset or "d2l")
-    if arguments.preset is not None:
-        raise BadInput("--config and --preset exclude each other: give one of them")
     from gluon_bert.checkpoint import read_config  # needs MXNet, which --help does not
 
     return read_config(arguments.config)
@@ -151,19 +163,24 @@ def begin(config: Config, contexts: list[Any], output: Path, operators: str | No
     from gluon_bert import ops
     from gluon_bert.checkpoint import check_new, create_run
     from gluon_bert.data.loader import load_data
+    from gluon_bert.starting import load_start, start_from
     from gluon_bert.training.report import References
     from gluon_bert.training.trainer import check_evaluable
 
     check_new(output)
     ops.choose(operators)
+    start = load_start(config)
     data = load_data(config.data, config.train.batch_size, config.train.seed)
     check_evaluable(config.train, data)
     net = network(config, data, contexts)
+    if start:
+        start_from(net, data.vocab, start)
     facts = {
         "contexts": [str(context) for context in contexts],
         "operators": ops.in_use(contexts),
         "versions": runtime.versions(),
         "text": data.fingerprint,
+        "began_with_step": start.step if start else None,
         "losses_for_comparison": References.of(data)._asdict(),
     }
     create_run(output, config, data.vocab, facts)

@@ -94,7 +94,7 @@ class Corpus:
         self._told: set[str] = set()
         self._files: list[TextFile] = []
         self._prose: list[pydoc_prose.Source] = []
-        problems = []
+        problems = [] if config.corpus else ["--corpus: must name a corpus, a file or a folder"]
         for name in config.corpus:
             try:
                 if name == "pydoc":

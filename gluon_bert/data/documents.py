@@ -150,9 +150,11 @@ def _made_by(corpus: Corpus, config: DataConfig) -> dict[str, Any]:
     """What the ids depend on, for the manifest: the settings, and the fingerprint of these and the text."""
     names = ["text_format", "language", "lowercase", "held_out", "min_freq"]
     settings = {name: getattr(config, name) for name in names}
+    if config.vocab_file:
+        settings["vocab_file"] = digest(Path(config.vocab_file))
+        settings["extend_vocab"] = config.extend_vocab
     if config.tokenizer == "wordpiece":
         settings["tokenizer"], settings["vocab_size"] = config.tokenizer, config.vocab_size
-        settings["vocab_file"] = digest(Path(config.vocab_file)) if config.vocab_file else ""
         settings["tokenizers"] = installed_version()
     content = json.dumps([shards.FORMAT, corpus.fingerprint(), settings])
     return {"fingerprint": hashlib.sha1(content.encode()).hexdigest(), "corpus": config.corpus, **settings}

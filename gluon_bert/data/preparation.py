@@ -51,14 +51,18 @@ _MANY_UNKNOWN = 0.1
 
 def vocabulary_maker(config: DataConfig) -> VocabularyOf:
     """What gives the vocabulary for counted words; BadInput where it cannot, before any text is read."""
-    if config.tokenizer == "words":
+    vocab: Vocabulary
+    if config.tokenizer == "wordpiece":
+        installed_version()
+        if not config.vocab_file:
+            return lambda counts: WordPieceVocabulary.from_counts(counts, config.min_freq, config.vocab_size)
+        vocab = WordPieceVocabulary.load(Path(config.vocab_file))
+        vocab.check_case(config.vocab_file, config.lowercase)
+    elif config.vocab_file:
+        vocab = Vocabulary.load(Path(config.vocab_file))
+    else:
         return lambda counts: Vocabulary.from_counts(counts, config.min_freq)
-    installed_version()
-    if not config.vocab_file:
-        return lambda counts: WordPieceVocabulary.from_counts(counts, config.min_freq, config.vocab_size)
-    vocab = WordPieceVocabulary.load(Path(config.vocab_file))
-    vocab.check_case(config.vocab_file, config.lowercase)
-    return lambda counts: vocab
+    return lambda counts: vocab.extended(counts, config.extend_vocab, config.min_freq)
 
 
 class WordIds:

@@ -22,6 +22,9 @@ _LETTER = rf"[\w\u200c\u200d{_MARKS}]"
 # A word with its inner apostrophes and hyphens, or one other visible character; <unk> and <mask> stay whole.
 _WORD = re.compile(rf"<unk>|<mask>|{_LETTER}+(?:['’-]{_LETTER}+)*|[^\s]")
 
+# Above this share of tokens with capitals a vocabulary is a cased one; in the uncased ones a few are strays.
+_CASED_SHARE = 0.1
+
 
 def split_words(text: str) -> list[str]:
     """Running text to words and punctuation marks, with accented letters in their composed form.
@@ -68,6 +71,22 @@ class Vocabulary:
         words = [w for w, n in counts.items() if n >= min_freq and w not in SPECIAL_TOKENS]
         return cls(sorted(words, key=lambda word: (-counts[word], word)))
 
+    def extended(self, counts: Mapping[str, int], number: int, min_freq: int) -> Vocabulary:
+        """This vocabulary with the `number` most frequent words behind it that are no token of it, or fewer.
+
+        >>> Vocabulary(["crane"]).extended({"crane": 9, "is": 7, "a": 8, "rare": 1}, 5, 2).tokens[5:]
+        ['crane', 'a', 'is']
+        """
+        new = [word for word, n in counts.items() if n >= min_freq and self._is_new(word)]
+        new = sorted(new, key=lambda word: (-counts[word], word))[:number]
+        return self._with(new) if new else self
+
+    def _is_new(self, word: str) -> bool:
+        return word not in self
+
+    def _with(self, new: Sequence[str]) -> Vocabulary:
+        return type(self)([*self.tokens[len(SPECIAL_TOKENS) :], *new])
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -91,6 +110,11 @@ class Vocabulary:
         return [
             word for part in text.split() for word in ([part] if self._known(part) else split_words(part))
         ]
+
+    def is_cased(self) -> bool:
+        """Whether it was made of text with capitals, as far as its tokens tell."""
+        capitals = sum(self.tokens[i] != self.tokens[i].lower() for i in self.ordinary)
+        return capitals > _CASED_SHARE * len(self.ordinary)
 
     def _known(self, part: str) -> bool:
         return part in self and (part == MASK or part not in SPECIAL_TOKENS)

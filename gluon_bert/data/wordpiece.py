@@ -31,8 +31,6 @@ _LONGEST_WORD = 100
 _MOST_CHARACTERS = 1000
 # Words that are told to the trainer at once: one that occurs a million times makes no long text.
 _REPEATED = 10_000
-# Above this share of tokens with capitals a vocabulary is a cased one; in the uncased ones a few are strays.
-_CASED_SHARE = 0.1
 
 
 class WordPieceVocabulary(Vocabulary):
@@ -93,6 +91,12 @@ class WordPieceVocabulary(Vocabulary):
         # table, other in each process, and among equally frequent pairs it joins the lower numbers first.
         return cls(_joined(counts, needed, min_freq, size))
 
+    def _is_new(self, word: str) -> bool:
+        return word not in self and word not in _IN_TEXT and len(word) <= _LONGEST_WORD
+
+    def _with(self, new: Sequence[str]) -> WordPieceVocabulary:
+        return type(self)([*self.tokens, *new])
+
     def split(self, text: str, lowercase: bool) -> list[str]:
         """The words of a text, as BERT parts them; <mask> and <unk> are [MASK] and [UNK]."""
         return split_words(text, lowercase)
@@ -139,8 +143,7 @@ class WordPieceVocabulary(Vocabulary):
 
     def check_case(self, path: str, lowercase: bool) -> None:
         """Raise BadInput where a published vocabulary was made for text of the other case."""
-        capitals = sum(self.tokens[i] != self.tokens[i].lower() for i in self.ordinary)
-        if lowercase and capitals > _CASED_SHARE * len(self.ordinary):
+        if lowercase and self.is_cased():
             raise BadInput(f"--vocab-file {path}: is a cased vocabulary; add --lowercase no")
         if not lowercase and "a" in self and "A" not in self:
             raise BadInput(f"--vocab-file {path}: is an uncased vocabulary; add --lowercase yes")

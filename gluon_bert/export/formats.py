@@ -12,12 +12,13 @@ import numpy as np
 
 from ..checkpoint import Run
 from ..data.texts import Padded, Text, TextReader
-from ..encoding import GluonNetwork, Network
+from ..encoding import GluonNetwork, Network, Predictor
 from ..errors import BadInput
 from ..files import folder_aside
+from ..model.task import Task
 from ..runtime import versions
 from .comparison import NUM_GROUPS, batches, compare, differences, random_texts
-from .manifest import OUTPUTS, Manifest, hashes
+from .manifest import MANIFEST, OUTPUTS, Manifest, hashes
 from .onnx_graph import OnnxNetwork, onnx_versions, package, save_onnx
 from .quantized import check_bf16, check_int8, to_bf16, to_int8
 from .symbol import BlockNetwork, ModuleNetwork, save_graph, trace
@@ -44,6 +45,12 @@ class Exported(NamedTuple):
     reader: TextReader
     manifest: Manifest
 
+    @property
+    def predictor(self) -> Predictor:
+        """What answers questions about texts."""
+        task = self.manifest.task
+        return Predictor(self.network, self.reader, None if task is None else Task.from_json(task, MANIFEST))
+
 
 def load_exported(folder: Path, context: Any | None = None) -> Exported:
     """Read an export of any format, by default onto the CPU; BadInput where it is damaged or none.
@@ -65,6 +72,7 @@ def export_mxnet(run: Run, folder: Path, outputs: str = "all") -> Manifest:
     differ, in which case nothing is left.
     """
     check_free(folder)
+    outputs = outputs_of_run(run, outputs)
     with folder_aside(folder) as aside:
         save_graph(aside, trace(run.net, outputs, run.config.data.max_len))
         manifest = describe(aside, run, "mxnet", outputs)
@@ -90,6 +98,7 @@ def export_onnx(
     """
     for name in ("onnx", "onnxruntime"):
         package(name)
+    outputs = outputs_of_run(run, outputs)
     limit = Limit("largest", ONNX_ERROR if max_error is None else max_error)
     with _new_export(folder) as aside:
         save_onnx(aside, trace(run.net, outputs, run.config.data.max_len), outputs)
@@ -113,6 +122,7 @@ def export_int8(
         )
     ordered = sorted(texts, key=len)
     calibration, compared = ordered[::2], ordered[1::2]
+    outputs = outputs_of_run(run, outputs)
     limit = Limit("mean", INT8_ERROR if max_error is None else max_error)
     with _new_export(folder) as aside:
         graph = trace(run.net, outputs, run.config.data.max_len)
@@ -130,6 +140,7 @@ def export_bf16(
     nothing is left.
     """
     check_bf16()
+    outputs = outputs_of_run(run, outputs)
     limit = Limit("mean", BF16_ERROR if max_error is None else max_error)
     with _new_export(folder) as aside:
         graph = trace(run.net, outputs, run.config.data.max_len)
@@ -194,13 +205,18 @@ def _network(folder: Path, manifest: Manifest, context: Any | None = None) -> Ne
     return BlockNetwork(folder, manifest, context)
 
 
-def check_free(folder: Path) -> None:
-    """Raise BadInput where a folder holds something already; writes nothing."""
+def outputs_of_run(run: Run, outputs: str) -> str:
+    """The key of OUTPUTS that a run's network has: all of a fine-tuned one's are those of its task."""
+    return "task" if run.net.task and outputs == "all" else outputs
+
+
+def check_free(folder: Path, flag: str = "--output") -> None:
+    """Raise BadInput where a folder holds something already, naming the flag; writes nothing."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise BadInput(f"--output {folder}: is there already; name a new folder, or remove it")
+        raise BadInput(f"{flag} {folder}: is there already; name a new folder, or remove it")
     there = next(path for path in folder.absolute().parents if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise BadInput(f"--output {folder}: cannot be written, as {there} is no folder that can")
+        raise BadInput(f"{flag} {folder}: cannot be written, as {there} is no folder that can")
 
 
 def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:
@@ -219,6 +235,7 @@ def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:
         step=run.step,
         files=hashes(folder),
         versions=versions(),
+        task=run.net.task.to_json() if run.net.task else None,
     )
 
 

@@ -44,6 +44,8 @@ def held_out_texts(run: Run, count: int = NUM_TEXTS) -> list[Text]:
 
 def _prepared(run: Run) -> Prepared:
     remedy = "name a text of the same kind to compare with (--text FILE)"
+    if not run.config.data.corpus:
+        raise BadInput(f"the run has no corpus: {remedy}")
     try:
         prepared = prepare(run.config.data)
     except BadInput as error:

@@ -12,6 +12,7 @@ from ..data.texts import TextReader
 from ..data.wordpiece import load_vocabulary
 from ..errors import BadInput
 from ..files import digest
+from ..model.task import Task
 
 MANIFEST = "manifest.json"
 
@@ -22,7 +23,11 @@ FORMATS = ("mxnet", "onnx", "int8", "bf16")
 TOKENIZERS = ("words", "wordpiece")
 
 # What an export may give: the encoder's vectors, or these and what the heads make of them.
-OUTPUTS = {"encoder": ("encoded",), "all": ("encoded", "pooled", "mask_scores", "next_scores")}
+OUTPUTS = {
+    "encoder": ("encoded",),
+    "all": ("encoded", "pooled", "mask_scores", "next_scores"),
+    "task": ("encoded", "pooled", "task_scores"),  # all of a fine-tuned network
+}
 
 # Axis letters as in the model: B batch, T positions, C units, V vocabulary; K masks a row.
 _INPUTS = {
@@ -37,6 +42,8 @@ _OUTPUTS = {
     "mask_scores": ("B K V", "for each position a score for each token of the vocabulary; softmax makes "
                              "probabilities of them"),
     "next_scores": ("B 2", "scores for: the second text does not follow the first, it does"),
+    "task_scores": ("B K", "what the task says: a score for each of its labels, softmax makes probabilities "
+                           "of them; or K = 1, the score that it asks for"),
 }  # fmt: skip
 
 
@@ -47,7 +54,8 @@ class Manifest:
     format: one of FORMATS. outputs: a key of OUTPUTS. max_len: the longest T; a longer one is an error.
     tokenizer: how text becomes tokens, and the ids of the special ones. vocabulary_size, step: of the run.
     files: the SHA-256 of each file. versions: what the export was made with. comparison: how far the
-    results are from the run's, and at which shapes or on which text.
+    results are from the run's, and at which shapes or on which text. task: what the network was fine-tuned
+    for, as Task.to_json gives it, or None.
     """
 
     format: str
@@ -59,6 +67,7 @@ class Manifest:
     files: Mapping[str, str]
     versions: Mapping[str, str]
     comparison: Mapping[str, Any] = field(default_factory=dict)
+    task: Mapping[str, Any] | None = None
 
     @property
     def input_names(self) -> list[str]:
@@ -87,6 +96,7 @@ class Manifest:
         try:
             content = json.loads(path.read_text("utf-8"))
             version = content["manifest"]
+            content.setdefault("task", None)  # which older exports do not have
             manifest = cls(**{each.name: content[each.name] for each in fields(cls)})
         except FileNotFoundError as error:
             raise BadInput(f"{folder}: holds no export: there is no {MANIFEST}") from error
@@ -120,6 +130,8 @@ class Manifest:
         ]
         if not all(sound):
             raise BadInput(f"{path}: does not say what this gluon_bert knows; export the run again")
+        if self.task is not None:
+            Task.from_json(self.task, path)
         for name, expected in self.files.items():
             if Path(name).name != name:
                 raise BadInput(f"{path}: {name!r} is no file of this folder")

@@ -11,7 +11,6 @@ import numpy as np
 from ..data.texts import Padded
 from ..encoding import Outputs
 from ..errors import BadInput, in_a_line
-from ..model.bert import BERTModel
 from ..runtime import mx
 from .manifest import OUTPUTS, Manifest, input_names
 
@@ -30,7 +29,7 @@ class Graph(NamedTuple):
 
 
 def trace(net: Any, outputs: str, max_len: int) -> Graph:
-    """The graph of a BERTModel for texts of up to `max_len` tokens, with any batch size and length.
+    """The graph of a network for texts of up to `max_len` tokens, with any batch size and length.
 
     outputs: a key of OUTPUTS. A longer text is an error of the graph itself: it has that many positions.
     """
@@ -42,6 +41,9 @@ def trace(net: Any, outputs: str, max_len: int) -> Graph:
             results["pooled"] = net.pooler(results["encoded"])
             results["mask_scores"] = net.mlm(results["encoded"], _places(mx.sym.var("positions")))
             results["next_scores"] = net.nsp(results["pooled"])
+        elif outputs == "task":
+            results["pooled"] = net.pooler(results["encoded"])
+            results["task_scores"] = net.head(results["pooled"])
         symbol = mx.sym.Group([mx.sym.identity(results[name], name=name) for name in OUTPUTS[outputs]])
     used = set(symbol.list_arguments())
     parameters = {name: p.data(mx.cpu()) for name, p in net.collect_params().items() if name in used}
@@ -60,7 +62,7 @@ def _places(positions: Any) -> Any:
 def _shortened(net: Any, max_len: int) -> Any:
     """A copy of a network on the CPU with the first `max_len` position embeddings."""
     config = dataclasses.replace(net.config, max_positions=max_len)
-    copy = BERTModel(net.vocab_size, config, prefix="bert_")
+    copy = net.like(config, prefix="bert_")
     copy.initialize(ctx=mx.cpu())
     originals = net._collect_params_with_prefix()
     for name, parameter in copy._collect_params_with_prefix().items():

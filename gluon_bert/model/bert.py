@@ -29,6 +29,8 @@ class BERTModel(mx.gluon.HybridBlock):
     >>> encoded, mlm_scores, nsp_scores = net(tokens, segments, lengths, predictions)
     """
 
+    task = None  # see FineTunedModel, which has one
+
     def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if mx.util.is_np_array():
@@ -54,6 +56,10 @@ class BERTModel(mx.gluon.HybridBlock):
         encoded = self.encoder(tokens, segments, lengths)
         return encoded, self.mlm(encoded, predictions), self.nsp(self.pooler(encoded))
 
+    def like(self, config: ModelConfig, **kwargs: Any) -> BERTModel:
+        """A network of this kind with another configuration and no weights."""
+        return BERTModel(self.vocab_size, config, **kwargs)
+
     def setup(self, contexts: Any, seed: int = 0, word_counts: np.ndarray | None = None) -> None:
         """Draw the initial weights onto these contexts and compile; seeds MXNet, so dropout as well.
 
@@ -61,9 +67,7 @@ class BERTModel(mx.gluon.HybridBlock):
         without them.
         """
         mx.random.seed(seed)
-        xavier = self.config.init == "xavier"
-        weights = mx.init.Xavier() if xavier else mx.init.Normal(NORMAL_SIGMA)
-        self.initialize(weights, ctx=contexts, force_reinit=True)
+        self.initialize(initial_weights(self.config), ctx=contexts, force_reinit=True)
         if self.config.decoder_bias == "frequencies":
             if word_counts is None:
                 raise BadInput("--decoder-bias frequencies: the words' counts in the text are needed")
@@ -74,6 +78,11 @@ class BERTModel(mx.gluon.HybridBlock):
         """Hybridize; the encoder, whose shapes are few, keeps its memory from step to step."""
         self.hybridize()
         self.encoder.hybridize(static_alloc=True)
+
+
+def initial_weights(config: ModelConfig) -> Any:
+    """What draws the weights: Xavier, or N(0, 0.02), also where those of an earlier run will replace them."""
+    return mx.init.Xavier() if config.init == "xavier" else mx.init.Normal(NORMAL_SIGMA)
 
 
 def log_frequencies(counts: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .. import ops
@@ -150,6 +151,14 @@ def both_parameters(*blocks: Any) -> list[Any]:
     return [p for block in blocks if block for p in block.params.values()]
 
 
+class TanhGELU(mx.gluon.HybridBlock):
+    """GELU by its approximation with tanh (Hendrycks and Gimpel 2016, section 2): any shape to the same."""
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        return 0.5 * x * (1 + F.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
 def activation(name: str) -> Any:
     """The block of that activation; gelu is the exact one, x times the normal distribution function."""
-    return mx.gluon.nn.GELU() if name == "gelu" else mx.gluon.nn.Activation(name)
+    blocks = {"gelu": mx.gluon.nn.GELU, "gelu_tanh": TanhGELU}
+    return blocks[name]() if name in blocks else mx.gluon.nn.Activation(name)

@@ -75,8 +75,7 @@ def _before_status(request_id: str) -> int:
 def load(model_dir: str, gpu_id: int | None = None) -> Predictor:
     """The predictor of an unpacked archive, on a GPU if one is named; BadInput where it cannot be."""
     context = None if gpu_id is None or gpu_id < 0 else contexts(gpus=[gpu_id])[0]
-    exported = load_exported(Path(model_dir), context)
-    return Predictor(exported.network, exported.reader)
+    return load_exported(Path(model_dir), context).predictor
 
 
 def _replies(predictor: Predictor, data: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, Any]]]:

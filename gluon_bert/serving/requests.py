@@ -43,7 +43,7 @@ def answer(predictor: Predictor, bodies: Sequence[bytes]) -> list[tuple[int, dic
     questions: dict[int, Question] = {}
     for i, body in enumerate(bodies):
         try:
-            questions[i] = read(body, predictor.reader)
+            questions[i] = read(body, predictor.reader, "task" if predictor.task else "vectors")
         except BadInput as error:
             replies[i] = refused(error)
     answers = predictor.ask(question.text for question in questions.values())
@@ -61,7 +61,7 @@ def refused(why: object) -> tuple[int, dict[str, Any]]:
     return BAD_REQUEST, {"error": str(why)}
 
 
-def read(body: bytes, reader: TextReader) -> Question:
+def read(body: bytes, reader: TextReader, ask_by_default: str = "vectors") -> Question:
     """The question in a request's body; BadInput says what is wrong with it.
 
     >>> reader = TextReader(Vocabulary(["crane", "a"]), max_len=8, lowercase=True)     # doctest: +SKIP
@@ -72,7 +72,7 @@ def read(body: bytes, reader: TextReader) -> Question:
     unknown = [name for name in request if name not in FIELDS]
     if unknown:
         raise BadInput(f"{_shown(unknown[0])} is unknown: a request has {in_words(FIELDS)}")
-    ask = _ask(request.get("ask", "vectors"))
+    ask = _ask(request.get("ask", ask_by_default))
     if "top" in request and "masks" not in ask:
         raise BadInput('"top" is for "ask": "masks"')
     text, given = _text(request, reader)

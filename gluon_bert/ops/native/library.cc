@@ -4,6 +4,7 @@
 // the order of Network, 16 a layer -> (B, T, C). gluon_bert_masked_loss: encoded (B, T, C), predictions (2, M),
 // labels (M,), then the head's six parameters -> the sum of the losses (1,), the hits (1,). All float32.
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -24,7 +25,11 @@ double number(const Attributes& attributes, const char* name) { return std::stod
 int whole(const Attributes& attributes, const char* name) { return (int)number(attributes, name); }
 
 Activation activation_of(const Attributes& attributes) {
-  return attributes.at("activation") == "gelu" ? Activation::kGelu : Activation::kRelu;
+  const std::string& name = attributes.at("activation");
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  throw std::invalid_argument("no activation " + name);
 }
 
 MXReturnValue float32(const Attributes&, std::vector<int>* inputs, std::vector<int>* outputs) {

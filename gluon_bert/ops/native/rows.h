@@ -25,7 +25,7 @@ inline float exponential(float x) {
   return y * power;
 }
 
-enum class Activation { kRelu, kGelu };
+enum class Activation { kRelu, kGelu, kGeluTanh };
 
 // The normal distribution function, and its density times the root of 2 pi; Abramowitz and Stegun 1964,
 // formula 7.1.26, whose error is below 1.5e-7.
@@ -37,10 +37,24 @@ inline float normal_cdf(float x, float* density) {
   return x < 0 ? 0.5f * tail : 1 - 0.5f * tail;
 }
 
+// What the approximation of GELU multiplies x by, (1 + tanh u) / 2, and the derivative of 2 u; Hendrycks and Gimpel
+// 2016, section 2: u = root(2 / pi) * (x + 0.044715 x^3).
+inline float gelu_tanh_share(float x, float* slope) {
+  const float twice_root = 1.59576912f, square = x * x;
+  *slope = twice_root * (1 + 3 * 0.044715f * square);
+  return 1 / (1 + exponential(-twice_root * x * (1 + 0.044715f * square)));
+}
+
 // out = activation(x); both of n floats.
 inline void activate(Activation kind, const float* x, int n, float* out) {
   if (kind == Activation::kRelu) {
     for (int i = 0; i < n; ++i) out[i] = x[i] < 0 ? 0 : x[i];
+  } else if (kind == Activation::kGeluTanh) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      float slope;
+      out[i] = x[i] * gelu_tanh_share(x[i], &slope);
+    }
   } else {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
@@ -54,6 +68,13 @@ inline void activate(Activation kind, const float* x, int n, float* out) {
 inline void activate_backward(Activation kind, const float* x, int n, float* out) {
   if (kind == Activation::kRelu) {
     for (int i = 0; i < n; ++i) out[i] = x[i] > 0 ? out[i] : 0;
+  } else if (kind == Activation::kGeluTanh) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      float slope;
+      const float share = gelu_tanh_share(x[i], &slope);
+      out[i] *= share + x[i] * share * (1 - share) * slope;
+    }
   } else {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {

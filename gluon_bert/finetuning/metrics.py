@@ -1,0 +1,58 @@
+"""How good predictions are: accuracy, F1, Matthews, Pearson, Spearman, mean squared error. NumPy alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# Which of them fit a task, the first deciding which checkpoint is the best unless another is asked for.
+OF_KIND = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman", "mse"),
+}
+# Of these the smaller is the better.
+SMALLER = ("mse",)
+
+
+def of_classes(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, float]:
+    """Accuracy, F1 and Matthews' correlation of classes, (N,) and (N,) of numbers below num_classes.
+
+    F1 is that of class 1 where there are two, as GLUE has it, else the mean over the classes that occur in
+    either. Matthews' is Gorodkin's (2004) for any number of classes; 0 where it is 0 divided by 0.
+    """
+    table = np.zeros((num_classes, num_classes))
+    np.add.at(table, (labels, predicted), 1)
+    hits, true, said = table.diagonal(), table.sum(axis=1), table.sum(axis=0)
+    occurs = true + said > 0
+    scores = 2 * hits[occurs] / (true + said)[occurs]
+    f1 = scores.mean()
+    if num_classes == 2:
+        f1 = 2 * hits[1] / (true + said)[1] if occurs[1] else 0.0
+    count = len(labels)
+    product = (count**2 - (said**2).sum()) * (count**2 - (true**2).sum())
+    matthews = (count * hits.sum() - (true * said).sum()) / np.sqrt(product) if product else 0.0
+    return {"accuracy": float(hits.sum() / count), "f1": float(f1), "matthews": float(matthews)}
+
+
+def of_scores(expected: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Pearson's and Spearman's correlation and the mean squared error of predicted scores, (N,) and (N,).
+
+    A correlation with scores that are all alike is NaN.
+    """
+    return {
+        "pearson": _correlation(expected, predicted),
+        "spearman": _correlation(_ranks(expected), _ranks(predicted)),
+        "mse": float(np.mean((expected - predicted) ** 2)),
+    }
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    with np.errstate(invalid="ignore"):
+        return float(np.float64((a * b).sum()) / np.sqrt((a * a).sum() * (b * b).sum()))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """The rank of each value; equal ones share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]

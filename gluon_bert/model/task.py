@@ -1,0 +1,58 @@
+"""What a network was fine-tuned for: classes or a score, of single texts or of pairs. Computes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Mapping
+
+from ..errors import BadInput
+
+KINDS = ("classification", "regression")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its kind, whether its texts are pairs, and what the network's scores mean.
+
+    labels: of a classification, in the order of its scores. mean, scale: of a regression, by which the
+    network's one number becomes a score: mean + scale * number.
+
+    >>> Task("classification", pairs=False, labels=("no", "yes")).outputs
+    2
+    """
+
+    kind: str
+    pairs: bool
+    labels: tuple[str, ...] = ()
+    mean: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def outputs(self) -> int:
+        """K, how many scores there are for a text."""
+        return len(self.labels) if self.kind == "classification" else 1
+
+    @property
+    def texts(self) -> int:
+        """How many texts an answer takes."""
+        return 2 if self.pairs else 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the inverse of `from_json`."""
+        return {**asdict(self), "labels": list(self.labels)}
+
+    @classmethod
+    def from_json(cls, content: Any, where: object) -> Task:
+        """The task that `to_json` gave; BadInput where it is none."""
+        if not isinstance(content, Mapping) or set(content) != set(cls.__dataclass_fields__):
+            raise BadInput(f"{where}: 'task' is none that this gluon_bert knows")
+        labels, mean, scale = content["labels"], content["mean"], content["scale"]
+        sound = [
+            content["kind"] in KINDS,
+            type(content["pairs"]) is bool,
+            isinstance(labels, list) and all(isinstance(label, str) for label in labels),
+            all(type(number) in (int, float) for number in (mean, scale)),
+        ]
+        if not all(sound) or (content["kind"] == "classification") != (len(labels) >= 2):
+            raise BadInput(f"{where}: 'task' is none that this gluon_bert knows")
+        return cls(content["kind"], content["pairs"], tuple(labels), float(mean), float(scale))

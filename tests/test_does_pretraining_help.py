@@ -1,0 +1,105 @@
+"""The study of what pretraining is worth: its task, its samples, its command."""
+
+import json
+
+import does_pretraining_help
+import pretrain
+import pytest
+
+from gluon_bert.errors import BadInput
+from gluon_bert.finetuning.sections import KINDS, sample, section_rows
+
+LONG = " ".join(["word"] * 20)
+
+
+def article(*sections):
+    """An article of these headings and their paragraphs."""
+    parts = [f" = = {heading} = = \n\n {text} \n" for heading, text in sections]
+    return "".join([f" = An article = \n\n{LONG} before any section .\n", *parts])
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A small WikiText in which the first words of a section tell its kind."""
+    words = {"Plot": "she loves him", "Reception": "critics liked it", "History": "it was founded"}
+    for name, number in (("train", 20), ("valid", 8)):
+        sections = [
+            (heading, f"{start} . {LONG} {i} .") for i in range(number) for heading, start in words.items()
+        ]
+        (tmp_path / f"wiki.{name}.tokens").write_text("\n" + article(*sections), "utf-8")
+    return tmp_path
+
+
+def test_a_paragraph_has_the_kind_of_its_section(tmp_path):
+    path = tmp_path / "wiki.tokens"
+    text = article(
+        ("Early life", f"one {LONG}"), ("Life and career", f"two {LONG}"), ("Themes", f"three {LONG}")
+    )
+    text += f" = = Plot = = \n four {LONG}\n = = = Themes = = = \n five {LONG}\nshort\n"
+    text += f" = Another = \n six {LONG}\n"
+    path.write_text(text, "utf-8")
+    assert [(row.texts[0].split()[0], row.label) for row in section_rows(path)] == [
+        ("one", "life"),
+        ("four", "plot"),
+        ("five", "plot"),
+    ]
+    lines = text.split("\n")
+    assert all(row.texts[0] == lines[int(row.where.split()[-1]) - 1].strip() for row in section_rows(path))
+
+
+def test_a_text_without_sections_is_refused(tmp_path):
+    (tmp_path / "x").write_text("nothing")
+    for name in ("x", "gone"):
+        with pytest.raises(BadInput):
+            section_rows(tmp_path / name)
+
+
+def test_smaller_samples_are_parts_of_larger_ones(corpus):
+    rows = section_rows(corpus / "wiki.train.tokens")
+    small, large, other = sample(rows, 10, 1), sample(rows, 40, 1), sample(rows, 10, 2)
+    assert small == large[:10]
+    assert small != other
+    assert len(set(large)) == 40
+    with pytest.raises(BadInput, match="--sizes 61: the training text has 60 labelled paragraphs"):
+        sample(rows, 61, 1)
+
+
+def test_the_real_text_has_every_kind_in_both_files(wikitext):
+    for name in ("train", "valid"):
+        rows = section_rows(wikitext / f"wiki.{name}.tokens")
+        assert {row.label for row in rows} == set(KINDS)
+        assert len(rows) > 500
+
+
+def test_the_command(corpus, tmp_path, capsys):
+    small = [
+        "--units",
+        "16",
+        "--ffn-units",
+        "32",
+        "--max-len",
+        "16",
+        "--batch-size",
+        "16",
+        "--num-steps",
+        "2",
+    ]
+    flags = ["--corpus", str(corpus / "wiki.train.tokens"), "--min-freq", "1"]
+    assert pretrain.main([*small, *flags, "--output", str(tmp_path / "run")]) == 0
+    command = [str(tmp_path / "run"), "--corpus", str(corpus), "--sizes", "16", "48", "--seeds", "2"]
+    assert does_pretraining_help.main([*command, "--lr", "0.003"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "the most frequent kind alone: 33.3% right"
+    content = json.loads((tmp_path / "run" / "study" / "does-pretraining-help.json").read_text())
+    assert (content["paragraphs_asked"], len(content["results"])) == (24, 8)
+    for pretrained in (True, False):
+        found = does_pretraining_help.found(content["results"], "accuracy", 48, pretrained)
+        assert len(found) == 2
+        assert max(found) > 0.5  # the first words tell it
+    assert (tmp_path / "run" / "study" / "does-pretraining-help.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_what_cannot_be_done_is_told(capsys):
+    assert does_pretraining_help.main(["nowhere", "--sizes", "3", "--seeds", "0", "--lr", "0"]) == 2
+    told = capsys.readouterr().err
+    for sentence in ("--sizes 3: must be at least 16", "--seeds 0: must be", "--lr 0.0: must be above 0"):
+        assert sentence in told

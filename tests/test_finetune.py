@@ -1,0 +1,353 @@
+"""Fine-tuning: the metrics, what is learnt, the command, and its network exported and asked."""
+
+import json
+import random
+import subprocess
+import sys
+
+import encode
+import export
+import finetune
+import numpy as np
+import pretrain
+import pytest
+from conftest import ROOT, small_text
+
+from gluon_bert.checkpoint import load_run
+from gluon_bert.config import FineTuneConfig
+from gluon_bert.conversion.weights import shapes
+from gluon_bert.data.tables import Row
+from gluon_bert.data.texts import padded
+from gluon_bert.encoding import Predictor
+from gluon_bert.errors import BadInput
+from gluon_bert.export.formats import load_exported
+from gluon_bert.finetuning import metrics
+from gluon_bert.finetuning.examples import Examples, examples, task_of
+from gluon_bert.finetuning.tuner import FineTuner, begin, task_loss
+from gluon_bert.model.task import Task
+from gluon_bert.runtime import mx
+from gluon_bert.serving.requests import answer
+
+NOUNS = ["crane", "bird", "driver", "city", "river"]
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """A pretrained run to fine-tune, which knows the words of the tables."""
+    folder = tmp_path_factory.mktemp("before")
+    text = small_text().replace("lifts", "rises").replace("leaves", "falls")
+    (folder / "text.txt").write_text(text, "utf-8")
+    flags = [
+        "--units",
+        "32",
+        "--ffn-units",
+        "64",
+        "--max-len",
+        "16",
+        "--batch-size",
+        "32",
+        "--num-steps",
+        "3",
+    ]
+    corpus = ["--corpus", str(folder / "text.txt"), "--min-freq", "1", "--held-out", "0.3"]
+    assert pretrain.main([*flags, *corpus, "--output", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def rows(count, seed, kind):
+    """Texts whose label, score or relation a small network can learn."""
+    rng = random.Random(seed)
+    made = []
+    for _ in range(count):
+        noun, up = rng.choice(NOUNS), rng.random() < 0.5
+        text = f"the {noun} {'rises' if up else 'falls'}"
+        if kind == "classes":
+            made.append({"text": text, "label": "up" if up else "down"})
+        elif kind == "pairs":
+            made.append({"text": text, "pair": "it rises .", "label": "same" if up else "other"})
+        else:
+            made.append({"text": text, "score": round((3.5 if up else -1.25) + 0.1 * NOUNS.index(noun), 2)})
+    return made
+
+
+def table(path, made):
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), "utf-8")
+    return path
+
+
+@pytest.fixture
+def command(before, tmp_path):
+    """Runs the command on tables of a kind; returns its status and the new run's folder."""
+
+    def run(kind, *flags, name="tuned"):
+        train = table(tmp_path / "train.jsonl", rows(96, 1, kind))
+        dev = table(tmp_path / "dev.jsonl", rows(40, 2, kind))
+        arguments = [str(before), "--train", str(train), "--dev", str(dev), "--output", str(tmp_path / name)]
+        return finetune.main([*arguments, "--lr", "0.003", "--batch-size", "16", *flags]), tmp_path / name
+
+    return run
+
+
+# The metrics
+
+
+def test_metrics_of_classes_are_those_of_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics", reason="needs the extra test-others")
+    rng = np.random.default_rng(0)
+    for number in (2, 3, 7):
+        for _ in range(20):
+            labels, predicted = rng.integers(0, number, (2, 30))
+            found = metrics.of_classes(labels, predicted, number)
+            average = "binary" if number == 2 else "macro"
+            assert found["accuracy"] == pytest.approx(sklearn.accuracy_score(labels, predicted))
+            assert found["f1"] == pytest.approx(sklearn.f1_score(labels, predicted, average=average))
+            assert found["matthews"] == pytest.approx(sklearn.matthews_corrcoef(labels, predicted))
+
+
+def test_metrics_of_scores_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats", reason="needs the extra test-others")
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        expected = rng.integers(0, 6, 30).astype(float)  # with ties
+        predicted = expected + rng.normal(0, 2, 30).round()
+        found = metrics.of_scores(expected, predicted)
+        assert found["pearson"] == pytest.approx(stats.pearsonr(expected, predicted)[0])
+        assert found["spearman"] == pytest.approx(stats.spearmanr(expected, predicted)[0])
+
+
+def test_metrics_at_their_ends():
+    perfect, wrong = np.array([0, 1, 1]), np.array([1, 0, 0])
+    assert metrics.of_classes(perfect, perfect, 2) == {"accuracy": 1, "f1": 1, "matthews": 1}
+    assert metrics.of_classes(perfect, wrong, 2) == {"accuracy": 0, "f1": 0, "matthews": -1}
+    assert metrics.of_classes(perfect, np.zeros(3, int), 2)["matthews"] == 0
+    assert metrics.of_classes(np.zeros(3, int), np.zeros(3, int), 2)["f1"] == 0
+    scores = metrics.of_scores(np.array([1.0, 2.0]), np.array([3.0, 3.0]))
+    assert np.isnan(scores["pearson"])
+    assert scores["mse"] == 2.5
+
+
+# Tasks and examples
+
+
+def some_rows(*labels, texts=("a",)):
+    return [Row(f"t.tsv, line {i + 2}", texts, label) for i, label in enumerate(labels)]
+
+
+def test_the_task_is_told_by_the_labels():
+    assert task_of(some_rows("no", "yes", "no")) == Task("classification", False, ("no", "yes"))
+    assert task_of(some_rows("0", "1", texts=("a", "b"))) == Task("classification", True, ("0", "1"))
+    assert task_of(some_rows("1", "2.5", "1")).kind == "regression"
+    task = task_of(some_rows("0", "4"), "regression")
+    assert (task.mean, task.scale, task.outputs) == (2, 2, 1)
+    assert Task.from_json(json.loads(json.dumps(task.to_json())), "here") == task
+
+
+@pytest.mark.parametrize(
+    "labels, kind, told",
+    [
+        (["yes", "yes"], "auto", "all 2 labels are 'yes'"),
+        (["2.5", "2.5"], "auto", "all 2 scores are 2.5"),
+        (["1.5", "x"], "regression", "t.tsv, line 3: 'x' is no number"),
+        (["nan", "1"], "regression", "t.tsv, line 2: 'nan' is no number"),
+        ([str(i) for i in range(21)], "auto", "--task: 21 different whole numbers may be classes or a score"),
+    ],
+)
+def test_labels_that_make_no_task_are_refused(labels, kind, told):
+    with pytest.raises(BadInput, match=told):
+        task_of(some_rows(*labels), kind)
+
+
+def test_a_label_that_is_unseen_in_training_is_told(before):
+    reader, task = load_run(before).reader, Task("classification", False, ("no", "yes"))
+    with pytest.raises(
+        BadInput, match=r"line 3: label 'maybe' does not occur in the training file, .* no, yes"
+    ):
+        examples(some_rows("no", "maybe"), task, reader, "--dev")
+
+
+def test_an_epoch_has_every_example_once_in_an_order_of_its_own(before):
+    reader = load_run(before).reader
+    texts = [reader.text("crane " * (1 + i % 9)) for i in range(103)]
+    data = Examples(texts, np.zeros(103))
+    one, again, other = (list(data.batches(8, seed=3, epoch=epoch)) for epoch in (1, 1, 2))
+    assert sorted(np.concatenate(one).tolist()) == list(range(103))
+    np.testing.assert_array_equal(np.concatenate(one), np.concatenate(again))
+    assert np.concatenate(one).tolist() != np.concatenate(other).tolist()
+    used = sum(len(b) * max(len(texts[i]) for i in b) for b in one)
+    assert used < 1.15 * sum(map(len, texts))
+
+
+# The network
+
+
+def test_it_begins_with_the_pretrained_encoder_and_the_loss_is_that_of_its_task(before):
+    run = load_run(before)
+    task = Task("classification", False, ("a", "b", "c"))
+    net = begin(run.net, task, FineTuneConfig(dropout=0.0), mx.cpu())
+    own, old = net._collect_params_with_prefix(), run.net._collect_params_with_prefix()
+    kept = [
+        name for name in shapes(run.net.vocab_size, run.net.config) if name.startswith(("encoder", "pooler"))
+    ]
+    assert set(own) == {*kept, "head.dense.weight", "head.dense.bias"}
+    for name in kept:
+        np.testing.assert_array_equal(own[name].data().asnumpy(), old[name].data().asnumpy())
+    scratch = begin(run.net, task, FineTuneConfig(seed=9), mx.cpu(), pretrained=False)
+    drawn = scratch._collect_params_with_prefix()["encoder.layers.0.attend.query.weight"].data().asnumpy()
+    assert np.abs(drawn - own["encoder.layers.0.attend.query.weight"].data().asnumpy()).max() > 0.01
+
+    scores = np.array([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
+    loss = task_loss(mx.nd.array(scores), mx.nd.array([1, 0]), task).asscalar()
+    log = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+    assert loss == pytest.approx(-(log[0, 1] + log[1, 0]) / 2, rel=1e-6)
+    score = Task("regression", False, mean=5.0, scale=2.0)
+    assert task_loss(mx.nd.array([[7.0], [5.0]]), mx.nd.array([5.0, 4.0]), score).asscalar() == pytest.approx(
+        0.625
+    )
+
+
+def test_padding_and_the_batch_change_no_score(before):
+    run = load_run(before)
+    net = begin(run.net, Task("regression", False, mean=1.0, scale=3.0), FineTuneConfig(), mx.cpu())
+    texts = [run.reader.text(text) for text in ("the crane", "the bird rises . it falls", "city")]
+    tuner = FineTuner(net, run.reader, FineTuneConfig())
+    together = tuner.predict(Examples(texts, None))
+    for text, score in zip(texts, together):
+        batch = padded([text], 16)
+        inputs = [mx.nd.array(a) for a in (batch.tokens, batch.segments, batch.lengths)]
+        np.testing.assert_allclose(net(*inputs)[1].asnumpy()[0], score, atol=1e-5)
+
+
+# The command
+
+
+@pytest.mark.parametrize("kind", ["classes", "pairs"])
+def test_classes_are_learnt_kept_and_told(command, kind, capsys):
+    status, folder = command(kind, "--epochs", "6")
+    assert status == 0
+    shown = capsys.readouterr()
+    assert "2 classes of" in shown.err
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [epoch["number"] for epoch in log] == [1, 2, 3, 4, 5, 6]
+    assert log[-1]["dev"]["accuracy"] > 0.9
+    best = next(epoch for epoch in log if epoch["dev"]["accuracy"] == max(e["dev"]["accuracy"] for e in log))
+    run = load_run(folder, which="best")
+    assert run.step == best["step"]
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    right = [each["given"]["label"] == each["predicted"]["label"] for each in predictions]
+    assert np.mean(right) == best["dev"]["accuracy"]
+    assert f"accuracy {np.mean(right):.4f}" in shown.out
+
+
+def test_a_score_is_learnt_in_its_own_unit(command, tmp_path, capsys):
+    test = table(tmp_path / "test.jsonl", [{"text": "the crane rises"}, {"text": "the crane falls"}])
+    status, folder = command("score", "--epochs", "8", "--test", str(test), "--best-by", "mse")
+    assert status == 0
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert max(epoch["dev"]["pearson"] for epoch in log) > 0.9
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [each["given"] for each in predictions] == [{}, {}]
+    rises, falls = (each["predicted"]["score"] for each in predictions)
+    assert rises > 2 > 0 > falls
+    assert "2 predictions for --test" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_network(command):
+    folders = [command("classes", "--epochs", "1", "--seed", seed, name=name)[1] for seed, name in
+               (("5", "one"), ("5", "two"), ("6", "three"))]  # fmt: skip
+    one, two, three = (load_run(folder).net._collect_params_with_prefix() for folder in folders)
+    for name in one:
+        np.testing.assert_array_equal(one[name].data().asnumpy(), two[name].data().asnumpy())
+    assert any(not np.array_equal(one[n].data().asnumpy(), three[n].data().asnumpy()) for n in one)
+
+
+@pytest.mark.parametrize("format", ["mxnet", "onnx"])
+def test_it_is_exported_and_answers_as_the_run_does(command, format, capsys):
+    _, folder = command("classes", "--epochs", "2")
+    assert export.main([str(folder), "--checkpoint", "best", "--format", format]) == 0
+    run, exported = load_run(folder, which="best"), load_exported(folder / "export" / format)
+    texts = [run.reader.text(text) for text in ("the crane rises", "the bird falls", "city")]
+    for one, other in zip(Predictor.of(run).ask(texts), exported.predictor.ask(texts)):
+        assert one.verdict["label"] == other.verdict["label"]
+        for label, probability in one.verdict["probabilities"].items():
+            assert other.verdict["probabilities"][label] == pytest.approx(probability, abs=1e-5)
+    bodies = [b'{"text": "the crane rises"}', b'{"text": "a", "ask": "masks"}', b'{"text": "a", "pair": "b"}']
+    (status, good), (masks, no_head), (pair, no_pair) = answer(exported.predictor, bodies)
+    assert (status, masks, pair) == (200, 400, 400)
+    assert good["label"] in ("up", "down")
+    assert sum(good["probabilities"].values()) == pytest.approx(1)
+    assert "vectors" not in good
+    assert "cls" not in good
+    assert "fine-tuned" in no_pair["error"]
+    assert "error" in no_head
+
+
+def test_an_encoder_alone_has_no_labels(command, capsys):
+    _, folder = command("classes", "--epochs", "1")
+    assert export.main([str(folder), "--outputs", "encoder"]) == 0
+    capsys.readouterr()
+    assert encode.main([str(folder / "export" / "mxnet"), "the crane"]) == 2
+    assert "was exported without its task: export it with --outputs all" in capsys.readouterr().err
+
+
+def test_encode_tells_labels_and_scores(command, tmp_path, capsys):
+    _, classes = command("classes", "--epochs", "4", name="classes")
+    _, score = command("score", "--epochs", "1", name="score")
+    capsys.readouterr()
+    assert encode.main([str(classes), "the crane rises", "--checkpoint", "best"]) == 0
+    likeliest = capsys.readouterr().out.splitlines()[1].split()
+    assert (likeliest[1], float(likeliest[0]) > 0.5) == ("up", True)
+    assert encode.main([str(score), "the crane rises", "--json"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out)["score"], float)
+    assert encode.main([str(classes), "a", "--input", str(tmp_path / "x")]) == 2
+    (tmp_path / "texts.txt").write_text("the crane\n")
+    vectors = ["--input", str(tmp_path / "texts.txt"), "--output", str(tmp_path / "v.npz")]
+    assert encode.main([str(classes), *vectors]) == 0
+    assert np.load(tmp_path / "v.npz")["mean"].shape == (1, 32)
+    assert encode.main([str(classes), "--fill-mask", "the <mask>"]) == 2
+    assert "was fine-tuned, and has no head for masked words" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--epochs", "0"], "--epochs 0: must be at least 1"),
+        (["--lr", "0"], "--lr 0.0: must be above 0"),
+        (["--text", "a", "b", "c"], "--text a b c: must be one column, or two of pairs"),
+        (["--text", "words"], "has no column 'words'; it has text, label"),
+        (["--max-len", "4"], "--max-len 4: must be from 8 to the run's 1000 positions"),
+        (
+            ["--best-by", "pearson"],
+            "--best-by pearson: of a classification it must be accuracy, f1, matthews",
+        ),
+        (["--lr", "1e30", "--clip-norm", "0"], "the loss is no number any more"),
+        (["--test", "gone.tsv"], "--test gone.tsv: cannot be read"),
+        (["--checkpoint", "99"], "--checkpoint 99"),
+    ],
+)
+def test_what_cannot_be_done_is_told(command, flags, told, capsys):
+    status, _ = command("classes", *flags)
+    assert status == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_fine_tuned_run_is_no_pretrained_one(command, before, tmp_path, capsys):
+    _, folder = command("classes", "--epochs", "1")
+    tables = ["--train", str(tmp_path / "train.jsonl"), "--dev", str(tmp_path / "dev.jsonl")]
+    assert finetune.main([str(folder), *tables]) == 2
+    assert "was fine-tuned already" in capsys.readouterr().err
+    assert pretrain.main(["--init", str(folder), "--output", str(tmp_path / "x")]) == 2
+    assert "was fine-tuned, and has no heads to pretrain" in capsys.readouterr().err
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace('"kind": "classification"', '"kind": "poetry"')
+    )
+    with pytest.raises(BadInput, match="'task' is none that this gluon_bert knows"):
+        load_run(folder)
+
+
+def test_the_command_in_a_process_of_its_own(before, tmp_path):
+    bad = tmp_path / "train.tsv"
+    bad.write_text("text\tlabel\nthe crane\tup\nbroken\n")
+    command = [sys.executable, str(ROOT / "tools" / "finetune.py"), str(before), "--train", str(bad)]
+    done = subprocess.run([*command, "--dev", str(bad)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"finetune: {bad}, line 3: has 1 columns, where the header has 2\n"

@@ -1,0 +1,163 @@
+"""Going on from an earlier run: what is taken from it, what is refused, and words that are new."""
+
+import json
+
+import numpy as np
+import pretrain
+import pytest
+from conftest import small_text
+
+from gluon_bert.checkpoint import load_run, weights_of
+from gluon_bert.config import preset
+from gluon_bert.data.documents import prepare
+from gluon_bert.data.vocab import Vocabulary
+from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
+from gluon_bert.encoding import Predictor, encode
+from gluon_bert.errors import BadInput
+from gluon_bert.starting import start_from
+
+SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "16", "--num-steps", "3"]
+# So small that a step changes nothing that float32 can hold.
+STILL = ["--lr", "1e-12", "--num-steps", "1", "--weight-decay", "0"]
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """Runs to go on from, of words and of word pieces, and a corpus with new words."""
+    folder = tmp_path_factory.mktemp("before")
+    (folder / "first.txt").write_text(small_text(), "utf-8")
+    domain = small_text(80, seed=1).replace("tower", "turbine").replace("follows", "lifting")
+    (folder / "domain.txt").write_text(domain, "utf-8")
+    for name, flags in (
+        ("words", ["--preset", "d2l"]),
+        (
+            "pieces",
+            ["--preset", "bert-tiny", "--num-heads", "2", "--tokenizer", "wordpiece", "--vocab-size", "60"],
+        ),
+    ):
+        command = [*flags, *SMALL, "--corpus", str(folder / "first.txt"), "--output", str(folder / name)]
+        assert pretrain.main(command) == 0
+    return folder
+
+
+def go_on(before, name, output, *flags):
+    corpus = ["--corpus", str(before / "domain.txt")]
+    return pretrain.main(["--init", str(before / name), *corpus, "--output", str(output), *flags])
+
+
+both = pytest.mark.parametrize("name", ["words", "pieces"])
+
+
+@both
+def test_it_goes_on_with_the_weights_the_network_and_the_vocabulary(before, name, tmp_path):
+    assert go_on(before, name, tmp_path / "run", *STILL) == 0
+    old, new = load_run(before / name), load_run(tmp_path / "run")
+    assert new.vocab.tokens == old.vocab.tokens
+    assert new.config.model == old.config.replace(init=str(before / name)).model
+    assert new.config.data.max_len == old.config.data.max_len
+    after = weights_of(new.net)
+    for parameter, array in weights_of(old.net).items():
+        np.testing.assert_allclose(after[parameter], array, atol=1e-7)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["facts"]["began_with_step"] == 3
+
+
+@both
+def test_new_words_change_nothing_until_they_are_trained(before, name, tmp_path, capsys):
+    assert go_on(before, name, tmp_path / "run", *STILL, "--extend-vocab", "50") == 0
+    old, new = load_run(before / name), load_run(tmp_path / "run")
+    known = len(old.vocab)
+    assert new.vocab.tokens[:known] == old.vocab.tokens
+    assert {"turbine", "lifting"} <= set(new.vocab.tokens[known:])
+    word = {"words": "turbine", "pieces": "lifting"}[name]
+    before_words = [old.vocab.pieces(word), new.vocab.pieces(word)]
+    if name == "words":
+        # An unknown word was <unk>; the new row is that row.
+        one, other = (encode(run.net, run.vocab, ["the", "turbine"]) for run in (old, new))
+        np.testing.assert_allclose(one.asnumpy(), other.asnumpy(), atol=1e-5)
+    else:
+        assert len(before_words[0]) > 1
+        assert before_words[1] == ["lifting"]
+    ids, row = old.vocab.ids(before_words[0]), new.vocab.ids([word])[0]
+    for parameter in ("encoder.embeddings.tokens.weight", "mlm.decoder.bias"):
+        was, now = weights_of(old.net)[parameter], weights_of(new.net)[parameter]
+        np.testing.assert_allclose(now[row], was[ids].mean(axis=0), atol=1e-6)
+        np.testing.assert_allclose(now[:known], was, atol=1e-6)
+    asked = ["the", old.vocab.tokens[old.vocab.mask], "."]
+    (one,), (other,) = (Predictor.of(run).ask([run.reader.tokens(asked)]) for run in (old, new))
+    np.testing.assert_allclose(other.mask_scores[:, :known], one.mask_scores, atol=1e-5)
+
+
+def test_its_config_repeats_the_run(before, tmp_path):
+    assert go_on(before, "words", tmp_path / "one", "--extend-vocab", "3", "--num-steps", "2") == 0
+    config = tmp_path / "one" / "config.json"
+    assert pretrain.main(["--config", str(config), "--output", str(tmp_path / "two")]) == 0
+    one, two = (weights_of(load_run(tmp_path / name).net) for name in ("one", "two"))
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name])
+
+
+def test_it_is_resumed_like_any_run(before, tmp_path):
+    assert go_on(before, "words", tmp_path / "run", "--extend-vocab", "3", "--num-steps", "2") == 0
+    assert pretrain.main(["--resume", str(tmp_path / "run"), "--num-steps", "3"]) == 0
+    assert load_run(tmp_path / "run").step == 3
+
+
+def test_a_preset_gives_the_recipe_and_the_run_the_network(before, tmp_path):
+    assert go_on(before, "words", tmp_path / "run", "--preset", "bert-base", *STILL, "--max-len", "16") == 0
+    config = load_run(tmp_path / "run").config
+    assert (config.model.units, config.model.activation) == (16, "relu")
+    assert (config.train.optimizer, config.data.pairs) == ("bertadam", "packed")
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--units", "32"], "--units 32: --init {0} has 16, which its weights are made for"),
+        (["--tied-decoder", "yes"], "--tied-decoder yes: --init {0} has no,"),
+        (["--tokenizer", "wordpiece"], "--tokenizer wordpiece: --init {0} has words"),
+        (["--lowercase", "no"], "--lowercase no: --init {0} has yes"),
+        (["--vocab-file", "x.json"], "--vocab-file x.json: --init {0} has its own, {0}/vocab.json"),
+        (["--vocab-size", "100"], "--vocab-size 100: has no effect"),
+        (["--max-len", "2000"], "--max-len 2000: must not exceed --max-positions 1000"),
+        (["--init-checkpoint", "9"], "--checkpoint 9: {0} has none of that name"),
+    ],
+)
+def test_what_contradicts_the_run_is_refused_by_name(before, flags, told, tmp_path, capsys):
+    assert go_on(before, "words", tmp_path / "run", *flags) == 2
+    assert told.format(before / "words") in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_run_is_told(before, tmp_path, capsys):
+    assert go_on(before, "xaveir", tmp_path / "run") == 2
+    assert "xaveir: is no folder; it must be xavier, normal or the folder of a run" in capsys.readouterr().err
+
+
+def test_another_vocabulary_is_refused(before):
+    run = load_run(before / "words")
+    with pytest.raises(BadInput, match="does not begin with the"):
+        start_from(run.net, Vocabulary(["crane"]), run)
+
+
+# The vocabulary alone
+
+
+def test_word_pieces_are_extended_by_whole_words():
+    vocab = WordPieceVocabulary([*SPECIAL_TOKENS, "t", "##u", "##r", "crane"])
+    counts = {"tur": 9, "crane": 8, "[MASK]": 7, "<unk>": 7, "tu": 9, "t": 3, "rare": 1, "x" * 101: 5}
+    more = vocab.extended(counts, 9, min_freq=2)
+    assert more.tokens == [*vocab.tokens, "tu", "tur"]
+    assert vocab.extended(counts, 1, min_freq=2).tokens[-1] == "tu"
+    assert vocab.extended(counts, 0, min_freq=2) is vocab
+
+
+def test_a_published_vocabulary_of_words_is_used_and_told_apart(text_file, tmp_path):
+    Vocabulary(["crane", "zebra"]).save(tmp_path / "vocab.json")
+    config = preset("d2l").replace(
+        corpus=(str(text_file),), vocab_file=str(tmp_path / "vocab.json"), min_freq=1
+    )
+    first = prepare(config.data, tmp_path / "cache")
+    assert first.vocab.tokens[5:] == ["crane", "zebra"]
+    more = prepare(config.replace(extend_vocab=2).data, tmp_path / "cache")
+    assert len(more.vocab) == 9
+    assert more.fingerprint != first.fingerprint

@@ -1,0 +1,219 @@
+"""Converts weights to runs and back: `python tools/convert.py --help` tells how."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from command_line import add_checkpoint_flag, guarded, run, yes_or_no
+
+from gluon_bert.errors import BadInput
+
+EXAMPLES = """\
+examples:
+  python tools/convert.py --from huggingface bert-base-uncased/ --to runs/base
+  python tools/convert.py --from google uncased_L-12_H-768_A-12/ --to runs/base
+  python tools/convert.py --from gluonnlp bert.params vocab.json --num-heads 12 --to runs/base
+  python tools/convert.py --from d2l bert.params vocab.json --num-heads 2 --to runs/book
+  python tools/convert.py --from runs/my-1 --checkpoint best --to huggingface my_bert/
+
+what stands behind the kinds:
+  huggingface  DIR            config.json, vocab.txt or tokenizer.json, model.safetensors or
+                              pytorch_model.bin, as BertForPreTraining of PyTorch transformers has
+                              them (extra convert)
+  google       DIR            bert_config.json, vocab.txt, bert_model.ckpt.*, as google-research/bert
+                              has them; can be read only (extra convert-google, which is TensorFlow)
+  gluonnlp     PARAMS VOCAB   what save_parameters of GluonNLP 0.10's BERTModel wrote, and vocab.json or
+                              vocab.txt; --to takes a folder
+  d2l          PARAMS VOCAB   the same of the book's BERTModel for MXNet; its vocabulary's idx_to_token, a
+                              token a line, or as JSON
+
+Every number is kept. A run of other weights has one checkpoint, step 0, and everything that takes a run takes
+it: encode.py, export.py, finetune.py, and pretrain.py --init. Which row of the next-sentence head means
+"follows", and how weights lie in memory, is changed where packages differ. What a package has no place for
+is refused, and missing and unexpected weights are listed.
+"""
+
+
+class Place(NamedTuple):
+    """What --from or --to names: a kind of package and its paths; a run is the kind "run"."""
+
+    kind: str
+    paths: list[Path]
+
+
+# The kinds, and what stands behind each to be read and to be written; nothing: it cannot be.
+KINDS = {
+    "huggingface": ("DIR", "DIR"),
+    "google": ("DIR", ""),
+    "gluonnlp": ("PARAMS VOCAB", "DIR"),
+    "d2l": ("PARAMS VOCAB", "DIR"),
+}
+# The length of the pairs that the book trains on; its model has position embeddings for 1,000.
+BOOK_MAX_LEN = 64
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = argparse.ArgumentParser(
+        prog="convert",
+        usage="python tools/convert.py --from KIND PATH [PATH] --to RUN [flags]\n"
+        "       python tools/convert.py --from RUN --to KIND FOLDER [flags]",
+        description="Bring weights of other packages into a run, or a run's weights to them.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "--from", nargs="+", required=True, metavar="WHAT", dest="source", help="KIND PATH, or RUN"
+    )
+    p.add_argument("--to", nargs="+", required=True, metavar="WHAT", help="RUN, or KIND FOLDER; a new folder")
+    reading = p.add_argument_group("what the other package's files do not say")
+    reading.add_argument(
+        "--num-heads", type=int, metavar="N", help="attention heads a layer, of gluonnlp and d2l"
+    )
+    reading.add_argument(
+        "--max-len",
+        type=int,
+        metavar="N",
+        help="the longest text that the run takes, in tokens (its position embeddings, or the book's 64)",
+    )
+    reading.add_argument(
+        "--lowercase", type=yes_or_no, metavar="{yes,no}", help="whether text is lower-cased (as it is told)"
+    )
+    reading.add_argument(
+        "--gelu",
+        choices=("exact", "tanh"),
+        help='what "gelu" of google means: tanh as in its code today, exact as in transformers (tanh)',
+    )
+    reading.add_argument(
+        "--new-heads",
+        type=yes_or_no,
+        metavar="{yes,no}",
+        default=False,
+        help="draw the pooler or a head anew where it is missing as a whole (no)",
+    )
+    add_checkpoint_flag(p)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has told what is wrong
+        return int(stop.code or 0)
+    return guarded(lambda: convert(arguments), "convert")
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Convert as the flags say."""
+    source, target = place("--from", arguments.source), place("--to", arguments.to)
+    check(arguments, source, target)
+    notes = write(arguments, source, target) if source.kind == "run" else read(arguments, source, target)
+    for note in notes:
+        print(note)
+    return 0
+
+
+def place(flag: str, words: list[str]) -> Place:
+    """What a flag names; BadInput where it is no kind with its paths and no run."""
+    kind, *paths = words
+    told = f"{flag} {' '.join(words)}"
+    if kind not in KINDS:
+        if paths:
+            raise BadInput(f"{told}: {kind} is no kind; they are {', '.join(KINDS)}, and a run is one folder")
+        return Place("run", [Path(kind)])
+    behind = KINDS[kind][flag == "--to"]
+    if not behind:
+        raise BadInput(f"{told}: {kind} can only be read; --to huggingface is what most others read")
+    if len(paths) != len(behind.split()):
+        raise BadInput(f"{told}: must be {kind} {behind}")
+    return Place(kind, [Path(path) for path in paths])
+
+
+def check(arguments: argparse.Namespace, source: Place, target: Place) -> None:
+    """Raise one BadInput that tells everything that is wrong with the flags."""
+    problems = []
+    if (source.kind == "run") == (target.kind == "run"):
+        what = (
+            "both are runs" if source.kind == "run" else "neither is a run; convert to a run and from there"
+        )
+        problems.append(f"--from and --to: {what}; name a run and a kind")
+    for name, kinds in (("num_heads", ("gluonnlp", "d2l")), ("gelu", ("google",))):
+        value = getattr(arguments, name)
+        if value is not None and source.kind not in kinds:
+            problems.append(f"--{name.replace('_', '-')} {value}: is for --from {' and '.join(kinds)}")
+    for name in ("max_len", "lowercase"):
+        if source.kind == "run" and getattr(arguments, name) is not None:
+            problems.append(f"--{name.replace('_', '-')}: a run has its own; it is for --from a kind")
+    if source.kind == "run" and arguments.new_heads:
+        problems.append("--new-heads yes: a run has all heads")
+    if source.kind != "run" and arguments.checkpoint != "latest":
+        problems.append(f"--checkpoint {arguments.checkpoint}: is for --from a run")
+    if problems:
+        raise BadInput("\n".join(problems))
+
+
+def read(arguments: argparse.Namespace, source: Place, target: Place) -> list[str]:
+    """From another package to a run; returns what a user should know."""
+    from gluon_bert.checkpoint import check_new
+    from gluon_bert.conversion.weights import save_run
+
+    (folder,) = target.paths
+    check_new(folder, "--to")
+    foreign = foreign_of(arguments, source)
+    positions = foreign.model.max_positions
+    longest = min(positions, BOOK_MAX_LEN) if source.kind == "d2l" else positions
+    max_len = longest if arguments.max_len is None else arguments.max_len
+    came_from = {"kind": source.kind, "paths": [str(path) for path in source.paths]}
+    config = save_run(foreign, folder, max_len, came_from)
+    model = config.model
+    return [
+        f"{folder}: {model.num_layers} layers of {model.units}, {model.num_heads} heads, {model.activation}, "
+        f"LayerNorm epsilon {model.norm_epsilon:g}, a vocabulary of {len(foreign.vocab):,}, "
+        f"{positions} positions, max_len {max_len}, text {'lower-cased' if foreign.lowercase else 'cased'}",
+        *foreign.notes,
+    ]
+
+
+def foreign_of(arguments: argparse.Namespace, source: Place) -> Any:
+    """The network of another package."""
+    case, new_heads = arguments.lowercase, arguments.new_heads
+    if source.kind == "huggingface":
+        from gluon_bert.conversion.huggingface import read_huggingface
+
+        return read_huggingface(source.paths[0], case, new_heads)
+    if source.kind == "google":
+        from gluon_bert.conversion.google import read_google
+
+        gelu = "gelu" if arguments.gelu == "exact" else "gelu_tanh"
+        return read_google(source.paths[0], gelu, case, new_heads)
+    from gluon_bert.conversion.mxnet_files import read_parameters
+
+    parameters, vocab = source.paths
+    return read_parameters(source.kind, parameters, vocab, arguments.num_heads, case, new_heads)
+
+
+def write(arguments: argparse.Namespace, source: Place, target: Place) -> list[str]:
+    """From a run to another package; returns what a user should know."""
+    from gluon_bert.checkpoint import load_run
+    from gluon_bert.conversion.huggingface import write_huggingface
+    from gluon_bert.conversion.mxnet_files import write_parameters
+    from gluon_bert.export.formats import check_free
+
+    (folder,) = target.paths
+    check_free(folder, "--to")
+    loaded = load_run(source.paths[0], which=arguments.checkpoint)
+    if loaded.net.task:
+        raise BadInput(f"--from {source.paths[0]}: was fine-tuned; name the run that it began with")
+    if target.kind == "huggingface":
+        notes = write_huggingface(loaded, folder)
+    else:
+        notes = write_parameters(target.kind, loaded, folder)
+    return [f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}", *notes]
+
+
+if __name__ == "__main__":
+    run(main)

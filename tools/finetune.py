@@ -1,0 +1,258 @@
+"""Fine-tunes a pretrained network for a task of one's own: `python tools/finetune.py --help` tells how."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from command_line import (
+    add_checkpoint_flag,
+    add_device_flag,
+    add_field_flags,
+    device,
+    guarded,
+    run,
+    shown,
+    yes_or_no,
+)
+
+from gluon_bert.config import FineTuneConfig, check_group, without_nan
+from gluon_bert.errors import BadInput
+from gluon_bert.files import written_aside
+
+EXAMPLES = """\
+examples:
+  python tools/finetune.py runs/base --train train.tsv --dev dev.tsv
+  python tools/finetune.py runs/base --train train.csv --dev dev.csv --text question answer --label right
+  python tools/finetune.py runs/base --train train.jsonl --dev dev.jsonl --test test.jsonl --task regression
+  python tools/finetune.py runs/small --train cola/train.tsv --dev cola/dev.tsv --header no --text 4 --label 2
+  python tools/encode.py runs/base-finetuned-1 "a text to be judged" --checkpoint best
+  python tools/export.py runs/base-finetuned-1 --checkpoint best --format mar
+
+RUN is the folder of a pretraining run or of converted weights. A table is UTF-8 and ends in .tsv (fields
+apart by tabs, never quoted), .csv (as RFC 4180 has it) or .jsonl (an object a line), a row each. Its first
+line names the columns, unless --header no numbers them from 1.
+
+The new run's folder holds config.json, the vocabulary, log.jsonl (an object an epoch), checkpoints/ (the last
+and the best epoch's network) and predictions.jsonl, those of the best one on the dev or the test file.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = argparse.ArgumentParser(
+        prog="finetune",
+        usage="python tools/finetune.py RUN --train FILE --dev FILE [flags]",
+        description="Fine-tune a pretrained network: classes or a score, of single texts or of pairs.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("run", type=Path, metavar="RUN", help="the run whose encoder is fine-tuned")
+    p.add_argument("--train", type=Path, required=True, metavar="FILE", help="labelled rows to learn from")
+    p.add_argument(
+        "--dev", type=Path, required=True, metavar="FILE", help="labelled rows to choose the best epoch by"
+    )
+    p.add_argument("--test", type=Path, metavar="FILE", help="rows to predict at the end, labelled or not")
+    p.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="the new run's folder (RUN-finetuned-1, ...)"
+    )
+    p.add_argument(
+        "--text",
+        nargs="+",
+        metavar="COLUMN",
+        default=[],
+        help="the column with the texts, or the two of pairs (by name)",
+    )
+    p.add_argument("--label", metavar="COLUMN", help="the column with the labels or scores (label, score)")
+    p.add_argument(
+        "--header",
+        type=yes_or_no,
+        default=True,
+        metavar="{yes,no}",
+        help="the first line names the columns (yes)",
+    )
+    p.add_argument(
+        "--task",
+        choices=("auto", "classification", "regression"),
+        default="auto",
+        help="auto: regression where a label is a number that is not whole (auto)",
+    )
+    add_checkpoint_flag(p)
+    add_device_flag(p)
+    default = FineTuneConfig()
+    add_field_flags(p.add_argument_group("how"), FineTuneConfig, lambda name: shown(getattr(default, name)))
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has told what is wrong
+        return int(stop.code or 0)
+    return guarded(lambda: finetune(arguments), "finetune")
+
+
+def finetune(arguments: argparse.Namespace) -> int:
+    """Fine-tune as the flags say."""
+    from gluon_bert.checkpoint import check_new, load_run
+    from gluon_bert.data.texts import TextReader
+    from gluon_bert.finetuning.examples import examples, task_of
+    from gluon_bert.finetuning.tuner import FineTuner, begin
+
+    config = config_from(arguments)
+    output = arguments.output or free_folder(arguments.run)
+    check_new(output)
+    rows = read_rows(arguments)
+    context = device(arguments)
+    before = load_run(arguments.run, [context], arguments.checkpoint)
+    check(arguments, before, config)
+    task = task_of(rows["--train"], arguments.task)
+    check_metric(config, task)
+    max_len = config.max_len or before.config.data.max_len
+    reader = TextReader(before.vocab, max_len, before.config.data.lowercase)
+    data = {flag: examples(its_rows, task, reader, flag) for flag, its_rows in rows.items()}
+    tuner = FineTuner(begin(before.net, task, config, context), reader, config)
+    create(output, before, arguments, tuner, len(rows["--train"]))
+    print(f"{describe(task, data)}\nrun folder: {output}", file=sys.stderr)
+    best = fit(output, tuner, data["--train"], data["--dev"])
+    print(f"best of {config.epochs} epochs: {best.number}, {in_words(best.dev)} on the dev file")
+    print(predict(output, "--test" if "--test" in data else "--dev", rows, data, reader))
+    print(f"its network: {output} --checkpoint best")
+    return 0
+
+
+def read_rows(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The rows of each table, by its flag."""
+    from gluon_bert.data.tables import choose_columns, read_table
+
+    header = arguments.header
+    columns = choose_columns(arguments.train, "--train", header, arguments.text, arguments.label)
+    tables = {"--train": arguments.train, "--dev": arguments.dev, "--test": arguments.test}
+    return {
+        flag: read_table(path, flag, header, columns, labels_needed=flag != "--test")
+        for flag, path in tables.items()
+        if path is not None
+    }
+
+
+def config_from(arguments: argparse.Namespace) -> FineTuneConfig:
+    """What the command line says of the fine-tuning, checked."""
+    names = {field.name for field in dataclasses.fields(FineTuneConfig)}
+    config = FineTuneConfig(**{name: value for name, value in vars(arguments).items() if name in names})
+    problems = []
+    if len(arguments.text) > 2:
+        problems.append(f"--text {' '.join(arguments.text)}: must be one column, or two of pairs")
+    try:
+        check_group(config)
+    except BadInput as error:
+        problems.append(str(error))
+    if problems:
+        raise BadInput("\n".join(problems))
+    return config
+
+
+def check(arguments: argparse.Namespace, before: Any, config: FineTuneConfig) -> None:
+    """Raise BadInput where the run cannot be fine-tuned as the flags say."""
+    if before.net.task:
+        raise BadInput(f"{arguments.run}: was fine-tuned already; name the run that it began with")
+    positions = before.config.model.max_positions
+    if config.max_len and not 8 <= config.max_len <= positions:
+        raise BadInput(f"--max-len {config.max_len}: must be from 8 to the run's {positions} positions")
+
+
+def check_metric(config: FineTuneConfig, task: Any) -> None:
+    """Raise BadInput where the best epoch is to be chosen by what this task does not have."""
+    from gluon_bert.finetuning.metrics import OF_KIND
+
+    if config.best_by not in ("auto", *OF_KIND[task.kind]):
+        raise BadInput(
+            f"--best-by {config.best_by}: of a {task.kind} it must be {', '.join(OF_KIND[task.kind])}"
+        )
+
+
+def create(output: Path, before: Any, arguments: argparse.Namespace, tuner: Any, num_examples: int) -> None:
+    """Make the new run's folder."""
+    from gluon_bert import runtime
+    from gluon_bert.checkpoint import create_run
+    from gluon_bert.finetuning.tuner import train_config
+
+    config = dataclasses.replace(
+        before.config.replace(max_len=tuner.reader.max_len, dropout=tuner.config.dropout),
+        train=train_config(tuner.config, num_examples),
+    )
+    given = {name: getattr(arguments, name) for name in ("run", "train", "dev", "test")}
+    files = {name: None if path is None else str(path) for name, path in given.items()}
+    facts = {
+        "finetuned": {**files, "began_with_step": before.step, **dataclasses.asdict(tuner.config)},
+        "versions": runtime.versions(),
+    }
+    create_run(output, config, before.vocab, facts, tuner.net.task)
+
+
+def fit(output: Path, tuner: Any, train: Any, dev: Any) -> Any:
+    """Train, with a line, a record and a checkpoint an epoch; returns the best one."""
+    from gluon_bert.checkpoint import save_checkpoint
+
+    with (output / "log.jsonl").open("w", encoding="utf-8") as log:
+
+        def tell(epoch: Any) -> None:
+            print(f"epoch {epoch.number}: loss {epoch.loss:.4f}, dev {in_words(epoch.dev)}", file=sys.stderr)
+            json.dump(without_nan(epoch._asdict()), log)
+            log.write("\n")
+            log.flush()
+            save_checkpoint(output, tuner.net, epoch.step, best=epoch.best, keep=1)
+
+        return tuner.fit(train, dev, tell)
+
+
+def predict(output: Path, flag: str, rows: Any, data: Any, reader: Any) -> str:
+    """Write what the best network says of a file; returns a sentence on it."""
+    from gluon_bert.checkpoint import load_run
+    from gluon_bert.encoding import GluonNetwork, Predictor
+    from gluon_bert.finetuning.tuner import evaluated, scores_of
+
+    net = load_run(output, which="best").net
+    answers = list(Predictor(GluonNetwork(net), reader, net.task).ask(data[flag].texts))
+    path = output / "predictions.jsonl"
+    with written_aside(path) as file:
+        for row, answer in zip(rows[flag], answers):
+            given = {"label": row.label} if row.label is not None else {}
+            json.dump(
+                {"texts": row.texts, "given": given, "predicted": answer.verdict}, file, ensure_ascii=False
+            )
+            file.write("\n")
+    told = f"{path}: {len(answers)} predictions for {flag}"
+    if flag == "--test" and data[flag].targets is not None:
+        told += f", {in_words(evaluated(scores_of(answers), data[flag], net.task))}"
+    return told
+
+
+def in_words(found: dict[str, float]) -> str:
+    """Metrics for a person."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+
+
+def describe(task: Any, data: dict[str, Any]) -> str:
+    """A line on what is about to be learnt."""
+    what = f"{len(task.labels)} classes" if task.labels else "a score"
+    texts = "pairs of texts" if task.pairs else "single texts"
+    files = ", ".join(f"{len(its):,} rows in {flag}" for flag, its in data.items())
+    return f"{what} of {texts}: {files}"
+
+
+def free_folder(before: Path) -> Path:
+    """A new folder beside the run's."""
+    number = 1
+    while before.with_name(f"{before.name}-finetuned-{number}").exists():
+        number += 1
+    return before.with_name(f"{before.name}-finetuned-{number}")
+
+
+if __name__ == "__main__":
+    run(main)
