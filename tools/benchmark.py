@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
-from command_line import guarded, run
+from command_line import command, run
 
 from gluon_bert import runtime
 from gluon_bert.config import write_json
@@ -116,11 +116,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    try:
-        arguments = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has told what is wrong
-        return int(stop.code or 0)
-    return guarded(lambda: benchmark(arguments), "benchmark")
+    return command(parser(), argv, benchmark)
 
 
 def benchmark(arguments: argparse.Namespace) -> int:

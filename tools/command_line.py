@@ -78,6 +78,23 @@ def run(main: Callable[[List[str]], int]) -> None:
     sys.exit(main(sys.argv[1:]))
 
 
+def command(
+    parser: argparse.ArgumentParser,
+    argv: List[str] | None,
+    body: Callable[[argparse.Namespace], int],
+    intermixed: bool = False,
+) -> int:
+    """The exit status of a command: that of its body, which gets the flags, or as `guarded` has it.
+
+    intermixed: arguments may stand between the flags.
+    """
+    try:
+        arguments = (parser.parse_intermixed_args if intermixed else parser.parse_args)(argv)
+    except SystemExit as stop:  # argparse has told what is wrong
+        return int(stop.code or 0)
+    return guarded(lambda: body(arguments), parser.prog)
+
+
 class Terminated(BaseException):
     """SIGTERM, as KeyboardInterrupt is SIGINT."""
 

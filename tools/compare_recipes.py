@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
-from command_line import guarded, run
+from command_line import command, run
 
 from gluon_bert.config import Config, DataConfig, TrainConfig, flag, preset, write_json
 from gluon_bert.errors import BadInput
@@ -105,11 +105,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    try:
-        arguments = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has told what is wrong
-        return int(stop.code or 0)
-    return guarded(lambda: compare_recipes(arguments), "compare_recipes")
+    return command(parser(), argv, compare_recipes)
 
 
 def compare_recipes(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from command_line import add_checkpoint_flag, guarded, run, yes_or_no
+from command_line import add_checkpoint_flag, command, run, yes_or_no
 
 from gluon_bert.errors import BadInput
 
@@ -100,11 +100,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    try:
-        arguments = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has told what is wrong
-        return int(stop.code or 0)
-    return guarded(lambda: convert(arguments), "convert")
+    return command(parser(), argv, convert)
 
 
 def convert(arguments: argparse.Namespace) -> int:

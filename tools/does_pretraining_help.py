@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Sequence
 
-from command_line import add_checkpoint_flag, add_device_flag, device, guarded, run
+from command_line import add_checkpoint_flag, add_device_flag, command, device, run
 
 from gluon_bert import runtime
 from gluon_bert.config import FineTuneConfig, write_json
@@ -56,11 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    try:
-        arguments = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has told what is wrong
-        return int(stop.code or 0)
-    return guarded(lambda: study(arguments), "does_pretraining_help")
+    return command(parser(), argv, study)
 
 
 def study(arguments: argparse.Namespace) -> int:

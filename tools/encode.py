@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
-from command_line import add_checkpoint_flag, add_device_flag, device, guarded, run
+from command_line import add_checkpoint_flag, add_device_flag, command, device, run
 from tqdm import tqdm
 
 from gluon_bert.errors import BadInput
@@ -80,12 +80,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    try:
-        # Intermixed, since texts may stand before and behind the flags.
-        arguments = parser().parse_intermixed_args(argv)
-    except SystemExit as stop:  # argparse has told what is wrong
-        return int(stop.code or 0)
-    return guarded(lambda: encode(arguments), "encode")
+    # Intermixed, since texts may stand before and behind the flags.
+    return command(parser(), argv, encode, intermixed=True)
 
 
 def encode(arguments: argparse.Namespace) -> int:

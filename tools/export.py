@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Sequence
 
-from command_line import add_checkpoint_flag, guarded, run
+from command_line import add_checkpoint_flag, command, run
 
 from gluon_bert.errors import BadInput
 
@@ -62,11 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    try:
-        arguments = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has told what is wrong
-        return int(stop.code or 0)
-    return guarded(lambda: export(arguments), "export")
+    return command(parser(), argv, export)
 
 
 def export(arguments: argparse.Namespace) -> int:

@@ -13,8 +13,8 @@ from command_line import (
     add_checkpoint_flag,
     add_device_flag,
     add_field_flags,
+    command,
     device,
-    guarded,
     run,
     shown,
     yes_or_no,
@@ -91,11 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    try:
-        arguments = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has told what is wrong
-        return int(stop.code or 0)
-    return guarded(lambda: finetune(arguments), "finetune")
+    return command(parser(), argv, finetune)
 
 
 def finetune(arguments: argparse.Namespace) -> int:

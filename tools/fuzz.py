@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-from command_line import guarded, run
+from command_line import command, run
 
 from gluon_bert.errors import BadInput
 
@@ -328,11 +328,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status. A search ends the process itself."""
-    try:
-        arguments = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has told what is wrong
-        return int(stop.code or 0)
-    return guarded(lambda: fuzz(arguments), "fuzz")
+    return command(parser(), argv, fuzz)
 
 
 def fuzz(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
-from command_line import Terminated, add_config_flags, config_from, guarded, run
+from command_line import Terminated, add_config_flags, command, config_from, run
 
 from gluon_bert import runtime
 from gluon_bert.config import DRAWN, PRESETS, Config, changeable, preset, refuse_changes
@@ -81,11 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    try:
-        arguments = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has told what is wrong
-        return int(stop.code or 0)
-    return guarded(lambda: pretrain(arguments), "pretrain")
+    return command(parser(), argv, pretrain)
 
 
 def pretrain(arguments: argparse.Namespace) -> int:
