@@ -81,16 +81,22 @@ def real(encoded, batch):
 
 
 def assert_same(net, batch, theirs, gradients, layout):
-    """Scores to 1e-5 and gradients to 1e-4 of the other package's."""
+    """Scores to 1e-5 and gradients to 1e-4 of the other package's, relative to the largest.
+
+    Both sides round to float32, each in its order: from float64 the larger of the book's networks is 2e-5
+    off, where the values reach 3.
+    """
     encoded, mlm, nsp, own_gradients = ours(net, batch)
     for one, other in zip((encoded, mlm, nsp), theirs):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
     names = list(shapes(net.vocab_size, net.config))
     assert set(gradients) == {layout.name(name) for name in names}
     for name in names:
         expected = layout.to_ours(name, gradients[layout.name(name)])
         assert np.abs(expected).max() > 0
-        np.testing.assert_allclose(own_gradients[name], expected, rtol=1e-4, atol=1e-4)
+        # A floor for what is 0 but for rounding: the gradient of key biases.
+        tolerance = 1e-4 * max(np.abs(expected).max(), 1)
+        np.testing.assert_allclose(own_gradients[name], expected, rtol=0, atol=tolerance, err_msg=name)
 
 
 def a_run(folder, config, vocab=None, seed=3, **data):
