@@ -111,13 +111,15 @@ def main(argv: list[str] | None = None) -> int:
 def compare_recipes(arguments: argparse.Namespace) -> int:
     """Compare as the flags say."""
     recipes, seeds = check(arguments)
+    runs = {(name, seed): arguments.output / f"{name}-{seed}" for seed in seeds for name in recipes}
+    for (name, seed), folder in runs.items():
+        train(folder, recipes[name], seed, arguments)
+    data = examples(arguments.corpus)
     found = []
-    for seed in seeds:
-        for name, recipe in recipes.items():
-            folder = trained(arguments.output / f"{name}-{seed}", recipe, seed, arguments)
-            print(f"{folder}: measuring what was learnt", file=sys.stderr)
-            found.append(measure(folder, name, seed, arguments.corpus))
-    references = references_of(arguments.corpus)
+    for (name, seed), folder in runs.items():
+        print(f"{folder}: measuring what was learnt", file=sys.stderr)
+        found.append(measure(folder, name, seed, data))
+    references = references_of(data)
     write_json(
         arguments.output / "results.json",
         {
@@ -152,10 +154,10 @@ def check(arguments: argparse.Namespace) -> tuple[dict[str, Recipe], list[int]]:
 # Training
 
 
-def trained(folder: Path, recipe: Recipe, seed: int, arguments: argparse.Namespace) -> Path:
-    """The folder of a run by this recipe, which is made unless it is there; BadInput where that fails."""
+def train(folder: Path, recipe: Recipe, seed: int, arguments: argparse.Namespace) -> None:
+    """Make a run by this recipe in its folder, unless it is there; BadInput where that fails."""
     if folder.exists():
-        return folder
+        return
     unfinished = folder.with_name(f"{folder.name}.part")
     if unfinished.exists():
         raise BadInput(f"{unfinished}: is of a comparison that runs, or that was stopped; then remove it")
@@ -167,7 +169,6 @@ def trained(folder: Path, recipe: Recipe, seed: int, arguments: argparse.Namespa
     if status:
         raise BadInput(f"{unfinished}: the training failed with exit status {status}")
     unfinished.rename(folder)
-    return folder
 
 
 def flags_of(recipe: Recipe, minutes: float, seed: int) -> list[str]:
@@ -183,11 +184,11 @@ def flags_of(recipe: Recipe, minutes: float, seed: int) -> list[str]:
 # What was learnt
 
 
-def measure(folder: Path, name: str, seed: int, corpus: str) -> Learnt:
-    """What a run had learnt when each of its checkpoints was written."""
-    from gluon_bert.checkpoint import load_run, steps
+def measure(folder: Path, name: str, seed: int, data: Any) -> Learnt:
+    """What a run had learnt when each of its checkpoints was written; data: the common examples."""
+    from gluon_bert.checkpoint import CONFIG, load_run, read_config, steps
 
-    learnt = [(step, averages_of(load_run(folder, which=step), corpus)) for step in steps(folder)]
+    learnt = [(step, averages_of(load_run(folder, which=step), data)) for step in steps(folder)]
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
     minutes = {r["step"]: r["seconds"] / 60 for r in records if "seconds" in r}
     last_step, last = learnt[-1]
@@ -196,18 +197,17 @@ def measure(folder: Path, name: str, seed: int, corpus: str) -> Learnt:
         seed=seed,
         curve=[(minutes[step], averages.mlm_loss) for step, averages in learnt],
         steps=last_step,
-        pairs=last_step * load_run(folder).config.train.batch_size,
+        pairs=last_step * read_config(folder / CONFIG).train.batch_size,
         mlm_accuracy=last.mlm_accuracy,
         nsp_accuracy=last.nsp_accuracy,
     )
 
 
-def averages_of(run: Any, corpus: str) -> Any:
+def averages_of(run: Any, data: Any) -> Any:
     """The losses and accuracies of a network on the common examples."""
     from gluon_bert.runtime import mx
     from gluon_bert.training.trainer import Trainer
 
-    data = examples(corpus)
     if run.vocab.tokens != data.vocab.tokens:
         raise BadInput("the run has another vocabulary than the common examples: its recipe changes the text")
     return Trainer(run.net, TrainConfig(), [mx.cpu()]).evaluate(data.held_out.epoch(0))
@@ -223,11 +223,11 @@ def examples(corpus: str) -> Any:
     return data
 
 
-def references_of(corpus: str) -> dict[str, float]:
+def references_of(data: Any) -> dict[str, float]:
     """Losses on the common examples of models that know less, as a run's config.json has them."""
     from gluon_bert.training.report import References
 
-    return References.of(examples(corpus))._asdict()
+    return References.of(data)._asdict()
 
 
 # What is told
