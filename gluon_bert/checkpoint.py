@@ -197,8 +197,14 @@ def set_weights(net: Any, weights: Mapping[str, np.ndarray], where: Path | str) 
             f"{where}: cannot be read as the weights of this run ({min(problems)}): it is damaged, or "
             f"{CONFIG} or the vocabulary is another run's; name another with --checkpoint"
         )
-    for name, parameter in parameters.items():
-        parameter.set_data(mx.nd.array(weights[name], dtype=np.float32))
+    put_weights(net, weights)
+
+
+def put_weights(net: Any, weights: Mapping[str, np.ndarray]) -> None:
+    """Give those parameters of an initialized network that are named these values, on all its contexts."""
+    parameters = named_parameters(net)
+    for name, array in weights.items():
+        parameters[name].set_data(mx.nd.array(array, dtype=np.float32))
 
 
 def named_parameters(net: Any) -> dict[str, Any]:

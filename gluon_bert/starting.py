@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import Run, load_run, named_parameters, weights_of
+from .checkpoint import Run, load_run, put_weights, weights_of
 from .config import DRAWN, Config, ModelConfig, flag
 from .data.vocab import Vocabulary
 from .errors import BadInput
-from .runtime import mx
 
 # Fields of the network that can be set anew, as no weight's shape or meaning depends on them.
 _FREE = ("dropout", "init", "init_checkpoint", "decoder_bias")
@@ -21,7 +20,7 @@ _FROM_RUN = {
     "data": ("tokenizer", "lowercase"),
 }
 # The parameters with a row for each token.
-_BY_TOKEN = ("encoder.embeddings.tokens.weight", "mlm.decoder.weight", "mlm.decoder.bias")
+_BY_TOKEN = {"encoder.embeddings.tokens.weight", "mlm.decoder.weight", "mlm.decoder.bias"}
 
 
 def names_a_run(init: str) -> bool:
@@ -102,11 +101,12 @@ def start_from(net: Any, vocab: Vocabulary, run: Run) -> None:
     if vocab.tokens[:known] != run.vocab.tokens:
         raise BadInput(f"--vocab-file: does not begin with the {known:,} tokens of the run to begin with")
     pieces = [run.vocab.ids(run.vocab.pieces(token)) for token in vocab.tokens[known:]]
-    parameters = named_parameters(net)
-    for name, array in weights_of(run.net).items():
-        if name in _BY_TOKEN and pieces:
-            array = np.concatenate([array, [array[ids].mean(axis=0) for ids in pieces]])
-        parameters[name].set_data(mx.nd.array(array))
+    weights = weights_of(run.net)
+    if pieces:
+        for name in weights.keys() & _BY_TOKEN:
+            rows = weights[name]
+            weights[name] = np.concatenate([rows, [rows[ids].mean(axis=0) for ids in pieces]])
+    put_weights(net, weights)
 
 
 def _shown(value: Any) -> str:

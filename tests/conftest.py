@@ -62,6 +62,19 @@ def text_file(tmp_path):
     return path
 
 
+@pytest.fixture
+def command(request, text_file, tmp_path):
+    """Runs tools/pretrain.py with the module's SMALL flags on a small text; returns status and folder."""
+    import pretrain
+
+    def run(*flags, name="run"):
+        folder = tmp_path / name
+        small = [*request.module.SMALL, "--corpus", str(text_file), "--output", str(folder)]
+        return pretrain.main([*small, *flags]), folder
+
+    return run
+
+
 def small_text(num_documents: int = 200, seed: int = 0) -> str:
     """Sentences of a small grammar, so that a small model can learn something."""
     rng = random.Random(seed)

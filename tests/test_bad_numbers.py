@@ -20,17 +20,6 @@ NAME = "encoder.layers.1.attend.query.weight"
 
 
 @pytest.fixture
-def command(text_file, tmp_path):
-    """Runs the command on a small text with a small network; returns its status and the run's folder."""
-
-    def run(*flags, name="run"):
-        folder = tmp_path / name
-        return pretrain.main([*SMALL, "--corpus", str(text_file), "--output", str(folder), *flags]), folder
-
-    return run
-
-
-@pytest.fixture
 def breaking(monkeypatch):
     """Makes the gradients of these batches of epoch 0 no numbers, whenever they are used."""
 

@@ -25,17 +25,6 @@ SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size"
 SMALL += ["--num-steps", "12", "--log-every", "3", "--redraw", "yes", "--checkpoint-every", "2"]
 
 
-@pytest.fixture
-def command(text_file, tmp_path):
-    """Runs the command on a small text with a small network; returns its status and the run's folder."""
-
-    def run(*flags, name="run"):
-        folder = tmp_path / name
-        return pretrain.main([*SMALL, "--corpus", str(text_file), "--output", str(folder), *flags]), folder
-
-    return run
-
-
 @contextmanager
 def files_of_at_most(num_bytes):
     """The system refuses to make a file longer, as it does on a full disk."""

@@ -30,18 +30,6 @@ SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size"
 SMALL += ["--num-steps", "6", "--log-every", "2"]
 
 
-@pytest.fixture
-def command(text_file, tmp_path):
-    """Runs the command on a small text with a small network; returns its status and the run's folder."""
-
-    def run(*flags, name="run"):
-        folder = tmp_path / name
-        status = pretrain.main([*SMALL, "--corpus", str(text_file), "--output", str(folder), *flags])
-        return status, folder
-
-    return run
-
-
 def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 

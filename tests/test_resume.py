@@ -25,17 +25,6 @@ SMALL += ["--num-steps", "12", "--log-every", "3", "--eval-every", "5", "--num-b
 SMALL += ["--redraw", "yes"]
 
 
-@pytest.fixture
-def command(text_file, tmp_path):
-    """Runs the command on a small text with a small network; returns its status and the run's folder."""
-
-    def run(*flags, name="run"):
-        folder = tmp_path / name
-        return pretrain.main([*SMALL, "--corpus", str(text_file), "--output", str(folder), *flags]), folder
-
-    return run
-
-
 def log_of(folder):
     """The log without what depends on the clock."""
     timed = ("seconds", "pairs_per_second")

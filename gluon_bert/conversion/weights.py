@@ -8,7 +8,7 @@ from typing import Any, Mapping
 
 import numpy as np
 
-from ..checkpoint import check_new, create_run, load_run, named_parameters, save_checkpoint
+from ..checkpoint import check_new, create_run, load_run, named_parameters, put_weights, save_checkpoint
 from ..config import Config, DataConfig, ModelConfig, preset
 from ..data.vocab import Vocabulary
 from ..data.wordpiece import WordPieceVocabulary
@@ -50,9 +50,7 @@ def network(weights: Mapping[str, np.ndarray], vocab_size: int, config: ModelCon
     """
     net = BERTModel(vocab_size, config)
     net.setup([mx.cpu()], seed)
-    parameters = named_parameters(net)
-    for name, array in weights.items():
-        parameters[name].set_data(mx.nd.array(array, dtype=np.float32))
+    put_weights(net, weights)
     return net
 
 
