@@ -584,6 +584,17 @@ PRESETS: Dict[str, Config] = {
         ),
         TrainConfig(),
     ),
+    # What learnt the most of WikiText-2 in half an hour on two cores: docs/learning.md has the comparison.
+    "quick": _bert(2, 128, 64).replace(
+        max_len=64,
+        pairs="sentences",
+        mask_rate=0.3,
+        dropout=0.0,
+        decoder_bias="frequencies",
+        optimizer="adamw",
+        lr=2e-3,
+        num_steps=6000,
+    ),
     "bert-tiny": _bert(2, 128, 256),
     "bert-mini": _bert(4, 256, 256),
     "bert-small": _bert(4, 512, 256),

@@ -351,8 +351,8 @@ def test_help_explains_every_field(capsys):
         for field in dataclasses.fields(group):
             assert flag(field.name) in text
     joined = " ".join(text.split())
-    assert "the learning rate at its peak (d2l: 0.001, bert-*: 0.0001)" in joined
-    assert "encoder layers (d2l: 2, bert-*: by size)" in joined
+    assert "the learning rate at its peak (d2l: 0.001, quick: 0.002, bert-*: 0.0001)" in joined
+    assert "encoder layers (d2l and quick: 2, bert-*: by size)" in joined
     assert "rarer words become <unk> (5)" in joined
     for name in [*PRESETS, "--gpus", "--cpus", "--output", "--preset"]:
         assert name in text

@@ -15,7 +15,7 @@ import pretrain
 import pytest
 from conftest import ROOT, small_text
 
-from gluon_bert import checkpoint
+from gluon_bert import checkpoint, ops
 from gluon_bert.array_files import read_arrays
 from gluon_bert.training.report import Report
 from gluon_bert.training.trainer import Trainer, dropout_seed
@@ -102,6 +102,26 @@ def test_a_run_stopped_after_every_step_is_bit_for_bit_the_undisturbed_one(comma
         f"the weights after step 11 are kept in {stopped}; --resume {stopped} goes on"
         in capsys.readouterr().err
     )
+
+
+def test_a_run_goes_on_with_the_operators_that_it_was_begun_with(command, stopping, capsys, monkeypatch):
+    monkeypatch.setenv(ops.VARIABLE, "auto")  # and back to what it was
+    _, undisturbed = command("--operators", "mxnet", name="undisturbed")
+    stopping(5)
+    status, stopped = command("--operators", "mxnet", name="stopped")
+    assert status == 130
+    monkeypatch.setenv(ops.VARIABLE, "auto")
+    capsys.readouterr()
+    assert pretrain.main(["--resume", str(stopped)]) == 0
+    told = capsys.readouterr().err
+    assert "operators: MXNet's own" in told and "operators is" not in told
+    assert_same_run(undisturbed, stopped)
+
+    assert pretrain.main(["--resume", str(stopped), "--operators", "auto"]) == 0
+    changed = f"operators is {ops.in_use()} and was MXNet's own (as asked for): with dropout other numbers"
+    assert (changed in capsys.readouterr().err) == (ops.choice_of(ops.in_use()) is None)
+    monkeypatch.undo()
+    ops.choose()
 
 
 def test_a_stop_inside_an_evaluation_is_made_up_for(command, monkeypatch):

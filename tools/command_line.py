@@ -10,7 +10,7 @@ import sys
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Tuple, get_type_hints
+from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, get_type_hints
 
 from gluon_bert import runtime
 from gluon_bert.config import GROUPS, PRESETS, Config, flag
@@ -159,11 +159,17 @@ def _failed(name: str, error: BaseException) -> int:
 
 
 def _defaults(group_name: str, name: str) -> str:
-    """What the presets have: the first one's value, and the others' where they agree on another."""
-    first, *others = (shown(getattr(getattr(config, group_name), name)) for config in PRESETS.values())
-    if set(others) == {first}:
-        return first
-    return f"d2l: {first}, bert-*: {others[0] if len(set(others)) == 1 else 'by size'}"
+    """What the presets have: one value, or those of each family of presets."""
+    families: Dict[str, Set[str]] = {}
+    for preset_name, config in PRESETS.items():
+        family = "bert-*" if preset_name.startswith("bert-") else preset_name
+        families.setdefault(family, set()).add(shown(getattr(getattr(config, group_name), name)))
+    who_has: Dict[str, List[str]] = {}
+    for family, values in families.items():
+        who_has.setdefault("by size" if len(values) > 1 else min(values), []).append(family)
+    if len(who_has) == 1:
+        return min(who_has)
+    return ", ".join(f"{' and '.join(who)}: {value}" for value, who in who_has.items())
 
 
 def shown(value: Any) -> str:

@@ -204,7 +204,8 @@ def resume(arguments: argparse.Namespace) -> int:
         remove_leftovers(folder)
         remove_leftovers(folder / "checkpoints")
         contexts = contexts_from(arguments, facts.get("contexts") or ())
-        ops.choose(arguments.operators)
+        recorded = facts.get("operators", "")
+        ops.choose(arguments.operators or ops.choice_of(recorded))
         operators = ops.in_use(contexts)
         snapshot = latest_whole(folder)
         data = load_data(config.data, config.train.batch_size, config.train.seed)
@@ -218,22 +219,22 @@ def resume(arguments: argparse.Namespace) -> int:
             "operators": operators,
             "versions": runtime.versions(),
         }
-        tell_differences(
-            {"operators": facts.get("operators", operators), **(facts.get("versions") or {})},
-            {"operators": operators, **runtime.versions()},
-        )
+        tell_differences(facts.get("versions") or {}, runtime.versions(), "the last digits may differ")
+        if recorded and ops.choice_of(recorded) != ops.choice_of(operators):
+            both = {"operators": recorded}, {"operators": operators}
+            tell_differences(*both, "with dropout other numbers come, without it the last digits may differ")
         if (config, {**facts, **now}) != (before, facts):
             write_config(folder, config, {**facts, **now})
         return train(config, data, network(config, data, contexts), contexts, folder, snapshot)
 
 
-def tell_differences(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """A line for everything that may change the last digits of a resumed run."""
+def tell_differences(before: Mapping[str, str], now: Mapping[str, str], so: str) -> None:
+    """A line for everything that is not what it was when a resumed run was begun, and so changes it."""
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             print(
-                f"{name} is {now.get(name)} and was {before.get(name)}: the last digits may differ from "
-                "those of a run that was not stopped",
+                f"{name} is {now.get(name)} and was {before.get(name)}: {so} from those of a run that was "
+                "not stopped",
                 file=sys.stderr,
             )
 

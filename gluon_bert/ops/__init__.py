@@ -46,6 +46,15 @@ def in_use(contexts: Sequence[Any] = ()) -> str:
     return f"MXNet's own ({reason})" if reason else "compiled for this processor"
 
 
+def choice_of(description: str) -> str | None:
+    """What `choose` takes to have the operators again that `in_use` described so; None for compiled ones.
+
+    >>> choice_of("MXNet's own (no compiler was found)"), choice_of("compiled for this processor")
+    ('mxnet', None)
+    """
+    return "mxnet" if description.startswith("MXNet's") else None
+
+
 def compute(block: Any, array: Any) -> bool:
     """Whether the compiled operators compute what this block makes of an array."""
     return (
