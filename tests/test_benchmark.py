@@ -6,6 +6,7 @@ import time
 import benchmark
 import encoders
 import numpy as np
+import preparations
 import pytest
 import trainers
 from conftest import small_text
@@ -188,3 +189,57 @@ def test_what_is_refused(run_folder, monkeypatch, capsys):
     monkeypatch.setitem(encoders.CONTESTANTS, "served", (encoders.served, ("no_such_package",)))
     assert "--against served: needs no_such_package installed" in told("--against", "served")
     assert "served" not in encoders.installed()
+
+
+def test_preparations_are_new_each_time_and_the_same(corpus, tmp_path, capsys):
+    figures = tmp_path / "speed.json"
+    command = ["prepare", "--corpus", str(corpus), "--workers", "0,2", "--against", "cached", "--rounds", "2"]
+    assert benchmark.main([*command, "--json", str(figures)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["workers-0", "workers-2", "cached"]
+    rounds = json.loads(figures.read_text("utf-8"))["rounds"]
+    assert len({answer["made"] for own in rounds.values() for answer in own}) == 1
+    assert all(len(own) == 2 and own[0]["seconds"] > 0 < own[0]["peak_gigabytes"] for own in rounds.values())
+    medians = {name: sorted(answer["seconds"] for answer in own)[0] for name, own in rounds.items()}
+    assert medians["cached"] < medians["workers-2"]  # or nothing was made anew
+
+
+def test_preparations_are_compared_round_by_round():
+    def answers(*seconds):
+        return [{"seconds": each, "peak_gigabytes": 0.5} for each in seconds]
+
+    table = benchmark.prepare_table("", 12.0, {"workers-0": answers(2, 4), "seed": answers(20, 10)})
+    assert "seed              15.00     0.8   0.25   0.10 .. 0.40       0.50" in table
+
+
+def test_another_first_batch_is_refused():
+    answers = {"workers-0": [{"made": "a"}], "seed": [{"made": "b"}]}
+    preparations.refuse_other_batches(answers)
+    answers["cached"] = [{"made": "c"}]
+    with pytest.raises(BadInput, match="not the same first batch was made by workers-0, cached"):
+        preparations.refuse_other_batches(answers)
+
+
+def test_a_larger_text_has_the_paragraphs_of_the_corpus_again_and_again(corpus, tmp_path):
+    folder = preparations.enlarged(corpus, 1, tmp_path / "large")
+    made = (folder / "wiki.train.tokens").read_bytes()
+    before = (corpus / "wiki.train.tokens").read_bytes().splitlines()
+    assert 1e6 <= len(made) < 1e6 + 1000
+    assert set(made.splitlines()) == set(before)
+    assert made.splitlines()[: len(before)] != before
+    assert (folder / "wiki.valid.tokens").read_bytes() == (corpus / "wiki.valid.tokens").read_bytes()
+    again = preparations.enlarged(corpus, 1, tmp_path / "again")
+    assert (again / "wiki.train.tokens").read_bytes() == made
+
+
+def test_what_preparation_is_measured_with_is_checked(tmp_path, capsys):
+    flags = ["--against", "jax", "--workers", "1,x", "--megabytes", "-1"]
+    assert benchmark.main(["prepare", *flags]) == 2
+    told = capsys.readouterr().err
+    assert "--against jax: must be cached, seed or both" in told
+    assert "--workers 1,x: numbers with commas" in told
+    assert "--megabytes -1: must be at least 0" in told
+    assert benchmark.main(["prepare", "--corpus", str(tmp_path)]) == 2
+    assert "has no wiki.train.tokens and no wiki.valid.tokens" in capsys.readouterr().err
+    with pytest.raises(BadInput, match=r"workers-0 ended with status 1: .*nowhere"):
+        preparations.Preparation("workers-0", tmp_path / "nowhere", tmp_path).make()

@@ -140,5 +140,5 @@ def test_json_with_unknown_keys_or_types_is_refused_by_name(content, told):
 
 
 def test_an_unknown_preset_lists_the_known():
-    with pytest.raises(BadInput, match="--preset bert-huge: must be one of d2l, bert-tiny"):
+    with pytest.raises(BadInput, match="--preset bert-huge: must be one of d2l, quick, bert-tiny"):
         preset("bert-huge")

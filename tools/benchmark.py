@@ -28,6 +28,8 @@ examples:
   python tools/benchmark.py encode runs/d2l-1
   python tools/benchmark.py encode runs/d2l-1 --against onnxruntime,transformers --rounds 9 --json speed.json
   python tools/benchmark.py train --against mxnet,seed,pytorch --json speed.json
+  python tools/benchmark.py prepare --against cached,seed
+  python tools/benchmark.py prepare --megabytes 1000 --workers 0,1,2 --rounds 1
 
 All contestants get the same work in turns, round by round (A B C, A B C, ...), so that whatever else the
 machine does meets them all. Told are the medians over the rounds, and the median of each round's ratio to the
@@ -42,6 +44,13 @@ train: optimizer steps of the book's model, 512 pairs each, from text in memory 
   when they are first asked for. Told are also the rate by the time that all cores together were at work,
   which other processes change less, the peak memory, and the MLM loss of the last round: a first contestant
   that has learnt less than another is an error.
+
+prepare: from files of text to the first batch of the preset d2l, a new process each time
+  workers-N     this package with --num-workers N, for each N of --workers
+  cached        this package, from what it has kept of an earlier time
+  seed          the book's own code
+  Told are seconds without the start of Python, MB a second, and the memory of the process that took the
+  most. --megabytes makes a larger text of the corpus: its paragraphs again and again, in new orders.
 
 encode: vectors of texts of mixed lengths, from text in memory to numbers on the host
   plain         the hybridized network, batches in the texts' order, padded to the longest
@@ -82,13 +91,13 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     p = argparse.ArgumentParser(
         prog="benchmark",
-        usage="python tools/benchmark.py {encode RUN,train} [flags]",
+        usage="python tools/benchmark.py {encode RUN,prepare,train} [flags]",
         description="Measure speed, side by side with others, in rounds.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("what", choices=("encode", "train"), help="what to measure")
+    p.add_argument("what", choices=("encode", "prepare", "train"), help="what to measure")
     p.add_argument("run", type=Path, nargs="?", metavar="RUN", help="encode: the folder of a run")
     p.add_argument(
         "--rounds", type=int, default=5, metavar="N", help="rounds, after one that does not count (5)"
@@ -102,13 +111,17 @@ def parser() -> argparse.ArgumentParser:
         "--corpus",
         default="wikitext-2",
         metavar="NAME",
-        help="train: wikitext-2 or a folder with its two files (wikitext-2, downloaded once)",
+        help="prepare, train: wikitext-2 or a folder with its two files (wikitext-2, downloaded once)",
     )
+    p.add_argument(
+        "--workers", default="0", metavar="N[,N...]", help="prepare: numbers of processes to measure (0)"
+    )
+    p.add_argument("--megabytes", type=int, default=0, metavar="N", help="prepare: of a text to be made (0)")
     p.add_argument(
         "--against",
         metavar="NAME[,NAME...]",
-        help="encode: only these beside plain and encode (all that are installed); train: these beside "
-        "compiled (mxnet)",
+        help="encode: only these beside plain and encode (all that are installed); prepare: cached, seed or "
+        "both (none); train: these beside compiled (mxnet)",
     )
     p.add_argument("--json", type=Path, metavar="FILE", help="write every figure to a file")
     return p
@@ -122,21 +135,73 @@ def main(argv: list[str] | None = None) -> int:
 def benchmark(arguments: argparse.Namespace) -> int:
     """Measure as the flags say."""
     check(arguments)
-    return encode(arguments) if arguments.what == "encode" else train(arguments)
+    return {"encode": encode, "prepare": prepare, "train": train}[arguments.what](arguments)
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    """A text made ready, by processes in turns."""
+    from preparations import TRAIN, VALID, Preparation, enlarged, refuse_other_batches
+
+    names = [f"workers-{number}" for number in arguments.workers.split(",")]
+    names += arguments.against.split(",") if arguments.against else []
+    corpus = corpus_folder(arguments.corpus)
+    with TemporaryDirectory(prefix="gluon_bert-benchmark-") as folder:
+        if arguments.megabytes:
+            corpus = enlarged(corpus, arguments.megabytes, Path(folder, "text"))
+        megabytes = sum((corpus / name).stat().st_size for name in (TRAIN, VALID)) / 1e6
+        contestants = []
+        for name in dict.fromkeys(names):
+            print(f"getting {name} ready", file=sys.stderr)
+            Path(folder, name).mkdir()
+            contestants.append(Preparation(name, corpus, Path(folder, name)))
+        answers: dict[str, list[dict[str, Any]]] = {each.name: [] for each in contestants}
+        for _ in range(arguments.rounds):
+            for each in contestants:
+                answers[each.name].append(each.make())
+    refuse_other_batches(answers)
+    told = f"{megabytes:.1f} MB, {arguments.rounds} rounds, {machine()}"
+    print(prepare_table(told, megabytes, answers))
+    if arguments.json:
+        content = {"what": "prepare", "work": told, "versions": runtime.versions()}
+        write_json(arguments.json, {**content, "rounds": answers})
+    return 0
+
+
+def prepare_table(told: str, megabytes: float, answers: Mapping[str, list[dict[str, Any]]]) -> str:
+    """How long it took to make a text ready, for people."""
+    first = next(iter(answers.values()))
+    lines = [told, f"{'':14}{'seconds':>9}{'MB/s':>8}{'ratio':>7}   {'from .. to':14}{'peak GB':>9}"]
+    for name, own in answers.items():
+        seconds = statistics.median(each["seconds"] for each in own)
+        ratios = [a["seconds"] / b["seconds"] for a, b in zip(first, own)]
+        spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
+        lines.append(
+            f"{name:14}{seconds:9.2f}{megabytes / seconds:8.1f}{statistics.median(ratios):7.2f}   {spread:14}"
+            f"{max(each['peak_gigabytes'] for each in own):9.2f}"
+        )
+    return "\n".join(lines)
+
+
+def corpus_folder(name: str) -> Path:
+    """Where the two files of --corpus are; WikiText-2 itself is downloaded once."""
+    from gluon_bert.data.wikitext import wikitext2_folder
+
+    folder = wikitext2_folder() if name == "wikitext-2" else Path(name).absolute()
+    missing = [file for file in ("wiki.train.tokens", "wiki.valid.tokens") if not (folder / file).is_file()]
+    if missing:
+        raise BadInput(f"--corpus {name}: has no {' and no '.join(missing)}")
+    return folder
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Optimizer steps of processes in turns."""
     from trainers import CONTESTANTS, Contestant, write_batches
 
-    from gluon_bert.data.wikitext import wikitext2_folder
-
     names = ["compiled", *(arguments.against or "mxnet").split(",")]
     unknown = [name for name in names if name not in CONTESTANTS]
     if unknown:
         raise BadInput(f"--against {unknown[0]}: must be some of {', '.join(CONTESTANTS)}")
-    named = arguments.corpus == "wikitext-2"
-    corpus = wikitext2_folder() if named else Path(arguments.corpus).absolute()
+    corpus = corpus_folder(arguments.corpus)
     threads = os.environ.get("OMP_NUM_THREADS", str(runtime.usable_cores()))
     with TemporaryDirectory(prefix="gluon_bert-benchmark-") as folder, ExitStack() as stack:
         batches = Path(folder, "batches.npz")
@@ -258,8 +323,17 @@ def check(arguments: argparse.Namespace) -> None:
     ]
     if arguments.what == "encode" and arguments.run is None:
         problems.append("encode: name the folder of a run")
-    if arguments.what == "train" and arguments.run is not None:
-        problems.append(f"train {arguments.run}: takes no run; --corpus names a text")
+    if arguments.what != "encode" and arguments.run is not None:
+        problems.append(f"{arguments.what} {arguments.run}: takes no run; --corpus names a text")
+    if not all(number.isdecimal() for number in arguments.workers.split(",")):
+        problems.append(f"--workers {arguments.workers}: numbers with commas between them, such as 0,1,2")
+    if arguments.megabytes < 0:
+        problems.append(
+            f"--megabytes {arguments.megabytes}: must be at least 0, which takes the text as it is"
+        )
+    if arguments.what == "prepare":
+        others = set((arguments.against or "cached").split(",")) - {"cached", "seed"}
+        problems += [f"--against {name}: must be cached, seed or both" for name in sorted(others)]
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         problems.append(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
     if problems:

@@ -2,7 +2,7 @@
 
 The process says once that it is ready. Each line with a number asks for so many optimizer steps; the answer
 tells their seconds on the clock and on all cores together, their pairs and mean losses, and the process's
-peak memory. What else is printed is for people.
+peak memory. A preparation is a process each time, and tells of itself once. The rest is for people.
 """
 
 from __future__ import annotations
@@ -41,6 +41,25 @@ def serve(prepare: Callable[[], tuple[Iterator[Step], dict[str, Any]]]) -> None:
                 "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
             },
         )
+
+
+def tell_preparation(prepare: Callable[[], str]) -> None:
+    """Prepare a text once and tell of it; `prepare` returns what says which batch was made."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    before = time.perf_counter()
+    made = prepare()
+    seconds = time.perf_counter() - before
+    each = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    _say(
+        answers,
+        {
+            "seconds": seconds,
+            "made": made,
+            # Of the process that took the most.
+            "peak_gigabytes": max(usage.ru_maxrss for usage in each) / 1e6,
+        },
+    )
 
 
 def _say(answers: Any, content: dict[str, Any]) -> None:
