@@ -98,22 +98,32 @@ def sync(path: Path) -> None:
 def held_alone(folder: Path, flag: str) -> Iterator[None]:
     """The folder for this process alone; BadInput, which names the flag, where another one has it.
 
-    The lock is gone with the process that holds it, however that ends. On file systems that cannot lock
-    there is none.
+    The lock is gone with the process that holds it, however that ends.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise BadInput(
-                    f"{flag} {folder}: another process is training there; wait for its end, or stop it"
-                ) from error
-            log.warning("%s cannot be locked (%s): let one process at a time train there", folder, error)
+        if not lock(handle, folder, "train there", wait=False):
+            raise BadInput(
+                f"{flag} {folder}: another process is training there; wait for its end, or stop it"
+            )
         yield
     finally:
         os.close(handle)
+
+
+def lock(handle: int, folder: Path, purpose: str, wait: bool) -> bool:
+    """Lock an open folder until it is closed; False where another process has it and this one does not wait.
+
+    Some network file systems cannot lock: there the user is asked to let one process at a time do what it is
+    locked for.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        log.warning("%s cannot be locked (%s): let one process at a time %s", folder, error.strerror, purpose)
+    return True
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:

@@ -18,9 +18,7 @@ files, which `numpy.load(path, mmap_mode="r")` maps into memory.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
 import os
 import zlib
 from contextlib import contextmanager
@@ -32,10 +30,8 @@ import numpy as np
 from ..array_files import mapped_array
 from ..config import write_json
 from ..errors import BadInput
-from ..files import folder_aside
+from ..files import folder_aside, lock
 from .arrays import Documents
-
-log = logging.getLogger(__name__)
 
 # Part of every fingerprint: raise it when the same text would give other ids, or other files.
 FORMAT = 5
@@ -221,24 +217,13 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
         try:
-            _lock(handle, folder)
+            lock(handle, folder, "prepare a text", wait=True)
             # Whoever had it may have removed the folder: then this is the lock of one that has no name.
             if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
                 yield
                 return
         finally:
             os.close(handle)
-
-
-def _lock(handle: int, folder: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError as error:
-        # Some network file systems cannot lock. Two who prepare the same text there meet in an error: the
-        # second finds a shard where it wants to put its own.
-        log.warning(
-            "%s cannot be locked (%s): let one process at a time prepare a text", folder, error.strerror
-        )
 
 
 def _described(path: Path) -> list[int]:
