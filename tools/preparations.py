@@ -56,7 +56,7 @@ def enlarged(corpus: Path, megabytes: int, folder: Path) -> Path:
     It has so many MB or a paragraph more, in `folder`, which is made.
     """
     folder.mkdir()
-    paragraphs = (corpus / TRAIN).read_bytes().splitlines(keepends=True)
+    paragraphs = [line + b"\n" for line in (corpus / TRAIN).read_bytes().splitlines()]
     rng, written = random.Random(_SEED), 0
     with (folder / TRAIN).open("wb") as file:
         while written < megabytes * 1e6:
