@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         default="device",
         metavar="{device,dist_sync}",
         help="what sums the gradients: of one process (device), or of all that tools/launch.py starts, by "
-        "MXNet's parameter servers (dist_sync): they share each batch, and need --output or --resume (device)",
+        "MXNet's parameter servers (dist_sync): they share each batch, and need an --output (device)",
     )
     where.add_argument(
         "--step-timeout",

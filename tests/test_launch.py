@@ -1,0 +1,218 @@
+"""Many workers train what one would; whatever fails, nothing hangs, nothing is left, and the job goes on."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import launch
+import numpy as np
+import pretrain
+import pytest
+from conftest import ROOT, small_text
+
+from gluon_bert import checkpoint
+
+SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0"]
+SMALL += ["--num-steps", "20", "--log-every", "3", "--eval-every", "8", "--checkpoint-every", "2"]
+SMALL += ["--num-buckets", "2", "--redraw", "yes", "--clip-norm", "0.5"]
+DIST = ["--kvstore", "dist_sync", "--step-timeout", "10"]
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+
+# A pretrain.py that is slow enough to be disturbed, and fails as the file `fault` beside it says: once.
+DISTURBED = """\
+import os, sys, time
+sys.path.insert(0, {tools!r})
+import pretrain
+from gluon_bert.training.trainer import Trainer
+
+rank, fault = os.environ["DMLC_TASK_ID"], {fault!r}
+step, gradients = Trainer.step, Trainer._gradients
+
+def disturbed(self, *arguments):
+    time.sleep(0.05)
+    if rank == "1" and self.standing.step == 7 and os.path.exists(fault):
+        os.remove(fault)
+        raise RuntimeError("a worker's own error")
+    return step(self, *arguments)
+
+def broken(self):
+    arrays = gradients(self)
+    if {nan!r} and rank == "0" and self.standing.step == 5:
+        arrays[0][0][:] = float("nan")
+    return arrays
+
+Trainer.step, Trainer._gradients = disturbed, broken
+pretrain.leave(pretrain.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "text.txt").write_text(small_text(), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The run of one process."""
+    flags = ["--corpus", str(folder / "text.txt"), "--output", str(folder / "alone")]
+    assert pretrain.main([*SMALL, *flags]) == 0
+    return folder / "alone"
+
+
+class Launched:
+    """A launcher in the background, and the processes that carry its mark."""
+
+    def __init__(self, folder, *words, **environment):
+        self.mark = f"LAUNCHED_BY_TEST={uuid.uuid4().hex}"
+        name, value = self.mark.split("=")
+        self.output = folder / f"{value}.log"
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", name: value}
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "tools" / "launch.py"), *map(str, words)],
+                cwd=ROOT,
+                env={**env, **environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, seconds=100):
+        """Its exit status and all that was printed; nothing of it may be left."""
+        try:
+            status = self.process.wait(seconds)
+        finally:
+            self.process.kill()
+        told = self.output.read_text("utf-8")
+        print(told)
+        assert self.all_gone(), told
+        return status, told
+
+    def all_gone(self, seconds=5.0):
+        end = time.monotonic() + seconds
+        while self.processes() and time.monotonic() < end:
+            time.sleep(0.1)
+        return not self.processes()
+
+    def processes(self, role="", number=0):
+        """The process ids, of a role without its minder."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (path / "environ").read_bytes().decode().split("\0")
+                command = (path / "cmdline").read_bytes().decode()
+                state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            wanted = {self.mark} if not role else {self.mark, f"DMLC_ROLE={role}", f"DMLC_TASK_ID={number}"}
+            if wanted <= set(environment) and state != "Z" and not (role and "minder.py" in command):
+                found.append(int(path.name))
+        return found
+
+    def wait_for(self, condition, seconds=60):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end and self.process.poll() is None, self.output.read_text("utf-8")
+            time.sleep(0.02)
+
+
+def train(folder, name, *flags, script="tools/pretrain.py"):
+    """The command of a worker."""
+    given = ["--corpus", folder / "text.txt", "--output", folder / name, *DIST, *flags]
+    return ["--", sys.executable, script, *SMALL, *given]
+
+
+def weights(run):
+    snapshot = checkpoint.read_checkpoint(run, checkpoint.steps(run)[-1])
+    assert snapshot.step == 20
+    return {**snapshot.weights, **snapshot.optimizer}
+
+
+def assert_close(run, other, tolerance):
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys() and len(ours) > 40
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """The undisturbed run of two workers and a server."""
+    status, told = Launched(folder, "-n", "2", "-s", "1", *train(folder, "two")).wait()
+    assert status == 0, told
+    return folder / "two"
+
+
+@pytest.mark.workers
+def test_two_workers_train_what_one_does(alone, two):
+    assert_close(two, alone, 1e-4)
+    for ours, theirs in zip(log_of(two), log_of(alone)):
+        assert ours["step"] == theirs["step"]
+        of_losses = (record.get("held_out", record) for record in (ours, theirs))
+        our_losses, their_losses = ([each[n] for n in ("mlm_loss", "nsp_loss")] for each in of_losses)
+        assert our_losses == pytest.approx(their_losses, abs=1e-3)
+    assert checkpoint.best_step(two) == checkpoint.best_step(alone)
+    assert checkpoint.read_facts(two / "config.json")["workers"] == 2
+
+
+@pytest.mark.workers
+def test_so_do_two_of_two_contexts_with_two_servers_over_ssh(alone, folder, tmp_path):
+    ssh = tmp_path / "ssh"  # what ssh does, on this machine: its last word goes to a shell
+    ssh.write_text('#!/bin/sh\nfor word; do :; done\ncd / && exec env -i HOME="$HOME" sh -c "$word"\n')
+    ssh.chmod(0o755)
+    (tmp_path / "hosts").write_text("localhost  # twice\n\nme@localhost\n")
+    words = ["-n", "2", "-s", "2", "--hostfile", tmp_path / "hosts"]
+    command = train(folder, "ssh", "--cpus", "2")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    status, told = Launched(folder, *words, *command, PATH=path).wait()
+    assert status == 0 and "on [cpu(0), cpu(1)] of each of 2 workers" in told
+    assert_close(folder / "ssh", alone, 1e-4)
+
+
+@pytest.mark.workers
+def test_whatever_fails_the_job_ends_as_the_undisturbed_one(two, folder):
+    script, fault, run = folder / "disturbed.py", folder / "fault", folder / "disturbed"
+    script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault=str(fault), nan=False))
+    fault.write_text("")
+    words = ["-n", "2", "-s", "1", "--max-restarts", "5"]
+    launched = Launched(folder, *words, *train(folder, "disturbed", script=str(script)))
+
+    def disturb(number, after, role, rank=0):
+        launched.wait_for(lambda: run.exists() and (checkpoint.steps(run) or [0])[-1] >= after)
+        (pid,) = launched.processes(role, rank)
+        os.kill(pid, number)
+        before = launched.output.read_text("utf-8").count("launch: restart")
+        launched.wait_for(lambda: launched.output.read_text("utf-8").count("launch: restart") > before)
+
+    disturb(signal.SIGKILL, 2, "worker", 1)
+    disturb(signal.SIGKILL, 4, "server")
+    # An error in worker 1 after step 7, of which `disturbed` takes care, then:
+    disturb(signal.SIGKILL, 8, "scheduler")
+    disturb(signal.SIGSTOP, 12, "worker", 0)
+    status, told = launched.wait()
+    assert status == 0
+    assert told.count("launch: restart") == 5
+    for why in (
+        "launch: worker 1 ended with signal 9",
+        "launch: server 0 ended with signal 9",
+        "[worker 1] RuntimeError: a worker's own error",
+        "launch: worker 1 ended with exit status 1",
+        "launch: scheduler ended with signal 9",
+        "[worker 1] pretrain: --step-timeout 10: step ",
+    ):
+        assert why in told
+    assert_close(run, two, 0)
+    assert [record["step"] for record in log_of(run)] == [record["step"] for record in log_of(two)]
