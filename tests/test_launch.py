@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import uuid
 from pathlib import Path
 
-import launch
 import numpy as np
 import pretrain
 import pytest
@@ -35,12 +33,12 @@ from gluon_bert.training.trainer import Trainer
 rank, fault = os.environ["DMLC_TASK_ID"], {fault!r}
 step, gradients = Trainer.step, Trainer._gradients
 
-def disturbed(self, *arguments):
+def disturbed(self, *arguments, **options):
     time.sleep(0.05)
     if rank == "1" and self.standing.step == 7 and os.path.exists(fault):
         os.remove(fault)
         raise RuntimeError("a worker's own error")
-    return step(self, *arguments)
+    return step(self, *arguments, **options)
 
 def broken(self):
     arrays = gradients(self)
@@ -216,3 +214,55 @@ def test_whatever_fails_the_job_ends_as_the_undisturbed_one(two, folder):
         assert why in told
     assert_close(run, two, 0)
     assert [record["step"] for record in log_of(run)] == [record["step"] for record in log_of(two)]
+
+
+@pytest.mark.workers
+def test_sigterm_stops_all_workers_after_one_step_and_one_process_can_go_on(alone, folder):
+    script, run = folder / "slow.py", folder / "stopped"
+    script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault="nowhere", nan=False))
+    launched = Launched(folder, "-n", "2", *train(folder, "stopped", script=str(script)))
+    launched.wait_for(lambda: run.exists() and (checkpoint.steps(run) or [0])[-1] >= 4)
+    launched.process.terminate()
+    status, told = launched.wait()
+    step = checkpoint.steps(run)[-1]
+    assert status == 143 and f"the weights after step {step} are kept in {run}" in told
+    assert 4 <= step < 20 and "restart" not in told
+    assert pretrain.main(["--resume", str(run)]) == 0
+    assert_close(run, alone, 1e-4)
+
+
+@pytest.mark.workers
+def test_nothing_is_left_of_a_job_whose_launcher_is_killed(folder):
+    script = folder / "slow.py"
+    script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault="nowhere", nan=False))
+    launched = Launched(folder, "-n", "2", *train(folder, "orphaned", script=str(script)))
+    launched.wait_for(lambda: (folder / "orphaned" / "checkpoints").exists())
+    assert launched.processes("worker", 1)
+    launched.process.kill()
+    assert launched.all_gone()
+
+
+@pytest.mark.workers
+def test_workers_of_different_runs_are_refused_with_what_differs(folder):
+    (folder / "other.txt").write_text(small_text(seed=1), "utf-8")
+    (folder / "text0.txt").write_text(small_text(), "utf-8")
+    (folder / "text1.txt").write_text(small_text(seed=1), "utf-8")
+    flags = f"--output {folder}/different --corpus {folder}/text$DMLC_TASK_ID.txt --lr 0.00$DMLC_TASK_ID"
+    command = f"exec {sys.executable} tools/pretrain.py {' '.join([*SMALL, *DIST])} {flags}1"
+    words = ["-n", "2", "--max-restarts", "3", "--", "sh", "-c", command, "--output=unused"]
+    status, told = Launched(folder, *words).wait()
+    assert status == 2 and "restart" not in told
+    assert (
+        "worker 1 differs from worker 0 in --lr and the text of --corpus: all workers of a run need" in told
+    )
+    assert not (folder / "different").exists()
+
+
+@pytest.mark.workers
+def test_a_gradient_that_is_no_number_on_one_worker_is_skipped_by_all(folder):
+    script = folder / "broken.py"
+    script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault="nowhere", nan=True))
+    command = train(folder, "skipping", "--bad-numbers", "skip", "--num-steps", "20", script=str(script))
+    status, told = Launched(folder, "-n", "2", *command).wait()
+    assert status == 0 and told.count("the gradient is no number any more") == 1
+    assert all(np.isfinite(array).all() for array in weights(folder / "skipping").values())

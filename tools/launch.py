@@ -33,10 +33,10 @@ A hostfile has a host a line, which ssh reaches without a password and where thi
 at the same paths; workers and servers take turns on the hosts. The run's folder has to be one that all hosts,
 and this machine, share. Behind # is a comment.
 
-When a process fails, all are ended, and the job goes on from its latest checkpoint, --max-restarts times at
-most. A worker that hangs is found if it has a --step-timeout. Ctrl-C and SIGTERM let all workers stop after the
-same step and keep a checkpoint; once more ends all at once. The exit status is that of the process that failed
-first; what cannot be used (2) is not tried again.
+When a process fails, all are ended, and the job goes on from its latest checkpoint, --max-restarts times
+at most. A worker that hangs is found if it has a --step-timeout. Ctrl-C and SIGTERM let all workers stop
+after the same step and keep a checkpoint; once more ends all at once. The exit status is that of the process
+that failed first; what cannot be used (2) is not tried again.
 
 The servers answer whoever reaches their ports: keep them in a private network.
 """
@@ -47,8 +47,9 @@ LOOPBACK = "127.0.0.1"
 PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
 PASSED_ON_PREFIXES = ("OMP_", "MXNET_", "GLUON_BERT_", "PS_")
 
-# Seconds: for the other workers to end when one was asked to, and for the servers when all workers have.
-STOP_TIMEOUT, SERVER_TIMEOUT = 120.0, 30.0
+# Seconds: for the workers to stop when that was asked for, and for the others when the servers or all workers
+# have ended.
+STOP_TIMEOUT, END_TIMEOUT = 120.0, 30.0
 
 # Flags of pretrain.py that say where and how it runs, which a run does not know by itself when it goes on.
 WHERE = ("--kvstore", "--step-timeout", "--gpus", "--cpus", "--operators", "--profile")
@@ -259,6 +260,11 @@ class Member:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is a worker."""
+        return self.name.startswith("worker")
+
     def watch(self, events: queue.SimpleQueue[Any]) -> None:
         """Let the member itself be put in the queue when it has ended, with its status."""
 
@@ -301,7 +307,8 @@ class Member:
         how = f"exit status {self.status}" if self.status <= 128 else f"signal {self.status - 128}"
         if self.status == 255 and self.host.name is not None:
             how = "ssh's exit status 255: the host cannot be reached, or its connection broke"
-        return f"{self.name} ended with {how}"
+        hint = "; its port may be in use, another is chosen with --port" if self.name == "scheduler" else ""
+        return f"{self.name} ended with {how}{hint}"
 
     def _pass_on(self, source: IO[bytes], sink: IO[str]) -> None:
         for line in source:
@@ -332,7 +339,7 @@ def run_job(job: Job, signals: queue.SimpleQueue[Any]) -> Outcome:
     try:
         for member in members:
             member.watch(signals)
-        return wait_for(members, signals, job)
+        return wait_for(members, signals)
     finally:
         for member in members:
             member.end()
@@ -373,43 +380,35 @@ def start(job: Job) -> list[Member]:
     return members
 
 
-def wait_for(members: Sequence[Member], events: queue.SimpleQueue[Any], job: Job) -> Outcome:
-    """Wait until all have ended, or the first has failed."""
-    running = set(members)
-    stopped: Outcome | None = None
-    deadline, late = float("inf"), ""
+def wait_for(members: Sequence[Member], events: queue.SimpleQueue[Any]) -> Outcome:
+    """Wait until all have ended, the first has failed, or a second signal has come."""
+    running, outcome, deadline = set(members), Outcome(0, ""), float("inf")
     while running:
         try:
             event = events.get(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
         except queue.Empty:
-            return stopped or Outcome(1, late)
-        workers = {member for member in running if member.name.startswith("worker")}
+            late = min(member.name for member in running)
+            return outcome if outcome.status else Outcome(1, f"{late} has not ended, while others have")
         if isinstance(event, int):
-            if stopped:
-                return stopped
-            stopped = Outcome(128 + event, "stopped")
+            if outcome.status:
+                return outcome
+            outcome = Outcome(128 + event, "stopped")
             tell("stopping after this step; once more ends all at once")
-            for worker in workers:
-                worker.send(signal.SIGTERM)
+            for member in running:
+                if member.trains:
+                    member.send(signal.SIGTERM)
             deadline = time.monotonic() + STOP_TIMEOUT
-            continue
-        running.discard(event)
-        workers.discard(event)
-        if event.status in STOPPED and event.name.startswith("worker"):
-            stopped = stopped or Outcome(event.status, f"{event.name} was stopped")
-            deadline = min(deadline, time.monotonic() + STOP_TIMEOUT)
-        elif event.status:
-            hint = ""
-            if event.name == "scheduler" and workers:
-                hint = f" (where port {job.port} is in use, say another with --port)" if job.port else ""
-            return Outcome(event.status, event.in_words() + hint)
-        if not workers or not event.name.startswith("worker"):
-            # The servers end with the last worker, and before it only if something is wrong.
-            deadline = min(deadline, time.monotonic() + SERVER_TIMEOUT)
-            late = f"{min(member.name for member in running)} has not ended" if running else ""
-            if not workers and not stopped:
-                stopped = Outcome(0, "")
-    return stopped or Outcome(0, "")
+        elif event in running:  # not one of the job before
+            running.remove(event)
+            if event.trains and event.status in STOPPED:
+                outcome = outcome if outcome.status else Outcome(event.status, f"{event.name} was stopped")
+                deadline = min(deadline, time.monotonic() + STOP_TIMEOUT)
+            elif event.status:
+                return Outcome(event.status, event.in_words())
+            if not event.trains or not any(member.trains for member in running):
+                # Servers and workers end together, in whatever order it is seen.
+                deadline = min(deadline, time.monotonic() + END_TIMEOUT)
+    return outcome
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Runs a command and ends it, with all that it started, when standard input closes; used by tools/launch.py.
 
-Whoever holds the other end of that pipe, here or over ssh, need not do anything to end the command: to be gone
-is enough. A line with a number sends the command that signal.
+Whoever holds the other end of that pipe, here or over ssh, need not do anything to end the command: to be
+gone is enough. A line with a number sends the command that signal.
 """
 
 from __future__ import annotations
