@@ -3,23 +3,27 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import uuid
 from pathlib import Path
+from typing import ClassVar
 
+import launch
 import numpy as np
 import pretrain
 import pytest
 from conftest import ROOT, small_text
 
 from gluon_bert import checkpoint
+from gluon_bert.training.trainer import Trainer
 
 SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0"]
 SMALL += ["--num-steps", "20", "--log-every", "3", "--eval-every", "8", "--checkpoint-every", "2"]
 SMALL += ["--num-buckets", "2", "--redraw", "yes", "--clip-norm", "0.5"]
-DIST = ["--kvstore", "dist_sync", "--step-timeout", "10"]
+DIST = ["--kvstore", "dist_sync", "--step-timeout", "15"]
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 
@@ -31,7 +35,7 @@ import pretrain
 from gluon_bert.training.trainer import Trainer
 
 rank, fault = os.environ["DMLC_TASK_ID"], {fault!r}
-step, gradients = Trainer.step, Trainer._gradients
+step, update = Trainer.step, Trainer._update
 
 def disturbed(self, *arguments, **options):
     time.sleep(0.05)
@@ -41,12 +45,11 @@ def disturbed(self, *arguments, **options):
     return step(self, *arguments, **options)
 
 def broken(self):
-    arrays = gradients(self)
-    if {nan!r} and rank == "0" and self.standing.step == 5:
-        arrays[0][0][:] = float("nan")
-    return arrays
+    if {nan!r} and rank == "1" and self.standing.step == 5:
+        self._gradients()[0][3][:] = float("nan")
+    update(self)
 
-Trainer.step, Trainer._gradients = disturbed, broken
+Trainer.step, Trainer._update = disturbed, broken
 pretrain.leave(pretrain.main)
 """
 
@@ -66,8 +69,19 @@ def alone(folder):
     return folder / "alone"
 
 
+@pytest.fixture(autouse=True)
+def ended():
+    """Whatever a test began is ended with it."""
+    yield
+    for launched in Launched.all:
+        launched.process.kill()
+    Launched.all.clear()
+
+
 class Launched:
     """A launcher in the background, and the processes that carry its mark."""
+
+    all: ClassVar[list] = []
 
     def __init__(self, folder, *words, **environment):
         self.mark = f"LAUNCHED_BY_TEST={uuid.uuid4().hex}"
@@ -83,6 +97,7 @@ class Launched:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        Launched.all.append(self)
 
     def wait(self, seconds=100):
         """Its exit status and all that was printed; nothing of it may be left."""
@@ -209,7 +224,7 @@ def test_whatever_fails_the_job_ends_as_the_undisturbed_one(two, folder):
         "[worker 1] RuntimeError: a worker's own error",
         "launch: worker 1 ended with exit status 1",
         "launch: scheduler ended with signal 9",
-        "[worker 1] pretrain: --step-timeout 10: step ",
+        "[worker 1] pretrain: --step-timeout 15: step ",
     ):
         assert why in told
     assert_close(run, two, 0)
@@ -259,10 +274,104 @@ def test_workers_of_different_runs_are_refused_with_what_differs(folder):
 
 
 @pytest.mark.workers
-def test_a_gradient_that_is_no_number_on_one_worker_is_skipped_by_all(folder):
+def test_a_gradient_that_is_no_number_on_one_worker_is_skipped_by_all(folder, tmp_path, monkeypatch):
     script = folder / "broken.py"
     script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault="nowhere", nan=True))
-    command = train(folder, "skipping", "--bad-numbers", "skip", "--num-steps", "20", script=str(script))
+    command = train(folder, "skipping", "--bad-numbers", "skip", script=str(script))
     status, told = Launched(folder, "-n", "2", *command).wait()
-    assert status == 0 and told.count("the gradient is no number any more") == 1
-    assert all(np.isfinite(array).all() for array in weights(folder / "skipping").values())
+    assert status == 0 and told.count("at step 6 (epoch 0, batch 5) the gradient is no number any more") == 1
+    update = Trainer._update
+
+    def broken(self):
+        if self.standing.step == 5:
+            self._gradients()[0][3][:] = np.nan
+        update(self)
+
+    monkeypatch.setattr(Trainer, "_update", broken)
+    flags = [
+        "--corpus",
+        str(folder / "text.txt"),
+        "--output",
+        str(tmp_path / "alone"),
+        "--bad-numbers",
+        "skip",
+    ]
+    assert pretrain.main([*SMALL, *flags]) == 0
+    assert_close(folder / "skipping", tmp_path / "alone", 1e-4)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["-n", "0", "--", "x"], "--workers 0: at least 1"),
+        (["-n", "1", "-s", "0", "--", "x"], "--servers 0: at least 1"),
+        (["-n", "1", "--max-restarts", "-1", "--", "x"], "--max-restarts -1: at least 0"),
+        (["-n", "1"], "-- COMMAND: is missing"),
+        (["-n", "1", "--max-restarts", "1", "--", "x"], "needs --output or --resume in the command"),
+        (["-n", "1", "--port", "70000", "--", "x"], "--port 70000: from 1 to 65535"),
+        (["-n", "1", "--hostfile", "no/such/file", "--", "x"], "--hostfile no/such/file: cannot be read"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused(capsys, words, told):
+    assert launch.main(words) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_told(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        assert launch.main(["-n", "1", "--port", str(port), "--", "x"]) == 2
+    assert f"--port {port}: cannot be taken (Address already in use); choose" in capsys.readouterr().err
+
+
+def test_hosts_that_are_not_known_are_told_with_their_lines(tmp_path, capsys):
+    path = tmp_path / "hosts"
+    path.write_text("localhost\n# none\nno.such.host.invalid\n-oProxyCommand=x\ntwo words\n127.0.0.2 # me\n")
+    assert launch.main(["-n", "1", "--hostfile", str(path), "--", "x"]) == 2
+    told = capsys.readouterr().err
+    assert f"{path}, line 3: the host no.such.host.invalid is not known" in told
+    assert f"{path}, line 4: '-oProxyCommand=x' is no host" in told
+    assert f"{path}, line 5: 'two words' is no host" in told
+    assert "localhost is a loopback address, which the other hosts do not reach" in told
+    path.write_text("# nothing\n")
+    assert launch.main(["-n", "1", "--hostfile", str(path), "--", "x"]) == 2
+    assert f"--hostfile {path}: names no host" in capsys.readouterr().err
+
+
+def test_a_command_that_is_not_there_ends_the_job(folder):
+    status, told = Launched(folder, "-n", "1", "--", "/no/such/command").wait()
+    assert status == 127
+    assert "[worker 0] /no/such/command: No such file or directory" in told
+    assert "launch: worker 0 ended with exit status 127" in told
+
+
+def test_a_job_goes_on_with_its_run_where_that_has_a_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    command = [
+        "python",
+        "tools/pretrain.py",
+        "--cpus=2",
+        "--lr",
+        "1",
+        f"--output={run}",
+        "--kvstore",
+        "dist_sync",
+    ]
+    assert launch.to_go_on(command) == command
+    (run / "checkpoints" / "step-00000000").mkdir(parents=True)
+    went_on = ["python", "tools/pretrain.py", "--resume", str(run), "--kvstore=dist_sync", "--cpus=2"]
+    assert launch.to_go_on(command) == went_on
+    assert launch.to_go_on(went_on) == went_on
+    assert {word.split("=")[0] for word in launch.WHERE} <= set(pretrain.parser()._option_string_actions)
+
+
+def test_a_server_unpickles_nothing():
+    code = "import pickle, parameter_server as p; pickle.loads = p.refuse; pickle.loads(b'')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "tools", stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    assert done.returncode == 1 and "UnpicklingError: a server of gluon_bert adds up gradients" in done.stderr

@@ -47,8 +47,7 @@ LOOPBACK = "127.0.0.1"
 PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
 PASSED_ON_PREFIXES = ("OMP_", "MXNET_", "GLUON_BERT_", "PS_")
 
-# Seconds: for the workers to stop when that was asked for, and for the others when the servers or all workers
-# have ended.
+# Seconds: for the workers to stop when that was asked for, and for all to end when the first has.
 STOP_TIMEOUT, END_TIMEOUT = 120.0, 30.0
 
 # Flags of pretrain.py that say where and how it runs, which a run does not know by itself when it goes on.
@@ -307,13 +306,16 @@ class Member:
         how = f"exit status {self.status}" if self.status <= 128 else f"signal {self.status - 128}"
         if self.status == 255 and self.host.name is not None:
             how = "ssh's exit status 255: the host cannot be reached, or its connection broke"
-        hint = "; its port may be in use, another is chosen with --port" if self.name == "scheduler" else ""
-        return f"{self.name} ended with {how}{hint}"
+        if self.name == "scheduler" and self.status != 128 + signal.SIGKILL:
+            how += ": if its port is in use, choose another with --port"
+        return f"{self.name} ended with {how}"
 
     def _pass_on(self, source: IO[bytes], sink: IO[str]) -> None:
         for line in source:
-            sink.write(f"[{self.name}] {line.decode('utf-8', 'replace').rstrip()}\n")
-            sink.flush()
+            # Whoever does not listen any more does not stop the job.
+            with suppress(OSError, ValueError):
+                sink.write(f"[{self.name}] {line.decode('utf-8', 'replace').rstrip()}\n")
+                sink.flush()
 
 
 def over_ssh(host: str, command: Sequence[str], environment: dict[str, str]) -> list[str]:
@@ -405,8 +407,7 @@ def wait_for(members: Sequence[Member], events: queue.SimpleQueue[Any]) -> Outco
                 deadline = min(deadline, time.monotonic() + STOP_TIMEOUT)
             elif event.status:
                 return Outcome(event.status, event.in_words())
-            if not event.trains or not any(member.trains for member in running):
-                # Servers and workers end together, in whatever order it is seen.
+            else:  # all end together, in whatever order it is seen
                 deadline = min(deadline, time.monotonic() + END_TIMEOUT)
     return outcome
 

@@ -9,7 +9,7 @@ import sys
 import traceback
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 from command_line import Terminated, add_config_flags, command, config_from
 
@@ -105,7 +105,8 @@ def pretrain(arguments: argparse.Namespace) -> int:
     """Pretrain as the flags say."""
     if not arguments.step_timeout >= 0:
         raise BadInput(f"--step-timeout {arguments.step_timeout}: must be at least 0")
-    if arguments.profile is None or rank_of(arguments):
+    rank = rank_of(arguments)
+    if arguments.profile is None or rank:
         return begin_or_resume(arguments)
     with profiled(arguments.profile):
         return begin_or_resume(arguments)
@@ -186,6 +187,19 @@ def rank_of(arguments: argparse.Namespace) -> int:
     return place_of(arguments.kvstore)[0]
 
 
+class Given(NamedTuple):
+    """What the steps of a run are made with; `snapshot`: the checkpoint that they go on from."""
+
+    config: Config
+    data: Any
+    net: Any
+    contexts: list[Any]
+    output: Path
+    workers: Any
+    step_timeout: float
+    snapshot: Any = None
+
+
 def begin(config: Config, contexts: list[Any], output: Path, arguments: argparse.Namespace) -> int:
     """A new run, in a folder of its own."""
     from gluon_bert import ops
@@ -210,8 +224,9 @@ def begin(config: Config, contexts: list[Any], output: Path, arguments: argparse
         net = network(config, data, contexts)
         if start:
             start_from(net, data.vocab, start)
+        given = Given(config, data, net, contexts, output, workers, arguments.step_timeout)
         if rank:
-            return train_beside(config, data, net, contexts, output, workers, arguments.step_timeout)
+            return train_beside(given)
         facts = {
             "contexts": [str(context) for context in contexts],
             "workers": count,
@@ -223,7 +238,7 @@ def begin(config: Config, contexts: list[Any], output: Path, arguments: argparse
         }
         create_run(output, config, data.vocab, facts)
         with held_alone(output, "--output"):
-            return train(config, data, net, contexts, output, workers, arguments.step_timeout)
+            return train(given)
 
 
 def resume(arguments: argparse.Namespace) -> int:
@@ -270,19 +285,20 @@ def resume(arguments: argparse.Namespace) -> int:
         with joined(arguments.kvstore) as workers:
             workers.refuse_differences({**facts_of(config), "the text of --corpus": data.fingerprint})
             net = network(config, data, contexts)
-            given = (config, data, net, contexts, folder, workers, arguments.step_timeout, snapshot)
+            given = Given(config, data, net, contexts, folder, workers, arguments.step_timeout, snapshot)
             if rank:
-                return train_beside(*given)
+                return train_beside(given)
             tell_differences(facts.get("versions") or {}, runtime.versions(), "the last digits may differ")
+            dropout = "with dropout other numbers come, without it the last digits may differ"
+            tell_differences({"workers": facts.get("workers", 1)}, {"workers": count}, dropout)
             if recorded and ops.choice_of(recorded) != ops.choice_of(operators):
-                both = {"operators": recorded}, {"operators": operators}
-                tell_differences(*both, "with dropout other numbers come, without it the last digits may differ")
+                tell_differences({"operators": recorded}, {"operators": operators}, dropout)
             if (config, {**facts, **now}) != (before, facts):
                 write_config(folder, config, {**facts, **now})
-            return train(*given)
+            return train(given)
 
 
-def tell_differences(before: Mapping[str, str], now: Mapping[str, str], so: str) -> None:
+def tell_differences(before: Mapping[str, Any], now: Mapping[str, Any], so: str) -> None:
     """A line for everything that is not what it was when a resumed run was begun, and so changes it."""
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
@@ -302,35 +318,27 @@ def network(config: Config, data: Any, contexts: list[Any]) -> Any:
     return net
 
 
-def train(
-    config: Config,
-    data: Any,
-    net: Any,
-    contexts: list[Any],
-    output: Path,
-    workers: Any,
-    step_timeout: float,
-    snapshot: Any = None,
-) -> int:
+def train(given: Given) -> int:
     """The steps of a run, from the first or from a checkpoint on, and what they leave in its folder."""
     from gluon_bert import ops
     from gluon_bert.training.report import Report
     from gluon_bert.training.saving import CheckpointSaver, cost_in_words
 
-    print(f"{describe(net, data, contexts, workers)}\noperators: {ops.in_use(contexts)}", file=sys.stderr)
+    config, contexts, output, snapshot = given.config.train, given.contexts, given.output, given.snapshot
+    print(f"{describe(given)}\noperators: {ops.in_use(contexts)}", file=sys.stderr)
     print(f"run folder: {output}", file=sys.stderr)
-    trainer = trainer_at(config, net, contexts, workers, output, snapshot)
+    trainer = trainer_of(given)
     if snapshot is not None:
         print(f"going on after step {snapshot.step}", file=sys.stderr)
     run = trainer.standing
-    report = Report(output, config.train, data, step=run.step, best=run.best, log_bytes=run.log_bytes)
-    saver = CheckpointSaver(output, config.train, report)
+    report = Report(output, config, given.data, step=run.step, best=run.best, log_bytes=run.log_bytes)
+    saver = CheckpointSaver(output, config, report)
     try:
         with signals_between_steps(trainer):
             try:
-                if workers.count > 1 and snapshot is None:
-                    saver.save(trainer)  # so that a job can be restarted, whenever it fails
-                fit(trainer, data, report, saver, step_timeout)
+                if given.workers.kvstore != "device" and snapshot is None:
+                    saver.save(trainer)  # so that the job can be restarted, whenever it fails
+                fit(trainer, given, report, saver)
             finally:
                 saver.close()
     except (KeyboardInterrupt, Terminated):
@@ -350,62 +358,51 @@ def train(
     return 0
 
 
-def train_beside(
-    config: Config,
-    data: Any,
-    net: Any,
-    contexts: list[Any],
-    output: Path,
-    workers: Any,
-    step_timeout: float,
-    snapshot: Any = None,
-) -> int:
+def train_beside(given: Given) -> int:
     """The part that a worker other than the first has in a run: it writes nothing."""
     from gluon_bert.training.saving import ReadOnlySaver
     from gluon_bert.training.trainer import Reporter
 
-    trainer = trainer_at(config, net, contexts, workers, output, snapshot)
+    trainer = trainer_of(given)
     try:
         with signals_between_steps(trainer):
-            fit(trainer, data, Reporter(), ReadOnlySaver(output), step_timeout)
+            fit(trainer, given, Reporter(), ReadOnlySaver(given.output))
     except (KeyboardInterrupt, Terminated):
         part(trainer)
         raise
     return 0
 
 
-def trainer_at(
-    config: Config, net: Any, contexts: list[Any], workers: Any, output: Path, snapshot: Any
-) -> Any:
+def trainer_of(given: Given) -> Any:
     """A trainer at the beginning, or where a checkpoint stands, with the same weights on all workers."""
     from gluon_bert.checkpoint import weights_of
     from gluon_bert.training.trainer import Trainer
     from gluon_bert.training.workers import digest_of_weights
 
-    trainer = Trainer(net, config.train, contexts, workers)
-    if snapshot is not None:
-        trainer.restore(snapshot, output)
-    if workers.count > 1:
-        step = {"the step of the checkpoint": trainer.standing.step}
-        workers.refuse_differences({**step, "the first weights": digest_of_weights(weights_of(net))})
+    trainer = Trainer(given.net, given.config.train, given.contexts, given.workers)
+    if given.snapshot is not None:
+        trainer.restore(given.snapshot, given.output)
+    if given.workers.count > 1:
+        step, weights = trainer.standing.step, digest_of_weights(weights_of(given.net))
+        given.workers.refuse_differences({"the step of the checkpoint": step, "the first weights": weights})
     return trainer
 
 
-def fit(trainer: Any, data: Any, report: Any, saver: Any, step_timeout: float) -> None:
+def fit(trainer: Any, given: Given, report: Any, saver: Any) -> None:
     """Take the steps of a run, between two of which signals stop it, and none of which takes too long."""
     from gluon_bert.training.watchdog import watched
 
     def end() -> None:
         print(
-            f"pretrain: --step-timeout {step_timeout:g}: step {trainer.standing.step} takes longer; another "
-            "worker may be gone, or the time too short",
+            f"pretrain: --step-timeout {given.step_timeout:g}: step {trainer.standing.step} takes longer; "
+            "another worker may be gone, or the time too short",
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)  # whoever waits for another process cannot be asked to end
 
-    with watched(step_timeout, end) as trainer.alive:
-        trainer.fit(data, report, saver)
+    with watched(given.step_timeout, end) as trainer.alive:
+        trainer.fit(given.data, report, saver)
 
 
 def part(trainer: Any) -> None:
@@ -441,15 +438,15 @@ def signals_between_steps(trainer: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def describe(net: Any, data: Any, contexts: list[Any], workers: Any) -> str:
+def describe(given: Given) -> str:
     """A line on what is about to be trained."""
-    parameters = sum(p.data(contexts[0]).size for p in net.collect_params().values())
+    data, contexts, workers = given.data, given.contexts, given.workers.count
+    parameters = sum(p.data(contexts[0]).size for p in given.net.collect_params().values())
     held_out = data.held_out.documents if data.held_out else ()
     return (
         f"{len(data.train.documents):,} documents to train on and {len(held_out):,} held out, "
         f"{len(data.train.pairs(0)):,} sentence pairs, a vocabulary of {len(data.vocab):,}, "
-        f"{parameters:,} parameters, on {contexts}"
-        + (f" of each of {workers.count} workers" if workers.count > 1 else "")
+        f"{parameters:,} parameters, on {contexts}{f' of each of {workers} workers' if workers > 1 else ''}"
     )
 
 

@@ -163,12 +163,13 @@ def place_of(kvstore: str) -> tuple[int, int]:
         return 0, 1
     try:
         rank, count = (int(os.environ[name]) for name in ("DMLC_TASK_ID", "DMLC_NUM_WORKER"))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError):
+        rank, count = 0, 0
+    if os.environ.get("DMLC_ROLE") != "worker" or not 0 <= rank < count:
         raise BadInput(
-            f"--kvstore {kvstore}: the environment has no numbers DMLC_TASK_ID and DMLC_NUM_WORKER; {START}"
-        ) from error
-    if not 0 <= rank < count:
-        raise BadInput(f"--kvstore {kvstore}: DMLC_TASK_ID {rank} is not below DMLC_NUM_WORKER {count}")
+            f"--kvstore {kvstore}: DMLC_ROLE, DMLC_TASK_ID and DMLC_NUM_WORKER in the environment do not say "
+            f"which of how many workers this is; {START}"
+        )
     return rank, count
 
 
