@@ -131,7 +131,7 @@ class Launched:
                 found.append(int(path.name))
         return found
 
-    def wait_for(self, condition, seconds=60):
+    def wait_for(self, condition, seconds=120):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end and self.process.poll() is None, self.output.read_text("utf-8")
@@ -165,7 +165,7 @@ def log_of(run):
 def two(folder):
     """The undisturbed run of two workers and a server."""
     status, told = Launched(folder, "-n", "2", "-s", "1", *train(folder, "two")).wait()
-    assert status == 0, told
+    assert status == 0 and "are not those of worker 0" not in told
     return folder / "two"
 
 
@@ -181,18 +181,59 @@ def test_two_workers_train_what_one_does(alone, two):
     assert checkpoint.read_facts(two / "config.json")["workers"] == 2
 
 
+def path_with_ssh(folder, prefix):
+    """A PATH where ssh takes its last word, a shell's command, to this machine, behind a prefix."""
+    kept = 'HOME="$HOME" LAUNCHED_BY_TEST="$LAUNCHED_BY_TEST"'
+    script = f'for word; do host="$command"; command="$word"; done\ncd /\nexec {prefix} env -i {kept} '
+    (folder / "ssh").write_text(f'#!/bin/sh\n{script} sh -c "$command"\n')
+    (folder / "ssh").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
 @pytest.mark.workers
 def test_so_do_two_of_two_contexts_with_two_servers_over_ssh(alone, folder, tmp_path):
-    ssh = tmp_path / "ssh"  # what ssh does, on this machine: its last word goes to a shell
-    ssh.write_text('#!/bin/sh\nfor word; do :; done\ncd / && exec env -i HOME="$HOME" sh -c "$word"\n')
-    ssh.chmod(0o755)
     (tmp_path / "hosts").write_text("localhost  # twice\n\nme@localhost\n")
     words = ["-n", "2", "-s", "2", "--hostfile", tmp_path / "hosts"]
     command = train(folder, "ssh", "--cpus", "2")
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    status, told = Launched(folder, *words, *command, PATH=path).wait()
+    status, told = Launched(folder, *words, *command, PATH=path_with_ssh(tmp_path, "")).wait()
     assert status == 0 and "on [cpu(0), cpu(1)] of each of 2 workers" in told
     assert_close(folder / "ssh", alone, 1e-4)
+
+
+@pytest.fixture
+def two_machines():
+    """The addresses of two network namespaces with a cable between them, each named after its address."""
+    addresses = ["10.77.0.1", "10.77.0.2"]
+
+    def ip(*words):
+        return subprocess.run(["ip", *words], stderr=subprocess.PIPE, encoding="utf-8", check=True)
+
+    try:
+        ip("netns", "add", addresses[0])
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces can be made here ({error})")
+    try:
+        ip("netns", "add", addresses[1])
+        ends = ["name", "cable", "netns", addresses[0]], ["name", "cable", "netns", addresses[1]]
+        ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+        for address in addresses:
+            ip("-n", address, "address", "add", f"{address}/24", "dev", "cable")
+            ip("-n", address, "link", "set", "cable", "up")
+            ip("-n", address, "link", "set", "lo", "up")
+        yield addresses
+    finally:
+        for address in addresses:
+            subprocess.run(["ip", "netns", "delete", address], stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.workers
+def test_so_do_two_machines_with_a_network_between_them(two, folder, tmp_path, two_machines):
+    (tmp_path / "hosts").write_text("\n".join(two_machines))
+    path = path_with_ssh(tmp_path, 'ip netns exec "$host"')
+    words = ["-n", "2", "-s", "2", "--hostfile", tmp_path / "hosts"]
+    status, told = Launched(folder, *words, *train(folder, "machines"), PATH=path).wait()
+    assert status == 0 and "of each of 2 workers" in told
+    assert_close(folder / "machines", two, 1e-4)
 
 
 @pytest.mark.workers

@@ -116,6 +116,14 @@ def test_weights_that_differ_in_a_bit_have_another_digest():
     assert digest_of_weights(weights) != digest_of_weights(changed)
 
 
+def test_the_workers_that_are_unlike_the_first_are_told():
+    first = Beside()
+    assert first.unlike_the_first("a") == []
+    assert Beside(first).unlike_the_first("a") == []
+    assert Beside(first).unlike_the_first("b") == [1]
+    assert Workers().unlike_the_first("a") == []
+
+
 # Bad input
 
 

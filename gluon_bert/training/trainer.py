@@ -29,7 +29,7 @@ from .optimizer import (
 from .schedule import learning_rate, planned_steps
 from .standing import Standing
 from .trouble import MOST_BACK, MOST_SKIPPED, Diverged, Trouble
-from .workers import Workers
+from .workers import Workers, digest_of_weights
 
 # Steps that may be queued on the devices. Two keep them busy while the next batch is made; more would
 # only take memory, and make an interrupt wait.
@@ -59,6 +59,9 @@ class Reporter:
 
     def went_wrong(self, trouble: Trouble) -> None:
         """The numbers of a step are unusable; whether that ends the run is another matter."""
+
+    def drifted(self, step: int, ranks: Sequence[int]) -> None:
+        """The weights of these workers are not those of the first one any more."""
 
     def went_back(self, standing: Standing, trouble: Trouble) -> None:
         """The run goes on from an earlier checkpoint, where it stands so, with other batches than before."""
@@ -200,7 +203,7 @@ class Trainer:
                 due = evaluated or _is_due(config.checkpoint_every, self.standing.step)
                 if due or self._must_stop() or self._is_over():
                     self.wait(reporter)
-                    self._gather_meter()
+                    self._gather(reporter)
                     saver.save(self)
                 self.alive()
             except Diverged as end:
@@ -311,11 +314,15 @@ class Trainer:
         sums, counts = self.workers.total(np.array(meter.totals()))
         return Totals(sums, counts)
 
-    def _gather_meter(self) -> None:
-        """Move what all workers have added up to the first one, whose checkpoint it belongs to."""
-        if self.workers.count > 1:
-            totals = self._total(self.standing.meter)
-            self.standing.meter = Meter() if self.workers.rank else Meter.of(totals, self.contexts[0])
+    def _gather(self, reporter: Reporter) -> None:
+        """Move what all workers have added up to the first one, for its checkpoint, and compare the weights."""
+        if self.workers.count == 1:
+            return
+        totals = self._total(self.standing.meter)
+        self.standing.meter = Meter() if self.workers.rank else Meter.of(totals, self.contexts[0])
+        others = self.workers.unlike_the_first(digest_of_weights(weights_of(self.net)))
+        if others:
+            reporter.drifted(self.standing.step, others)
 
     def wait(self, reporter: Reporter | None = None) -> None:
         """Wait until the devices have done all steps."""
