@@ -315,7 +315,7 @@ class Trainer:
         return Totals(sums, counts)
 
     def _gather(self, reporter: Reporter) -> None:
-        """Move what all workers have added up to the first one, for its checkpoint, and compare the weights."""
+        """Move what all workers have added up to the first one, for its checkpoint; compare their weights."""
         if self.workers.count == 1:
             return
         totals = self._total(self.standing.meter)
