@@ -99,14 +99,12 @@ def test_what_differs_is_named_and_what_may_differ_is_not_compared(tmp_path):
     elsewhere = config.replace(corpus=["/elsewhere"], vocab_file="other.txt")
     other = config.replace(lr=0.5, clip_norm=1.0)
     first = Beside()
-    first.refuse_differences({**facts_of(config), "the text": "a"})
-    Beside(first).refuse_differences({**facts_of(elsewhere), "the text": "a"})
-    with pytest.raises(
-        BadInput, match=r"worker 1 differs from worker 0 in --clip-norm, --lr and the text: all"
-    ):
-        Beside(first).refuse_differences({**facts_of(other), "the text": "b"})
+    first.refuse_differences(facts_of(config, "a"))
+    Beside(first).refuse_differences(facts_of(elsewhere, "a"))
+    with pytest.raises(BadInput, match="worker 0 in --clip-norm, --lr and the text of --corpus: all workers"):
+        Beside(first).refuse_differences(facts_of(other, "b"))
     with pytest.raises(BadInput, match="different versions of gluon_bert"):
-        Beside(first).refuse_differences({**facts_of(config), "the text": "a", "--new": 1})
+        Beside(first).refuse_differences({**facts_of(config, "a"), "--new": 1})
 
 
 def test_weights_that_differ_in_a_bit_have_another_digest():

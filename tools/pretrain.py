@@ -220,7 +220,7 @@ def begin(config: Config, contexts: list[Any], output: Path, arguments: argparse
     check_evaluable(config.train, data)
     check_enough(len(data.train.pairs(0)), count)
     with joined(arguments.kvstore) as workers:
-        workers.refuse_differences({**facts_of(config), "the text of --corpus": data.fingerprint})
+        workers.refuse_differences(facts_of(config, data.fingerprint))
         net = network(config, data, contexts)
         if start:
             start_from(net, data.vocab, start)
@@ -283,7 +283,7 @@ def resume(arguments: argparse.Namespace) -> int:
             "versions": runtime.versions(),
         }
         with joined(arguments.kvstore) as workers:
-            workers.refuse_differences({**facts_of(config), "the text of --corpus": data.fingerprint})
+            workers.refuse_differences(facts_of(config, data.fingerprint))
             net = network(config, data, contexts)
             given = Given(config, data, net, contexts, folder, workers, arguments.step_timeout, snapshot)
             if rank:

@@ -12,19 +12,20 @@ import numpy as np
 
 from ..config import Config, flag
 from ..errors import BadInput
-from ..runtime import in_words, mx
+from ..runtime import in_words, mx, versions
 
 Result = TypeVar("Result")
 
 KVSTORES = ("device", "dist_sync")
 START = "start the workers with tools/launch.py"
 
-# Keys of the parameter server; those of the gradients count up from 0.
-_AGREED, _GATHERED = 1 << 20, (1 << 20) + 1
+# Keys of the parameter server, where those of the gradients count up from 0. To choose a server MXNet
+# multiplies a key by 9973 in 32 bits.
+_AGREED, _GATHERED = 100_000, 100_001
 
 _DIGEST = 16  # bytes of a hash that are compared
 
-# Where a run stands on each machine may differ: the text is compared by its hash, not by its name.
+# Paths, which may differ between machines: the text and the weights themselves are compared, too.
 _MAY_DIFFER = ("corpus", "vocab_file", "init")
 
 
@@ -103,9 +104,12 @@ class ParameterServerWorkers(Workers):
         self.kvstore = mx.kv.create("dist_sync")
         self._known: set[int] = set()
         self.has_left = False
-        # A row that two workers fill is the sum of both: 2, and another row is 0.
+
+    def refuse_same_numbers(self) -> None:
+        """Raise BadInput where two workers have the same rank."""
+        # A row that two workers fill is the sum of both, 2, and another row is 0.
         if set(self.gather(b"\1")) != {b"\1"}:
-            raise BadInput(f"DMLC_TASK_ID {rank}: two workers have the same number; {START}")
+            raise BadInput(f"DMLC_TASK_ID {self.rank}: two workers have the same number; {START}")
 
     def begin(self, trainer: Any) -> None:
         # A worker that steps before the servers have all first weights takes gradients for weights.
@@ -191,6 +195,7 @@ def joined(kvstore: str) -> Iterator[Workers]:
         return
     workers = ParameterServerWorkers(rank, count)
     try:
+        workers.refuse_same_numbers()
         yield workers
         if not workers.has_left:
             workers.leave()
@@ -223,14 +228,14 @@ def check_enough(num_pairs: int, count: int) -> None:
         raise BadInput(f"--corpus: has {num_pairs} sentence pairs, which is less than the {count} workers")
 
 
-def facts_of(config: Config) -> dict[str, Any]:
-    """What of a configuration all workers must have in common, by flags."""
-    return {
-        flag(name): value
-        for group in config.to_json().values()
-        for name, value in group.items()
-        if name not in _MAY_DIFFER
-    }
+def facts_of(config: Config, text: str) -> dict[str, Any]:
+    """What all workers must have in common before they begin, by name: flags, the text's hash, versions."""
+    installed = versions()
+    facts = {f"the version of {name}": installed[name] for name in ("gluon_bert", "mxnet")}
+    facts["the text of --corpus"] = text
+    for group in config.to_json().values():
+        facts.update({flag(name): value for name, value in group.items() if name not in _MAY_DIFFER})
+    return facts
 
 
 def digest_of_weights(weights: Mapping[str, np.ndarray]) -> str:
