@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -416,3 +417,53 @@ def test_a_server_unpickles_nothing():
         [sys.executable, "-c", code], cwd=ROOT / "tools", stderr=subprocess.PIPE, encoding="utf-8"
     )
     assert done.returncode == 1 and "UnpicklingError: a server of gluon_bert adds up gradients" in done.stderr
+
+
+# The end of a job
+
+
+class Ended:
+    """A member as `wait_for` sees it."""
+
+    def __init__(self, name, status=None):
+        self.name, self.status, self.trains, self.sent = name, status, name.startswith("worker"), []
+
+    def send(self, number):
+        self.sent.append(number)
+
+    def in_words(self):
+        return f"{self.name} ended with {self.status}"
+
+
+def outcome_of(members, *events):
+    queued = queue.SimpleQueue()
+    for event in events:
+        queued.put(event)
+    return launch.wait_for(members, queued)
+
+
+def test_a_job_has_ended_when_all_have():
+    members = [Ended("scheduler", 0), Ended("server 0", 0), Ended("worker 0", 0)]
+    assert outcome_of(members, *members).status == 0
+    assert outcome_of(members, Ended("worker 0", 9), *members).status == 0  # one of the job before
+
+
+def test_the_first_that_fails_ends_the_job():
+    members = [Ended("server 0", 0), Ended("worker 0", 0), Ended("worker 1", 137)]
+    assert outcome_of(members, *members) == (137, "worker 1 ended with 137")
+
+
+def test_who_does_not_end_with_the_others_is_told(monkeypatch):
+    monkeypatch.setattr(launch, "END_TIMEOUT", 0.05)
+    members = [Ended("worker 0", 0), Ended("worker 1")]
+    assert outcome_of(members, members[0]) == (1, "worker 1 has not ended, while others have")
+
+
+def test_a_signal_is_for_the_workers_and_a_second_one_for_all(monkeypatch):
+    members = [Ended("server 0", 0), Ended("worker 0", 143), Ended("worker 1", 130)]
+    assert outcome_of(members, signal.SIGINT, *members).status == 130
+    assert [member.sent for member in members] == [[], [signal.SIGTERM], [signal.SIGTERM]]
+    assert outcome_of(members, signal.SIGTERM, signal.SIGTERM) == (143, "stopped")
+    monkeypatch.setattr(launch, "STOP_TIMEOUT", 0.05)
+    assert outcome_of(members, signal.SIGTERM) == (143, "stopped")
+    assert outcome_of(members, members[1]) == (143, "worker 0 was stopped")

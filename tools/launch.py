@@ -240,7 +240,8 @@ class Member:
     """A process of the job with its minder, maybe on another host; its output is passed on with a prefix."""
 
     def __init__(self, name: str, host: Host, command: Sequence[str], environment: dict[str, str]) -> None:
-        self.name, self.host, self.status = name, host, None
+        self.name, self.host = name, host
+        self.status: int | None = None  # when it has ended
         minded = [sys.executable, str(HERE / "minder.py"), *command]
         if host.name is None:
             argv, own = minded, {**os.environ, **environment}
