@@ -411,12 +411,23 @@ def test_a_job_goes_on_with_its_run_where_that_has_a_checkpoint(tmp_path):
     assert {word.split("=")[0] for word in launch.WHERE} <= set(pretrain.parser()._option_string_actions)
 
 
-def test_a_server_unpickles_nothing():
-    code = "import pickle, parameter_server as p; pickle.loads = p.refuse; pickle.loads(b'')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "tools", stderr=subprocess.PIPE, encoding="utf-8"
-    )
-    assert done.returncode == 1 and "UnpicklingError: a server of gluon_bert adds up gradients" in done.stderr
+@pytest.mark.workers
+def test_a_server_runs_nothing_that_it_is_sent(folder):
+    sent = f"""\
+import os, pickle
+from gluon_bert.runtime import mx
+from gluon_bert.training.workers import joined
+
+class Sent:
+    def __reduce__(self):
+        return os.system, ("touch {folder}/ran",)
+
+with joined("dist_sync") as workers:
+    workers.kvstore._send_command_to_servers(0, pickle.dumps(Sent(), 0).decode())
+"""
+    status, told = Launched(folder, "-n", "1", "--", sys.executable, "-c", sent).wait()
+    assert status == 0 and "a server of gluon_bert adds up gradients, and takes no optimizer" in told
+    assert not (folder / "ran").exists()
 
 
 # The end of a job

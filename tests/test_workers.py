@@ -1,6 +1,5 @@
 """What workers share and agree on, tried in one process; tests/test_launch.py starts real ones."""
 
-import dataclasses
 import threading
 import time
 
@@ -8,7 +7,7 @@ import numpy as np
 import pretrain
 import pytest
 import reference
-from test_trainer import MODEL, TRAIN, assert_same, batch, data, trainer_on  # noqa: F401 (fixtures)
+from test_trainer import assert_same, batch, data, trainer_on  # noqa: F401 (fixtures)
 
 from gluon_bert.config import preset
 from gluon_bert.data.batch import split_and_load
@@ -218,9 +217,8 @@ def test_the_watchdog_lets_live_what_is_heard_and_is_gone_afterwards():
 
 
 def test_every_step_and_every_batch_of_an_evaluation_are_heard(data):  # noqa: F811
-    trainer, heard = trainer_on(1, data, MODEL), []
+    trainer, heard = trainer_on(1, data, num_steps=3), []
     trainer.alive = lambda: heard.append(trainer.standing.step)
-    trainer.config = dataclasses.replace(TRAIN, num_steps=3)
     trainer.fit(data)
     batches = len(list(data.held_out.epoch(0)))
     assert [heard.count(step) for step in (1, 2, 3)] == [1, 1, batches + 1]

@@ -112,7 +112,7 @@ def split_and_load(batch: Batch, contexts: Sequence[Any], whole: Batch | None = 
 
     whole: the batch of an optimizer step, if this is a part of it; the weights are then shares of its mean.
     """
-    whole = whole or batch
+    whole = batch if whole is None else whole
     bounds = np.linspace(0, len(batch), len(contexts) + 1).astype(int)
     return [_load(batch, start, stop, ctx, whole) for start, stop, ctx in zip(bounds, bounds[1:], contexts)]
 
