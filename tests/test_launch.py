@@ -473,8 +473,10 @@ def test_who_does_not_end_with_the_others_is_told(monkeypatch):
 def test_a_signal_is_for_the_workers_and_a_second_one_for_all(monkeypatch):
     members = [Ended("server 0", 0), Ended("worker 0", 143), Ended("worker 1", 130)]
     assert outcome_of(members, signal.SIGINT, *members).status == 130
-    assert [member.sent for member in members] == [[], [signal.SIGTERM], [signal.SIGTERM]]
+    assert outcome_of(members, signal.SIGINT, *members[1:]).status == 130  # the server is ended
+    assert [member.sent for member in members] == [[], [signal.SIGTERM] * 2, [signal.SIGTERM] * 2]
     assert outcome_of(members, signal.SIGTERM, signal.SIGTERM) == (143, "stopped")
     monkeypatch.setattr(launch, "STOP_TIMEOUT", 0.05)
     assert outcome_of(members, signal.SIGTERM) == (143, "stopped")
+    monkeypatch.setattr(launch, "END_TIMEOUT", 0.05)
     assert outcome_of(members, members[1]) == (143, "worker 0 was stopped")

@@ -405,11 +405,12 @@ def wait_for(members: Sequence[Member], events: queue.SimpleQueue[Any]) -> Outco
             running.remove(event)
             if event.trains and event.status in STOPPED:
                 outcome = outcome if outcome.status else Outcome(event.status, f"{event.name} was stopped")
-                deadline = min(deadline, time.monotonic() + STOP_TIMEOUT)
             elif event.status:
                 return Outcome(event.status, event.in_words())
-            else:  # all end together, in whatever order it is seen
-                deadline = min(deadline, time.monotonic() + END_TIMEOUT)
+            if outcome.status and not any(member.trains for member in running):
+                return outcome  # servers that were not joined yet would wait for ever
+            # All end together, in whatever order it is seen.
+            deadline = min(deadline, time.monotonic() + END_TIMEOUT)
     return outcome
 
 

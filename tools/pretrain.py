@@ -26,6 +26,7 @@ examples:
   python tools/pretrain.py --preset bert-tiny --max-minutes 30 --eval-every 100 --patience 5
   python tools/pretrain.py --init runs/d2l-1 --corpus my_domain/ --lr 0.0001 --extend-vocab 500
   python tools/pretrain.py --cpus 2 --batch-size 64 --seed 7
+  python tools/launch.py -n 2 -- python tools/pretrain.py --output runs/two --kvstore dist_sync
   python tools/pretrain.py --resume runs/bert-tiny-1         go on with a run that was stopped or killed
 
 What stands in brackets is what the presets have. A run's folder holds config.json, vocab.json, log.jsonl,
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="RUN",
         help="go on with the run in this folder from its latest checkpoint, as if it had not been stopped; "
         f"beside it only flags that a run may change: {', '.join(changeable())}, --gpus, --cpus, "
-        "--operators and --profile",
+        "--operators, --kvstore, --step-timeout and --profile",
     )
     p.add_argument(
         "--output",
@@ -82,8 +83,8 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="end with exit status 1 when a step, with a checkpoint maybe, takes longer, as where another "
-        "worker is gone; 0: wait for ever (0)",
+        help="end with exit status 1 when a step, with its data and maybe a checkpoint, takes longer, as where "
+        "another worker is gone; 0: wait for ever (0)",
     )
     p.add_argument(
         "--profile",
