@@ -83,8 +83,8 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="end with exit status 1 when a step, with its data and maybe a checkpoint, takes longer, as where "
-        "another worker is gone; 0: wait for ever (0)",
+        help="end with exit status 1 when a step, with its data and maybe a checkpoint, takes longer, as "
+        "where another worker is gone; 0: wait for ever (0)",
     )
     p.add_argument(
         "--profile",
