@@ -207,6 +207,8 @@ def joined(kvstore: str) -> Iterator[Workers]:
 
 def check_sharing(config: Config, count: int) -> None:
     """Raise BadInput where so many workers cannot share the batches, or need one clock."""
+    if count == 1:
+        return
     size = config.train.batch_size
     problems = []
     if size % count:
