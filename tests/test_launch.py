@@ -304,8 +304,8 @@ def test_workers_of_different_runs_are_refused_with_what_differs(folder):
     (folder / "other.txt").write_text(small_text(seed=1), "utf-8")
     (folder / "text0.txt").write_text(small_text(), "utf-8")
     (folder / "text1.txt").write_text(small_text(seed=1), "utf-8")
-    flags = f"--output {folder}/different --corpus {folder}/text$DMLC_TASK_ID.txt --lr 0.00$DMLC_TASK_ID"
-    command = f"exec {sys.executable} tools/pretrain.py {' '.join([*SMALL, *DIST])} {flags}1"
+    flags = f"--output {folder}/different --corpus {folder}/text$DMLC_TASK_ID.txt --lr 0.00${{DMLC_TASK_ID}}1"
+    command = f"exec {sys.executable} tools/pretrain.py {' '.join([*SMALL, *DIST])} {flags}"
     words = ["-n", "2", "--max-restarts", "3", "--", "sh", "-c", command, "--output=unused"]
     status, told = Launched(folder, *words).wait()
     assert status == 2 and "restart" not in told
