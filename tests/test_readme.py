@@ -13,6 +13,7 @@ import does_pretraining_help
 import encode
 import export
 import finetune
+import launch
 import numpy as np
 import pretrain
 import pytest
@@ -31,6 +32,7 @@ TOOLS = {
     "encode": encode,
     "export": export,
     "finetune": finetune,
+    "launch": launch,
     "serve": serve,
     "benchmark": benchmark,
     "does_pretraining_help": does_pretraining_help,
@@ -140,6 +142,12 @@ def test_the_commands_have_flags_that_exist(tool, arguments, capsys):
     arguments = shlex.split(arguments)
     if "--help" in arguments:
         assert TOOLS[tool].main(arguments) == 0
+    elif tool == "launch":
+        behind = arguments.index("--")
+        launch.parser().parse_args(arguments[:behind])
+        python, script, *flags = arguments[behind + 1 :]
+        assert python == "python" and (ROOT / script).is_file()
+        pretrain.config_from(pretrain.parser().parse_args(flags), pretrain.preset("d2l"))
     elif tool == "pretrain":
         pretrain.config_from(pretrain.parser().parse_args(arguments), pretrain.preset("d2l"))
     else:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
-from contextlib import contextmanager
+import traceback
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
-from command_line import Terminated, add_config_flags, command, config_from, run
+from command_line import Terminated, add_config_flags, command, config_from
 
 from gluon_bert import runtime
 from gluon_bert.config import DRAWN, PRESETS, Config, changeable, preset, refuse_changes
@@ -24,6 +26,7 @@ examples:
   python tools/pretrain.py --preset bert-tiny --max-minutes 30 --eval-every 100 --patience 5
   python tools/pretrain.py --init runs/d2l-1 --corpus my_domain/ --lr 0.0001 --extend-vocab 500
   python tools/pretrain.py --cpus 2 --batch-size 64 --seed 7
+  python tools/launch.py -n 2 -- python tools/pretrain.py --output runs/two --kvstore dist_sync
   python tools/pretrain.py --resume runs/bert-tiny-1         go on with a run that was stopped or killed
 
 What stands in brackets is what the presets have. A run's folder holds config.json, vocab.json, log.jsonl,
@@ -49,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="RUN",
         help="go on with the run in this folder from its latest checkpoint, as if it had not been stopped; "
         f"beside it only flags that a run may change: {', '.join(changeable())}, --gpus, --cpus, "
-        "--operators and --profile",
+        "--operators, --kvstore, --step-timeout and --profile",
     )
     p.add_argument(
         "--output",
@@ -67,6 +70,21 @@ def parser() -> argparse.ArgumentParser:
         metavar="{auto,compiled,mxnet}",
         help="on CPUs: compiled for this processor, MXNet's own, or compiled where there is a C++ compiler, "
         "which takes half a minute once (auto, or what GLUON_BERT_OPERATORS says)",
+    )
+    where.add_argument(
+        "--kvstore",
+        default="device",
+        metavar="{device,dist_sync}",
+        help="what sums the gradients: of one process (device), or of all that tools/launch.py starts, by "
+        "MXNet's parameter servers (dist_sync): they share each batch, and need an --output (device)",
+    )
+    where.add_argument(
+        "--step-timeout",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="end with exit status 1 when a step, with its data and maybe a checkpoint, takes longer, as "
+        "where another worker is gone; 0: wait for ever (0)",
     )
     p.add_argument(
         "--profile",
@@ -86,7 +104,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def pretrain(arguments: argparse.Namespace) -> int:
     """Pretrain as the flags say."""
-    if arguments.profile is None:
+    if not arguments.step_timeout >= 0:
+        raise BadInput(f"--step-timeout {arguments.step_timeout}: must be at least 0")
+    rank = rank_of(arguments)
+    if arguments.profile is None or rank:
         return begin_or_resume(arguments)
     with profiled(arguments.profile):
         return begin_or_resume(arguments)
@@ -98,9 +119,13 @@ def begin_or_resume(arguments: argparse.Namespace) -> int:
         return resume(arguments)
     config = config_from(arguments, starting_point(arguments))
     contexts = contexts_from(arguments)
+    if arguments.output is None and arguments.kvstore != "device":
+        raise BadInput(
+            f"--kvstore {arguments.kvstore}: --output has to name the run's folder for all workers"
+        )
     name = arguments.preset or ("d2l" if arguments.config is None else "repeat")
     output = _free_folder(name) if arguments.output is None else arguments.output
-    return begin(config, contexts, output, arguments.operators)
+    return begin(config, contexts, output, arguments)
 
 
 @contextmanager
@@ -154,7 +179,29 @@ def contexts_from(arguments: argparse.Namespace, recorded: Sequence[str] = ()) -
     return runtime.contexts(gpus, arguments.cpus)
 
 
-def begin(config: Config, contexts: list[Any], output: Path, operators: str | None) -> int:
+def rank_of(arguments: argparse.Namespace) -> int:
+    """This process's number among the workers of a run; 0 where it trains alone."""
+    if arguments.kvstore == "device" and "DMLC_ROLE" not in os.environ:
+        return 0
+    from gluon_bert.training.workers import place_of
+
+    return place_of(arguments.kvstore)[0]
+
+
+class Given(NamedTuple):
+    """What the steps of a run are made with; `snapshot`: the checkpoint that they go on from."""
+
+    config: Config
+    data: Any
+    net: Any
+    contexts: list[Any]
+    output: Path
+    workers: Any
+    step_timeout: float
+    snapshot: Any = None
+
+
+def begin(config: Config, contexts: list[Any], output: Path, arguments: argparse.Namespace) -> int:
     """A new run, in a folder of its own."""
     from gluon_bert import ops
     from gluon_bert.checkpoint import check_new, create_run
@@ -162,26 +209,37 @@ def begin(config: Config, contexts: list[Any], output: Path, operators: str | No
     from gluon_bert.starting import load_start, start_from
     from gluon_bert.training.report import References
     from gluon_bert.training.trainer import check_evaluable
+    from gluon_bert.training.workers import check_enough, check_sharing, facts_of, joined, place_of
 
-    check_new(output)
-    ops.choose(operators)
+    rank, count = place_of(arguments.kvstore)
+    check_sharing(config, count)
+    if not rank:
+        check_new(output)
+    ops.choose(arguments.operators)
     start = load_start(config)
     data = load_data(config.data, config.train.batch_size, config.train.seed)
     check_evaluable(config.train, data)
-    net = network(config, data, contexts)
-    if start:
-        start_from(net, data.vocab, start)
-    facts = {
-        "contexts": [str(context) for context in contexts],
-        "operators": ops.in_use(contexts),
-        "versions": runtime.versions(),
-        "text": data.fingerprint,
-        "began_with_step": start.step if start else None,
-        "losses_for_comparison": References.of(data)._asdict(),
-    }
-    create_run(output, config, data.vocab, facts)
-    with held_alone(output, "--output"):
-        return train(config, data, net, contexts, output)
+    check_enough(len(data.train.pairs(0)), count)
+    with joined(arguments.kvstore) as workers:
+        workers.refuse_differences(facts_of(config, data.fingerprint))
+        net = network(config, data, contexts)
+        if start:
+            start_from(net, data.vocab, start)
+        given = Given(config, data, net, contexts, output, workers, arguments.step_timeout)
+        if rank:
+            return train_beside(given)
+        facts = {
+            "contexts": [str(context) for context in contexts],
+            "workers": count,
+            "operators": ops.in_use(contexts),
+            "versions": runtime.versions(),
+            "text": data.fingerprint,
+            "began_with_step": start.step if start else None,
+            "losses_for_comparison": References.of(data)._asdict(),
+        }
+        create_run(output, config, data.vocab, facts)
+        with held_alone(output, "--output"):
+            return train(given)
 
 
 def resume(arguments: argparse.Namespace) -> int:
@@ -190,6 +248,7 @@ def resume(arguments: argparse.Namespace) -> int:
     from gluon_bert.checkpoint import CONFIG, latest_whole, read_config, read_facts, write_config
     from gluon_bert.data.loader import load_data
     from gluon_bert.data.wordpiece import load_vocabulary
+    from gluon_bert.training.workers import check_enough, check_sharing, facts_of, joined, place_of
 
     folder = arguments.resume
     for name in ("preset", "config", "output"):
@@ -200,15 +259,19 @@ def resume(arguments: argparse.Namespace) -> int:
     before, facts = read_config(folder / CONFIG), read_facts(folder / CONFIG)
     config = config_from(arguments, before)
     refuse_changes(before, config, str(folder))
-    with held_alone(folder, "--resume"):
-        remove_leftovers(folder)
-        remove_leftovers(folder / "checkpoints")
+    rank, count = place_of(arguments.kvstore)
+    check_sharing(config, count)
+    with nullcontext() if rank else held_alone(folder, "--resume"):
+        if not rank:
+            remove_leftovers(folder)
+            remove_leftovers(folder / "checkpoints")
         contexts = contexts_from(arguments, facts.get("contexts") or ())
         recorded = facts.get("operators", "")
         ops.choose(arguments.operators or ops.choice_of(recorded))
         operators = ops.in_use(contexts)
         snapshot = latest_whole(folder)
         data = load_data(config.data, config.train.batch_size, config.train.seed)
+        check_enough(len(data.train.pairs(0)), count)
         if data.fingerprint != facts.get("text") or data.vocab.tokens != load_vocabulary(folder).tokens:
             raise BadInput(
                 f"--corpus {' '.join(config.data.corpus)}: the text, or what reads it, is not what {folder} "
@@ -216,19 +279,27 @@ def resume(arguments: argparse.Namespace) -> int:
             )
         now = {
             "contexts": [str(context) for context in contexts],
+            "workers": count,
             "operators": operators,
             "versions": runtime.versions(),
         }
-        tell_differences(facts.get("versions") or {}, runtime.versions(), "the last digits may differ")
-        if recorded and ops.choice_of(recorded) != ops.choice_of(operators):
-            both = {"operators": recorded}, {"operators": operators}
-            tell_differences(*both, "with dropout other numbers come, without it the last digits may differ")
-        if (config, {**facts, **now}) != (before, facts):
-            write_config(folder, config, {**facts, **now})
-        return train(config, data, network(config, data, contexts), contexts, folder, snapshot)
+        with joined(arguments.kvstore) as workers:
+            workers.refuse_differences(facts_of(config, data.fingerprint))
+            net = network(config, data, contexts)
+            given = Given(config, data, net, contexts, folder, workers, arguments.step_timeout, snapshot)
+            if rank:
+                return train_beside(given)
+            tell_differences(facts.get("versions") or {}, runtime.versions(), "the last digits may differ")
+            dropout = "with dropout other numbers come, without it the last digits may differ"
+            tell_differences({"workers": facts.get("workers", 1)}, {"workers": count}, dropout)
+            if recorded and ops.choice_of(recorded) != ops.choice_of(operators):
+                tell_differences({"operators": recorded}, {"operators": operators}, dropout)
+            if (config, {**facts, **now}) != (before, facts):
+                write_config(folder, config, {**facts, **now})
+            return train(given)
 
 
-def tell_differences(before: Mapping[str, str], now: Mapping[str, str], so: str) -> None:
+def tell_differences(before: Mapping[str, Any], now: Mapping[str, Any], so: str) -> None:
     """A line for everything that is not what it was when a resumed run was begun, and so changes it."""
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
@@ -248,28 +319,27 @@ def network(config: Config, data: Any, contexts: list[Any]) -> Any:
     return net
 
 
-def train(
-    config: Config, data: Any, net: Any, contexts: list[Any], output: Path, snapshot: Any = None
-) -> int:
+def train(given: Given) -> int:
     """The steps of a run, from the first or from a checkpoint on, and what they leave in its folder."""
     from gluon_bert import ops
     from gluon_bert.training.report import Report
     from gluon_bert.training.saving import CheckpointSaver, cost_in_words
-    from gluon_bert.training.trainer import Trainer
 
-    print(f"{describe(net, data, contexts)}\noperators: {ops.in_use(contexts)}", file=sys.stderr)
+    config, contexts, output, snapshot = given.config.train, given.contexts, given.output, given.snapshot
+    print(f"{describe(given)}\noperators: {ops.in_use(contexts)}", file=sys.stderr)
     print(f"run folder: {output}", file=sys.stderr)
-    trainer = Trainer(net, config.train, contexts)
+    trainer = trainer_of(given)
     if snapshot is not None:
-        trainer.restore(snapshot, output)
         print(f"going on after step {snapshot.step}", file=sys.stderr)
     run = trainer.standing
-    report = Report(output, config.train, data, step=run.step, best=run.best, log_bytes=run.log_bytes)
-    saver = CheckpointSaver(output, config.train, report)
+    report = Report(output, config, given.data, step=run.step, best=run.best, log_bytes=run.log_bytes)
+    saver = CheckpointSaver(output, config, report)
     try:
         with signals_between_steps(trainer):
             try:
-                trainer.fit(data, report, saver)
+                if given.workers.kvstore != "device" and snapshot is None:
+                    saver.save(trainer)  # so that the job can be restarted, whenever it fails
+                fit(trainer, given, report, saver)
             finally:
                 saver.close()
     except (KeyboardInterrupt, Terminated):
@@ -277,6 +347,7 @@ def train(
             f"the weights after step {run.step} are kept in {output}; --resume {output} goes on from there",
             file=sys.stderr,
         )
+        part(trainer)
         raise
     finally:
         report.close()
@@ -286,6 +357,59 @@ def train(
     if saver.cost.written:
         print(cost_in_words(saver.cost, trainer.standing.clock.elapsed()))
     return 0
+
+
+def train_beside(given: Given) -> int:
+    """The part that a worker other than the first has in a run: it writes nothing."""
+    from gluon_bert.training.saving import ReadOnlySaver
+    from gluon_bert.training.trainer import Reporter
+
+    trainer = trainer_of(given)
+    try:
+        with signals_between_steps(trainer):
+            fit(trainer, given, Reporter(), ReadOnlySaver(given.output))
+    except (KeyboardInterrupt, Terminated):
+        part(trainer)
+        raise
+    return 0
+
+
+def trainer_of(given: Given) -> Any:
+    """A trainer at the beginning, or where a checkpoint stands, with the same weights on all workers."""
+    from gluon_bert.checkpoint import weights_of
+    from gluon_bert.training.trainer import Trainer
+    from gluon_bert.training.workers import digest_of_weights
+
+    trainer = Trainer(given.net, given.config.train, given.contexts, given.workers)
+    if given.snapshot is not None:
+        trainer.restore(given.snapshot, given.output)
+    if given.workers.count > 1:
+        step, weights = trainer.standing.step, digest_of_weights(weights_of(given.net))
+        given.workers.refuse_differences({"the step of the checkpoint": step, "the first weights": weights})
+    return trainer
+
+
+def fit(trainer: Any, given: Given, report: Any, saver: Any) -> None:
+    """Take the steps of a run, between two of which signals stop it, and none of which takes too long."""
+    from gluon_bert.training.watchdog import watched
+
+    def end() -> None:
+        print(
+            f"pretrain: --step-timeout {given.step_timeout:g}: step {trainer.standing.step} takes longer; "
+            "another worker may be gone, or the time too short",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # whoever waits for another process cannot be asked to end
+
+    with watched(given.step_timeout, end) as trainer.alive:
+        trainer.fit(given.data, report, saver)
+
+
+def part(trainer: Any) -> None:
+    """Leave the other workers where all have come to an end, rather than this one alone."""
+    if trainer.has_ended():
+        trainer.workers.leave()
 
 
 @contextmanager
@@ -315,14 +439,15 @@ def signals_between_steps(trainer: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def describe(net: Any, data: Any, contexts: list[Any]) -> str:
+def describe(given: Given) -> str:
     """A line on what is about to be trained."""
-    parameters = sum(p.data(contexts[0]).size for p in net.collect_params().values())
+    data, contexts, workers = given.data, given.contexts, given.workers.count
+    parameters = sum(p.data(contexts[0]).size for p in given.net.collect_params().values())
     held_out = data.held_out.documents if data.held_out else ()
     return (
         f"{len(data.train.documents):,} documents to train on and {len(held_out):,} held out, "
         f"{len(data.train.pairs(0)):,} sentence pairs, a vocabulary of {len(data.vocab):,}, "
-        f"{parameters:,} parameters, on {contexts}"
+        f"{parameters:,} parameters, on {contexts}{f' of each of {workers} workers' if workers > 1 else ''}"
     )
 
 
@@ -333,5 +458,26 @@ def _free_folder(preset_name: str) -> Path:
     return Path("runs", f"{preset_name}-{number}")
 
 
+def leave(main: Callable[[list[str]], int]) -> None:
+    """Run the command and leave with its exit status; at once where other workers are waited for in vain."""
+
+    def failed() -> bool:
+        workers = sys.modules.get("gluon_bert.training.workers")
+        return workers is not None and bool(workers.failed())
+
+    try:
+        status = main(sys.argv[1:])
+    except Exception:
+        if not failed():
+            raise
+        traceback.print_exc()
+        status = 1
+    if failed():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    run(main)
+    leave(main)

@@ -46,6 +46,11 @@ class Batch:
             self.is_next[start:stop],
         )
 
+    def share(self, number: int, count: int) -> Batch:
+        """The rows of one of so many workers, which are divided as evenly as they go; maybe none."""
+        start, stop = np.linspace(0, len(self), count + 1).astype(int)[number : number + 2]
+        return self.rows(start, stop)
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -99,19 +104,22 @@ def make_batch(
     )
 
 
-def split_and_load(batch: Batch, contexts: Sequence[Any]) -> list[Shard]:
+def split_and_load(batch: Batch, contexts: Sequence[Any], whole: Batch | None = None) -> list[Shard]:
     """A shard for every context, like `gluon.utils.split_and_load`, for any batch size.
 
     The rows are divided as evenly as they go. A context for which none is left gets a copy of the first
     row with weight 0: its gradient is then zero, where it would otherwise be that of the step before.
+
+    whole: the batch of an optimizer step, if this is a part of it; the weights are then shares of its mean.
     """
+    whole = batch if whole is None else whole
     bounds = np.linspace(0, len(batch), len(contexts) + 1).astype(int)
-    return [_load(batch, start, stop, ctx) for start, stop, ctx in zip(bounds, bounds[1:], contexts)]
+    return [_load(batch, start, stop, ctx, whole) for start, stop, ctx in zip(bounds, bounds[1:], contexts)]
 
 
-def _load(batch: Batch, start: int, stop: int, ctx: Any) -> Shard:
+def _load(batch: Batch, start: int, stop: int, ctx: Any, whole: Batch) -> Shard:
     used = stop > start
-    part = batch.rows(start, stop) if used else batch.rows(0, 1)
+    part = batch.rows(start, stop) if used else whole.rows(0, 1)
 
     def load(array: np.ndarray) -> Any:
         return mx.nd.array(array, ctx=ctx, dtype=np.float32)
@@ -125,6 +133,6 @@ def _load(batch: Batch, start: int, stop: int, ctx: Any) -> Shard:
         load(part.is_next),
         num_pairs=len(part) if used else 0,
         num_predictions=len(part.labels) if used else 0,
-        mlm_weight=1 / len(batch.labels) if used else 0.0,
-        nsp_weight=1 / len(batch) if used else 0.0,
+        mlm_weight=1 / len(whole.labels) if used else 0.0,
+        nsp_weight=1 / len(whole) if used else 0.0,
     )

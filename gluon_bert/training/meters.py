@@ -126,6 +126,11 @@ class Meter:
             meter._sums[context] = array if before is None else before + array
         return meter
 
+    @classmethod
+    def of(cls, totals: Totals, context: Any) -> Meter:
+        """A meter that has these totals, on a context."""
+        return cls.from_json({"sums": {"": totals.sums}, "counts": totals.counts}, [context])
+
     def totals(self) -> Totals:
         """What was added up so far. Waits for the devices."""
         sums = sum((total.asnumpy().astype(np.float64) for total in self._sums.values()), np.zeros(4))

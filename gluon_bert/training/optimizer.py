@@ -14,11 +14,11 @@ from ..runtime import mx
 UNDECAYED = ("bias", "gamma", "beta")
 
 
-def gluon_trainer(parameters: Mapping[str, Any], config: TrainConfig) -> Any:
+def gluon_trainer(parameters: Mapping[str, Any], config: TrainConfig, kvstore: Any = "device") -> Any:
     """A Gluon Trainer that steps these parameters with the optimizer of the configuration.
 
-    Its `learning_rate` is the peak until it is set. Gradients are summed over the contexts by
-    `allreduce_grads()`, so that they can be clipped before `update(1)`.
+    Its `learning_rate` is the peak until it is set. Gradients are summed over the contexts, and by a kvstore
+    of several workers over these, in `allreduce_grads()`, so that they can be clipped before `update(1)`.
     """
     mark_undecayed(parameters)
     optimizer = OPTIMIZERS[config.optimizer](
@@ -28,7 +28,7 @@ def gluon_trainer(parameters: Mapping[str, Any], config: TrainConfig) -> Any:
         epsilon=config.epsilon,
         wd=config.weight_decay,
     )
-    return mx.gluon.Trainer(parameters, optimizer, update_on_kvstore=False)
+    return mx.gluon.Trainer(parameters, optimizer, kvstore=kvstore, update_on_kvstore=False)
 
 
 # What the optimizers keep of a parameter, in their states' order.

@@ -131,6 +131,14 @@ class Report(Reporter):
         if self._config.debug_batch and trouble.batch:
             self._keep(trouble.batch, trouble.step)
 
+    def drifted(self, step: int, ranks: Sequence[int]) -> None:
+        who = f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        self._bar.write(
+            f"after step {step} the weights of {who} are not those of worker 0, as where processors are not "
+            "of one kind; those of worker 0 are kept",
+            file=self._screen,
+        )
+
     def went_back(self, standing: Standing, trouble: Trouble) -> None:
         self.step, self.best = standing.step, standing.best
         self._log.close()

@@ -10,6 +10,7 @@ from typing import Callable, NamedTuple
 
 from ..checkpoint import Snapshot, latest_whole, steps, write_checkpoint
 from ..config import TrainConfig
+from ..errors import BadInput
 from .report import Report
 from .trainer import Saver, Trainer
 
@@ -22,6 +23,22 @@ class Cost(NamedTuple):
     written: int = 0
     waited: float = 0.0
     writing: float = 0.0
+
+
+class ReadOnlySaver(Saver):
+    """The checkpoints in the folder of a run, for a worker beside the one that writes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def latest(self) -> Snapshot | None:
+        """The latest whole checkpoint; BadInput where this worker does not see the folder."""
+        if not self.folder.is_dir():
+            raise BadInput(
+                f"--output {self.folder}: is not there for this worker; going back to a checkpoint needs a "
+                "folder that all workers share"
+            )
+        return latest_whole(self.folder) if steps(self.folder) else None
 
 
 class CheckpointSaver(Saver):

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from ..data.loader import Data, Loader, Position
 from ..errors import BadInput
 from ..runtime import mx
 from .loss import ShardLoss, shard_loss
-from .meters import Averages, Best, Meter, Progress, best_of
+from .meters import Averages, Best, Meter, Progress, Totals, best_of
 from .optimizer import (
     clip_gradients,
     gluon_trainer,
@@ -29,6 +29,7 @@ from .optimizer import (
 from .schedule import learning_rate, planned_steps
 from .standing import Standing
 from .trouble import MOST_BACK, MOST_SKIPPED, Diverged, Trouble
+from .workers import Workers, digest_of_weights
 
 # Steps that may be queued on the devices. Two keep them busy while the next batch is made; more would
 # only take memory, and make an interrupt wait.
@@ -59,6 +60,9 @@ class Reporter:
     def went_wrong(self, trouble: Trouble) -> None:
         """The numbers of a step are unusable; whether that ends the run is another matter."""
 
+    def drifted(self, step: int, ranks: Sequence[int]) -> None:
+        """The weights of these workers are not those of the first one any more."""
+
     def went_back(self, standing: Standing, trouble: Trouble) -> None:
         """The run goes on from an earlier checkpoint, where it stands so, with other batches than before."""
 
@@ -88,6 +92,7 @@ class Queued(NamedTuple):
     losses: list[ShardLoss]
     squared_norms: Any
     count_mlm_hits: bool
+    stops: Any  # how many workers want the run to stop
 
 
 class Trainer:
@@ -97,43 +102,57 @@ class Trainer:
     >>> trainer.fit(data)
     """
 
-    def __init__(self, net: Any, config: TrainConfig, contexts: Sequence[Any]) -> None:
+    def __init__(
+        self, net: Any, config: TrainConfig, contexts: Sequence[Any], workers: Workers | None = None
+    ) -> None:
         check_group(config)
         parameters = net.collect_params()
         if set(contexts) != set(net.nsp.dense.weight.list_ctx()):
             raise BadInput(f"the network is on {net.nsp.dense.weight.list_ctx()}, not on {list(contexts)}")
         self.net, self.config, self.contexts = net, config, list(contexts)
+        self.workers = workers or Workers()
         self.standing = Standing()
         # Of the whole run, which the learning rate depends on; `fit` keeps it up with the clock.
         self.planned_steps: float = config.num_steps
         # Set from a signal handler, it ends `fit` between two steps, where the weights are whole, or between
-        # two batches of an evaluation.
+        # two batches of an evaluation. Of several workers each is told, and they stop after the same step.
         self.interrupted = False
+        # Called whenever a step, or a batch of an evaluation, is done.
+        self.alive: Callable[[], None] = lambda: None
+        self._agreed_to_stop = False
         self._queue: deque[Queued] = deque()
         # Of each parameter's gradient in the last step, before clipping; (P,), on the first context.
         self._squared_norms: Any = None
+        self._stops: Any = None
         self._trained_names = [n for n, p in named_parameters(net).items() if p.grad_req != "null"]
         self._back_to, self._times_back = -1, 0
-        self._optimizer = gluon_trainer(parameters, config)
+        self._optimizer = gluon_trainer(parameters, config, self.workers.kvstore)
+        self.workers.begin(self._optimizer)
 
     def step(self, batch: Batch, count_mlm_hits: bool = False) -> tuple[list[Shard], list[ShardLoss]]:
         """One optimizer step on one batch; returns what each context computed, without waiting for it."""
-        mx.random.seed(dropout_seed(self.config.seed, self.standing.step + 1))
-        shards = split_and_load(batch, self.contexts)
+        mx.random.seed(dropout_seed(self.config.seed, self.standing.step + 1, self.workers.rank))
+        shards = self._shards(batch)
         with mx.autograd.record():
             losses = [shard_loss(self.net, shard, count_mlm_hits) for shard in shards]
         mx.autograd.backward([loss.total for loss in losses])
         self._update()
         return shards, losses
 
+    def _shards(self, batch: Batch) -> list[Shard]:
+        """This worker's part of a batch, spread over its contexts."""
+        share = batch.share(self.workers.rank, self.workers.count)
+        return split_and_load(share, self.contexts, whole=batch)
+
     def _update(self) -> None:
-        """Change the weights by the gradients of all contexts."""
+        """Change the weights by the gradients of all contexts, of all workers."""
         step = self.standing.step + 1
         self._optimizer.set_learning_rate(learning_rate(self.config, step, self.planned_steps))
         self.standing.step = step
         self._optimizer.allreduce_grads()
         gradients = self._gradients()
-        self._squared_norms = squared_norms(gradients[0])
+        norms = squared_norms(gradients[0])
+        self._squared_norms, self._stops = self.workers.agree(norms, self.interrupted)
         if self.config.bad_numbers == "skip":
             self._optimizer.optimizer.usable = usable_on(self._squared_norms, self.contexts)
         if self.config.clip_norm:
@@ -149,13 +168,14 @@ class Trainer:
         """The means over all batches, with dropout off. Waits for the devices."""
         meter = Meter()
         for batch in batches:
-            shards = split_and_load(batch, self.contexts)
+            shards = self._shards(batch)
             losses = [shard_loss(self.net, shard, count_mlm_hits=True) for shard in shards]
             meter.add(shards, losses, count_mlm_hits=True)
             losses[0].total.wait_to_read()
-            if self.interrupted:
+            self.alive()
+            if self.interrupted and self.workers.count == 1:
                 raise Interrupted
-        return meter.totals().averages()
+        return self._total(meter).averages()
 
     def fit(
         self, data: Data, reporter: Reporter | None = None, saver: Saver | None = None
@@ -181,14 +201,24 @@ class Trainer:
                 if evaluated:
                     self._evaluate(data.held_out, reporter)
                 due = evaluated or _is_due(config.checkpoint_every, self.standing.step)
-                if due or self.interrupted or self._is_over():
+                if due or self._must_stop() or self._is_over():
                     self.wait(reporter)
+                    self._gather(reporter)
                     saver.save(self)
+                self.alive()
             except Diverged as end:
                 batches = data.train.walk(self._go_back(end, reporter, saver))
-            if self.interrupted:
+            if self._must_stop():
                 raise Interrupted
         return progress
+
+    def _must_stop(self) -> bool:
+        """Whether the run is to stop here; of several workers all answer alike."""
+        return self.interrupted if self.workers.count == 1 else self._agreed_to_stop
+
+    def has_ended(self) -> bool:
+        """Whether `fit` has nothing more to do; all workers answer alike."""
+        return self._must_stop() or self._is_over()
 
     def _is_over(self) -> bool:
         """Whether the run has made its last step and its last evaluation."""
@@ -207,7 +237,7 @@ class Trainer:
         evaluated = step >= self.planned_steps or _is_due(config.eval_every, step)
         logged = evaluated or _is_due(config.log_every, step)
         results = self.step(batch, count_mlm_hits=logged)
-        self._queue.append(Queued(step, position, batch, *results, self._squared_norms, logged))
+        self._queue.append(Queued(step, position, batch, *results, self._squared_norms, logged, self._stops))
         run.position, run.evaluating = position.next(), evaluated and held_out is not None
         reporter.stepped(step)
         self._finish_steps(reporter, leave=0 if logged else QUEUED_STEPS)
@@ -236,6 +266,7 @@ class Trainer:
         while len(self._queue) > leave:
             done = self._queue.popleft()
             done.squared_norms.wait_to_read()
+            self._agreed_to_stop |= bool(done.stops.asscalar())
             norms = np.sqrt(done.squared_norms.asnumpy().astype(np.float64))
             if np.isfinite(norms).all():
                 run.meter.add(done.shards, done.losses, done.count_mlm_hits)
@@ -255,7 +286,8 @@ class Trainer:
 
     def _go_back(self, end: Diverged, reporter: Reporter, saver: Saver) -> Position:
         """To the latest checkpoint, and on with the batches that come now; raises `end` if that is no way."""
-        snapshot = saver.latest() if self.config.bad_numbers == "back" else None
+        back = self.config.bad_numbers == "back"
+        snapshot = self.workers.first_then_others(saver.latest) if back else None
         if snapshot is None:
             raise end
         self._times_back = self._times_back + 1 if snapshot.step == self._back_to else 1
@@ -273,9 +305,24 @@ class Trainer:
         """How the run stands after a step, and a new window begins. Waits for the devices."""
         mx.nd.waitall()  # so that the clock stops on finished work
         run = self.standing
-        window, run.meter = run.meter.totals(), Meter()
+        window, run.meter = self._total(run.meter), Meter()
         norm = math.sqrt(self._squared_norms.asnumpy().astype(np.float64).sum())
         return run.clock.progress(run.step, self.planned_steps, window, self._optimizer.learning_rate, norm)
+
+    def _total(self, meter: Meter) -> Totals:
+        """What all workers' meters have added up. Waits for them."""
+        sums, counts = self.workers.total(np.array(meter.totals()))
+        return Totals(sums, counts)
+
+    def _gather(self, reporter: Reporter) -> None:
+        """Move what all workers have added up to the first one, for its checkpoint; compare their weights."""
+        if self.workers.count == 1:
+            return
+        totals = self._total(self.standing.meter)
+        self.standing.meter = Meter() if self.workers.rank else Meter.of(totals, self.contexts[0])
+        others = self.workers.unlike_the_first(digest_of_weights(weights_of(self.net)))
+        if others:
+            reporter.drifted(self.standing.step, others)
 
     def wait(self, reporter: Reporter | None = None) -> None:
         """Wait until the devices have done all steps."""
@@ -296,6 +343,8 @@ class Trainer:
         except (KeyError, ValueError) as error:
             raise BadInput(f"{where}: cannot be gone on from ({type(error).__name__}: {error})") from error
         self.standing = Standing.from_json(snapshot.state, self.contexts, str(where))
+        if self.workers.rank:
+            self.standing.meter = Meter()  # the first worker has what all had added up
         self._queue.clear()
 
 
@@ -304,9 +353,10 @@ def _is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def dropout_seed(seed: int, step: int) -> int:
-    """The seed of a step's dropout, from the run's: so it can be drawn again without the steps before.
+def dropout_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of a worker's dropout in a step, from the run's: so no step before is needed to draw it again.
 
     MXNet's random state can be set and not read, and a checkpoint could not keep it.
     """
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) >> 1
+    # Rank 0 has the seed of [seed, step], since NumPy fills up with zeros.
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]) >> 1

@@ -1,0 +1,38 @@
+"""Sees that a run goes on: what waits for ever, as for another worker that is gone, is ended."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from typing import Callable, Iterator
+
+
+@contextmanager
+def watched(seconds: float, end: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """A function to call in the block at least every so many seconds, or `end` is called; 0: never.
+
+    `end` is called by a thread, as the block itself hangs, and must end the process. The thread is gone when
+    the block is.
+    """
+    heard, over = [time.monotonic()], threading.Event()
+
+    def alive() -> None:
+        heard[0] = time.monotonic()
+
+    def watch() -> None:
+        while not over.wait(max(0.0, heard[0] + seconds - time.monotonic())):
+            if time.monotonic() >= heard[0] + seconds:
+                end()
+                return
+
+    if not seconds:
+        yield alive
+        return
+    thread = threading.Thread(target=watch, name="watchdog")
+    thread.start()
+    try:
+        yield alive
+    finally:
+        over.set()
+        thread.join()
