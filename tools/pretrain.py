@@ -161,9 +161,10 @@ def begin(config: Config, contexts: list[Any], output: Path, operators: str | No
     from gluon_bert.data.loader import load_data
     from gluon_bert.starting import load_start, start_from
     from gluon_bert.training.report import References
-    from gluon_bert.training.trainer import check_evaluable
+    from gluon_bert.training.trainer import check_evaluable, check_micro_batch
 
     check_new(output)
+    check_micro_batch(config.train, len(contexts))
     ops.choose(operators)
     start = load_start(config)
     data = load_data(config.data, config.train.batch_size, config.train.seed)

@@ -99,17 +99,26 @@ def make_batch(
     )
 
 
-def split_and_load(batch: Batch, contexts: Sequence[Any]) -> list[Shard]:
+def micro_batches(batch: Batch, size: int) -> list[Batch]:
+    """The batch in parts of so many rows, the last one of what is left; with size 0 the batch as it is."""
+    size = size or len(batch)
+    return [batch.rows(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
+
+
+def split_and_load(batch: Batch, contexts: Sequence[Any], whole: Batch | None = None) -> list[Shard]:
     """A shard for every context, like `gluon.utils.split_and_load`, for any batch size.
 
     The rows are divided as evenly as they go. A context for which none is left gets a copy of the first
     row with weight 0: its gradient is then zero, where it would otherwise be that of the step before.
+
+    whole: the batch of an optimizer step, if this is a part of it; the weights are then shares of its mean.
     """
+    whole = batch if whole is None else whole
     bounds = np.linspace(0, len(batch), len(contexts) + 1).astype(int)
-    return [_load(batch, start, stop, ctx) for start, stop, ctx in zip(bounds, bounds[1:], contexts)]
+    return [_load(batch, start, stop, ctx, whole) for start, stop, ctx in zip(bounds, bounds[1:], contexts)]
 
 
-def _load(batch: Batch, start: int, stop: int, ctx: Any) -> Shard:
+def _load(batch: Batch, start: int, stop: int, ctx: Any, whole: Batch) -> Shard:
     used = stop > start
     part = batch.rows(start, stop) if used else batch.rows(0, 1)
 
@@ -125,6 +134,6 @@ def _load(batch: Batch, start: int, stop: int, ctx: Any) -> Shard:
         load(part.is_next),
         num_pairs=len(part) if used else 0,
         num_predictions=len(part.labels) if used else 0,
-        mlm_weight=1 / len(batch.labels) if used else 0.0,
-        nsp_weight=1 / len(batch) if used else 0.0,
+        mlm_weight=1 / len(whole.labels) if used else 0.0,
+        nsp_weight=1 / len(whole) if used else 0.0,
     )

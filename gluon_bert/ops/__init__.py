@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import threading
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 from ..config import ModelConfig
 from ..errors import BadInput, in_a_line
@@ -23,6 +25,29 @@ VARIABLE = "GLUON_BERT_OPERATORS"
 CHOICES = ("auto", "compiled", "mxnet")
 
 log = logging.getLogger(__name__)
+
+
+class _Mode(threading.local):
+    adds_up = False
+
+
+_mode = _Mode()
+
+
+@contextmanager
+def adding_up() -> Iterator[None]:
+    """Let compiled operators add gradients to the parameters' own, where grad_req is "add", as MXNet's do.
+
+    It saves a second copy of the parameters and of their gradients. It holds for what is recorded in this
+    block, and asks for two things, or gradients are wrong: a parameter is used by one call of `encode` or
+    `masked_loss` a context, but for the words' vectors of a tied decoder, and the backward pass is that of
+    `autograd.backward`, not of `autograd.grad`.
+    """
+    _mode.adds_up = True
+    try:
+        yield
+    finally:
+        _mode.adds_up = False
 
 
 def choose(name: str | None = None) -> str:
@@ -65,10 +90,18 @@ def compute(block: Any, array: Any) -> bool:
     )
 
 
-def encode(config: ModelConfig, parameters: Sequence[Any], tokens: Any, segments: Any, lengths: Any) -> Any:
+def encode(
+    config: ModelConfig,
+    parameters: Sequence[Any],
+    tokens: Any,
+    segments: Any,
+    lengths: Any,
+    recompute: bool = False,
+) -> Any:
     """What `Encoder` computes, (B, T) tokens to (B, T, C) vectors; those of padding are zeros.
 
-    parameters: those of the encoder in the order in which it computes, as gluon Parameters.
+    parameters: those of the encoder in the order in which it computes, as gluon Parameters. recompute: the
+    backward pass computes each layer again, to the same bits, rather than have its values kept.
     """
     rate = config.dropout if mx.autograd.is_training() else 0.0
     # MXNet's generator decides, so its seed repeats the dropout; the operator counts from there.
@@ -76,14 +109,15 @@ def encode(config: ModelConfig, parameters: Sequence[Any], tokens: Any, segments
     return mx.nd.gluon_bert_encoder(
         *(array.astype("float32", copy=False) for array in (tokens, segments, lengths)),
         key(shape=(2,), ctx=tokens.context),
-        *_arrays(parameters, tokens.context),
+        *_arrays(config, parameters, parameters[0], tokens.context),
+        recompute=int(recompute),
         layers=config.num_layers,
         heads=config.num_heads,
         ffn_units=config.ffn_units,
         pre=int(config.norm == "pre"),
         embedding_norm=int(config.embedding_norm),
         dropout=rate,
-        **_common(config),
+        **_common(config, parameters),
     )
 
 
@@ -96,7 +130,11 @@ def masked_loss(
     MLM head in the order in which it computes. The scores of all words are never in memory at once.
     """
     loss, hits = mx.nd.gluon_bert_masked_loss(
-        encoded, predictions, labels, *_arrays(parameters, encoded.context), **_common(config)
+        encoded,
+        predictions,
+        labels,
+        *_arrays(config, parameters, parameters[-2], encoded.context),
+        **_common(config, parameters),
     )
     return loss, hits
 
@@ -113,21 +151,33 @@ def products(repeats: int) -> float:
     return float(function(repeats))
 
 
-def _common(config: ModelConfig) -> dict[str, Any]:
+def _common(config: ModelConfig, parameters: Sequence[Any]) -> dict[str, Any]:
+    adds = _adds(parameters)
     # repr, since MXNet would print six digits of a float.
     return {
         "activation": config.activation,
         "epsilon": repr(config.norm_epsilon),
         "keep": int(mx.autograd.is_recording()),
+        "add": int(adds),
+        "add_words": int(adds and not config.tied_decoder),
     }
 
 
-def _arrays(parameters: Sequence[Any], context: Any) -> list[Any]:
-    # An operator from outside fills a gradient where MXNet's own would add to it; so let identity do that.
+def _arrays(config: ModelConfig, parameters: Sequence[Any], words: Any, context: Any) -> list[Any]:
+    # An operator from outside fills a gradient where MXNet's own would add to it. So it is told to add, where
+    # it may, or identity does that. The words of a tied decoder have two gradients, which MXNet adds up first.
+    filled = {words} if config.tied_decoder else set()
+    if not _adds(parameters):
+        filled = set(parameters)
     return [
-        mx.nd.identity(parameter.data(context)) if parameter.grad_req == "add" else parameter.data(context)
-        for parameter in parameters
+        mx.nd.identity(p.data(context)) if p.grad_req == "add" and p in filled else p.data(context)
+        for p in parameters
     ]
+
+
+def _adds(parameters: Sequence[Any]) -> bool:
+    """Whether an operator is to add to its parameters' gradients."""
+    return _mode.adds_up and all(parameter.grad_req in ("add", "null") for parameter in parameters)
 
 
 @lru_cache(maxsize=None)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
+from .. import ops
 from ..checkpoint import Snapshot, named_parameters, set_weights, weights_of
 from ..config import TrainConfig, check_group
-from ..data.batch import Batch, Shard, split_and_load
+from ..data.batch import Batch, Shard, micro_batches, split_and_load
 from ..data.loader import Data, Loader, Position
 from ..errors import BadInput
 from ..runtime import mx
@@ -42,6 +43,20 @@ def check_evaluable(config: TrainConfig, data: Data) -> None:
             f"--patience {config.patience}: there is too little held-out text to evaluate on; --held-out "
             "asks for more, --patience 0 does without"
         )
+
+
+def check_micro_batch(config: TrainConfig, num_contexts: int) -> None:
+    """Raise BadInput where a batch cannot be computed in parts of `micro_batch` on so many contexts."""
+    size, whole = config.micro_batch, config.batch_size
+    if not size or num_contexts <= size <= whole:
+        return
+    on = f"{num_contexts} contexts" if num_contexts > 1 else "one context"
+    would_do = (
+        f"{num_contexts} to {whole} would do, or 0"
+        if num_contexts <= whole
+        else f"0 would do, or --batch-size {num_contexts} at least"
+    )
+    raise BadInput(f"--micro-batch {size}: of --batch-size {whole} on {on} {would_do}")
 
 
 class Reporter:
@@ -99,6 +114,7 @@ class Trainer:
 
     def __init__(self, net: Any, config: TrainConfig, contexts: Sequence[Any]) -> None:
         check_group(config)
+        check_micro_batch(config, len(contexts))
         parameters = net.collect_params()
         if set(contexts) != set(net.nsp.dense.weight.list_ctx()):
             raise BadInput(f"the network is on {net.nsp.dense.weight.list_ctx()}, not on {list(contexts)}")
@@ -112,19 +128,47 @@ class Trainer:
         self._queue: deque[Queued] = deque()
         # Of each parameter's gradient in the last step, before clipping; (P,), on the first context.
         self._squared_norms: Any = None
-        self._trained_names = [n for n, p in named_parameters(net).items() if p.grad_req != "null"]
+        trained = {name: p for name, p in named_parameters(net).items() if p.grad_req != "null"}
+        self._trained_names = list(trained)
+        self._adds_up = config.micro_batch > 0 or config.recompute
+        for parameter in trained.values():
+            parameter.grad_req = "add" if self._adds_up else "write"
         self._back_to, self._times_back = -1, 0
         self._optimizer = gluon_trainer(parameters, config)
 
     def step(self, batch: Batch, count_mlm_hits: bool = False) -> tuple[list[Shard], list[ShardLoss]]:
-        """One optimizer step on one batch; returns what each context computed, without waiting for it."""
-        mx.random.seed(dropout_seed(self.config.seed, self.standing.step + 1))
-        shards = split_and_load(batch, self.contexts)
-        with mx.autograd.record():
-            losses = [shard_loss(self.net, shard, count_mlm_hits) for shard in shards]
-        mx.autograd.backward([loss.total for loss in losses])
+        """One optimizer step on one batch; returns what each context computed, of one part after another.
+
+        It waits for nothing but that a part's memory is free before the next part, of `micro_batch` pairs.
+        """
+        if self._adds_up:
+            self.net.collect_params().zero_grad()
+        shards: list[Shard] = []
+        losses: list[ShardLoss] = []
+        for number, part in enumerate(micro_batches(batch, self.config.micro_batch)):
+            if number:
+                self._wait_for_gradients()
+            shards += split_and_load(part, self.contexts, whole=batch)
+            losses += self._backward(shards[-len(self.contexts) :], number, count_mlm_hits)
         self._update()
         return shards, losses
+
+    def _backward(self, shards: list[Shard], number: int, count_mlm_hits: bool) -> list[ShardLoss]:
+        """The losses of one part of a step's batch, and its gradients, in one backward pass."""
+        seed = dropout_seed(self.config.seed, self.standing.step + 1, number)
+        mx.random.seed(seed)
+        recomputing = self.net.encoder.recomputing(seed) if self.config.recompute else nullcontext()
+        with recomputing as tape, mx.autograd.record(), ops.adding_up():
+            losses = [shard_loss(self.net, shard, count_mlm_hits) for shard in shards]
+        mx.autograd.backward([loss.total for loss in losses])
+        if tape is not None:
+            tape.backward()
+        return losses
+
+    def _wait_for_gradients(self) -> None:
+        """Wait for the backward pass; its last gradients are those of the words' vectors."""
+        for context in self.contexts:
+            self.net.encoder.embeddings.tokens.weight.grad(context).wait_to_read()
 
     def _update(self) -> None:
         """Change the weights by the gradients of all contexts."""
@@ -304,9 +348,11 @@ def _is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def dropout_seed(seed: int, step: int) -> int:
+def dropout_seed(seed: int, step: int, part: int = 0) -> int:
     """The seed of a step's dropout, from the run's: so it can be drawn again without the steps before.
+
+    part: which one of the batch, if it is computed in parts.
 
     MXNet's random state can be set and not read, and a checkpoint could not keep it.
     """
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) >> 1
+    return int(np.random.SeedSequence([seed, step, part]).generate_state(1)[0]) >> 1
