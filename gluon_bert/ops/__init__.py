@@ -10,10 +10,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import threading
-from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Iterator, Sequence
+from typing import Any, Sequence
 
 from ..config import ModelConfig
 from ..errors import BadInput, in_a_line
@@ -25,29 +23,6 @@ VARIABLE = "GLUON_BERT_OPERATORS"
 CHOICES = ("auto", "compiled", "mxnet")
 
 log = logging.getLogger(__name__)
-
-
-class _Mode(threading.local):
-    adds_up = False
-
-
-_mode = _Mode()
-
-
-@contextmanager
-def adding_up() -> Iterator[None]:
-    """Let compiled operators add gradients to the parameters' own, where grad_req is "add", as MXNet's do.
-
-    It saves a second copy of the parameters and of their gradients. It holds for what is recorded in this
-    block, and asks for two things, or gradients are wrong: a parameter is used by one call of `encode` or
-    `masked_loss` a context, but for the words' vectors of a tied decoder, and the backward pass is that of
-    `autograd.backward`, not of `autograd.grad`.
-    """
-    _mode.adds_up = True
-    try:
-        yield
-    finally:
-        _mode.adds_up = False
 
 
 def choose(name: str | None = None) -> str:
@@ -109,7 +84,7 @@ def encode(
     return mx.nd.gluon_bert_encoder(
         *(array.astype("float32", copy=False) for array in (tokens, segments, lengths)),
         key(shape=(2,), ctx=tokens.context),
-        *_arrays(config, parameters, parameters[0], tokens.context),
+        *_arrays(parameters, tokens.context),
         recompute=int(recompute),
         layers=config.num_layers,
         heads=config.num_heads,
@@ -133,7 +108,7 @@ def masked_loss(
         encoded,
         predictions,
         labels,
-        *_arrays(config, parameters, parameters[-2], encoded.context),
+        *_arrays(parameters, encoded.context),
         **_common(config, parameters),
     )
     return loss, hits
@@ -152,32 +127,38 @@ def products(repeats: int) -> float:
 
 
 def _common(config: ModelConfig, parameters: Sequence[Any]) -> dict[str, Any]:
-    adds = _adds(parameters)
     # repr, since MXNet would print six digits of a float.
     return {
         "activation": config.activation,
         "epsilon": repr(config.norm_epsilon),
         "keep": int(mx.autograd.is_recording()),
-        "add": int(adds),
-        "add_words": int(adds and not config.tied_decoder),
+        "add": int(_add_up(parameters)),
     }
 
 
-def _arrays(config: ModelConfig, parameters: Sequence[Any], words: Any, context: Any) -> list[Any]:
-    # An operator from outside fills a gradient where MXNet's own would add to it. So it is told to add, where
-    # it may, or identity does that. The words of a tied decoder have two gradients, which MXNet adds up first.
-    filled = {words} if config.tied_decoder else set()
-    if not _adds(parameters):
-        filled = set(parameters)
-    return [
-        mx.nd.identity(p.data(context)) if p.grad_req == "add" and p in filled else p.data(context)
-        for p in parameters
-    ]
+def _arrays(parameters: Sequence[Any], context: Any) -> list[Any]:
+    """The parameters' arrays; where their gradients are added up, leaves of this call alone.
+
+    An operator from outside is not told whether it shall fill a gradient or add to it, and would add to what
+    MXNet makes where an array has several gradients. A leaf has one: the parameter's own, added to in place.
+    """
+    arrays = [parameter.data(context) for parameter in parameters]
+    if not (_add_up(parameters) and mx.autograd.is_recording()):
+        return arrays
+    leaves = [array.detach() for array in arrays]
+    for parameter, array, leaf in zip(parameters, arrays, leaves):
+        if parameter.grad_req == "add":
+            mx.autograd.mark_variables([leaf], [parameter.grad(context)], "add")
+            array._fresh_grad = True  # which gluon's Trainer asks for, and a leaf's gradient does not tell
+    return leaves
 
 
-def _adds(parameters: Sequence[Any]) -> bool:
-    """Whether an operator is to add to its parameters' gradients."""
-    return _mode.adds_up and all(parameter.grad_req in ("add", "null") for parameter in parameters)
+def _add_up(parameters: Sequence[Any]) -> bool:
+    """Whether the parameters' gradients are added up; those of one call all are, or none."""
+    wanted = {parameter.grad_req for parameter in parameters} - {"null"}
+    if len(wanted) > 1:
+        raise BadInput("some parameters have grad_req add and others write: give them all the same, or null")
+    return wanted == {"add"}
 
 
 @lru_cache(maxsize=None)

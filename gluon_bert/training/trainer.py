@@ -130,7 +130,8 @@ class Trainer:
         self._squared_norms: Any = None
         trained = {name: p for name, p in named_parameters(net).items() if p.grad_req != "null"}
         self._trained_names = list(trained)
-        self._adds_up = config.micro_batch > 0 or config.recompute
+        by_layers = config.recompute and not ops.compute(net.encoder, net.nsp.dense.weight.list_data()[0])
+        self._adds_up = config.micro_batch > 0 or by_layers
         for parameter in trained.values():
             parameter.grad_req = "add" if self._adds_up else "write"
         self._back_to, self._times_back = -1, 0
@@ -158,7 +159,7 @@ class Trainer:
         seed = dropout_seed(self.config.seed, self.standing.step + 1, number)
         mx.random.seed(seed)
         recomputing = self.net.encoder.recomputing(seed) if self.config.recompute else nullcontext()
-        with recomputing as tape, mx.autograd.record(), ops.adding_up():
+        with recomputing as tape, mx.autograd.record():
             losses = [shard_loss(self.net, shard, count_mlm_hits) for shard in shards]
         mx.autograd.backward([loss.total for loss in losses])
         if tape is not None:

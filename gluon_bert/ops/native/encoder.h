@@ -41,7 +41,7 @@ struct Network {
 
 // Where the gradients go, in the order of Network's parameters. They are added to what is there, or fill it.
 struct Gradients {
-  bool add, add_words;  // the latter for the token embedding
+  bool add;
   float *token_embedding, *segment_embedding, *position_embedding;
   float* first_norm[2];
   std::vector<std::vector<float*>> layers;  // 16 a layer, in the order of Layer
@@ -577,7 +577,7 @@ class Encoder {
         add_up(sums, c, c, out.first_norm[1], out.add);
       }
 #pragma omp for schedule(static)
-      for (int word = 0; word < (out.add_words ? 0 : n_.words); ++word)
+      for (int word = 0; word < (out.add ? 0 : n_.words); ++word)
         std::fill_n(out.token_embedding + (long)word * c, c, 0.f);
 #pragma omp for schedule(static)
       for (int i = 0; i < (out.add ? 0 : n_.positions); ++i) std::fill_n(out.position_embedding + (long)i * c, c, 0.f);

@@ -5,7 +5,7 @@
 // labels (M,), then the head's six parameters -> the sum of the losses (1,), the hits (1,). All float32.
 //
 // Gradients fill the arrays that MXNet gives for them, whatever it wants; with the attribute `add` those of the
-// parameters are added to what is there, and with `add_words` that of the words' vectors, too.
+// parameters are added to what is there.
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -115,7 +115,7 @@ class EncoderState : public CustomStatefulOp {
         std::fill_n(outputs->at(i).data<float>(), outputs->at(i).size(), 0.f);
       Arrays out(outputs, kEncoderInputs);
       Gradients g;
-      g.add = whole(a_, "add"), g.add_words = whole(a_, "add_words");
+      g.add = whole(a_, "add");
       g.token_embedding = out.next(), g.segment_embedding = out.next(), g.position_embedding = out.next();
       if (net.embedding_norm)
         for (float*& norm : g.first_norm) norm = out.next();
@@ -206,7 +206,7 @@ class HeadState : public CustomStatefulOp {
       loss_->use(head(&given), predictions(&given));
       Arrays out(outputs, kHeadInputs);
       HeadGradients g;
-      g.add = whole(a_, "add"), g.add_words = whole(a_, "add_words");
+      g.add = whole(a_, "add");
       g.encoded = outputs->at(0).data<float>();
       g.transform = out.next(), g.transform_bias = out.next(), g.gamma = out.next(), g.beta = out.next();
       g.decoder = out.next(), g.decoder_bias = out.next();

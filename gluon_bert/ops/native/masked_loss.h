@@ -34,7 +34,7 @@ struct Predictions {
 
 // Where the gradients go. The parameters' are added to what is there, or fill it; that of encoded is filled.
 struct HeadGradients {
-  bool add, add_words;  // the latter for the decoder's weight
+  bool add;
   float *encoded, *transform, *transform_bias, *gamma, *beta, *decoder, *decoder_bias;
 };
 
@@ -63,7 +63,7 @@ class MaskedLoss {
   // `scale`: the gradient of the loss.
   void backward(float scale, const HeadGradients& out) const {
     const long c = h_.units, size = (long)p_.rows * p_.columns * c;
-    hand_out(d_decoder_, (long)h_.words * c, scale, out.add_words, out.decoder);
+    hand_out(d_decoder_, (long)h_.words * c, scale, out.add, out.decoder);
     hand_out(d_bias_, h_.words, scale, out.add, out.decoder_bias);
     hand_out(d_transform_, c * c, scale, out.add, out.transform);
     hand_out(d_transform_ + c * c, c, scale, out.add, out.transform_bias);
