@@ -166,8 +166,10 @@ def begin(config: Config, contexts: list[Any], output: Path, operators: str | No
     check_new(output)
     check_micro_batch(config.train, len(contexts))
     ops.choose(operators)
+    refuse_too_large(config, contexts)
     start = load_start(config)
     data = load_data(config.data, config.train.batch_size, config.train.seed)
+    refuse_too_large(config, contexts, len(data.vocab))
     check_evaluable(config.train, data)
     net = network(config, data, contexts)
     if start:
@@ -191,6 +193,7 @@ def resume(arguments: argparse.Namespace) -> int:
     from gluon_bert.checkpoint import CONFIG, latest_whole, read_config, read_facts, write_config
     from gluon_bert.data.loader import load_data
     from gluon_bert.data.wordpiece import load_vocabulary
+    from gluon_bert.training.trainer import check_micro_batch
 
     folder = arguments.resume
     for name in ("preset", "config", "output"):
@@ -208,6 +211,8 @@ def resume(arguments: argparse.Namespace) -> int:
         recorded = facts.get("operators", "")
         ops.choose(arguments.operators or ops.choice_of(recorded))
         operators = ops.in_use(contexts)
+        check_micro_batch(config.train, len(contexts))
+        refuse_too_large(config, contexts, len(load_vocabulary(folder)))
         snapshot = latest_whole(folder)
         data = load_data(config.data, config.train.batch_size, config.train.seed)
         if data.fingerprint != facts.get("text") or data.vocab.tokens != load_vocabulary(folder).tokens:
@@ -240,6 +245,16 @@ def tell_differences(before: Mapping[str, str], now: Mapping[str, str], so: str)
             )
 
 
+def refuse_too_large(config: Config, contexts: list[Any], vocab_size: int = 1) -> None:
+    """Raise BadInput where the run cannot fit in the machine's memory, of whatever size its vocabulary is."""
+    from gluon_bert import ops
+    from gluon_bert.training.plan import check_memory, machine_memory
+
+    limit = machine_memory(contexts)
+    if limit is not None:
+        check_memory(config, vocab_size, len(contexts), ops.compiled(contexts), limit)
+
+
 def network(config: Config, data: Any, contexts: list[Any]) -> Any:
     """A network for the text, with its first weights."""
     from gluon_bert.model.bert import BERTModel
@@ -254,15 +269,20 @@ def train(
 ) -> int:
     """The steps of a run, from the first or from a checkpoint on, and what they leave in its folder."""
     from gluon_bert import ops
+    from gluon_bert.training.plan import machine_memory, plan
     from gluon_bert.training.report import Report
     from gluon_bert.training.saving import CheckpointSaver, cost_in_words
     from gluon_bert.training.trainer import Trainer
 
     print(f"{describe(net, data, contexts)}\noperators: {ops.in_use(contexts)}", file=sys.stderr)
+    planned = plan(config, len(data.vocab), len(contexts), ops.compiled(contexts))
+    print(planned.in_words(config.train.batch_size, machine_memory(contexts)), file=sys.stderr)
     print(f"run folder: {output}", file=sys.stderr)
     trainer = Trainer(net, config.train, contexts)
     if snapshot is not None:
         trainer.restore(snapshot, output)
+        for arrays in (snapshot.weights, snapshot.optimizer):
+            arrays.clear()  # they would stay in memory to the end of the run
         print(f"going on after step {snapshot.step}", file=sys.stderr)
     run = trainer.standing
     report = Report(output, config.train, data, step=run.step, best=run.best, log_bytes=run.log_bytes)

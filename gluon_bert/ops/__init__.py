@@ -46,6 +46,11 @@ def in_use(contexts: Sequence[Any] = ()) -> str:
     return f"MXNet's own ({reason})" if reason else "compiled for this processor"
 
 
+def compiled(contexts: Sequence[Any]) -> bool:
+    """Whether the compiled operators may compute on these contexts."""
+    return all(context.device_type == "cpu" for context in contexts) and not _loaded()
+
+
 def choice_of(description: str) -> str | None:
     """What `choose` takes to have the operators again that `in_use` described so; None for compiled ones.
 
