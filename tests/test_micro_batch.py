@@ -107,6 +107,11 @@ def test_losses_of_the_parts_add_up_to_those_of_the_batch(data, operators):
         assert total == pytest.approx(getattr(whole, name).asscalar(), rel=1e-5)
 
 
+def test_evaluations_in_parts_find_the_same(data, operators):
+    whole, parts = (trainer_on(2, data, BERT, micro_batch=n).evaluate(data.held_out.epoch(0)) for n in (0, 3))
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
 def test_parts_draw_their_own_dropout_and_a_seed_repeats_it(data, operators):
     row = random_batch(1)
     twice = Batch(

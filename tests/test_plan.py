@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,15 +87,11 @@ from gluon_bert import ops
 from gluon_bert.config import preset
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
-from gluon_bert.training.plan import plan
+from gluon_bert.training.plan import peak_memory, plan
 from gluon_bert.training.trainer import Trainer
 
-def taken():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
 config = preset("bert-mini").replace(batch_size=16, micro_batch=8, max_len=128, recompute={recompute})
-before = taken()
+before = peak_memory()
 net = BERTModel(30522, config.model)
 net.setup([mx.cpu()])
 trainer = Trainer(net, config.train, [mx.cpu()])
@@ -102,7 +99,7 @@ for seed in range(3):
     trainer.step(reference.random_batch([128] * 16, 128, 30522, seed))
     mx.nd.waitall()
 expected = plan(config, 30522, 1, ops.compiled([mx.cpu()]))
-print(taken() - before, expected.model + expected.activations)
+print(peak_memory() - before, expected.model + expected.activations)
 """
 
 
@@ -167,6 +164,7 @@ def test_the_command_tells_its_plan_and_a_resumed_run_may_take_less(command, cap
     assert status == 0
     assert "memory expected: 0.3 GB of " in err and "what is computed of 64 pairs at once 0.0 GB" in err
     assert "a step: 64 pairs, 64 predictions at most, " in err
+    assert re.search(r"^memory taken: 0\.\d GB at the peak, 0\.3 GB expected$", err, re.M)
     room(1e8)
     assert pretrain.main(["--resume", str(folder), "--num-steps", "3"]) == 2
     assert "no --micro-batch would do" in capsys.readouterr().err
@@ -231,6 +229,14 @@ def test_without_a_limit_the_machine_has_what_it_has():
     assert machine_memory(CPU, unlimited) == physical
     assert 0 < machine_memory(CPU) <= physical
     assert machine_memory([SimpleNamespace(device_type="gpu")]) is None  # whose memory is another
+
+
+def test_the_peak_is_what_the_system_tells():
+    status = {"/proc/self/status": "Name:\tpython\nVmHWM:\t  2048 kB\nVmRSS:\t 1024 kB\n"}
+    assert plans.peak_memory(files(**status)) == 2048 * 1024
+    assert plans.peak_memory(files()) is None
+    one = plan(preset("d2l"), 100, 1, True)
+    assert one.outcome(2e9).startswith("memory taken: 2.0 GB at the peak, ") and one.outcome(None) == ""
 
 
 def test_the_threads_are_those_asked_for(monkeypatch):

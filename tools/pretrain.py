@@ -269,7 +269,7 @@ def train(
 ) -> int:
     """The steps of a run, from the first or from a checkpoint on, and what they leave in its folder."""
     from gluon_bert import ops
-    from gluon_bert.training.plan import machine_memory, plan
+    from gluon_bert.training.plan import machine_memory, peak_memory, plan
     from gluon_bert.training.report import Report
     from gluon_bert.training.saving import CheckpointSaver, cost_in_words
     from gluon_bert.training.trainer import Trainer
@@ -306,6 +306,7 @@ def train(
     print("\n".join(report.summary(contexts)))
     if saver.cost.written:
         print(cost_in_words(saver.cost, trainer.standing.clock.elapsed()))
+    print(planned.outcome(peak_memory()), file=sys.stderr)
     return 0
 
 

@@ -53,6 +53,12 @@ class Plan:
         """All that the process is expected to take at its peak."""
         return self.model + self.activations + self.checkpoint + PROGRAM
 
+    def outcome(self, peak: float | None) -> str:
+        """A line on what the process took at its peak; nothing if that is not known."""
+        if peak is None:
+            return ""
+        return f"memory taken: {_gigabytes(peak)} at the peak, {_gigabytes(self.memory)} expected"
+
     def in_words(self, batch_size: int, limit: float | None) -> str:
         """Two lines for a person."""
         of = "" if limit is None else f" of {_gigabytes(limit)}"
@@ -209,6 +215,15 @@ def machine_memory(contexts: Sequence[Any], read: Reader = Path.read_text) -> fl
     limits = [*_physical(), *_container(read)]
     on_cpus = all(context.device_type == "cpu" for context in contexts)
     return min(limits) if limits and on_cpus else None
+
+
+def peak_memory(read: Reader = Path.read_text) -> float | None:
+    """The most bytes that this process has had in memory so far; None where the system does not tell."""
+    try:
+        lines = read(Path("/proc/self/status")).splitlines()
+    except OSError:
+        return None
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def _physical() -> list[float]:

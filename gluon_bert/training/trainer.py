@@ -193,8 +193,8 @@ class Trainer:
     def evaluate(self, batches: Iterable[Batch]) -> Averages:
         """The means over all batches, with dropout off. Waits for the devices."""
         meter = Meter()
-        for batch in batches:
-            shards = split_and_load(batch, self.contexts)
+        for part in (part for batch in batches for part in micro_batches(batch, self.config.micro_batch)):
+            shards = split_and_load(part, self.contexts)
             losses = [shard_loss(self.net, shard, count_mlm_hits=True) for shard in shards]
             meter.add(shards, losses, count_mlm_hits=True)
             losses[0].total.wait_to_read()
