@@ -306,7 +306,9 @@ def train(
     print("\n".join(report.summary(contexts)))
     if saver.cost.written:
         print(cost_in_words(saver.cost, trainer.standing.clock.elapsed()))
-    print(planned.outcome(peak_memory()), file=sys.stderr)
+    peak = peak_memory()
+    if peak is not None:
+        print(planned.outcome(peak), file=sys.stderr)
     return 0
 
 

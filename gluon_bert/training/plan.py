@@ -53,10 +53,8 @@ class Plan:
         """All that the process is expected to take at its peak."""
         return self.model + self.activations + self.checkpoint + PROGRAM
 
-    def outcome(self, peak: float | None) -> str:
-        """A line on what the process took at its peak; nothing if that is not known."""
-        if peak is None:
-            return ""
+    def outcome(self, peak: float) -> str:
+        """A line on what the process took at its peak."""
         return f"memory taken: {_gigabytes(peak)} at the peak, {_gigabytes(self.memory)} expected"
 
     def in_words(self, batch_size: int, limit: float | None) -> str:
