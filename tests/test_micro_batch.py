@@ -57,10 +57,11 @@ def weights_after(data, num_steps, num_contexts=1, model=BERT, **changes):
 def test_parts_are_the_batch_again_and_their_weights_those_of_the_whole():
     batch = random_batch(8)
     parts = micro_batches(batch, 3)
-    assert [len(part) for part in parts] == [3, 3, 2] and micro_batches(batch, 0)[0].tokens is not None
-    together = [np.concatenate([getattr(p, name) for p in parts]) for name in ("tokens", "labels", "is_next")]
-    for name, array in zip(("tokens", "labels", "is_next"), together):
-        np.testing.assert_array_equal(array, getattr(batch, name))
+    assert [len(part) for part in parts] == [3, 3, 2]
+    assert [len(part) for part in micro_batches(batch, 0)] == [8]
+    for name in ("tokens", "segments", "lengths", "labels", "is_next"):
+        together = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(together, getattr(batch, name), err_msg=name)
     shards = [s for part in parts for s in split_and_load(part, [mx.cpu(0), mx.cpu(1)], whole=batch)]
     assert sum(s.nsp_weight * s.num_pairs for s in shards) == pytest.approx(1)
     assert sum(s.mlm_weight * s.num_predictions for s in shards) == pytest.approx(1)

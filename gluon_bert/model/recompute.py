@@ -52,7 +52,7 @@ class Tape:
         """The result of blocks in a row, each called with that of the one before and with its own inputs."""
         seeds = self._seeds.spawn(1)[0].generate_state(len(blocks)) >> 1
         stops: list[Stop] = []
-        result = None
+        result: Any = None
         with mx.autograd.pause(train_mode=mx.autograd.is_training()):
             for (block, inputs), seed in zip(blocks, seeds.tolist()):
                 stops.append(Stop(block, result, inputs, seed))
