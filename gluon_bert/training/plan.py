@@ -22,7 +22,7 @@ PROGRAM = 300e6
 # Of what is computed: freed blocks do not fit all that is asked for next.
 FRAGMENTS = 1.1
 # What MXNet's graphs take beside what must be kept: it shares memory by size and by distance only.
-UNSHARED = 1.7
+UNSHARED = 1.4
 
 # Of the memory there is, for what is proposed: the estimate is not exact.
 SAFE = 0.9
