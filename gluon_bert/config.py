@@ -192,6 +192,19 @@ class TrainConfig:
     """How the network is trained."""
 
     batch_size: int = option(512, "B, sentence pairs an optimizer step, over all contexts", at_least=1)
+    micro_batch: int = option(
+        0,
+        "sentence pairs computed at once, over all contexts, in less memory; their gradients are added up to "
+        "that of the batch; 0: the whole batch",
+        at_least=0,
+        may_change=True,
+    )
+    recompute: bool = option(
+        False,
+        "compute each layer a second time for the gradient, rather than keep what is in it: less memory, a "
+        "quarter more time",
+        may_change=True,
+    )
     num_steps: int = option(
         50,
         "optimizer steps; 0: no limit, as is set where --max-minutes is given alone",

@@ -217,6 +217,28 @@ def test_gradients_that_are_added_up_are_added_up():
         np.testing.assert_allclose(added[name], 3 * gradient, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def test_passes_of_one_graph_are_added_up():
+    """Of the words of a tied decoder, too, which two operators use in each pass."""
+    net = network(BERT)
+    batches = [
+        reference.random_batch(lengths, 12, 50, seed=i) for i, lengths in enumerate(([3, 12], [9, 5, 7]))
+    ]
+    one, other = (step(net, batch)[1] for batch in batches)
+    net.collect_params().setattr("grad_req", "add")
+    with mx.autograd.record():
+        totals = [shard_loss(net, *split_and_load(batch, [mx.cpu()])).total for batch in batches]
+    mx.autograd.backward(totals)
+    for name, gradient in reference.gradients(net).items():
+        np.testing.assert_allclose(gradient, one[name] + other[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_gradients_are_all_added_up_or_none():
+    net, batch = network(SMALL), reference.random_batch([3, 12], 12, 50)
+    net.encoder.layers[0].collect_params().setattr("grad_req", "add")
+    with pytest.raises(BadInput, match="grad_req add and others write"):
+        step(net, batch)
+
+
 def test_parameters_that_stand_still_have_no_gradient_and_the_others_theirs():
     net, batch = network(SMALL), reference.random_batch([3, 12, 7], 12, 50)
     expected = step(net, batch)[1]

@@ -80,8 +80,9 @@ def stopping(monkeypatch):
         [],
         ["--optimizer", "bertadam", "--schedule", "linear", "--warmup", "0.3", "--clip-norm", "0.1"],
         ["--optimizer", "lamb", "--tied-decoder", "yes", "--embedding-norm", "yes", "--cpus", "2"],
+        ["--micro-batch", "24", "--recompute", "yes", "--tied-decoder", "yes"],
     ],
-    ids=["adam", "bertadam", "lamb"],
+    ids=["adam", "bertadam", "lamb", "in parts"],
 )
 def test_a_run_stopped_after_every_step_is_bit_for_bit_the_undisturbed_one(command, stopping, capsys, flags):
     status, undisturbed = command(*flags, name="undisturbed")

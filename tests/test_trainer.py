@@ -39,6 +39,10 @@ def documents(how_many, seed, held_out=False):
 
 @pytest.fixture(scope="module")
 def data():
+    return small_data()
+
+
+def small_data():
     prepared = number([*documents(20, 0), *documents(6, 1, held_out=True)], min_freq=1)
     train, held_out = (
         Loader(side, prepared.vocab, TEXT, TRAIN.batch_size, seed=0)

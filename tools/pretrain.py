@@ -208,16 +208,19 @@ def begin(config: Config, contexts: list[Any], output: Path, arguments: argparse
     from gluon_bert.data.loader import load_data
     from gluon_bert.starting import load_start, start_from
     from gluon_bert.training.report import References
-    from gluon_bert.training.trainer import check_evaluable
+    from gluon_bert.training.trainer import check_evaluable, check_micro_batch
     from gluon_bert.training.workers import check_enough, check_sharing, facts_of, joined, place_of
 
     rank, count = place_of(arguments.kvstore)
     check_sharing(config, count)
     if not rank:
         check_new(output)
+    check_micro_batch(config.train, len(contexts))
     ops.choose(arguments.operators)
+    refuse_too_large(config, contexts, count)
     start = load_start(config)
     data = load_data(config.data, config.train.batch_size, config.train.seed)
+    refuse_too_large(config, contexts, len(data.vocab))
     check_evaluable(config.train, data)
     check_enough(len(data.train.pairs(0)), count)
     with joined(arguments.kvstore) as workers:
@@ -248,6 +251,7 @@ def resume(arguments: argparse.Namespace) -> int:
     from gluon_bert.checkpoint import CONFIG, latest_whole, read_config, read_facts, write_config
     from gluon_bert.data.loader import load_data
     from gluon_bert.data.wordpiece import load_vocabulary
+    from gluon_bert.training.trainer import check_micro_batch
     from gluon_bert.training.workers import check_enough, check_sharing, facts_of, joined, place_of
 
     folder = arguments.resume
@@ -269,6 +273,8 @@ def resume(arguments: argparse.Namespace) -> int:
         recorded = facts.get("operators", "")
         ops.choose(arguments.operators or ops.choice_of(recorded))
         operators = ops.in_use(contexts)
+        check_micro_batch(config.train, len(contexts))
+        refuse_too_large(config, contexts, len(load_vocabulary(folder)))
         snapshot = latest_whole(folder)
         data = load_data(config.data, config.train.batch_size, config.train.seed)
         check_enough(len(data.train.pairs(0)), count)
@@ -310,6 +316,16 @@ def tell_differences(before: Mapping[str, Any], now: Mapping[str, Any], so: str)
             )
 
 
+def refuse_too_large(config: Config, contexts: list[Any], vocab_size: int = 1) -> None:
+    """Raise BadInput where the run cannot fit in the machine's memory, of whatever size its vocabulary is."""
+    from gluon_bert import ops
+    from gluon_bert.training.plan import check_memory, machine_memory
+
+    limit = machine_memory(contexts)
+    if limit is not None:
+        check_memory(config, vocab_size, len(contexts), ops.compiled(contexts), limit)
+
+
 def network(config: Config, data: Any, contexts: list[Any]) -> Any:
     """A network for the text, with its first weights."""
     from gluon_bert.model.bert import BERTModel
@@ -322,11 +338,16 @@ def network(config: Config, data: Any, contexts: list[Any]) -> Any:
 def train(given: Given) -> int:
     """The steps of a run, from the first or from a checkpoint on, and what they leave in its folder."""
     from gluon_bert import ops
+    from gluon_bert.training.plan import machine_memory, peak_memory, plan
     from gluon_bert.training.report import Report
     from gluon_bert.training.saving import CheckpointSaver, cost_in_words
 
     config, contexts, output, snapshot = given.config.train, given.contexts, given.output, given.snapshot
     print(f"{describe(given)}\noperators: {ops.in_use(contexts)}", file=sys.stderr)
+    planned = plan(
+        given.config, len(given.data.vocab), len(contexts), ops.compiled(contexts), given.workers.count
+    )
+    print(planned.in_words(config.batch_size, machine_memory(contexts)), file=sys.stderr)
     print(f"run folder: {output}", file=sys.stderr)
     trainer = trainer_of(given)
     if snapshot is not None:
@@ -356,6 +377,9 @@ def train(given: Given) -> int:
     print("\n".join(report.summary(contexts)))
     if saver.cost.written:
         print(cost_in_words(saver.cost, trainer.standing.clock.elapsed()))
+    peak = peak_memory()
+    if peak is not None:
+        print(planned.outcome(peak), file=sys.stderr)
     return 0
 
 

@@ -104,6 +104,12 @@ def make_batch(
     )
 
 
+def micro_batches(batch: Batch, size: int) -> list[Batch]:
+    """The batch in parts of so many rows, the last one of what is left; with size 0 the batch as it is."""
+    size = size or len(batch)
+    return [batch.rows(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
+
+
 def split_and_load(batch: Batch, contexts: Sequence[Any], whole: Batch | None = None) -> list[Shard]:
     """A shard for every context, like `gluon.utils.split_and_load`, for any batch size.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Iterator
 
 from .. import ops
 from ..config import ModelConfig
 from ..runtime import mx
 from .attention import SelfAttention, padding_scores
+from .recompute import Tape
 
 NUM_SEGMENTS = 2
 
@@ -103,6 +105,7 @@ class Encoder(mx.gluon.HybridBlock):
     def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._config = config
+        self._tape: Tape | None = None
         with self.name_scope():
             self.embeddings = Embeddings(vocab_size, config)
             self.layers: Any = mx.gluon.nn.HybridSequential()
@@ -114,8 +117,37 @@ class Encoder(mx.gluon.HybridBlock):
     def forward(self, tokens: Any, segments: Any, lengths: Any) -> Any:
         """By compiled operators, where they compute, or as `hybrid_forward` says."""
         if ops.compute(self, tokens):
-            return ops.encode(self._config, self._in_order(), tokens, segments, lengths)
+            recompute = self._tape is not None
+            return ops.encode(self._config, self._in_order(), tokens, segments, lengths, recompute)
+        if self._tape is not None and mx.autograd.is_recording():
+            return self._on_tape(self._tape, tokens, segments, lengths)
         return super().forward(tokens, segments, lengths)
+
+    def _on_tape(self, tape: Tape, tokens: Any, segments: Any, lengths: Any) -> Any:
+        """The same, of which only what enters each layer is kept."""
+        padding = padding_scores(mx.nd, tokens, lengths, self._config.num_heads)
+        blocks: list[tuple[Any, tuple[Any, ...]]] = [(self.embeddings, (tokens, segments))]
+        blocks += [(layer, (padding,)) for layer in self.layers]
+        return tape.forward(blocks + ([(self.norm, ())] if self.norm else []))
+
+    def hybridize(self, active: bool = True, **kwargs: Any) -> None:
+        """As every HybridBlock; only the encoder as a whole keeps memory, not a layer called by itself."""
+        super().hybridize(active, **kwargs)
+        for block in self._children.values():
+            block.hybridize(active)
+
+    @contextmanager
+    def recomputing(self, seed: int) -> Iterator[Tape]:
+        """Compute each layer again in the backward passes of what is recorded in this block.
+
+        Whoever records calls the tape's `backward` after that of the graph. With this seed dropout is drawn,
+        where MXNet's own operators compute.
+        """
+        self._tape = Tape(seed)
+        try:
+            yield self._tape
+        finally:
+            self._tape = None
 
     def hybrid_forward(self, F: Any, tokens: Any, segments: Any, lengths: Any) -> Any:
         padding = padding_scores(F, tokens, lengths, self._config.num_heads)

@@ -46,6 +46,11 @@ def in_use(contexts: Sequence[Any] = ()) -> str:
     return f"MXNet's own ({reason})" if reason else "compiled for this processor"
 
 
+def compiled(contexts: Sequence[Any]) -> bool:
+    """Whether the compiled operators may compute on these contexts."""
+    return all(context.device_type == "cpu" for context in contexts) and not _loaded()
+
+
 def choice_of(description: str) -> str | None:
     """What `choose` takes to have the operators again that `in_use` described so; None for compiled ones.
 
@@ -65,10 +70,18 @@ def compute(block: Any, array: Any) -> bool:
     )
 
 
-def encode(config: ModelConfig, parameters: Sequence[Any], tokens: Any, segments: Any, lengths: Any) -> Any:
+def encode(
+    config: ModelConfig,
+    parameters: Sequence[Any],
+    tokens: Any,
+    segments: Any,
+    lengths: Any,
+    recompute: bool = False,
+) -> Any:
     """What `Encoder` computes, (B, T) tokens to (B, T, C) vectors; those of padding are zeros.
 
-    parameters: those of the encoder in the order in which it computes, as gluon Parameters.
+    parameters: those of the encoder in the order in which it computes, as gluon Parameters. recompute: the
+    backward pass computes each layer again, to the same bits, rather than have its values kept.
     """
     rate = config.dropout if mx.autograd.is_training() else 0.0
     # MXNet's generator decides, so its seed repeats the dropout; the operator counts from there.
@@ -77,13 +90,14 @@ def encode(config: ModelConfig, parameters: Sequence[Any], tokens: Any, segments
         *(array.astype("float32", copy=False) for array in (tokens, segments, lengths)),
         key(shape=(2,), ctx=tokens.context),
         *_arrays(parameters, tokens.context),
+        recompute=int(recompute),
         layers=config.num_layers,
         heads=config.num_heads,
         ffn_units=config.ffn_units,
         pre=int(config.norm == "pre"),
         embedding_norm=int(config.embedding_norm),
         dropout=rate,
-        **_common(config),
+        **_common(config, parameters),
     )
 
 
@@ -96,7 +110,11 @@ def masked_loss(
     MLM head in the order in which it computes. The scores of all words are never in memory at once.
     """
     loss, hits = mx.nd.gluon_bert_masked_loss(
-        encoded, predictions, labels, *_arrays(parameters, encoded.context), **_common(config)
+        encoded,
+        predictions,
+        labels,
+        *_arrays(parameters, encoded.context),
+        **_common(config, parameters),
     )
     return loss, hits
 
@@ -113,21 +131,39 @@ def products(repeats: int) -> float:
     return float(function(repeats))
 
 
-def _common(config: ModelConfig) -> dict[str, Any]:
+def _common(config: ModelConfig, parameters: Sequence[Any]) -> dict[str, Any]:
     # repr, since MXNet would print six digits of a float.
     return {
         "activation": config.activation,
         "epsilon": repr(config.norm_epsilon),
         "keep": int(mx.autograd.is_recording()),
+        "add": int(_add_up(parameters)),
     }
 
 
 def _arrays(parameters: Sequence[Any], context: Any) -> list[Any]:
-    # An operator from outside fills a gradient where MXNet's own would add to it; so let identity do that.
-    return [
-        mx.nd.identity(parameter.data(context)) if parameter.grad_req == "add" else parameter.data(context)
-        for parameter in parameters
-    ]
+    """The parameters' arrays; where their gradients are added up, leaves of this call alone.
+
+    An operator from outside is not told whether it shall fill a gradient or add to it, and would add to what
+    MXNet makes where an array has several gradients. A leaf has one: the parameter's own, added to in place.
+    """
+    arrays = [parameter.data(context) for parameter in parameters]
+    if not (_add_up(parameters) and mx.autograd.is_recording()):
+        return arrays
+    leaves = [array.detach() for array in arrays]
+    for parameter, array, leaf in zip(parameters, arrays, leaves):
+        if parameter.grad_req == "add":
+            mx.autograd.mark_variables([leaf], [parameter.grad(context)], "add")
+            array._fresh_grad = True  # which gluon's Trainer asks for, and a leaf's gradient does not tell
+    return leaves
+
+
+def _add_up(parameters: Sequence[Any]) -> bool:
+    """Whether the parameters' gradients are added up; those of one call all are, or none."""
+    wanted = {parameter.grad_req for parameter in parameters} - {"null"}
+    if len(wanted) > 1:
+        raise BadInput("some parameters have grad_req add and others write: give them all the same, or null")
+    return wanted == {"add"}
 
 
 @lru_cache(maxsize=None)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
+from .. import ops
 from ..checkpoint import Snapshot, named_parameters, set_weights, weights_of
 from ..config import TrainConfig, check_group
-from ..data.batch import Batch, Shard, split_and_load
+from ..data.batch import Batch, Shard, micro_batches, split_and_load
 from ..data.loader import Data, Loader, Position
 from ..errors import BadInput
 from ..runtime import mx
@@ -43,6 +44,20 @@ def check_evaluable(config: TrainConfig, data: Data) -> None:
             f"--patience {config.patience}: there is too little held-out text to evaluate on; --held-out "
             "asks for more, --patience 0 does without"
         )
+
+
+def check_micro_batch(config: TrainConfig, num_contexts: int) -> None:
+    """Raise BadInput where a batch cannot be computed in parts of `micro_batch` on so many contexts."""
+    size, whole = config.micro_batch, config.batch_size
+    if not size or num_contexts <= size <= whole:
+        return
+    on = f"{num_contexts} contexts" if num_contexts > 1 else "one context"
+    would_do = (
+        f"{num_contexts} to {whole} would do, or 0"
+        if num_contexts <= whole
+        else f"0 would do, or --batch-size {num_contexts} at least"
+    )
+    raise BadInput(f"--micro-batch {size}: of --batch-size {whole} on {on} {would_do}")
 
 
 class Reporter:
@@ -106,6 +121,7 @@ class Trainer:
         self, net: Any, config: TrainConfig, contexts: Sequence[Any], workers: Workers | None = None
     ) -> None:
         check_group(config)
+        check_micro_batch(config, len(contexts))
         parameters = net.collect_params()
         if set(contexts) != set(net.nsp.dense.weight.list_ctx()):
             raise BadInput(f"the network is on {net.nsp.dense.weight.list_ctx()}, not on {list(contexts)}")
@@ -124,25 +140,53 @@ class Trainer:
         # Of each parameter's gradient in the last step, before clipping; (P,), on the first context.
         self._squared_norms: Any = None
         self._stops: Any = None
-        self._trained_names = [n for n, p in named_parameters(net).items() if p.grad_req != "null"]
+        trained = {name: p for name, p in named_parameters(net).items() if p.grad_req != "null"}
+        self._trained_names = list(trained)
+        by_layers = config.recompute and not ops.compute(net.encoder, net.nsp.dense.weight.list_data()[0])
+        self._adds_up = config.micro_batch > 0 or by_layers
+        for parameter in trained.values():
+            parameter.grad_req = "add" if self._adds_up else "write"
         self._back_to, self._times_back = -1, 0
         self._optimizer = gluon_trainer(parameters, config, self.workers.kvstore)
         self.workers.begin(self._optimizer)
 
     def step(self, batch: Batch, count_mlm_hits: bool = False) -> tuple[list[Shard], list[ShardLoss]]:
-        """One optimizer step on one batch; returns what each context computed, without waiting for it."""
-        mx.random.seed(dropout_seed(self.config.seed, self.standing.step + 1, self.workers.rank))
-        shards = self._shards(batch)
-        with mx.autograd.record():
-            losses = [shard_loss(self.net, shard, count_mlm_hits) for shard in shards]
-        mx.autograd.backward([loss.total for loss in losses])
+        """One optimizer step on one batch; returns what each context computed, of one part after another.
+
+        It waits for nothing but that a part's memory is free before the next part, of `micro_batch` pairs.
+        """
+        if self._adds_up:
+            self.net.collect_params().zero_grad()
+        shards: list[Shard] = []
+        losses: list[ShardLoss] = []
+        for number, part in enumerate(self._parts(batch)):
+            if number:
+                self._wait_for_gradients()
+            shards += split_and_load(part, self.contexts, whole=batch)
+            losses += self._backward(shards[-len(self.contexts) :], number, count_mlm_hits)
         self._update()
         return shards, losses
 
-    def _shards(self, batch: Batch) -> list[Shard]:
-        """This worker's part of a batch, spread over its contexts."""
-        share = batch.share(self.workers.rank, self.workers.count)
-        return split_and_load(share, self.contexts, whole=batch)
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """This worker's rows of a batch, in parts of `micro_batch` pairs."""
+        return micro_batches(batch.share(self.workers.rank, self.workers.count), self.config.micro_batch)
+
+    def _backward(self, shards: list[Shard], number: int, count_mlm_hits: bool) -> list[ShardLoss]:
+        """The losses of one part of a step's batch, and its gradients, in one backward pass."""
+        seed = dropout_seed(self.config.seed, self.standing.step + 1, self.workers.rank, number)
+        mx.random.seed(seed)
+        recomputing = self.net.encoder.recomputing(seed) if self.config.recompute else nullcontext()
+        with recomputing as tape, mx.autograd.record():
+            losses = [shard_loss(self.net, shard, count_mlm_hits) for shard in shards]
+        mx.autograd.backward([loss.total for loss in losses])
+        if tape is not None:
+            tape.backward()
+        return losses
+
+    def _wait_for_gradients(self) -> None:
+        """Wait for the backward pass; its last gradients are those of the words' vectors."""
+        for context in self.contexts:
+            self.net.encoder.embeddings.tokens.weight.grad(context).wait_to_read()
 
     def _update(self) -> None:
         """Change the weights by the gradients of all contexts, of all workers."""
@@ -167,8 +211,8 @@ class Trainer:
     def evaluate(self, batches: Iterable[Batch]) -> Averages:
         """The means over all batches, with dropout off. Waits for the devices."""
         meter = Meter()
-        for batch in batches:
-            shards = self._shards(batch)
+        for batch, part in ((batch, part) for batch in batches for part in self._parts(batch)):
+            shards = split_and_load(part, self.contexts, whole=batch)
             losses = [shard_loss(self.net, shard, count_mlm_hits=True) for shard in shards]
             meter.add(shards, losses, count_mlm_hits=True)
             losses[0].total.wait_to_read()
@@ -353,10 +397,12 @@ def _is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def dropout_seed(seed: int, step: int, rank: int = 0) -> int:
+def dropout_seed(seed: int, step: int, rank: int = 0, part: int = 0) -> int:
     """The seed of a worker's dropout in a step, from the run's: so no step before is needed to draw it again.
+
+    part: which one of the batch, if it is computed in parts.
 
     MXNet's random state can be set and not read, and a checkpoint could not keep it.
     """
-    # Rank 0 has the seed of [seed, step], since NumPy fills up with zeros.
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]) >> 1
+    # That of rank 0 and part 0 is that of [seed, step], since NumPy fills up with zeros.
+    return int(np.random.SeedSequence([seed, step, rank, part]).generate_state(1)[0]) >> 1

@@ -1,7 +1,8 @@
 // The encoder, forward and backward, over packed rows: nothing is computed for padding.
 //
 // A thread takes some rows, about kChunk tokens, through a whole layer, so that what a layer makes of them
-// stays in its cache. Kept for the backward pass is what cannot be had again cheaply; the rest is made anew.
+// stays in its cache. Kept for the backward pass is what cannot be had again cheaply, and the rest is made anew;
+// or the stream between the layers alone, from which a layer is then computed again, to the same bits.
 #pragma once
 
 #include <omp.h>
@@ -38,8 +39,9 @@ struct Network {
   Norm last_norm;  // of a pre-LayerNorm network
 };
 
-// Where the gradients go, in the order of Network's parameters; filled, not added to.
+// Where the gradients go, in the order of Network's parameters. They are added to what is there, or fill it.
 struct Gradients {
+  bool add;
   float *token_embedding, *segment_embedding, *position_embedding;
   float* first_norm[2];
   std::vector<std::vector<float*>> layers;  // 16 a layer, in the order of Layer
@@ -52,21 +54,18 @@ struct Inputs {
   uint64_t key;       // of the dropout
 };
 
+// What is kept for a backward pass: nothing, the stream, or the layers' inner values as well.
+enum class Keep { kNothing, kStream, kLayers };
+
 class Encoder {
  public:
-  // keep: for a backward pass. The parameters and inputs must live as long as the call they are used in.
-  Encoder(const Network& network, const Inputs& inputs, bool keep) : keep_(keep) {
+  // The parameters and inputs must live as long as the call they are used in.
+  Encoder(const Network& network, const Inputs& inputs, Keep keep) : keep_(keep) {
     use(network, inputs);
     find_rows();
-    const int kept = keep ? num_layers() : 1;
-    for (int i = 0; i < kept; ++i) {
-      qkv_.emplace_back(num_tokens_ * ld_qkv_);
-      context_.emplace_back(num_tokens_ * ld_);
-      middle_.emplace_back(num_tokens_ * ld_);
-      hidden_.emplace_back(num_tokens_ * ld_ffn_);
-      middle_statistics_.emplace_back(num_tokens_);
-    }
-    for (int i = 0; i <= kept; ++i) {
+    if (keep == Keep::kLayers)
+      for (int i = 0; i < num_layers(); ++i) inner_.push_back(make_inner(num_tokens_));
+    for (int i = 0; i <= (keep == Keep::kNothing ? 1 : num_layers()); ++i) {
       stream_.emplace_back(num_tokens_ * ld_);
       stream_statistics_.emplace_back(num_tokens_);
     }
@@ -92,7 +91,12 @@ class Encoder {
       {
         const Packed weights = pack_layer(n_.layers[l], packed, true);
 #pragma omp barrier
-        each_chunk([&](const Chunk& chunk) { forward_layer(l, chunk, weights, scratch[omp_get_thread_num()]); });
+        each_chunk([&](const Chunk& chunk) {
+          Scratch& own = scratch[omp_get_thread_num()];
+          const Record record = record_of(l, chunk, own);
+          forward_layer(l, chunk, weights, record, own);
+          finish_layer(l, chunk, weights, record, own);
+        });
       }
     }
 #pragma omp parallel for num_threads(threads_) schedule(static)
@@ -108,7 +112,9 @@ class Encoder {
 
   // gradient: of encoded, (B, T, C).
   void backward(const float* gradient, const Gradients& out) {
-    Floats packed(packed_size()), d_stream(num_tokens_ * ld_), sums((size_t)threads_ * sums_size());
+    const bool again = keep_ == Keep::kStream;
+    Floats packed(packed_size()), packed_forward(again ? packed_size() : 0);
+    Floats d_stream(num_tokens_ * ld_), sums((size_t)threads_ * sums_size());
     std::vector<Scratch> scratch = make_scratch();
 #pragma omp parallel num_threads(threads_)
     {
@@ -126,8 +132,8 @@ class Encoder {
           }
       });
 #pragma omp barrier
-      add_up(sums, 0, n_.units, gamma_after(out, num_layers())[0]);
-      add_up(sums, n_.units, n_.units, gamma_after(out, num_layers())[1]);
+      add_up(sums, 0, n_.units, gamma_after(out, num_layers())[0], out.add);
+      add_up(sums, n_.units, n_.units, gamma_after(out, num_layers())[1], out.add);
     }
     for (int l = num_layers() - 1; l >= 0; --l) {
 #pragma omp parallel num_threads(threads_)
@@ -135,9 +141,13 @@ class Encoder {
         Sums own(sums + omp_get_thread_num() * sums_size(), n_.units, n_.ffn_units);
         std::fill_n(own.begin, sums_size(), 0.f);
         const Packed weights = pack_layer(n_.layers[l], packed, false);
+        const Packed forward_weights = again ? pack_layer(n_.layers[l], packed_forward, true) : Packed();
 #pragma omp barrier
         each_chunk([&](const Chunk& chunk) {
-          backward_layer(l, chunk, weights, d_stream, own, scratch[omp_get_thread_num()]);
+          Scratch& room = scratch[omp_get_thread_num()];
+          const Record record = record_of(l, chunk, room);
+          if (again) forward_layer(l, chunk, forward_weights, record, room);
+          backward_layer(l, chunk, weights, d_stream, own, record, room);
         });
 #pragma omp barrier
         hand_out(sums, l, out);
@@ -161,9 +171,21 @@ class Encoder {
   struct Packed {
     Right qkv, output, expand, project;
   };
+  // Inner values of a layer, a row a token: query, key and value; what attention found; the sum after attention;
+  // the hidden layer before its activation.
+  struct Inner {
+    Floats qkv, context, middle, hidden;
+    std::vector<Statistics> middle_statistics;
+  };
+  // Those of a chunk, from its first token on.
+  struct Record {
+    float *qkv, *context, *middle, *hidden;
+    Statistics* middle_statistics;
+  };
   // A thread's own room for a chunk.
   struct Scratch {
     Floats input, after, gradient, wide, qkv, scores, dropped, d_scores, panels;
+    Inner inner;  // if not all layers' are kept
   };
   // A thread's own sums of a layer's gradients, one after another.
   struct Sums {
@@ -188,9 +210,21 @@ class Encoder {
   int head_size() const { return n_.units / n_.heads; }
 
   // The values between the layers: 0 what enters the first one, l what leaves layer l - 1, before its norm.
-  float* stream(int l) const { return stream_[keep_ ? l : l > 0]; }
-  Statistics* stream_statistics(int l) { return stream_statistics_[keep_ ? l : l > 0].data(); }
-  int kept(int l) const { return keep_ ? l : 0; }
+  float* stream(int l) const { return stream_[kept(l)]; }
+  Statistics* stream_statistics(int l) { return stream_statistics_[kept(l)].data(); }
+  int kept(int l) const { return keep_ == Keep::kNothing ? l > 0 : l; }
+
+  Inner make_inner(long tokens) const {
+    return {Floats(tokens * ld_qkv_), Floats(tokens * ld_), Floats(tokens * ld_), Floats(tokens * ld_ffn_),
+            std::vector<Statistics>(tokens)};
+  }
+  Record record_of(int l, const Chunk& chunk, Scratch& s) {
+    const bool all = keep_ == Keep::kLayers;
+    Inner& inner = all ? inner_[l] : s.inner;
+    const long first = all ? chunk.first : 0;
+    return {inner.qkv + first * ld_qkv_, inner.context + first * ld_, inner.middle + first * ld_,
+            inner.hidden + first * ld_ffn_, inner.middle_statistics.data() + first};
+  }
 
   // The norm that stream l goes through, or null.
   const Norm* norm_after(int l) const {
@@ -237,11 +271,11 @@ class Encoder {
   }
 
   // What the threads added up from `begin` on, together; each thread does a part.
-  void add_up(const float* sums, long begin, long count, float* out) const {
+  void add_up(const float* sums, long begin, long count, float* out, bool to_what_is_there) const {
     const long threads = omp_get_num_threads(), thread = omp_get_thread_num();
     const long first = count * thread / threads, last = count * (thread + 1) / threads;
-    for (long i = first; i < last; ++i) out[i] = sums[begin + i];
-    for (long t = 1; t < threads; ++t)
+    if (!to_what_is_there) std::fill(out + first, out + last, 0.f);
+    for (long t = 0; t < threads; ++t)
       add(sums + t * (long)sums_size() + begin + first, (int)(last - first), out + first);
   }
 
@@ -254,6 +288,7 @@ class Encoder {
       s.qkv = Floats(tokens * ld_qkv_);
       for (Floats* one : {&s.scores, &s.dropped, &s.d_scores}) *one = Floats(scores);
       s.panels = Floats((long)panels(longest_) * kCols * head_size());
+      if (keep_ != Keep::kLayers) s.inner = make_inner(tokens);
     }
     return all;
   }
@@ -338,18 +373,19 @@ class Encoder {
   }
 
   // What a layer's feed-forward network reads.
-  void ffn_input(int l, const Chunk& chunk, float* out) {
+  void ffn_input(int l, const Chunk& chunk, const Record& r, float* out) const {
     for (int i = 0; i < chunk.tokens; ++i)
-      normalize(middle_[kept(l)] + (chunk.first + i) * ld_, n_.units, middle_statistics_[kept(l)][chunk.first + i],
-                middle_norm(l), out + i * ld_);
+      normalize(r.middle + i * ld_, n_.units, r.middle_statistics[i], middle_norm(l), out + i * ld_);
   }
 
-  void forward_layer(int l, const Chunk& chunk, const Packed& weights, Scratch& s) {
-    const int c = n_.units, f = n_.ffn_units, tokens = chunk.tokens, k = kept(l);
+  // A layer up to its hidden layer: all that the backward pass wants. Not inlined, so that what is computed twice
+  // is computed by the same instructions.
+  __attribute__((noinline)) void forward_layer(int l, const Chunk& chunk, const Packed& weights, const Record& r,
+                                               Scratch& s) {
+    const int c = n_.units, f = n_.ffn_units, tokens = chunk.tokens;
     const Layer& layer = n_.layers[l];
     const float* input = layer_input(l, chunk, s.input);
-    float* qkv = qkv_[k] + chunk.first * ld_qkv_;
-    float* context = context_[k] + chunk.first * ld_;
+    float* qkv = r.qkv;
     multiply<Start::kZero>(tokens, 3 * c, c, {input, ld_, 1}, weights.qkv, qkv, ld_qkv_);
     for (int i = 0; i < tokens; ++i) {
       add(layer.query.bias, c, qkv + i * ld_qkv_);
@@ -357,18 +393,22 @@ class Encoder {
       add(layer.value.bias, c, qkv + i * ld_qkv_ + 2 * c);
     }
     for (int row = chunk.first_row; row < chunk.last_row; ++row)
-      for (int head = 0; head < n_.heads; ++head) attend(l, row, head, s);
-    multiply<Start::kBias>(tokens, c, c, {context, ld_, 1}, weights.output, s.after, ld_, layer.output.bias);
+      for (int head = 0; head < n_.heads; ++head) attend(l, row, head, chunk, r, s);
+    multiply<Start::kBias>(tokens, c, c, {r.context, ld_, 1}, weights.output, s.after, ld_, layer.output.bias);
     const float* residual = n_.pre ? stream(l) + chunk.first * ld_ : input;
-    float* middle = middle_[k] + chunk.first * ld_;
-    add_residual(chunk, dropout(l, 1), s.after, residual, middle, middle_statistics_[k].data() + chunk.first);
-    ffn_input(l, chunk, s.gradient);
-    float* hidden = hidden_[k] + chunk.first * ld_ffn_;
-    multiply<Start::kBias>(tokens, f, c, {s.gradient, ld_, 1}, weights.expand, hidden, ld_ffn_, layer.expand.bias);
-    for (int i = 0; i < tokens; ++i) activate(n_.activation, hidden + i * ld_ffn_, f, s.wide + i * ld_ffn_);
-    multiply<Start::kBias>(tokens, c, f, {s.wide, ld_ffn_, 1}, weights.project, s.after, ld_, layer.project.bias);
-    add_residual(chunk, dropout(l, 2), s.after, n_.pre ? middle : s.gradient.get(), stream(l + 1) + chunk.first * ld_,
-                 stream_statistics(l + 1) + chunk.first);
+    add_residual(chunk, dropout(l, 1), s.after, residual, r.middle, r.middle_statistics);
+    ffn_input(l, chunk, r, s.gradient);
+    multiply<Start::kBias>(tokens, f, c, {s.gradient, ld_, 1}, weights.expand, r.hidden, ld_ffn_, layer.expand.bias);
+  }
+
+  // From there to the stream that leaves the layer; s.gradient is still what the feed-forward network read.
+  void finish_layer(int l, const Chunk& chunk, const Packed& weights, const Record& r, Scratch& s) {
+    const int c = n_.units, f = n_.ffn_units, tokens = chunk.tokens;
+    for (int i = 0; i < tokens; ++i) activate(n_.activation, r.hidden + i * ld_ffn_, f, s.wide + i * ld_ffn_);
+    multiply<Start::kBias>(tokens, c, f, {s.wide, ld_ffn_, 1}, weights.project, s.after, ld_,
+                           n_.layers[l].project.bias);
+    add_residual(chunk, dropout(l, 2), s.after, n_.pre ? r.middle : s.gradient.get(),
+                 stream(l + 1) + chunk.first * ld_, stream_statistics(l + 1) + chunk.first);
   }
 
   // out = residual + dropout(x), and the statistics of each row for the norm that follows.
@@ -384,10 +424,9 @@ class Encoder {
   }
 
   // The attention weights of a row's head, (length, length) with the stride returned, without dropout.
-  long weights_of(int l, int row, int head, Scratch& s) {
-    const int t = rows_[row].length, d = head_size(), padded = panels(t) * kCols;
+  long weights_of(const float* query, int t, Scratch& s) const {
+    const int d = head_size(), padded = panels(t) * kCols;
     const long ld = stride(padded);
-    const float* query = qkv_[kept(l)] + rows_[row].first * ld_qkv_ + head * d;
     const Right keys = pack_transposed(query + n_.units, ld_qkv_, d, t, s.panels);
     multiply<Start::kZero>(t, padded, d, {query, ld_qkv_, 1}, keys, s.scores, ld);
     for (int i = 0; i < t; ++i) softmax(s.scores + i * ld, t, attention_scale());
@@ -400,21 +439,23 @@ class Encoder {
     return (uint32_t)((((long)row * n_.heads + head) * in_.columns + i) * in_.columns);
   }
 
-  void attend(int l, int row, int head, Scratch& s) {
+  void attend(int l, int row, int head, const Chunk& chunk, const Record& r, Scratch& s) const {
     const int t = rows_[row].length, d = head_size();
-    const long first = rows_[row].first, ld = weights_of(l, row, head, s);
+    const long local = rows_[row].first - chunk.first;
+    const float* query = r.qkv + local * ld_qkv_ + head * d;
+    const long ld = weights_of(query, t, s);
     const Dropout drop = dropout(l, 0);
     for (int i = 0; i < t; ++i) drop.apply(s.scores + i * ld, t, score_number(row, head, i), s.scores + i * ld);
-    const float* value = qkv_[kept(l)] + first * ld_qkv_ + 2 * n_.units + head * d;
-    multiply<Start::kZero>(t, d, t, {s.scores, ld, 1}, in_place(value, ld_qkv_),
-                           context_[kept(l)] + first * ld_ + head * d, ld_);
+    multiply<Start::kZero>(t, d, t, {s.scores, ld, 1}, in_place(query + 2 * n_.units, ld_qkv_),
+                           r.context + local * ld_ + head * d, ld_);
   }
 
   // The gradients of query, key and value, into s.qkv, from those of the context, in s.after.
-  void attend_backward(int l, int row, int head, const Chunk& chunk, Scratch& s) {
+  void attend_backward(int l, int row, int head, const Chunk& chunk, const Record& r, Scratch& s) const {
     const int t = rows_[row].length, d = head_size(), padded = panels(t) * kCols;
-    const long first = rows_[row].first, local = first - chunk.first, ld = weights_of(l, row, head, s);
-    const float* query = qkv_[l] + first * ld_qkv_ + head * d;
+    const long local = rows_[row].first - chunk.first;
+    const float* query = r.qkv + local * ld_qkv_ + head * d;
+    const long ld = weights_of(query, t, s);
     const float* key = query + n_.units;
     const float* value = key + n_.units;
     const float* gradient = s.after + local * ld_ + head * d;
@@ -434,35 +475,35 @@ class Encoder {
   }
 
   // d_stream holds the gradient of stream l + 1 and gets that of stream l.
-  void backward_layer(int l, const Chunk& chunk, const Packed& weights, float* d_stream, Sums& sums, Scratch& s) {
+  void backward_layer(int l, const Chunk& chunk, const Packed& weights, float* d_stream, Sums& sums, const Record& r,
+                      Scratch& s) {
     const int c = n_.units, f = n_.ffn_units, tokens = chunk.tokens;
     float* gradient = d_stream + chunk.first * ld_;
     // The feed-forward network.
     drop_rows(chunk, dropout(l, 2), gradient, s.after);
-    const float* hidden = hidden_[l] + chunk.first * ld_ffn_;
-    for (int i = 0; i < tokens; ++i) activate(n_.activation, hidden + i * ld_ffn_, f, s.wide + i * ld_ffn_);
+    for (int i = 0; i < tokens; ++i) activate(n_.activation, r.hidden + i * ld_ffn_, f, s.wide + i * ld_ffn_);
     add_weights(tokens, c, f, s.after, ld_, s.wide, ld_ffn_, sums.project, sums.project_bias);
     multiply<Start::kZero>(tokens, f, c, {s.after, ld_, 1}, weights.project, s.wide, ld_ffn_);
-    for (int i = 0; i < tokens; ++i) activate_backward(n_.activation, hidden + i * ld_ffn_, f, s.wide + i * ld_ffn_);
-    ffn_input(l, chunk, s.input);
+    for (int i = 0; i < tokens; ++i)
+      activate_backward(n_.activation, r.hidden + i * ld_ffn_, f, s.wide + i * ld_ffn_);
+    ffn_input(l, chunk, r, s.input);
     add_weights(tokens, f, c, s.wide, ld_ffn_, s.input, ld_, sums.expand, sums.expand_bias);
     multiply<Start::kZero>(tokens, c, f, {s.wide, ld_ffn_, 1}, weights.expand, s.after, ld_);
     // Its input's norm; a residual goes around the norm or past both.
     for (int i = 0; i < tokens; ++i) {
-      const long token = chunk.first + i;
       float* d_input = s.after + i * ld_;
       if (!n_.pre) add(gradient + i * ld_, c, d_input);
-      normalize_backward(middle_[l] + token * ld_, d_input, c, middle_statistics_[l][token], middle_norm(l), d_input,
+      normalize_backward(r.middle + i * ld_, d_input, c, r.middle_statistics[i], middle_norm(l), d_input,
                          sums.middle_gamma, sums.middle_beta);
       if (n_.pre) add(gradient + i * ld_, c, d_input);
       std::copy_n(d_input, c, gradient + i * ld_);
     }
     // Attention.
     drop_rows(chunk, dropout(l, 1), gradient, s.gradient);
-    add_weights(tokens, c, c, s.gradient, ld_, context_[l] + chunk.first * ld_, ld_, sums.output, sums.output_bias);
+    add_weights(tokens, c, c, s.gradient, ld_, r.context, ld_, sums.output, sums.output_bias);
     multiply<Start::kZero>(tokens, c, c, {s.gradient, ld_, 1}, weights.output, s.after, ld_);
     for (int row = chunk.first_row; row < chunk.last_row; ++row)
-      for (int head = 0; head < n_.heads; ++head) attend_backward(l, row, head, chunk, s);
+      for (int head = 0; head < n_.heads; ++head) attend_backward(l, row, head, chunk, r, s);
     const float* input = layer_input(l, chunk, s.input);
     add_weights(tokens, 3 * c, c, s.qkv, ld_qkv_, input, ld_, sums.qkv, sums.qkv_bias);
     multiply<Start::kZero>(tokens, c, 3 * c, {s.qkv, ld_qkv_, 1}, weights.qkv, s.after, ld_);
@@ -498,7 +539,7 @@ class Encoder {
     const long c = n_.units, f = n_.ffn_units;
     const std::vector<float*>& g = out.layers[l];
     const Sums own((float*)sums, c, f);
-    auto give = [&](const float* begin, long count, float* to) { add_up(sums, begin - sums, count, to); };
+    auto give = [&](const float* begin, long count, float* to) { add_up(sums, begin - sums, count, to, out.add); };
     for (int i = 0; i < 3; ++i) {
       give(own.qkv + i * c * c, c * c, g[2 * i]);
       give(own.qkv_bias + i * c, c, g[2 * i + 1]);
@@ -532,15 +573,16 @@ class Encoder {
                                n_.first_norm, d_stream + token * ld_, own, own + c);
         });
 #pragma omp barrier
-        add_up(sums, 0, c, out.first_norm[0]);
-        add_up(sums, c, c, out.first_norm[1]);
+        add_up(sums, 0, c, out.first_norm[0], out.add);
+        add_up(sums, c, c, out.first_norm[1], out.add);
       }
 #pragma omp for schedule(static)
-      for (int word = 0; word < n_.words; ++word) std::fill_n(out.token_embedding + (long)word * c, c, 0.f);
+      for (int word = 0; word < (out.add ? 0 : n_.words); ++word)
+        std::fill_n(out.token_embedding + (long)word * c, c, 0.f);
 #pragma omp for schedule(static)
-      for (int i = 0; i < n_.positions; ++i) std::fill_n(out.position_embedding + (long)i * c, c, 0.f);
+      for (int i = 0; i < (out.add ? 0 : n_.positions); ++i) std::fill_n(out.position_embedding + (long)i * c, c, 0.f);
 #pragma omp single
-      std::fill_n(out.segment_embedding, 2 * c, 0.f);
+      if (!out.add) std::fill_n(out.segment_embedding, 2 * c, 0.f);
       // A thread has columns of its own of every table, since a word may stand in any row.
       const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
       const int first = c * thread / threads, some = c * (thread + 1) / threads - first;
@@ -557,15 +599,14 @@ class Encoder {
 
   Network n_;
   Inputs in_;
-  bool keep_;
+  Keep keep_;
   int threads_ = 1, largest_chunk_ = 1, longest_ = 1;
   long num_tokens_ = 0, ld_ = 0, ld_ffn_ = 0, ld_qkv_ = 0;
   std::vector<Row> rows_;
   std::vector<Chunk> chunks_;
-  // A layer's: query, key and value; what attention found; the sum after attention; the hidden layer before
-  // its activation. Between the layers: the stream. A row a token.
-  std::vector<Floats> qkv_, context_, middle_, hidden_, stream_;
-  std::vector<std::vector<Statistics>> middle_statistics_, stream_statistics_;
+  std::vector<Inner> inner_;    // of each layer, if they are kept
+  std::vector<Floats> stream_;  // between the layers, a row a token
+  std::vector<std::vector<Statistics>> stream_statistics_;
   Floats embedded_;
   std::vector<Statistics> embedded_statistics_;
 };

@@ -3,6 +3,9 @@
 // gluon_bert_encoder: tokens (B, T), segments (B, T), lengths (B,), key (2,), then the encoder's parameters in
 // the order of Network, 16 a layer -> (B, T, C). gluon_bert_masked_loss: encoded (B, T, C), predictions (2, M),
 // labels (M,), then the head's six parameters -> the sum of the losses (1,), the hits (1,). All float32.
+//
+// Gradients fill the arrays that MXNet gives for them, whatever it wants; with the attribute `add` those of the
+// parameters are added to what is there.
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -97,9 +100,9 @@ class EncoderState : public CustomStatefulOp {
 
   MXReturnValue Forward(std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs, const OpResource&) override {
     return told([&] {
-      encoder_.reset(new Encoder(network(inputs, 0), given(inputs, 0), whole(a_, "keep")));
+      encoder_.reset(new Encoder(network(inputs, 0), given(inputs, 0), keep()));
       encoder_->forward(outputs->at(0).data<float>());
-      if (!whole(a_, "keep")) encoder_.reset();
+      if (keep() == Keep::kNothing) encoder_.reset();
     });
   }
 
@@ -112,6 +115,7 @@ class EncoderState : public CustomStatefulOp {
         std::fill_n(outputs->at(i).data<float>(), outputs->at(i).size(), 0.f);
       Arrays out(outputs, kEncoderInputs);
       Gradients g;
+      g.add = whole(a_, "add");
       g.token_embedding = out.next(), g.segment_embedding = out.next(), g.position_embedding = out.next();
       if (net.embedding_norm)
         for (float*& norm : g.first_norm) norm = out.next();
@@ -125,6 +129,11 @@ class EncoderState : public CustomStatefulOp {
   }
 
  private:
+  Keep keep() const {
+    if (!whole(a_, "keep")) return Keep::kNothing;
+    return whole(a_, "recompute") ? Keep::kStream : Keep::kLayers;
+  }
+
   // The inputs begin with array number `first`.
   Inputs given(std::vector<MXTensor>* arrays, size_t first) const {
     const MXTensor& tokens = arrays->at(first);
@@ -197,6 +206,7 @@ class HeadState : public CustomStatefulOp {
       loss_->use(head(&given), predictions(&given));
       Arrays out(outputs, kHeadInputs);
       HeadGradients g;
+      g.add = whole(a_, "add");
       g.encoded = outputs->at(0).data<float>();
       g.transform = out.next(), g.transform_bias = out.next(), g.gamma = out.next(), g.beta = out.next();
       g.decoder = out.next(), g.decoder_bias = out.next();

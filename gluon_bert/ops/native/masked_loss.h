@@ -32,8 +32,9 @@ struct Predictions {
   int rows, columns, count;                // B, T, M
 };
 
-// Where the gradients go; filled, not added to.
+// Where the gradients go. The parameters' are added to what is there, or fill it; that of encoded is filled.
 struct HeadGradients {
+  bool add;
   float *encoded, *transform, *transform_bias, *gamma, *beta, *decoder, *decoder_bias;
 };
 
@@ -62,12 +63,12 @@ class MaskedLoss {
   // `scale`: the gradient of the loss.
   void backward(float scale, const HeadGradients& out) const {
     const long c = h_.units, size = (long)p_.rows * p_.columns * c;
-    copy_scaled(d_decoder_, (long)h_.words * c, scale, out.decoder);
-    copy_scaled(d_bias_, h_.words, scale, out.decoder_bias);
-    copy_scaled(d_transform_, c * c, scale, out.transform);
-    copy_scaled(d_transform_ + c * c, c, scale, out.transform_bias);
-    copy_scaled(d_transform_ + c * c + c, c, scale, out.gamma);
-    copy_scaled(d_transform_ + c * c + 2 * c, c, scale, out.beta);
+    hand_out(d_decoder_, (long)h_.words * c, scale, out.add, out.decoder);
+    hand_out(d_bias_, h_.words, scale, out.add, out.decoder_bias);
+    hand_out(d_transform_, c * c, scale, out.add, out.transform);
+    hand_out(d_transform_ + c * c, c, scale, out.add, out.transform_bias);
+    hand_out(d_transform_ + c * c + c, c, scale, out.add, out.gamma);
+    hand_out(d_transform_ + c * c + 2 * c, c, scale, out.add, out.beta);
 #pragma omp parallel for num_threads(threads_) schedule(static)
     for (long i = 0; i < size; i += c) std::fill_n(out.encoded + i, c, 0.f);
     for (int m = 0; m < p_.count; ++m)
@@ -259,9 +260,9 @@ class MaskedLoss {
     }
   }
 
-  void copy_scaled(const float* x, long count, float scale, float* out) const {
+  void hand_out(const float* x, long count, float scale, bool add, float* out) const {
 #pragma omp parallel for num_threads(threads_) schedule(static) if (count > 1 << 14)
-    for (long i = 0; i < count; ++i) out[i] = scale * x[i];
+    for (long i = 0; i < count; ++i) out[i] = (add ? out[i] : 0.f) + scale * x[i];
   }
 
   Head h_;

@@ -1,0 +1,277 @@
+"""What a run will take, told before its first step: memory, predictions, FLOPs. Computes plain numbers only.
+
+Memory is counted from what the operators keep of a forward pass, and was compared with what runs took;
+docs/scale.md tells how far off it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+from ..config import Config, ModelConfig
+from ..errors import BadInput
+from ..runtime import usable_cores
+
+FLOAT = 4  # bytes
+# MXNet, Python and the text that is being read.
+PROGRAM = 300e6
+# Of what is computed: freed blocks do not fit all that is asked for next.
+FRAGMENTS = 1.1
+# What MXNet's graphs take beside what must be kept: it shares memory by size and by distance only.
+UNSHARED = 1.4
+
+# Of the memory there is, for what is proposed: the estimate is not exact.
+SAFE = 0.9
+
+Reader = Callable[[Path], str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in numbers; memory in bytes, of all contexts together.
+
+    parameters: of the network. predictions: of a step, at most. flops: of a pair of max_len tokens, forward
+    and backward, without what is computed twice. at_once: pairs that are computed at once. model: weights,
+    gradients and what the optimizer keeps. activations: what is computed of so many pairs. checkpoint: the
+    copy that is written while the training goes on.
+    """
+
+    parameters: int
+    predictions: int
+    flops: float
+    at_once: int
+    model: float
+    activations: float
+    checkpoint: float
+
+    @property
+    def memory(self) -> float:
+        """All that the process is expected to take at its peak."""
+        return self.model + self.activations + self.checkpoint + PROGRAM
+
+    def outcome(self, peak: float) -> str:
+        """A line on what the process took at its peak."""
+        return f"memory taken: {_gigabytes(peak)} at the peak, {_gigabytes(self.memory)} expected"
+
+    def in_words(self, batch_size: int, limit: float | None) -> str:
+        """Two lines for a person."""
+        of = "" if limit is None else f" of {_gigabytes(limit)}"
+        return (
+            f"memory expected: {_gigabytes(self.memory)}{of}: weights, gradients and optimizer "
+            f"{_gigabytes(self.model)}, what is computed of {_pairs(self.at_once)} at once "
+            f"{_gigabytes(self.activations)}, a checkpoint {_gigabytes(self.checkpoint)}\n"
+            f"a step: {_pairs(batch_size)}, {self.predictions:,} predictions at most, "
+            f"{_flops(self.flops * batch_size)} ({_flops(self.flops)} a pair)"
+        )
+
+
+def plan(config: Config, vocab_size: int, num_contexts: int, compiled: bool) -> Plan:
+    """The plan of a run on so many contexts, by compiled operators or by MXNet's own."""
+    train, length = config.train, config.data.max_len
+    parameters = parameter_count(config.model, vocab_size)
+    at_once = train.micro_batch or train.batch_size
+    predictions = most_predictions(config)
+    rows = -(-at_once // num_contexts)
+    shard = Shard(config.model, vocab_size, rows * length, length, rows * predictions)
+    adds_up = train.micro_batch > 0
+    floats = (
+        compiled_floats(shard, train.recompute, adds_up, threads())
+        if compiled
+        else mxnet_floats(shard, train.recompute)
+    )
+    # The optimizers keep two numbers a weight. Where gradients are summed over contexts, the kvstore has the
+    # weights, the sum, and a copy of the gradient of every context but one.
+    copies = 4 * num_contexts + (num_contexts + 1 if num_contexts > 1 else 0)
+    return Plan(
+        parameters,
+        predictions * train.batch_size,
+        flops_per_pair(config.model, vocab_size, length, predictions),
+        at_once,
+        float(FLOAT * parameters * copies),
+        FRAGMENTS * FLOAT * floats * num_contexts,
+        float(FLOAT * parameters * 3),
+    )
+
+
+def check_memory(config: Config, vocab_size: int, num_contexts: int, compiled: bool, limit: float) -> None:
+    """Raise BadInput where the run cannot fit in so many bytes, and say what would."""
+
+    def memory(**changes: Any) -> float:
+        other = Config(config.model, config.data, replace(config.train, **changes))
+        return plan(other, vocab_size, num_contexts, compiled).memory
+
+    if memory() <= limit:
+        return
+    train, some = config.train, SAFE * limit
+    sizes = range(num_contexts, (train.micro_batch or train.batch_size) + 1)
+    alone = _largest(sizes, lambda size: memory(micro_batch=size) <= some)
+    twice = _largest(sizes, lambda size: memory(micro_batch=size, recompute=True) <= some)
+    ways = [f"--micro-batch {alone}"] if alone else []
+    if twice > alone:
+        enough = memory(recompute=True) <= some
+        ways.append("--recompute yes" if enough else f"--recompute yes --micro-batch {twice}")
+    would_do = f"what would do: {', or '.join(ways)}"
+    if not ways:
+        would_do = "no --micro-batch would do, nor --recompute: take a smaller network or --max-len"
+    raise BadInput(
+        f"--batch-size {train.batch_size}, --max-len {config.data.max_len}: the run is expected to take "
+        f"{_gigabytes(memory())} of memory, and there are {_gigabytes(limit)}; {would_do}"
+    )
+
+
+def parameter_count(model: ModelConfig, vocab_size: int) -> int:
+    """How many numbers the network learns."""
+    c, f = model.units, model.ffn_units
+    norm = 2 * c
+    embeddings = (vocab_size + 2 + model.max_positions) * c + norm * model.embedding_norm
+    layer = 4 * (c * c + c) + norm + (c * f + f) + (f * c + c) + norm
+    decoder = vocab_size + (0 if model.tied_decoder else vocab_size * c)
+    heads = (c * c + c) + (c * c + c + norm + decoder) + (2 * c + 2)
+    return embeddings + model.num_layers * layer + norm * (model.norm == "pre") + heads
+
+
+def most_predictions(config: Config) -> int:
+    """The most words of a pair that are predicted."""
+    data = config.data
+    words = data.max_len - 3  # without <cls> and two <sep>
+    count = (
+        round(data.mask_rate * data.max_len) if data.mask_count == "round" else int(data.mask_rate * words)
+    )
+    return min(max(1, count), words)
+
+
+def flops_per_pair(model: ModelConfig, vocab_size: int, length: int, predictions: int) -> float:
+    """Multiplications and additions in matrix products for a pair, forward and twice as many backward."""
+    c, f = model.units, model.ffn_units
+    layer = length * (2 * (4 * c * c + 2 * c * f) + 4 * length * c)
+    heads = predictions * 2 * (c * c + c * vocab_size) + 2 * c * c
+    return 3.0 * (model.num_layers * layer + heads)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a context computes at once: so many tokens in rows of so many, and so many predictions."""
+
+    model: ModelConfig
+    words: int
+    tokens: int
+    length: int
+    predictions: int
+
+
+def compiled_floats(shard: Shard, recompute: bool, adds_up: bool, num_threads: int) -> float:
+    """What the compiled operators have in memory at their peak, by the arrays of ops/native; in floats."""
+    c, f, layers = shard.model.units, shard.model.ffn_units, shard.model.num_layers
+    table, matrices = shard.words * c, 4 * c * c + 2 * c * f
+    stream = (layers + 1 + shard.model.embedding_norm) * c * shard.tokens
+    chunk = max(128, shard.length)
+    scratch = (12 * c + 2 * f) * chunk + 3 * chunk * chunk
+    inner = 0 if recompute else layers * (5 * c + f) * shard.tokens
+    # The encoder's result, its gradients by either head and their sum; the gradient of the stream.
+    passing = 5 * c * shard.tokens
+    packed = matrices * (1 + recompute) + num_threads * (matrices + scratch)
+    # The decoder's gradient is ready after the forward pass; a tied one and the embedding's are then summed.
+    head = (
+        shard.predictions * c * (4 + num_threads)
+        + table
+        + 2 * table * (shard.model.tied_decoder and not adds_up)
+    )
+    tiles = shard.words * 240 * 144 // 128
+    return float(stream + inner + passing + packed + head + tiles)
+
+
+def mxnet_floats(shard: Shard, recompute: bool) -> float:
+    """What MXNet's own operators have in memory at their peak; in floats."""
+    model, tokens = shard.model, shard.tokens
+    c, drops = model.units, model.dropout > 0
+    scores = model.num_heads * shard.length * tokens
+    hidden = {"relu": 1, "gelu": 2, "gelu_tanh": 7}[model.activation] * model.ffn_units
+    # Query, key and value transposed, what attention found, each sum and its norm, the masks of two dropouts;
+    # the softmax, its mask and what that leaves.
+    layer = (8 + 2 * drops) * c * tokens + hidden * tokens + (1 + 2 * drops) * scores
+    layers = layer + 2 * (model.num_layers + 1) * c * tokens if recompute else model.num_layers * layer
+    # The logarithms of all words' probabilities, and those of a slice of 256 with their gradients.
+    slices = -(-shard.predictions // 256)
+    decoder = shard.words * (shard.predictions + 3 * min(shard.predictions, 256))
+    # The decoder's gradient by each slice; MXNet adds up more than eight in one.
+    tables = min(slices + model.tied_decoder, 8) * shard.words * c
+    return UNSHARED * (layers + 8 * c * tokens) + scores + decoder + tables
+
+
+def threads() -> int:
+    """How many threads the operators use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(asked) if asked.isdigit() and int(asked) else usable_cores()
+
+
+def machine_memory(contexts: Sequence[Any], read: Reader = Path.read_text) -> float | None:
+    """The bytes that a run on CPUs may use, the machine's or a container's; None on GPUs, or if not told."""
+    limits = [*_physical(), *_container(read)]
+    on_cpus = all(context.device_type == "cpu" for context in contexts)
+    return min(limits) if limits and on_cpus else None
+
+
+def peak_memory(read: Reader = Path.read_text) -> float | None:
+    """The most bytes that this process has had in memory so far; None where the system does not tell."""
+    try:
+        lines = read(Path("/proc/self/status")).splitlines()
+    except OSError:
+        return None
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def _physical() -> list[float]:
+    try:
+        return [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    except (ValueError, OSError):
+        return []
+
+
+def _container(read: Reader) -> list[float]:
+    """The limits of the control groups that this process is in, of version 1 and 2, up to the root."""
+    try:
+        lines = read(Path("/proc/self/cgroup")).splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup/memory" if controllers else "/sys/fs/cgroup")
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        group = Path(path.lstrip("/"))
+        # In a container the path may be that outside, which is not there; the root is then the container's.
+        for folder in (group, *group.parents):
+            try:
+                text = read(root / folder / name).strip()
+            except OSError:
+                continue
+            if re.fullmatch(r"\d+", text):  # or "max"
+                limits.append(float(text))
+    return limits
+
+
+def _largest(sizes: range, fits: Callable[[int], bool]) -> int:
+    """The largest size that fits, 0 if none does; a smaller one fits where a larger one does."""
+    low, high = 0, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if fits(sizes[middle]) else (low, middle)
+    return sizes[low - 1] if low else 0
+
+
+def _pairs(count: int) -> str:
+    return f"{count:,} pairs" if count > 1 else "one pair"
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e12:,.1f} TFLOPs" if count >= 1e12 else f"{count / 1e9:,.1f} GFLOPs"

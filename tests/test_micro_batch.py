@@ -1,0 +1,240 @@
+"""Batches in parts and layers computed twice: the same gradients, whichever operators compute; bad input."""
+
+import dataclasses
+
+import numpy as np
+import pretrain
+import pytest
+import reference
+from test_trainer import BERT, MODEL, NOISY, assert_same, gradients_of, small_data, trainer_on
+
+from gluon_bert import ops
+from gluon_bert.data.batch import Batch, micro_batches, split_and_load
+from gluon_bert.errors import BadInput
+from gluon_bert.model.recompute import Stop, Tape
+from gluon_bert.runtime import mx
+from gluon_bert.training import trainer as trainers
+from gluon_bert.training.trainer import dropout_seed
+
+PRE = dataclasses.replace(BERT, norm="pre", num_layers=3)
+MODELS = {"d2l": MODEL, "bert": BERT, "pre": PRE}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return small_data()
+
+
+@pytest.fixture(params=["compiled", "mxnet"])
+def operators(request, monkeypatch):
+    """Either kind of operators; skips the compiled ones where there are none."""
+    if request.param == "mxnet":
+        monkeypatch.setattr(ops, "compute", lambda *_: False)
+    elif ops.in_use() != "compiled for this processor":
+        pytest.skip(f"the operators are {ops.in_use()}")
+    return request.param
+
+
+def random_batch(num_rows=8, seed=0):
+    """Rows of other lengths, with other numbers of predictions."""
+    lengths = np.random.default_rng(seed).integers(3, 17, num_rows)
+    return reference.random_batch(lengths, 16, 30, seed)
+
+
+def weights_after(data, num_steps, num_contexts=1, model=BERT, **changes):
+    """The weights after some steps, on batches of either length of the buckets."""
+    trainer = trainer_on(num_contexts, data, model, **changes)
+    steps = [batch for _, batch in zip(range(num_steps), data.train.epoch(0))]
+    assert len({batch.tokens.shape[1] for batch in steps}) == 2
+    for batch in steps:
+        trainer.step(batch)
+    return reference.values(trainer.net)
+
+
+# In parts
+
+
+def test_parts_are_the_batch_again_and_their_weights_those_of_the_whole():
+    batch = random_batch(8)
+    parts = micro_batches(batch, 3)
+    assert [len(part) for part in parts] == [3, 3, 2]
+    assert [len(part) for part in micro_batches(batch, 0)] == [8]
+    for name in ("tokens", "segments", "lengths", "labels", "is_next"):
+        together = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(together, getattr(batch, name), err_msg=name)
+    shards = [s for part in parts for s in split_and_load(part, [mx.cpu(0), mx.cpu(1)], whole=batch)]
+    assert sum(s.nsp_weight * s.num_pairs for s in shards) == pytest.approx(1)
+    assert sum(s.mlm_weight * s.num_predictions for s in shards) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("num_contexts", [1, 2])
+@pytest.mark.parametrize("micro_batch", [2, 3, 8])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_the_gradient_of_the_parts_is_that_of_the_batch(data, operators, model, micro_batch, num_contexts):
+    batch = random_batch()
+    whole = gradients_of(trainer_on(1, data, model, lr=0.0), batch)
+    assert max(np.abs(gradient).max() for gradient in whole.values()) > 1e-2
+    # After another batch, of which nothing may be left.
+    parts = trainer_on(num_contexts, data, model, lr=0.0, micro_batch=micro_batch)
+    assert_same(gradients_of(parts, random_batch(5, seed=1), batch), whole, 1e-5)
+
+
+@pytest.mark.parametrize("num_contexts", [1, 2])
+def test_clipped_steps_on_batches_of_two_lengths_give_the_same_weights(data, operators, num_contexts):
+    recipe = {"optimizer": "bertadam", "clip_norm": 0.1, "weight_decay": 0.01, "warmup": 0.3}
+    whole = weights_after(data, 6, **recipe)
+    parts = weights_after(data, 6, num_contexts, micro_batch=3, recompute=True, **recipe)
+    for name, value in parts.items():
+        # A key's bias has no gradient but rounding errors, of which Adam makes steps.
+        if not name.endswith("key.bias"):
+            np.testing.assert_allclose(value, whole[name], rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_a_step_in_parts_is_one_update(data):
+    trainer = trainer_on(1, data, micro_batch=2)
+    for _ in range(3):
+        shards, losses = trainer.step(random_batch())
+    assert len(shards) == len(losses) == 4
+    updates = trainer.snapshot().optimizer["encoder.embeddings.tokens.weight/updates"]
+    assert (trainer.standing.step, int(updates[0])) == (3, 3)
+
+
+def test_losses_of_the_parts_add_up_to_those_of_the_batch(data, operators):
+    batch = random_batch()
+    _, (whole,) = trainer_on(1, data, BERT).step(batch)
+    _, parts = trainer_on(1, data, BERT, micro_batch=3).step(batch)
+    for name in ("mlm", "nsp", "total"):
+        total = sum(getattr(part, name).asscalar() for part in parts)
+        assert total == pytest.approx(getattr(whole, name).asscalar(), rel=1e-5)
+
+
+def test_evaluations_in_parts_find_the_same(data, operators):
+    whole, parts = (trainer_on(2, data, BERT, micro_batch=n).evaluate(data.held_out.epoch(0)) for n in (0, 3))
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_parts_draw_their_own_dropout_and_a_seed_repeats_it(data, operators):
+    row = random_batch(1)
+    twice = Batch(
+        *(np.repeat(getattr(row, name), 2, axis=0) for name in ("tokens", "segments", "lengths")),
+        np.concatenate([row.predictions, row.predictions + [[1], [0]]], axis=1).astype(np.int32),
+        *(np.concatenate([getattr(row, name)] * 2) for name in ("labels", "is_next")),
+    )
+    for recompute in (False, True):
+        runs = [trainer_on(1, data, NOISY, micro_batch=1, recompute=recompute) for _ in range(2)]
+        (one, other), again = ([loss.mlm.asscalar() for loss in run.step(twice)[1]] for run in runs)
+        assert one != other and [one, other] == again
+        for name, value in reference.values(runs[0].net).items():
+            np.testing.assert_array_equal(value, reference.values(runs[1].net)[name], err_msg=name)
+
+
+def test_the_first_part_draws_what_the_whole_batch_would():
+    assert dropout_seed(5, 3) == dropout_seed(5, 3, 0) != dropout_seed(5, 3, 1)
+
+
+@pytest.mark.parametrize("bad_part", [0, 2])
+def test_a_part_whose_numbers_are_wrong_skips_the_whole_step(data, monkeypatch, bad_part):
+    trainer = trainer_on(2, data, BERT, micro_batch=3, bad_numbers="skip")
+    trainer.step(random_batch())
+    before, right = reference.values(trainer.net), trainers.shard_loss
+    numbers = iter(range(6))
+
+    def wrong(net, shard, count_mlm_hits):
+        loss = right(net, shard, count_mlm_hits)
+        bad = next(numbers) == 2 * bad_part
+        return loss._replace(total=loss.total * np.nan) if bad else loss
+
+    monkeypatch.setattr(trainers, "shard_loss", wrong)
+    trainer.step(random_batch())
+    for name, value in reference.values(trainer.net).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+    monkeypatch.undo()
+    trainer.step(random_batch())
+    after = reference.values(trainer.net)
+    assert all(np.isfinite(value).all() for value in after.values())
+    assert any((value != before[name]).any() for name, value in after.items())
+
+
+def test_another_trainer_of_the_network_need_not_add_up(data):
+    first, batch = trainer_on(1, data, lr=0.0, micro_batch=2), random_batch()
+    expected = gradients_of(first, batch)
+    again = trainers.Trainer(first.net, dataclasses.replace(first.config, micro_batch=0), first.contexts)
+    assert_same(gradients_of(again, batch, batch), expected, 1e-5)
+
+
+# Computed twice
+
+
+@pytest.mark.parametrize("model", [*MODELS.values(), NOISY], ids=[*MODELS, "dropout"])
+def test_compiled_layers_that_are_computed_again_give_the_same_bits(data, model):
+    if ops.in_use() != "compiled for this processor":
+        pytest.skip(f"the operators are {ops.in_use()}")
+    kept, again = (
+        trainer_on(2, data, model, lr=0.0, micro_batch=4, recompute=recompute) for recompute in (False, True)
+    )
+    batch = random_batch()
+    expected = gradients_of(kept, batch)
+    for name, gradient in gradients_of(again, batch).items():
+        np.testing.assert_array_equal(gradient, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("num_contexts", [1, 2])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_layers_that_are_computed_again_give_the_same_gradients(data, operators, model, num_contexts):
+    batch = random_batch()
+    kept = gradients_of(trainer_on(1, data, model, lr=0.0), batch)
+    again = trainer_on(num_contexts, data, model, lr=0.0, recompute=True)
+    assert_same(gradients_of(again, random_batch(5, seed=1), batch), kept, 1e-5)
+
+
+class WholeGraph(Tape):
+    """A tape that records everything in one graph, with the same dropout."""
+
+    def forward(self, blocks):
+        seeds = self._seeds.spawn(1)[0].generate_state(len(blocks)) >> 1
+        result = None
+        for (block, inputs), seed in zip(blocks, seeds.tolist()):
+            result = Stop(block, result, inputs, seed).compute()
+        return result
+
+    def backward(self):
+        pass
+
+
+@pytest.mark.parametrize("num_contexts", [1, 2])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_dropout_is_the_same_when_a_layer_is_computed_again(data, monkeypatch, norm, num_contexts):
+    monkeypatch.setattr(ops, "compute", lambda *_: False)
+    model = dataclasses.replace(NOISY, num_layers=3, norm=norm)
+    batch = random_batch()
+    again, plain = (trainer_on(num_contexts, data, model, lr=0.0, recompute=True) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr("gluon_bert.model.encoder.Tape", WholeGraph)
+        expected = gradients_of(plain, batch)
+    assert_same(gradients_of(again, batch), expected, 1e-6)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "num_contexts", "told"),
+    [
+        (9, 1, "--micro-batch 9: of --batch-size 8 on one context 1 to 8 would do, or 0"),
+        (1, 3, "--micro-batch 1: of --batch-size 8 on 3 contexts 3 to 8 would do, or 0"),
+        (4, 9, "--micro-batch 4: of --batch-size 8 on 9 contexts 0 would do, or --batch-size 9 at least"),
+    ],
+)
+def test_parts_that_cannot_be_are_refused_with_what_would_do(data, micro_batch, num_contexts, told):
+    with pytest.raises(BadInput) as refused:
+        trainer_on(num_contexts, data, micro_batch=micro_batch)
+    assert str(refused.value) == told
+
+
+def test_the_command_refuses_before_it_reads_or_writes(tmp_path, capsys):
+    flags = ["--corpus", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--micro-batch", "1000"]
+    assert pretrain.main(flags) == 2
+    assert "--micro-batch 1000: of --batch-size 512 on one context 1 to 512" in capsys.readouterr().err
+    assert pretrain.main([*flags[:-1], "-1"]) == 2
+    assert "--micro-batch -1: must be at least 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,251 @@
+"""The plan before the first step: against networks, batches and papers; what cannot fit is refused."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pretrain
+import pytest
+from conftest import ROOT
+from test_ops import VARIANTS
+
+from gluon_bert import checkpoint
+from gluon_bert.config import PRESETS, preset
+from gluon_bert.data.loader import load_data
+from gluon_bert.errors import BadInput
+from gluon_bert.model.bert import BERTModel
+from gluon_bert.training import plan as plans
+from gluon_bert.training.plan import check_memory, flops_per_pair, machine_memory, most_predictions, plan
+
+SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--num-steps", "2"]
+LARGE = preset("bert-large").replace(max_len=512)
+CPU = [SimpleNamespace(device_type="cpu")]
+
+
+def memory(config, num_contexts=1, compiled=True, vocab_size=30522, **changes):
+    return plan(config.replace(**changes), vocab_size, num_contexts, compiled).memory
+
+
+@pytest.mark.parametrize("model", VARIANTS.values(), ids=VARIANTS)
+def test_the_parameters_are_those_of_the_network(model):
+    parameters = BERTModel(50, model).collect_params().values()
+    count = sum(int(np.prod(parameter.shape)) for parameter in parameters)
+    assert plans.parameter_count(model, 50) == count
+
+
+def test_the_presets_have_the_published_numbers_of_parameters():
+    """Devlin et al. 2018, section 3: 110 M and 340 M; Turc et al. 2019, table 1: 4.4 M to 41.7 M."""
+    millions = {name: plans.parameter_count(PRESETS[name].model, 30522) / 1e6 for name in PRESETS}
+    assert millions["bert-large"] == pytest.approx(340, rel=0.02)
+    assert millions["bert-base"] == pytest.approx(110, rel=0.01)
+    assert millions["bert-medium"] == pytest.approx(41.7, rel=0.02)
+    assert millions["bert-tiny"] == pytest.approx(4.4, rel=0.02)
+
+
+def test_the_flops_are_the_published_ones():
+    """Jiao et al. 2020 (TinyBERT), table 1: BERT-base takes 22.5 G forward, of 128 tokens without heads."""
+    base = preset("bert-base").model
+    assert flops_per_pair(base, 30522, 128, 0) / 3 == pytest.approx(22.5e9, rel=0.02)
+    decoder = flops_per_pair(base, 30522, 128, 10) - flops_per_pair(base, 30522, 128, 0)
+    assert decoder == 10 * 6 * (768 * 768 + 768 * 30522)
+
+
+@pytest.mark.parametrize("count", ["floor", "round"])
+def test_no_pair_has_more_predictions_than_planned_and_some_have_as_many(text_file, count):
+    config = preset("bert-tiny").replace(
+        corpus=(str(text_file),), max_len=24, mask_count=count, min_freq=1, num_buckets=1
+    )
+    data = load_data(config.data, 16)
+    counts = [n for batch in data.train.epoch(0) for n in np.bincount(batch.predictions[0])]
+    assert max(counts) == most_predictions(config)
+
+
+# Memory
+
+
+def test_less_at_once_and_layers_computed_twice_take_less():
+    for compiled in (True, False):
+        sizes = [memory(LARGE, compiled=compiled, micro_batch=n) for n in (1, 2, 8, 256)]
+        twice = [memory(LARGE, compiled=compiled, micro_batch=n, recompute=True) for n in (1, 2, 8, 256)]
+        assert sizes == sorted(sizes) and twice == sorted(twice)
+        assert all(less < more for less, more in zip(twice, sizes))
+        assert memory(LARGE, 2, compiled) > memory(LARGE, 1, compiled)
+    assert plan(LARGE, 30522, 1, True).model == 16 * plans.parameter_count(LARGE.model, 30522)
+
+
+STEPS = """
+import sys
+import numpy as np
+sys.path.insert(0, "tests")
+import reference
+from gluon_bert import ops
+from gluon_bert.config import preset
+from gluon_bert.model.bert import BERTModel
+from gluon_bert.runtime import mx
+from gluon_bert.training.plan import peak_memory, plan
+from gluon_bert.training.trainer import Trainer
+
+config = preset("bert-mini").replace(batch_size=16, micro_batch=8, max_len=128, recompute={recompute})
+before = peak_memory()
+net = BERTModel(30522, config.model)
+net.setup([mx.cpu()])
+trainer = Trainer(net, config.train, [mx.cpu()])
+for seed in range(3):
+    trainer.step(reference.random_batch([128] * 16, 128, 30522, seed))
+    mx.nd.waitall()
+expected = plan(config, 30522, 1, ops.compiled([mx.cpu()]))
+print(peak_memory() - before, expected.model + expected.activations)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("operators", ["auto", "mxnet"])
+def test_steps_take_about_the_memory_that_is_expected(operators, recompute):
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("the memory of a process is not told here")
+    environment = {**os.environ, "GLUON_BERT_OPERATORS": operators}
+    code = [sys.executable, "-c", STEPS.replace("{recompute}", str(recompute))]
+    done = subprocess.run(code, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
+    taken, expected = map(float, done.stdout.split())
+    assert 0.6 * expected < taken < 1.4 * expected
+
+
+# Where there is too little
+
+
+def test_what_cannot_fit_is_refused_with_what_would():
+    with pytest.raises(BadInput) as refused:
+        check_memory(LARGE, 30522, 1, True, 24 * 2**30)
+    told = str(refused.value)
+    assert told.startswith("--batch-size 256, --max-len 512: the run is expected to take ")
+    assert "of memory, and there are 25.8 GB; what would do: --micro-batch " in told
+    assert len(told.splitlines()) == 1
+    alone, twice = told.split("what would do: ")[1].split(", or ")
+    micro_batch, again = int(alone.split()[-1]), int(twice.split()[-1])
+    assert twice == f"--recompute yes --micro-batch {again}" and 1 <= micro_batch < again < 256
+    check_memory(LARGE.replace(micro_batch=micro_batch), 30522, 1, True, 24 * 2**30)
+    check_memory(LARGE.replace(micro_batch=again, recompute=True), 30522, 1, True, 24 * 2**30)
+
+
+def test_recompute_alone_may_do_and_nothing_may():
+    needed = memory(LARGE, batch_size=16, recompute=True)
+    with pytest.raises(BadInput, match=r"what would do: --micro-batch \d+, or --recompute yes$"):
+        check_memory(LARGE.replace(batch_size=16), 30522, 1, True, needed / plans.SAFE + 1)
+    with pytest.raises(BadInput, match="no --micro-batch would do, nor --recompute: take a smaller network"):
+        check_memory(LARGE, 30522, 2, True, 4e9)
+    with pytest.raises(BadInput, match=r"what would do: --micro-batch \d+$"):
+        check_memory(LARGE.replace(recompute=True), 30522, 1, True, 12e9)
+
+
+def test_the_command_refuses_before_it_reads_or_writes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plans, "machine_memory", lambda contexts: 8e9)
+    flags = ["--corpus", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--preset", "bert-large"]
+    assert pretrain.main(flags) == 2
+    err = capsys.readouterr().err
+    assert "pretrain: --batch-size 256, --max-len 128: the run is expected to take" in err
+    assert not (tmp_path / "run").exists() and "none" not in err
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """The machine has as much memory as is said."""
+    return lambda count: monkeypatch.setattr(plans, "machine_memory", lambda contexts: count)
+
+
+def test_the_command_tells_its_plan_and_a_resumed_run_may_take_less(command, capsys, room):
+    status, folder = command()
+    err = capsys.readouterr().err
+    assert status == 0
+    assert "memory expected: 0.3 GB of " in err and "what is computed of 64 pairs at once 0.0 GB" in err
+    assert "a step: 64 pairs, 128 predictions at most, " in err
+    assert re.search(r"^memory taken: \d+\.\d GB at the peak, 0\.3 GB expected$", err, re.M)
+    room(1e8)
+    assert pretrain.main(["--resume", str(folder), "--num-steps", "3"]) == 2
+    assert "no --micro-batch would do" in capsys.readouterr().err
+    room(None)
+    smaller = ["--micro-batch", "16", "--recompute", "yes"]
+    assert pretrain.main(["--resume", str(folder), "--num-steps", "3", *smaller]) == 0
+    assert "what is computed of 16 pairs at once" in capsys.readouterr().err
+    assert checkpoint.steps(folder)[-1] == 3
+    assert dataclasses.asdict(checkpoint.read_config(folder / "config.json").train)["micro_batch"] == 16
+
+
+# How much there is
+
+
+def files(**texts):
+    """Reads these files and no others."""
+
+    def read(path):
+        try:
+            return texts[str(path)]
+        except KeyError:
+            raise FileNotFoundError(path) from None
+
+    return read
+
+
+GROUPS = "/sys/fs/cgroup"
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ({"/proc/self/cgroup": "0::/a/b\n", f"{GROUPS}/a/b/memory.max": "5000\n"}, 5000),
+        (
+            {
+                "/proc/self/cgroup": "0::/a/b\n",
+                f"{GROUPS}/a/b/memory.max": "max",
+                f"{GROUPS}/a/memory.max": "7",
+            },
+            7,
+        ),
+        ({"/proc/self/cgroup": "0::/outside\n", f"{GROUPS}/memory.max": "6000\n"}, 6000),
+        (
+            {
+                "/proc/self/cgroup": "9:name=systemd:/\n4:cpu,memory:/job\n0::/\n",
+                f"{GROUPS}/memory/job/memory.limit_in_bytes": "4000",
+                f"{GROUPS}/memory/memory.limit_in_bytes": "9223372036854771712",
+            },
+            4000,
+        ),
+    ],
+    ids=["version 2", "a group above", "inside a container", "version 1"],
+)
+def test_a_containers_limit_counts(texts, expected):
+    assert machine_memory(CPU, files(**texts)) == expected
+
+
+def test_without_a_limit_the_machine_has_what_it_has():
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert machine_memory(CPU, files()) == physical
+    unlimited = files(**{"/proc/self/cgroup": "0::/\n", f"{GROUPS}/memory.max": "max\n"})
+    assert machine_memory(CPU, unlimited) == physical
+    assert 0 < machine_memory(CPU) <= physical
+    assert machine_memory([SimpleNamespace(device_type="gpu")]) is None  # whose memory is another
+
+
+def test_the_peak_is_what_the_system_tells():
+    status = {"/proc/self/status": "Name:\tpython\nVmHWM:\t  2048 kB\nVmRSS:\t 1024 kB\n"}
+    assert plans.peak_memory(files(**status)) == 2048 * 1024
+    assert plans.peak_memory(files()) is None
+    one = plan(preset("d2l"), 100, 1, True)
+    assert one.outcome(2e9).startswith("memory taken: 2.0 GB at the peak, ")
+
+
+def test_the_threads_are_those_asked_for(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
+    assert plans.threads() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert plans.threads() >= 1
+
+
+def test_a_plan_needs_no_mxnet():
+    code = "import sys, gluon_bert.training.plan; sys.exit('mxnet' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
