@@ -129,7 +129,7 @@ def test_parts_draw_their_own_dropout_and_a_seed_repeats_it(data, operators):
 
 
 def test_the_first_part_draws_what_the_whole_batch_would():
-    assert dropout_seed(5, 3) == dropout_seed(5, 3, 0) != dropout_seed(5, 3, 1)
+    assert dropout_seed(5, 3) == dropout_seed(5, 3, part=0) != dropout_seed(5, 3, part=1)
 
 
 @pytest.mark.parametrize("bad_part", [0, 2])

@@ -220,7 +220,7 @@ def begin(config: Config, contexts: list[Any], output: Path, arguments: argparse
     refuse_too_large(config, contexts, count)
     start = load_start(config)
     data = load_data(config.data, config.train.batch_size, config.train.seed)
-    refuse_too_large(config, contexts, len(data.vocab))
+    refuse_too_large(config, contexts, count, len(data.vocab))
     check_evaluable(config.train, data)
     check_enough(len(data.train.pairs(0)), count)
     with joined(arguments.kvstore) as workers:
@@ -274,7 +274,7 @@ def resume(arguments: argparse.Namespace) -> int:
         ops.choose(arguments.operators or ops.choice_of(recorded))
         operators = ops.in_use(contexts)
         check_micro_batch(config.train, len(contexts))
-        refuse_too_large(config, contexts, len(load_vocabulary(folder)))
+        refuse_too_large(config, contexts, count, len(load_vocabulary(folder)))
         snapshot = latest_whole(folder)
         data = load_data(config.data, config.train.batch_size, config.train.seed)
         check_enough(len(data.train.pairs(0)), count)
@@ -316,14 +316,14 @@ def tell_differences(before: Mapping[str, Any], now: Mapping[str, Any], so: str)
             )
 
 
-def refuse_too_large(config: Config, contexts: list[Any], vocab_size: int = 1) -> None:
-    """Raise BadInput where the run cannot fit in the machine's memory, of whatever size its vocabulary is."""
+def refuse_too_large(config: Config, contexts: list[Any], num_workers: int, vocab_size: int = 1) -> None:
+    """Raise BadInput where a worker cannot fit in its machine's memory, however small the vocabulary."""
     from gluon_bert import ops
     from gluon_bert.training.plan import check_memory, machine_memory
 
     limit = machine_memory(contexts)
     if limit is not None:
-        check_memory(config, vocab_size, len(contexts), ops.compiled(contexts), limit)
+        check_memory(config, vocab_size, len(contexts), ops.compiled(contexts), limit, num_workers)
 
 
 def network(config: Config, data: Any, contexts: list[Any]) -> Any:
@@ -407,6 +407,8 @@ def trainer_of(given: Given) -> Any:
     trainer = Trainer(given.net, given.config.train, given.contexts, given.workers)
     if given.snapshot is not None:
         trainer.restore(given.snapshot, given.output)
+        for arrays in (given.snapshot.weights, given.snapshot.optimizer):
+            arrays.clear()  # they would stay in memory to the end of the run
     if given.workers.count > 1:
         step, weights = trainer.standing.step, digest_of_weights(weights_of(given.net))
         given.workers.refuse_differences({"the step of the checkpoint": step, "the first weights": weights})

@@ -106,7 +106,8 @@ def make_batch(
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
     """The batch in parts of so many rows, the last one of what is left; with size 0 the batch as it is."""
-    size = size or len(batch)
+    if not 0 < size < len(batch):
+        return [batch]
     return [batch.rows(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
 
 

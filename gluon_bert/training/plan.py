@@ -69,11 +69,12 @@ class Plan:
         )
 
 
-def plan(config: Config, vocab_size: int, num_contexts: int, compiled: bool) -> Plan:
-    """The plan of a run on so many contexts, by compiled operators or by MXNet's own."""
+def plan(config: Config, vocab_size: int, num_contexts: int, compiled: bool, num_workers: int = 1) -> Plan:
+    """The plan of one of so many workers on so many contexts, by compiled operators or MXNet's own."""
     train, length = config.train, config.data.max_len
     parameters = parameter_count(config.model, vocab_size)
-    at_once = train.micro_batch or train.batch_size
+    share = -(-train.batch_size // num_workers)
+    at_once = min(train.micro_batch or share, share)
     predictions = most_predictions(config)
     rows = -(-at_once // num_contexts)
     shard = Shard(config.model, vocab_size, rows * length, length, rows * predictions)
@@ -97,17 +98,19 @@ def plan(config: Config, vocab_size: int, num_contexts: int, compiled: bool) -> 
     )
 
 
-def check_memory(config: Config, vocab_size: int, num_contexts: int, compiled: bool, limit: float) -> None:
-    """Raise BadInput where the run cannot fit in so many bytes, and say what would."""
+def check_memory(
+    config: Config, vocab_size: int, num_contexts: int, compiled: bool, limit: float, num_workers: int = 1
+) -> None:
+    """Raise BadInput where a worker cannot fit in so many bytes, and say what would."""
 
     def memory(**changes: Any) -> float:
         other = Config(config.model, config.data, replace(config.train, **changes))
-        return plan(other, vocab_size, num_contexts, compiled).memory
+        return plan(other, vocab_size, num_contexts, compiled, num_workers).memory
 
     if memory() <= limit:
         return
     train, some = config.train, SAFE * limit
-    sizes = range(num_contexts, (train.micro_batch or train.batch_size) + 1)
+    sizes = range(num_contexts, plan(config, vocab_size, num_contexts, compiled, num_workers).at_once + 1)
     alone = _largest(sizes, lambda size: memory(micro_batch=size) <= some)
     twice = _largest(sizes, lambda size: memory(micro_batch=size, recompute=True) <= some)
     ways = [f"--micro-batch {alone}"] if alone else []

@@ -211,11 +211,12 @@ class Trainer:
     def evaluate(self, batches: Iterable[Batch]) -> Averages:
         """The means over all batches, with dropout off. Waits for the devices."""
         meter = Meter()
-        for batch, part in ((batch, part) for batch in batches for part in self._parts(batch)):
-            shards = split_and_load(part, self.contexts, whole=batch)
-            losses = [shard_loss(self.net, shard, count_mlm_hits=True) for shard in shards]
-            meter.add(shards, losses, count_mlm_hits=True)
-            losses[0].total.wait_to_read()
+        for whole in batches:
+            for part in self._parts(whole):
+                shards = split_and_load(part, self.contexts, whole)
+                losses = [shard_loss(self.net, shard, count_mlm_hits=True) for shard in shards]
+                meter.add(shards, losses, count_mlm_hits=True)
+                losses[0].total.wait_to_read()
             self.alive()
             if self.interrupted and self.workers.count == 1:
                 raise Interrupted
