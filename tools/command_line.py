@@ -95,6 +95,17 @@ def command(
     return guarded(lambda: body(arguments), parser.prog)
 
 
+def command_with_another(
+    parser: argparse.ArgumentParser,
+    argv: List[str] | None,
+    body: Callable[[argparse.Namespace, List[str]], int],
+) -> int:
+    """As `command`, of a command line with another one behind --, which the body gets, too."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    behind = given.index("--") if "--" in given else len(given)
+    return command(parser, given[:behind], lambda arguments: body(arguments, given[behind + 1 :]))
+
+
 class Terminated(BaseException):
     """SIGTERM, as KeyboardInterrupt is SIGINT."""
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Iterator, NamedTuple, Sequence
 
-from command_line import guarded, run
+from command_line import command_with_another, run
 
 from gluon_bert.errors import BadInput
 from gluon_bert.runtime import usable_cores
@@ -106,13 +106,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    given = sys.argv[1:] if argv is None else list(argv)
-    behind = given.index("--") if "--" in given else len(given)
-    try:
-        arguments = parser().parse_args(given[:behind])
-    except SystemExit as stop:  # argparse has told what is wrong
-        return int(stop.code or 0)
-    return guarded(lambda: launch(arguments, given[behind + 1 :]), "launch")
+    return command_with_another(parser(), argv, launch)
 
 
 def launch(arguments: argparse.Namespace, command: list[str]) -> int:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from command_line import guarded, run
+from command_line import command_with_another, run
 
 from gluon_bert.errors import BadInput
 from gluon_bert.files import written_aside
@@ -54,17 +54,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    given = sys.argv[1:] if argv is None else list(argv)
-    behind = given.index("--") if "--" in given else len(given)
-    try:
-        arguments = parser().parse_args(given[:behind])
-    except SystemExit as stop:  # argparse has told what is wrong
-        return int(stop.code or 0)
-    return guarded(lambda: soak(arguments.folder, arguments.minutes, given[behind + 1 :]), "soak")
+    return command_with_another(parser(), argv, soak)
 
 
-def soak(folder: Path, minutes: float, flags: list[str]) -> int:
+def soak(arguments: argparse.Namespace, flags: list[str]) -> int:
     """Train, sample, tell."""
+    folder, minutes = arguments.folder, arguments.minutes
     if folder.exists():
         raise BadInput(f"{folder}: is there already; name a new folder")
     if not minutes > 0:
