@@ -271,6 +271,7 @@ def test_a_damaged_file_is_named(export, name):
         ({"manifest": 99}, "version 99, where this gluon_bert reads 1"),
         ({"format": "tflite"}, "does not say what this gluon_bert knows"),
         ({"outputs": "some"}, "does not say what this gluon_bert knows"),
+        ({"outputs": []}, "does not say what this gluon_bert knows"),
         ({"max_len": "24"}, "does not say what this gluon_bert knows"),
         ({"max_len": -1}, "does not say what this gluon_bert knows"),
         ({"tokenizer": {"kind": "sentencepiece"}}, "does not say what"),

@@ -122,7 +122,7 @@ class Manifest:
         sizes = [self.max_len, self.vocabulary_size]
         sound = [
             self.format in FORMATS,
-            self.outputs in OUTPUTS,
+            self.outputs in list(OUTPUTS),  # a dict cannot be asked for what is not hashable
             all(type(size) is int and size > 0 for size in sizes),
             isinstance(self.tokenizer, Mapping) and self.tokenizer.get("kind") in TOKENIZERS,
             isinstance(self.tokenizer, Mapping) and type(self.tokenizer.get("lowercase")) is bool,
