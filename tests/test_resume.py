@@ -281,7 +281,10 @@ def test_weights_alone_are_no_run_to_go_on_with(damaged_run, capsys):
     [
         (["--units", "32", "--seed", "4"], "--units 32: {run} was begun with 16, which cannot change"),
         (["--units", "32", "--seed", "4"], "--seed 4: {run} was begun with 0, which cannot change"),
-        (["--units", "32"], "what may change: --corpus, --vocab-file, --num-workers, --micro-batch, --recompute,"),
+        (
+            ["--units", "32"],
+            "what may change: --corpus, --vocab-file, --num-workers, --micro-batch, --recompute,",
+        ),
         (["--preset", "d2l"], "--preset: has no place beside --resume"),
         (["--output", "x"], "--output: has no place beside --resume"),
     ],

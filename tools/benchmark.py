@@ -184,10 +184,10 @@ def prepare_table(told: str, megabytes: float, answers: Mapping[str, list[dict[s
 
 def corpus_folder(name: str) -> Path:
     """Where the two files of --corpus are; WikiText-2 itself is downloaded once."""
-    from gluon_bert.data.wikitext import wikitext2_folder
+    from gluon_bert.data.wikitext import FILES, wikitext2_folder
 
     folder = wikitext2_folder() if name == "wikitext-2" else Path(name).absolute()
-    missing = [file for file in ("wiki.train.tokens", "wiki.valid.tokens") if not (folder / file).is_file()]
+    missing = [file for file in FILES if not (folder / file).is_file()]
     if missing:
         raise BadInput(f"--corpus {name}: has no {' and no '.join(missing)}")
     return folder

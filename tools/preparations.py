@@ -12,9 +12,10 @@ from typing import Any
 
 from trainers import PEERS, python_of
 
+from gluon_bert.data.wikitext import FILES
 from gluon_bert.errors import BadInput
 
-TRAIN, VALID = "wiki.train.tokens", "wiki.valid.tokens"
+TRAIN, VALID = FILES  # the names of its two files
 # Of the order of a larger text's paragraphs.
 _SEED = 20_201
 
