@@ -162,8 +162,9 @@ class Trainer:
         for number, part in enumerate(self._parts(batch)):
             if number:
                 self._wait_for_gradients()
-            shards += split_and_load(part, self.contexts, whole=batch)
-            losses += self._backward(shards[-len(self.contexts) :], number, count_mlm_hits)
+            loaded = split_and_load(part, self.contexts, whole=batch)
+            shards += loaded
+            losses += self._backward(loaded, number, count_mlm_hits)
         self._update()
         return shards, losses
 
