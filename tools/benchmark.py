@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
-from command_line import command, run
+from command_line import command, parser_of, run
 
 from gluon_bert import runtime
 from gluon_bert.config import write_json
@@ -89,13 +89,11 @@ class Result(NamedTuple):
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = argparse.ArgumentParser(
-        prog="benchmark",
-        usage="python tools/benchmark.py {encode RUN,prepare,train} [flags]",
-        description="Measure speed, side by side with others, in rounds.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    p = parser_of(
+        "benchmark",
+        "{encode RUN,prepare,train} [flags]",
+        "Measure speed, side by side with others, in rounds.",
+        EXAMPLES,
     )
     p.add_argument("what", choices=("encode", "prepare", "train"), help="what to measure")
     p.add_argument("run", type=Path, nargs="?", metavar="RUN", help="encode: the folder of a run")

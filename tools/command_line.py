@@ -19,6 +19,19 @@ from gluon_bert.errors import BadInput, in_a_line
 TITLES = {"model": "the network", "data": "the text and its masks", "train": "training"}
 
 
+def parser_of(name: str, usage: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser for tools/NAME.py, without flags yet; usage: what follows the name, a line for each way."""
+    ways = [f"python tools/{name}.py {way}" for way in usage.splitlines()]
+    return argparse.ArgumentParser(
+        prog=name,
+        usage="\n       ".join(ways),
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of the configuration, in groups; those not given stay as the preset has them."""
     for group_name, group in GROUPS.items():

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
-from command_line import command, run
+from command_line import command, parser_of, run
 
 from gluon_bert.config import Config, DataConfig, TrainConfig, flag, preset, write_json
 from gluon_bert.errors import BadInput
@@ -96,13 +96,11 @@ RECIPES = {
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = argparse.ArgumentParser(
-        prog="compare_recipes",
-        usage="python tools/compare_recipes.py [flags]",
-        description="Train by several recipes for the same time, and compare what they learnt.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    p = parser_of(
+        "compare_recipes",
+        "[flags]",
+        "Train by several recipes for the same time, and compare what they learnt.",
+        EXAMPLES,
     )
     p.add_argument(
         "--corpus", default="wikitext-2", metavar="NAME", help="as tools/pretrain.py takes it (wikitext-2)"

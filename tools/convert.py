@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from command_line import add_checkpoint_flag, command, run, yes_or_no
+from command_line import add_checkpoint_flag, command, parser_of, run, yes_or_no
 
 from gluon_bert.errors import BadInput
 
@@ -56,14 +56,11 @@ BOOK_MAX_LEN = 64
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = argparse.ArgumentParser(
-        prog="convert",
-        usage="python tools/convert.py --from KIND PATH [PATH] --to RUN [flags]\n"
-        "       python tools/convert.py --from RUN --to KIND FOLDER [flags]",
-        description="Bring weights of other packages into a run, or a run's weights to them.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    p = parser_of(
+        "convert",
+        "--from KIND PATH [PATH] --to RUN [flags]\n--from RUN --to KIND FOLDER [flags]",
+        "Bring weights of other packages into a run, or a run's weights to them.",
+        EXAMPLES,
     )
     p.add_argument(
         "--from", nargs="+", required=True, metavar="WHAT", dest="source", help="KIND PATH, or RUN"

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Sequence
 
-from command_line import add_checkpoint_flag, add_device_flag, command, device, run
+from command_line import add_checkpoint_flag, add_device_flag, command, device, parser_of, run
 
 from gluon_bert import runtime
 from gluon_bert.config import FineTuneConfig, write_json
@@ -32,13 +32,7 @@ NAMES = {True: "pretrained", False: "from scratch"}
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = argparse.ArgumentParser(
-        prog="does_pretraining_help",
-        usage="python tools/does_pretraining_help.py RUN [flags]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    p = parser_of("does_pretraining_help", "RUN [flags]", DESCRIPTION)
     p.add_argument("run", type=Path, metavar="RUN", help="the pretrained run")
     p.add_argument(
         "--corpus", default="wikitext-2", metavar="NAME", help="wikitext-2, or its folder (wikitext-2)"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
-from command_line import add_checkpoint_flag, add_device_flag, command, device, run
+from command_line import add_checkpoint_flag, add_device_flag, command, device, parser_of, run
 from tqdm import tqdm
 
 from gluon_bert.errors import BadInput
@@ -44,13 +44,11 @@ that name is replaced once the new one is whole.
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = argparse.ArgumentParser(
-        prog="encode",
-        usage="python tools/encode.py RUN [TEXT ...] [flags]",
-        description="Vectors of texts, words for their masks, or whether one text follows another.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    p = parser_of(
+        "encode",
+        "RUN [TEXT ...] [flags]",
+        "Vectors of texts, words for their masks, or whether one text follows another.",
+        EXAMPLES,
     )
     p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run or of an export")
     p.add_argument("texts", nargs="*", metavar="TEXT", help='a text, or a pair: "a text || another"')

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Sequence
 
-from command_line import add_checkpoint_flag, command, run
+from command_line import add_checkpoint_flag, command, parser_of, run
 
 from gluon_bert.errors import BadInput
 
@@ -32,14 +32,7 @@ an error of the exported network, never cut in silence.
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = argparse.ArgumentParser(
-        prog="export",
-        usage="python tools/export.py RUN [flags]",
-        description="Write a pretrained network in a form that others run.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    p = parser_of("export", "RUN [flags]", "Write a pretrained network in a form that others run.", EXAMPLES)
     p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     p.add_argument(
         "--format", choices=("mxnet", "mar", "onnx", "int8", "bf16"), default="mxnet", help="(mxnet)"

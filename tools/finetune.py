@@ -15,6 +15,7 @@ from command_line import (
     add_field_flags,
     command,
     device,
+    parser_of,
     run,
     shown,
     yes_or_no,
@@ -44,13 +45,11 @@ and the best epoch's network) and predictions.jsonl, those of the best one on th
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = argparse.ArgumentParser(
-        prog="finetune",
-        usage="python tools/finetune.py RUN --train FILE --dev FILE [flags]",
-        description="Fine-tune a pretrained network: classes or a score, of single texts or of pairs.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    p = parser_of(
+        "finetune",
+        "RUN --train FILE --dev FILE [flags]",
+        "Fine-tune a pretrained network: classes or a score, of single texts or of pairs.",
+        EXAMPLES,
     )
     p.add_argument("run", type=Path, metavar="RUN", help="the run whose encoder is fine-tuned")
     p.add_argument("--train", type=Path, required=True, metavar="FILE", help="labelled rows to learn from")

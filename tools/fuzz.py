@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-from command_line import command, run
+from command_line import command, parser_of, run
 
 from gluon_bert.errors import BadInput
 
@@ -311,14 +311,7 @@ def _written(name: str, write: Callable[[Path], Any]) -> bytes:
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = argparse.ArgumentParser(
-        prog="fuzz",
-        usage="python tools/fuzz.py TARGET [flags]",
-        description="Search for files that break what reads them.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    p = parser_of("fuzz", "TARGET [flags]", "Search for files that break what reads them.", EXAMPLES)
     p.add_argument("target", metavar="TARGET", choices=TARGETS, help=", ".join(TARGETS))
     p.add_argument("--minutes", type=float, default=10.0, metavar="X", help="how long it searches (10)")
     p.add_argument("--keep", type=Path, metavar="FOLDER", help="of inputs that reach new code (a new one)")

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Iterator, NamedTuple, Sequence
 
-from command_line import command_with_another, run
+from command_line import command_with_another, parser_of, run
 
 from gluon_bert.errors import BadInput
 from gluon_bert.runtime import usable_cores
@@ -82,13 +82,11 @@ class Outcome(NamedTuple):
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = argparse.ArgumentParser(
-        prog="launch",
-        usage="python tools/launch.py -n WORKERS [-s SERVERS] [flags] -- COMMAND",
-        description="Start a scheduler, servers and workers of MXNet's kvstore, and see to their end.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    p = parser_of(
+        "launch",
+        "-n WORKERS [-s SERVERS] [flags] -- COMMAND",
+        "Start a scheduler, servers and workers of MXNet's kvstore, and see to their end.",
+        EXAMPLES,
     )
     p.add_argument("-n", "--workers", type=int, required=True, metavar="N", help="processes that train")
     p.add_argument(

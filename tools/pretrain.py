@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
-from command_line import Terminated, add_config_flags, command, config_from
+from command_line import Terminated, add_config_flags, command, config_from, parser_of
 
 from gluon_bert import runtime
 from gluon_bert.config import DRAWN, PRESETS, Config, changeable, preset, refuse_changes
@@ -36,13 +36,11 @@ losses.png and checkpoints/.
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = argparse.ArgumentParser(
-        prog="pretrain",
-        usage="python tools/pretrain.py [flags]",
-        description="Pretrain BERT (masked language model, next-sentence prediction) on one device or many.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    p = parser_of(
+        "pretrain",
+        "[flags]",
+        "Pretrain BERT (masked language model, next-sentence prediction) on one device or many.",
+        EXAMPLES,
     )
     p.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (d2l)")
     p.add_argument("--config", type=Path, metavar="FILE", help="an earlier run's config.json, not a preset")

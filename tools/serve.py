@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from command_line import Terminated, guarded, run
+from command_line import Terminated, guarded, parser_of, run
 
 from gluon_bert.errors import BadInput
 from gluon_bert.serving.server import ServerFailed, Settings, need_server, serving
@@ -36,13 +36,11 @@ is too long, gets status 400 and {"error": why}. Ctrl-C and SIGTERM stop the ser
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = argparse.ArgumentParser(
-        prog="serve",
-        usage="python tools/serve.py WHAT [flags]",
-        description="Serve a trained network with multi-model-server (the extra `serve`, and Java).",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    p = parser_of(
+        "serve",
+        "WHAT [flags]",
+        "Serve a trained network with multi-model-server (the extra `serve`, and Java).",
+        EXAMPLES,
     )
     p.add_argument(
         "what", type=Path, metavar="WHAT", help="a .mar archive, the folder of one, an export, or a run"

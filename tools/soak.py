@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from command_line import command_with_another, run
+from command_line import command_with_another, parser_of, run
 
 from gluon_bert.errors import BadInput
 from gluon_bert.files import written_aside
@@ -39,13 +39,11 @@ class Sample(NamedTuple):
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = argparse.ArgumentParser(
-        prog="soak",
-        usage="python tools/soak.py FOLDER [--minutes X] [-- FLAGS]",
-        description="Train for long, and see whether memory, open files and throughput stay what they are.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    p = parser_of(
+        "soak",
+        "FOLDER [--minutes X] [-- FLAGS]",
+        "Train for long, and see whether memory, open files and throughput stay what they are.",
+        EXAMPLES,
     )
     p.add_argument("folder", type=Path, metavar="FOLDER", help="a new folder")
     p.add_argument("--minutes", type=float, default=120.0, metavar="X", help="of training (120)")
