@@ -108,9 +108,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=30.0, metavar="X", help="of each run (30)")
     p.add_argument("--seeds", default="0", metavar="N[,N...]", help="a run of each recipe for each seed (0)")
     names = ", ".join(f"{name} ({recipe.title})" for name, recipe in RECIPES.items())
-    p.add_argument("--recipes", metavar="NAME[,NAME...]", help=f"which ones: {names} (all)")
+    which = f"which ones: {names} (all)".replace("%", "%%")  # argparse takes it for the start of a format
+    p.add_argument("--recipes", metavar="NAME[,NAME...]", help=which)
     p.add_argument(
-        "--output", type=Path, default=Path("runs", "recipes"), metavar="FOLDER", help="(runs/recipes)"
+        "--output",
+        type=Path,
+        default=Path("runs", "recipes"),
+        metavar="FOLDER",
+        help="a new folder, or that of a comparison to go on with (runs/recipes)",
     )
     return p
 
