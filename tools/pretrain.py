@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
-from command_line import Terminated, add_config_flags, command, config_from, parser_of
+from command_line import add_config_flags, command, config_from, parser_of
+from training_run import Given, profiled, train, train_beside
 
 from gluon_bert import runtime
 from gluon_bert.config import DRAWN, PRESETS, Config, changeable, preset, refuse_changes
@@ -101,49 +102,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def pretrain(arguments: argparse.Namespace) -> int:
-    """Pretrain as the flags say."""
+    """Pretrain as the flags say: a new run, or one that goes on."""
     if not arguments.step_timeout >= 0:
         raise BadInput(f"--step-timeout {arguments.step_timeout}: must be at least 0")
-    rank = rank_of(arguments)
-    if arguments.profile is None or rank:
-        return begin_or_resume(arguments)
-    with profiled(arguments.profile):
-        return begin_or_resume(arguments)
-
-
-def begin_or_resume(arguments: argparse.Namespace) -> int:
-    """A new run, or one that goes on."""
-    if arguments.resume is not None:
-        return resume(arguments)
-    config = config_from(arguments, starting_point(arguments))
-    contexts = contexts_from(arguments)
-    if arguments.output is None and arguments.kvstore != "device":
-        raise BadInput(
-            f"--kvstore {arguments.kvstore}: --output has to name the run's folder for all workers"
-        )
-    name = arguments.preset or ("d2l" if arguments.config is None else "repeat")
-    output = _free_folder(name) if arguments.output is None else arguments.output
-    return begin(config, contexts, output, arguments)
-
-
-@contextmanager
-def profiled(path: Path) -> Iterator[None]:
-    """Let MXNet's profiler watch a block; leaves its trace in a file and prints its table."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise BadInput(f"--profile {path}: is no file that can be written")
-    from gluon_bert.runtime import mx
-
-    mx.profiler.set_config(
-        profile_imperative=True, profile_symbolic=True, aggregate_stats=True, filename=str(path)
-    )
-    mx.profiler.set_state("run")
-    try:
-        yield
-    finally:
-        mx.nd.waitall()
-        mx.profiler.set_state("stop")
-        print(mx.profiler.dumps(sort_by="total"))
-        mx.profiler.dump()
+    profile = arguments.profile
+    if profile and (profile.is_dir() or not profile.absolute().parent.is_dir()):
+        raise BadInput(f"--profile {profile}: is no file that can be written")
+    return begin(arguments) if arguments.resume is None else resume(arguments)
 
 
 def starting_point(arguments: argparse.Namespace) -> Config:
@@ -168,6 +133,56 @@ def recipe_of(arguments: argparse.Namespace) -> Config:
     return read_config(arguments.config)
 
 
+def new_folder(arguments: argparse.Namespace) -> Path:
+    """The folder of a new run: --output, or the next free number in runs/."""
+    if arguments.output is not None:
+        return Path(arguments.output)
+    if arguments.kvstore != "device":
+        raise BadInput(
+            f"--kvstore {arguments.kvstore}: --output has to name the run's folder for all workers"
+        )
+    name = arguments.preset or ("d2l" if arguments.config is None else "repeat")
+    numbered = (Path("runs", f"{name}-{number}") for number in count(1))
+    return next(folder for folder in numbered if not folder.exists())
+
+
+class Place(NamedTuple):
+    """Where a run computes: which of how many workers this is, its contexts, what computes on them."""
+
+    rank: int
+    num_workers: int
+    contexts: list[Any]
+    operators: str
+
+    def facts(self) -> dict[str, Any]:
+        """What a run records of it."""
+        return {
+            "contexts": [str(context) for context in self.contexts],
+            "workers": self.num_workers,
+            "operators": self.operators,
+            "versions": runtime.versions(),
+        }
+
+
+def place(arguments: argparse.Namespace, config: Config, recorded: Mapping[str, Any]) -> Place:
+    """Where the flags let a run compute, else where it is recorded to have been begun.
+
+    BadInput where that cannot be had, or cannot do what the configuration asks for.
+    """
+    from gluon_bert import ops
+    from gluon_bert.training.trainer import check_micro_batch
+    from gluon_bert.training.workers import check_sharing, place_of
+
+    contexts = contexts_from(arguments, recorded.get("contexts") or ())
+    rank, num_workers = place_of(arguments.kvstore)
+    check_sharing(config, num_workers)
+    check_micro_batch(config.train, len(contexts))
+    ops.choose(arguments.operators or ops.choice_of(recorded.get("operators", "")))
+    here = Place(rank, num_workers, contexts, ops.in_use(contexts))
+    refuse_too_large(config, here)
+    return here
+
+
 def contexts_from(arguments: argparse.Namespace, recorded: Sequence[str] = ()) -> list[Any]:
     """The contexts that the flags ask for; without any those of a resumed run, else what there is."""
     gpus = None if arguments.gpus is None else runtime.parse_gpus(arguments.gpus)
@@ -177,80 +192,69 @@ def contexts_from(arguments: argparse.Namespace, recorded: Sequence[str] = ()) -
     return runtime.contexts(gpus, arguments.cpus)
 
 
-def rank_of(arguments: argparse.Namespace) -> int:
-    """This process's number among the workers of a run; 0 where it trains alone."""
-    if arguments.kvstore == "device" and "DMLC_ROLE" not in os.environ:
-        return 0
-    from gluon_bert.training.workers import place_of
-
-    return place_of(arguments.kvstore)[0]
-
-
-class Given(NamedTuple):
-    """What the steps of a run are made with; `snapshot`: the checkpoint that they go on from."""
-
-    config: Config
-    data: Any
-    net: Any
-    contexts: list[Any]
-    output: Path
-    workers: Any
-    step_timeout: float
-    snapshot: Any = None
-
-
-def begin(config: Config, contexts: list[Any], output: Path, arguments: argparse.Namespace) -> int:
-    """A new run, in a folder of its own."""
+def refuse_too_large(config: Config, here: Place, vocab_size: int = 1) -> None:
+    """Raise BadInput where a worker cannot fit in its machine's memory, however small the vocabulary."""
     from gluon_bert import ops
-    from gluon_bert.checkpoint import check_new, create_run
+    from gluon_bert.training.plan import check_memory, machine_memory
+
+    contexts = here.contexts
+    limit = machine_memory(contexts)
+    if limit is not None:
+        check_memory(config, vocab_size, len(contexts), ops.compiled(contexts), limit, here.num_workers)
+
+
+def text(config: Config, here: Place) -> Any:
+    """The text of a run; BadInput where it is too little, or its vocabulary too large for the memory."""
     from gluon_bert.data.loader import load_data
+    from gluon_bert.training.trainer import check_evaluable
+    from gluon_bert.training.workers import check_enough
+
+    data = load_data(config.data, config.train.batch_size, config.train.seed)
+    refuse_too_large(config, here, len(data.vocab))
+    check_evaluable(config.train, data)
+    check_enough(len(data.train.pairs(0)), here.num_workers)
+    return data
+
+
+def begin(arguments: argparse.Namespace) -> int:
+    """A new run, in a folder of its own."""
+    from gluon_bert.checkpoint import check_new, create_run
     from gluon_bert.starting import load_start, start_from
     from gluon_bert.training.report import References
-    from gluon_bert.training.trainer import check_evaluable, check_micro_batch
-    from gluon_bert.training.workers import check_enough, check_sharing, facts_of, joined, place_of
+    from gluon_bert.training.workers import facts_of, joined
 
-    rank, count = place_of(arguments.kvstore)
-    check_sharing(config, count)
-    if not rank:
+    config = config_from(arguments, starting_point(arguments))
+    output = new_folder(arguments)
+    here = place(arguments, config, recorded={})
+    if not here.rank:
         check_new(output)
-    check_micro_batch(config.train, len(contexts))
-    ops.choose(arguments.operators)
-    refuse_too_large(config, contexts, count)
     start = load_start(config)
-    data = load_data(config.data, config.train.batch_size, config.train.seed)
-    refuse_too_large(config, contexts, count, len(data.vocab))
-    check_evaluable(config.train, data)
-    check_enough(len(data.train.pairs(0)), count)
+    data = text(config, here)
+    began_with_step = start.step if start else None
     with joined(arguments.kvstore) as workers:
         workers.refuse_differences(facts_of(config, data.fingerprint))
-        net = network(config, data, contexts)
+        net = network(config, data, here.contexts)
         if start:
             start_from(net, data.vocab, start)
-        given = Given(config, data, net, contexts, output, workers, arguments.step_timeout)
-        if rank:
+        del start  # its weights would stay in memory to the end of the run
+        given = Given(config, data, net, here.contexts, output, workers, arguments.step_timeout)
+        if here.rank:
             return train_beside(given)
         facts = {
-            "contexts": [str(context) for context in contexts],
-            "workers": count,
-            "operators": ops.in_use(contexts),
-            "versions": runtime.versions(),
+            **here.facts(),
             "text": data.fingerprint,
-            "began_with_step": start.step if start else None,
+            "began_with_step": began_with_step,
             "losses_for_comparison": References.of(data)._asdict(),
         }
         create_run(output, config, data.vocab, facts)
-        with held_alone(output, "--output"):
+        with held_alone(output, "--output"), profiled(arguments.profile):
             return train(given)
 
 
 def resume(arguments: argparse.Namespace) -> int:
     """Go on with a run from its latest checkpoint, as if it had not been stopped."""
-    from gluon_bert import ops
     from gluon_bert.checkpoint import CONFIG, latest_whole, read_config, read_facts, write_config
-    from gluon_bert.data.loader import load_data
-    from gluon_bert.data.wordpiece import load_vocabulary
-    from gluon_bert.training.trainer import check_micro_batch
-    from gluon_bert.training.workers import check_enough, check_sharing, facts_of, joined, place_of
+    from gluon_bert.training.workers import facts_of, joined
 
     folder = arguments.resume
     for name in ("preset", "config", "output"):
@@ -261,67 +265,26 @@ def resume(arguments: argparse.Namespace) -> int:
     before, facts = read_config(folder / CONFIG), read_facts(folder / CONFIG)
     config = config_from(arguments, before)
     refuse_changes(before, config, str(folder))
-    rank, count = place_of(arguments.kvstore)
-    check_sharing(config, count)
-    with nullcontext() if rank else held_alone(folder, "--resume"):
-        if not rank:
+    here = place(arguments, config, facts)
+    with nullcontext() if here.rank else held_alone(folder, "--resume"):
+        if not here.rank:
             remove_leftovers(folder)
             remove_leftovers(folder / "checkpoints")
-        contexts = contexts_from(arguments, facts.get("contexts") or ())
-        recorded = facts.get("operators", "")
-        ops.choose(arguments.operators or ops.choice_of(recorded))
-        operators = ops.in_use(contexts)
-        check_micro_batch(config.train, len(contexts))
-        refuse_too_large(config, contexts, count, len(load_vocabulary(folder)))
         snapshot = latest_whole(folder)
-        data = load_data(config.data, config.train.batch_size, config.train.seed)
-        check_enough(len(data.train.pairs(0)), count)
-        if data.fingerprint != facts.get("text") or data.vocab.tokens != load_vocabulary(folder).tokens:
-            raise BadInput(
-                f"--corpus {' '.join(config.data.corpus)}: the text, or what reads it, is not what {folder} "
-                "was begun with, and a run that goes on with another is another; begin one with --config"
-            )
-        now = {
-            "contexts": [str(context) for context in contexts],
-            "workers": count,
-            "operators": operators,
-            "versions": runtime.versions(),
-        }
+        data = text(config, here)
+        refuse_another_text(config, data, folder, facts)
         with joined(arguments.kvstore) as workers:
             workers.refuse_differences(facts_of(config, data.fingerprint))
-            net = network(config, data, contexts)
-            given = Given(config, data, net, contexts, folder, workers, arguments.step_timeout, snapshot)
-            if rank:
+            net = network(config, data, here.contexts)
+            given = Given(config, data, net, here.contexts, folder, workers, arguments.step_timeout, snapshot)
+            if here.rank:
                 return train_beside(given)
-            tell_differences(facts.get("versions") or {}, runtime.versions(), "the last digits may differ")
-            dropout = "with dropout other numbers come, without it the last digits may differ"
-            tell_differences({"workers": facts.get("workers", 1)}, {"workers": count}, dropout)
-            if recorded and ops.choice_of(recorded) != ops.choice_of(operators):
-                tell_differences({"operators": recorded}, {"operators": operators}, dropout)
-            if (config, {**facts, **now}) != (before, facts):
-                write_config(folder, config, {**facts, **now})
-            return train(given)
-
-
-def tell_differences(before: Mapping[str, Any], now: Mapping[str, Any], so: str) -> None:
-    """A line for everything that is not what it was when a resumed run was begun, and so changes it."""
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            print(
-                f"{name} is {now.get(name)} and was {before.get(name)}: {so} from those of a run that was "
-                "not stopped",
-                file=sys.stderr,
-            )
-
-
-def refuse_too_large(config: Config, contexts: list[Any], num_workers: int, vocab_size: int = 1) -> None:
-    """Raise BadInput where a worker cannot fit in its machine's memory, however small the vocabulary."""
-    from gluon_bert import ops
-    from gluon_bert.training.plan import check_memory, machine_memory
-
-    limit = machine_memory(contexts)
-    if limit is not None:
-        check_memory(config, vocab_size, len(contexts), ops.compiled(contexts), limit, num_workers)
+            tell_another_place(facts, here)
+            now = {**facts, **here.facts()}
+            if (config, now) != (before, facts):
+                write_config(folder, config, now)
+            with profiled(arguments.profile):
+                return train(given)
 
 
 def network(config: Config, data: Any, contexts: list[Any]) -> Any:
@@ -333,153 +296,39 @@ def network(config: Config, data: Any, contexts: list[Any]) -> Any:
     return net
 
 
-def train(given: Given) -> int:
-    """The steps of a run, from the first or from a checkpoint on, and what they leave in its folder."""
+def refuse_another_text(config: Config, data: Any, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Raise BadInput where a run would go on with another text, or another way to read it."""
+    from gluon_bert.data.wordpiece import load_vocabulary
+
+    if data.fingerprint != facts.get("text") or data.vocab.tokens != load_vocabulary(folder).tokens:
+        raise BadInput(
+            f"--corpus {' '.join(config.data.corpus)}: the text, or what reads it, is not what {folder} "
+            "was begun with, and a run that goes on with another is another; begin one with --config"
+        )
+
+
+def tell_another_place(facts: Mapping[str, Any], here: Place) -> None:
+    """A line for everything that makes numbers differ from those of the run that was recorded."""
     from gluon_bert import ops
-    from gluon_bert.training.plan import machine_memory, peak_memory, plan
-    from gluon_bert.training.report import Report
-    from gluon_bert.training.saving import CheckpointSaver, cost_in_words
 
-    config, contexts, output, snapshot = given.config.train, given.contexts, given.output, given.snapshot
-    print(f"{describe(given)}\noperators: {ops.in_use(contexts)}", file=sys.stderr)
-    planned = plan(
-        given.config, len(given.data.vocab), len(contexts), ops.compiled(contexts), given.workers.count
-    )
-    print(planned.in_words(config.batch_size, machine_memory(contexts)), file=sys.stderr)
-    print(f"run folder: {output}", file=sys.stderr)
-    trainer = trainer_of(given)
-    if snapshot is not None:
-        print(f"going on after step {snapshot.step}", file=sys.stderr)
-    run = trainer.standing
-    report = Report(output, config, given.data, step=run.step, best=run.best, log_bytes=run.log_bytes)
-    saver = CheckpointSaver(output, config, report)
-    try:
-        with signals_between_steps(trainer):
-            try:
-                if given.workers.kvstore != "device" and snapshot is None:
-                    saver.save(trainer)  # so that the job can be restarted, whenever it fails
-                fit(trainer, given, report, saver)
-            finally:
-                saver.close()
-    except (KeyboardInterrupt, Terminated):
-        print(
-            f"the weights after step {run.step} are kept in {output}; --resume {output} goes on from there",
-            file=sys.stderr,
-        )
-        part(trainer)
-        raise
-    finally:
-        report.close()
-    if snapshot is not None and trainer.standing.step == snapshot.step:
-        print(f"{output} is finished, after step {snapshot.step}: --num-steps or --max-minutes asks for more")
-    print("\n".join(report.summary(contexts)))
-    if saver.cost.written:
-        print(cost_in_words(saver.cost, trainer.standing.clock.elapsed()))
-    peak = peak_memory()
-    if peak is not None:
-        print(planned.outcome(peak), file=sys.stderr)
-    return 0
+    now = here.facts()
+    tell_differences(facts.get("versions") or {}, now["versions"], "the last digits may differ")
+    dropout = "with dropout other numbers come, without it the last digits may differ"
+    tell_differences({"workers": facts.get("workers", 1)}, {"workers": now["workers"]}, dropout)
+    recorded = facts.get("operators", "")
+    if recorded and ops.choice_of(recorded) != ops.choice_of(here.operators):
+        tell_differences({"operators": recorded}, {"operators": here.operators}, dropout)
 
 
-def train_beside(given: Given) -> int:
-    """The part that a worker other than the first has in a run: it writes nothing."""
-    from gluon_bert.training.saving import ReadOnlySaver
-    from gluon_bert.training.trainer import Reporter
-
-    trainer = trainer_of(given)
-    try:
-        with signals_between_steps(trainer):
-            fit(trainer, given, Reporter(), ReadOnlySaver(given.output))
-    except (KeyboardInterrupt, Terminated):
-        part(trainer)
-        raise
-    return 0
-
-
-def trainer_of(given: Given) -> Any:
-    """A trainer at the beginning, or where a checkpoint stands, with the same weights on all workers."""
-    from gluon_bert.checkpoint import weights_of
-    from gluon_bert.training.trainer import Trainer
-    from gluon_bert.training.workers import digest_of_weights
-
-    trainer = Trainer(given.net, given.config.train, given.contexts, given.workers)
-    if given.snapshot is not None:
-        trainer.restore(given.snapshot, given.output)
-        for arrays in (given.snapshot.weights, given.snapshot.optimizer):
-            arrays.clear()  # they would stay in memory to the end of the run
-    if given.workers.count > 1:
-        step, weights = trainer.standing.step, digest_of_weights(weights_of(given.net))
-        given.workers.refuse_differences({"the step of the checkpoint": step, "the first weights": weights})
-    return trainer
-
-
-def fit(trainer: Any, given: Given, report: Any, saver: Any) -> None:
-    """Take the steps of a run, between two of which signals stop it, and none of which takes too long."""
-    from gluon_bert.training.watchdog import watched
-
-    def end() -> None:
-        print(
-            f"pretrain: --step-timeout {given.step_timeout:g}: step {trainer.standing.step} takes longer; "
-            "another worker may be gone, or the time too short",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # whoever waits for another process cannot be asked to end
-
-    with watched(given.step_timeout, end) as trainer.alive:
-        trainer.fit(given.data, report, saver)
-
-
-def part(trainer: Any) -> None:
-    """Leave the other workers where all have come to an end, rather than this one alone."""
-    if trainer.has_ended():
-        trainer.workers.leave()
-
-
-@contextmanager
-def signals_between_steps(trainer: Any) -> Iterator[None]:
-    """Let a first Ctrl-C or SIGTERM wait for the end of the step; a second one ends the process at once."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    came: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        print("stopping after this step; once more stops at once", file=sys.stderr)
-        came.append(number)
-        trainer.interrupted = True
-        for each in signals:
-            signal.signal(each, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, handle) for number in signals}
-    try:
-        yield
-        if came:  # after the last step
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        if signal.SIGTERM in came:
-            raise Terminated from None
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def describe(given: Given) -> str:
-    """A line on what is about to be trained."""
-    data, contexts, workers = given.data, given.contexts, given.workers.count
-    parameters = sum(p.data(contexts[0]).size for p in given.net.collect_params().values())
-    held_out = data.held_out.documents if data.held_out else ()
-    return (
-        f"{len(data.train.documents):,} documents to train on and {len(held_out):,} held out, "
-        f"{len(data.train.pairs(0)):,} sentence pairs, a vocabulary of {len(data.vocab):,}, "
-        f"{parameters:,} parameters, on {contexts}{f' of each of {workers} workers' if workers > 1 else ''}"
-    )
-
-
-def _free_folder(preset_name: str) -> Path:
-    number = 1
-    while Path("runs", f"{preset_name}-{number}").exists():
-        number += 1
-    return Path("runs", f"{preset_name}-{number}")
+def tell_differences(before: Mapping[str, Any], now: Mapping[str, Any], so: str) -> None:
+    """A line for everything that is not what it was when a resumed run was begun, and so changes it."""
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            print(
+                f"{name} is {now.get(name)} and was {before.get(name)}: {so} from those of a run that was "
+                "not stopped",
+                file=sys.stderr,
+            )
 
 
 def leave(main: Callable[[list[str]], int]) -> None:
