@@ -77,11 +77,14 @@ def encode(
     segments: Any,
     lengths: Any,
     recompute: bool = False,
+    bf16: bool = False,
 ) -> Any:
     """What `Encoder` computes, (B, T) tokens to (B, T, C) vectors; those of padding are zeros.
 
     parameters: those of the encoder in the order in which it computes, as gluon Parameters. recompute: the
-    backward pass computes each layer again, to the same bits, rather than have its values kept.
+    backward pass computes each layer again, to the same bits, rather than have its values kept. bf16: what
+    products of matrices multiply, forward and backward, is rounded to bfloat16 and summed in float32; the
+    rest is float32 as ever.
     """
     rate = config.dropout if mx.autograd.is_training() else 0.0
     # MXNet's generator decides, so its seed repeats the dropout; the operator counts from there.
@@ -97,24 +100,30 @@ def encode(
         pre=int(config.norm == "pre"),
         embedding_norm=int(config.embedding_norm),
         dropout=rate,
-        **_common(config, parameters),
+        **_common(config, parameters, bf16),
     )
 
 
 def masked_loss(
-    config: ModelConfig, parameters: Sequence[Any], encoded: Any, predictions: Any, labels: Any
+    config: ModelConfig,
+    parameters: Sequence[Any],
+    encoded: Any,
+    predictions: Any,
+    labels: Any,
+    bf16: bool = False,
 ) -> tuple[Any, Any]:
     """The sum of the masked words' losses in nats and how many have the highest score, both (1,).
 
     encoded (B, T, C), predictions (2, M) and labels (M,) as in Batch, M at least 1. parameters: those of the
-    MLM head in the order in which it computes. The scores of all words are never in memory at once.
+    MLM head in the order in which it computes. The scores of all words are never in memory at once. bf16: as
+    for `encode`.
     """
     loss, hits = mx.nd.gluon_bert_masked_loss(
         encoded,
         predictions,
         labels,
         *_arrays(parameters, encoded.context),
-        **_common(config, parameters),
+        **_common(config, parameters, bf16),
     )
     return loss, hits
 
@@ -126,18 +135,36 @@ def products(repeats: int) -> float:
     """
     if _loaded():
         return 0.0
-    function = ctypes.CDLL(str(built_library())).gluon_bert_products
+    function = _library().gluon_bert_products
     function.restype = ctypes.c_double
     return float(function(repeats))
 
 
-def _common(config: ModelConfig, parameters: Sequence[Any]) -> dict[str, Any]:
+def bf16_refusal() -> str:
+    """In a phrase, why products of bfloat16 would not be faster here than those of float32, or nothing.
+
+    Operators that are asked for them compute them all the same, where the processor cannot with float32's.
+    """
+    reason = _loaded()
+    if reason:
+        return f"only compiled operators multiply bfloat16, and there are none ({reason})"
+    if not _library().gluon_bert_multiplies_bf16():
+        return "this processor has no products of bfloat16 (AVX512_BF16)"
+    return ""
+
+
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(built_library()))
+
+
+def _common(config: ModelConfig, parameters: Sequence[Any], bf16: bool) -> dict[str, Any]:
     # repr, since MXNet would print six digits of a float.
     return {
         "activation": config.activation,
         "epsilon": repr(config.norm_epsilon),
         "keep": int(mx.autograd.is_recording()),
         "add": int(_add_up(parameters)),
+        "bf16": int(bf16),
     }
 
 

@@ -57,6 +57,8 @@ struct Inputs {
 // What is kept for a backward pass: nothing, the stream, or the layers' inner values as well.
 enum class Keep { kNothing, kStream, kLayers };
 
+// T: what products are made of, float or Pair (matrix.h).
+template <class T>
 class Encoder {
  public:
   // The parameters and inputs must live as long as the call they are used in.
@@ -84,7 +86,7 @@ class Encoder {
   // encoded (B, T, C): the vectors, and zeros on padding.
   void forward(float* encoded) {
     embed();
-    Floats packed(packed_size());
+    Floats packed(layer_size());
     std::vector<Scratch> scratch = make_scratch();
     for (int l = 0; l < num_layers(); ++l) {
 #pragma omp parallel num_threads(threads_)
@@ -113,7 +115,7 @@ class Encoder {
   // gradient: of encoded, (B, T, C).
   void backward(const float* gradient, const Gradients& out) {
     const bool again = keep_ == Keep::kStream;
-    Floats packed(packed_size()), packed_forward(again ? packed_size() : 0);
+    Floats packed(layer_size()), packed_forward(again ? layer_size() : 0);
     Floats d_stream(num_tokens_ * ld_), sums((size_t)threads_ * sums_size());
     std::vector<Scratch> scratch = make_scratch();
 #pragma omp parallel num_threads(threads_)
@@ -169,7 +171,7 @@ class Encoder {
     int tokens;
   };
   struct Packed {
-    Right qkv, output, expand, project;
+    Right<T> qkv, output, expand, project;
   };
   // Inner values of a layer, a row a token: query, key and value; what attention found; the sum after attention;
   // the hidden layer before its activation.
@@ -205,6 +207,7 @@ class Encoder {
     static size_t size(size_t c, size_t f) { return 4 * c * c + 2 * c * f + 9 * c + f + 16; }
   };
 
+  static T* panels_of(const Scratch& s) { return s.panels.template as<T>(); }
   int num_layers() const { return (int)n_.layers.size(); }
   size_t sums_size() const { return Sums::size(n_.units, n_.ffn_units); }
   int head_size() const { return n_.units / n_.heads; }
@@ -287,51 +290,46 @@ class Encoder {
       s.wide = Floats(tokens * ld_ffn_);
       s.qkv = Floats(tokens * ld_qkv_);
       for (Floats* one : {&s.scores, &s.dropped, &s.d_scores}) *one = Floats(scores);
-      s.panels = Floats((long)panels(longest_) * kCols * head_size());
+      s.panels = Floats(std::max(packed_size<T>(longest_, head_size()),
+                                 room_size<T>(std::max(n_.units, n_.ffn_units), largest_chunk_)));
       if (keep_ != Keep::kLayers) s.inner = make_inner(tokens);
     }
     return all;
   }
 
-  size_t packed_size() const {
-    const size_t c = n_.units, f = n_.ffn_units, pc = panels(n_.units) * kCols, pf = panels(n_.ffn_units) * kCols;
-    return std::max((size_t)panels(3 * n_.units) * kCols * c, 3 * c * pc) + c * pc + std::max(pf * c, f * pc) * 2 + 64;
+  // The elements of a layer's packed weights, for the forward and for the backward pass.
+  size_t layer_size() const {
+    const int c = n_.units, f = n_.ffn_units;
+    return std::max(packed_size<T>(3 * c, c), packed_size<T>(c, 3 * c)) + packed_size<T>(c, c) +
+           2 * std::max(packed_size<T>(f, c), packed_size<T>(c, f));
   }
 
   // A layer's weights in panels, for x * weight^T or, backward, for gradient * weight. Shared among the threads.
-  Packed pack_layer(const Layer& layer, float* out, bool forward) const {
+  Packed pack_layer(const Layer& layer, const Floats& room, bool forward) const {
     const int c = n_.units, f = n_.ffn_units;
-    float* together = out;  // query, key and value as one matrix (3 C, C)
+    T* out = room.as<T>();
     int number = 0;
     auto mine = [&number] { return number++ % omp_get_num_threads() == omp_get_thread_num(); };
-    auto pack_one = [&](const float* weight, int outputs, int inputs) {
+    auto pack_one = [&](auto rows, int outputs, int inputs) {
       const int depth = forward ? inputs : outputs, columns = forward ? outputs : inputs;
-      const Right packed{out, kCols, (long)depth * kCols};
-      for (int p = 0; p < panels(columns); ++p)
-        if (mine()) (forward ? pack_panel_transposed : pack_panel)(weight, inputs, depth, columns, p, out);
-      out += (long)panels(columns) * kCols * depth;
-      return packed;
-    };
-    auto pack_three = [&] {
-      const float* weights[] = {layer.query.weight, layer.key.weight, layer.value.weight};
-      const Right packed{together, kCols, (long)(forward ? c : 3 * c) * kCols};
-      for (int p = 0; p < panels(forward ? 3 * c : c); ++p) {
+      const Right<T> packed{out, kCols, packed_size<T>(kCols, depth)};
+      for (int p = 0; p < panels(columns); ++p) {
         if (!mine()) continue;
-        float* panel = together + p * packed.panel;
-        for (int k = 0; k < packed.panel / kCols; ++k)
-          for (int j = 0; j < kCols; ++j) {
-            const int row = forward ? p * kCols + j : k, col = forward ? k : p * kCols + j;
-            panel[k * kCols + j] = row < 3 * c && col < c ? weights[row / c][(row % c) * (long)c + col] : 0;
-          }
+        if (forward)
+          pack_panel_transposed(rows, depth, columns, p, out);
+        else
+          pack_panel(rows, depth, columns, p, out);
       }
-      out += (long)panels(forward ? 3 * c : c) * packed.panel;
+      out += packed_size<T>(columns, depth);
       return packed;
     };
+    // Query, key and value are one matrix (3 C, C).
+    const float* three[] = {layer.query.weight, layer.key.weight, layer.value.weight};
     Packed packed;
-    packed.qkv = pack_three();
-    packed.output = pack_one(layer.output.weight, c, c);
-    packed.expand = pack_one(layer.expand.weight, f, c);
-    packed.project = pack_one(layer.project.weight, c, f);
+    packed.qkv = pack_one([&](int i) { return three[i / c] + i % c * (long)c; }, 3 * c, c);
+    packed.output = pack_one(rows_of(layer.output.weight, c), c, c);
+    packed.expand = pack_one(rows_of(layer.expand.weight, c), f, c);
+    packed.project = pack_one(rows_of(layer.project.weight, f), c, f);
     return packed;
   }
 
@@ -427,7 +425,7 @@ class Encoder {
   long weights_of(const float* query, int t, Scratch& s) const {
     const int d = head_size(), padded = panels(t) * kCols;
     const long ld = stride(padded);
-    const Right keys = pack_transposed(query + n_.units, ld_qkv_, d, t, s.panels);
+    const Right<T> keys = pack_transposed(query + n_.units, ld_qkv_, d, t, panels_of(s));
     multiply<Start::kZero>(t, padded, d, {query, ld_qkv_, 1}, keys, s.scores, ld);
     for (int i = 0; i < t; ++i) softmax(s.scores + i * ld, t, attention_scale());
     return ld;
@@ -446,7 +444,7 @@ class Encoder {
     const long ld = weights_of(query, t, s);
     const Dropout drop = dropout(l, 0);
     for (int i = 0; i < t; ++i) drop.apply(s.scores + i * ld, t, score_number(row, head, i), s.scores + i * ld);
-    multiply<Start::kZero>(t, d, t, {s.scores, ld, 1}, in_place(query + 2 * n_.units, ld_qkv_),
+    multiply<Start::kZero>(t, d, t, {s.scores, ld, 1}, right_side(query + 2 * n_.units, ld_qkv_, t, d, panels_of(s)),
                            r.context + local * ld_ + head * d, ld_);
   }
 
@@ -462,16 +460,19 @@ class Encoder {
     float* d_query = s.qkv + local * ld_qkv_ + head * d;
     const Dropout drop = dropout(l, 0);
     for (int i = 0; i < t; ++i) drop.apply(s.scores + i * ld, t, score_number(row, head, i), s.dropped + i * ld);
-    multiply<Start::kZero>(t, d, t, {s.dropped, 1, ld}, in_place(gradient, ld_), d_query + 2 * n_.units, ld_qkv_);
-    const Right values = pack_transposed(value, ld_qkv_, d, t, s.panels);
+    multiply<Start::kZero>(t, d, t, {s.dropped, 1, ld}, right_side(gradient, ld_, t, d, panels_of(s)),
+                           d_query + 2 * n_.units, ld_qkv_);
+    const Right<T> values = pack_transposed(value, ld_qkv_, d, t, panels_of(s));
     multiply<Start::kZero>(t, padded, d, {gradient, ld_, 1}, values, s.d_scores, ld);
     for (int i = 0; i < t; ++i) {
       float* row_gradient = s.d_scores + i * ld;
       drop.apply(row_gradient, t, score_number(row, head, i), row_gradient);
       softmax_backward(s.scores + i * ld, t, attention_scale(), row_gradient);
     }
-    multiply<Start::kZero>(t, d, t, {s.d_scores, ld, 1}, in_place(key, ld_qkv_), d_query, ld_qkv_);
-    multiply<Start::kZero>(t, d, t, {s.d_scores, 1, ld}, in_place(query, ld_qkv_), d_query + n_.units, ld_qkv_);
+    multiply<Start::kZero>(t, d, t, {s.d_scores, ld, 1}, right_side(key, ld_qkv_, t, d, panels_of(s)), d_query,
+                           ld_qkv_);
+    multiply<Start::kZero>(t, d, t, {s.d_scores, 1, ld}, right_side(query, ld_qkv_, t, d, panels_of(s)),
+                           d_query + n_.units, ld_qkv_);
   }
 
   // d_stream holds the gradient of stream l + 1 and gets that of stream l.
@@ -482,12 +483,12 @@ class Encoder {
     // The feed-forward network.
     drop_rows(chunk, dropout(l, 2), gradient, s.after);
     for (int i = 0; i < tokens; ++i) activate(n_.activation, r.hidden + i * ld_ffn_, f, s.wide + i * ld_ffn_);
-    add_weights(tokens, c, f, s.after, ld_, s.wide, ld_ffn_, sums.project, sums.project_bias);
+    add_weights(tokens, c, f, s.after, ld_, s.wide, ld_ffn_, sums.project, sums.project_bias, panels_of(s));
     multiply<Start::kZero>(tokens, f, c, {s.after, ld_, 1}, weights.project, s.wide, ld_ffn_);
     for (int i = 0; i < tokens; ++i)
       activate_backward(n_.activation, r.hidden + i * ld_ffn_, f, s.wide + i * ld_ffn_);
     ffn_input(l, chunk, r, s.input);
-    add_weights(tokens, f, c, s.wide, ld_ffn_, s.input, ld_, sums.expand, sums.expand_bias);
+    add_weights(tokens, f, c, s.wide, ld_ffn_, s.input, ld_, sums.expand, sums.expand_bias, panels_of(s));
     multiply<Start::kZero>(tokens, c, f, {s.wide, ld_ffn_, 1}, weights.expand, s.after, ld_);
     // Its input's norm; a residual goes around the norm or past both.
     for (int i = 0; i < tokens; ++i) {
@@ -500,12 +501,12 @@ class Encoder {
     }
     // Attention.
     drop_rows(chunk, dropout(l, 1), gradient, s.gradient);
-    add_weights(tokens, c, c, s.gradient, ld_, r.context, ld_, sums.output, sums.output_bias);
+    add_weights(tokens, c, c, s.gradient, ld_, r.context, ld_, sums.output, sums.output_bias, panels_of(s));
     multiply<Start::kZero>(tokens, c, c, {s.gradient, ld_, 1}, weights.output, s.after, ld_);
     for (int row = chunk.first_row; row < chunk.last_row; ++row)
       for (int head = 0; head < n_.heads; ++head) attend_backward(l, row, head, chunk, r, s);
     const float* input = layer_input(l, chunk, s.input);
-    add_weights(tokens, 3 * c, c, s.qkv, ld_qkv_, input, ld_, sums.qkv, sums.qkv_bias);
+    add_weights(tokens, 3 * c, c, s.qkv, ld_qkv_, input, ld_, sums.qkv, sums.qkv_bias, panels_of(s));
     multiply<Start::kZero>(tokens, c, 3 * c, {s.qkv, ld_qkv_, 1}, weights.qkv, s.after, ld_);
     const Norm* norm = norm_after(l);
     for (int i = 0; i < tokens; ++i) {
@@ -529,8 +530,9 @@ class Encoder {
 
   // weight (outputs, inputs) += gradient^T * x; bias += the sum of the gradients.
   static void add_weights(int tokens, int outputs, int inputs, const float* gradient, long ld_gradient, const float* x,
-                          long ld_x, float* weight, float* bias) {
-    multiply<Start::kAdd>(outputs, inputs, tokens, {gradient, 1, ld_gradient}, in_place(x, ld_x), weight, inputs);
+                          long ld_x, float* weight, float* bias, T* room) {
+    multiply<Start::kAdd>(outputs, inputs, tokens, {gradient, 1, ld_gradient},
+                          right_side(x, ld_x, tokens, inputs, room), weight, inputs);
     for (int i = 0; i < tokens; ++i) add(gradient + i * ld_gradient, outputs, bias);
   }
 

@@ -38,6 +38,8 @@ struct HeadGradients {
   float *encoded, *transform, *transform_bias, *gamma, *beta, *decoder, *decoder_bias;
 };
 
+// T: what products are made of, float or Pair (matrix.h).
+template <class T>
 class MaskedLoss {
  public:
   // keep: for a backward pass.
@@ -86,9 +88,10 @@ class MaskedLoss {
     float most[kSlice], sum[kSlice];
   };
   // A thread's own room: its scores for a slice of predictions, tile after tile, as powers and then as gradients;
-  // the highest of each row and tile; a tile's words packed; and the scores of labels that are among its words.
+  // the highest of each row and tile; a tile's words packed, and the slice's vectors, where they must be; and the
+  // scores of labels that are among its words.
   struct Room {
-    Floats tiles, highest, packed;
+    Floats tiles, highest, packed, vectors;
     float of_label[kSlice];
   };
 
@@ -104,8 +107,8 @@ class MaskedLoss {
 
   void transform() {
     const int c = h_.units;
-    Floats weight((size_t)panels(c) * kCols * c);
-    const Right packed = pack_transposed(h_.transform.weight, c, c, c, weight);
+    Floats weight(packed_size<T>(c, c));
+    const Right<T> packed = pack_transposed(h_.transform.weight, c, c, c, weight.as<T>());
 #pragma omp parallel num_threads(threads_)
     {
       const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -130,7 +133,8 @@ class MaskedLoss {
     for (Room& room : rooms) {
       room.tiles = Floats(tiles_ * kTileSize);
       room.highest = Floats(tiles_ * kSlice);
-      room.packed = Floats(std::max(panels(kTile) * kCols * h_.units, kTile * panels(h_.units) * kCols));
+      room.packed = Floats(std::max(packed_size<T>(kTile, h_.units), packed_size<T>(h_.units, kTile)));
+      room.vectors = Floats(room_size<T>(h_.units, kSlice));
     }
 #pragma omp parallel num_threads(threads_)
     {
@@ -171,7 +175,8 @@ class MaskedLoss {
     const int c = h_.units;
     for (int tile = words.first, number = 0; tile < words.last; tile += kTile, ++number) {
       const int width = std::min(kTile, words.last - tile);
-      const Right weight = pack_transposed(h_.decoder.weight + (long)tile * c, c, c, width, room.packed);
+      const Right<T> weight =
+          pack_transposed(h_.decoder.weight + (long)tile * c, c, c, width, room.packed.template as<T>());
       float* out = room.tiles + number * kTileSize;
       multiply<Start::kBias>(some, width, c, {ready_ + first * ld_, ld_, 1}, weight, out, kTileStride,
                              h_.decoder.bias + tile);
@@ -198,6 +203,7 @@ class MaskedLoss {
   void use_scores(int first, int some, Words words, Room& room, const float* log_sums) {
     const int c = h_.units;
     float* d_ready = d_ready_ + (omp_get_thread_num() * (long)p_.count + first) * ld_;
+    const Right<T> vectors = right_side(ready_ + first * ld_, ld_, some, c, room.vectors.template as<T>());
     for (int begin = words.first, number = 0; begin < words.last; begin += kTile, ++number) {
       const int width = std::min(kTile, words.last - begin);
       float* tile = room.tiles + number * kTileSize;
@@ -212,13 +218,12 @@ class MaskedLoss {
         if (at >= 0 && at < width) row[at] -= 1;
         add(row, width, bias);
       }
-      const Right weight = pack(h_.decoder.weight + (long)begin * c, c, width, c, room.packed);
-      const Left by_row{tile, kTileStride, 1}, by_word{tile, 1, kTileStride};
+      const Right<T> weight = pack(h_.decoder.weight + (long)begin * c, c, width, c, room.packed.template as<T>());
+      const Left<float> by_row{tile, kTileStride, 1}, by_word{tile, 1, kTileStride};
       if (begin == words.first)
         multiply<Start::kZero>(some, c, width, by_row, weight, d_ready, ld_);
       else
         multiply<Start::kAdd>(some, c, width, by_row, weight, d_ready, ld_);
-      const Right vectors = in_place(ready_ + first * ld_, ld_);
       float* d_weight = d_decoder_ + (long)begin * c;
       if (first == 0)
         multiply<Start::kZero>(width, c, some, by_word, vectors, d_weight, c);
@@ -231,8 +236,8 @@ class MaskedLoss {
   void transform_backward() {
     const int c = h_.units, count = p_.count;
     const size_t size = (size_t)c * c + 3 * c;
-    Floats weight((size_t)panels(c) * kCols * c), sums(size * threads_);
-    const Right packed = pack(h_.transform.weight, c, c, c, weight);
+    Floats weight(packed_size<T>(c, c)), sums(size * threads_);
+    const Right<T> packed = pack(h_.transform.weight, c, c, c, weight.as<T>());
     d_transform_ = Floats(size);
 #pragma omp parallel num_threads(threads_)
     {
@@ -249,7 +254,9 @@ class MaskedLoss {
         activate_backward(h_.activation, before_ + m * ld_, c, row);
         add(row, c, own + (long)c * c);
       }
-      multiply<Start::kAdd>(c, c, some, {d, 1, ld_}, in_place(gathered_ + first * ld_, ld_), own, c);
+      Floats room(room_size<T>(c, some));
+      const Right<T> vectors = right_side(gathered_ + first * ld_, ld_, some, c, room.as<T>());
+      multiply<Start::kAdd>(c, c, some, {d, 1, ld_}, vectors, own, c);
       multiply<Start::kZero>(some, c, c, {d, ld_, 1}, packed, gathered_ + first * ld_, ld_);
 #pragma omp barrier
 #pragma omp for schedule(static)

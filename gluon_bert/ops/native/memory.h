@@ -68,6 +68,12 @@ class Floats {
     if (data_) Pool::instance().give_back(data_, size_);
   }
   float* get() const { return data_; }
+  // The same memory, for other elements of this size.
+  template <class T>
+  T* as() const {
+    static_assert(sizeof(T) == sizeof(float), "as large as a float");
+    return reinterpret_cast<T*>(data_);
+  }
   operator float*() const { return data_; }
 
  private:
