@@ -26,7 +26,7 @@ def forward(config, parameters, batch, drop=nothing_dropped):
     x = ACTIVATIONS[config.activation](dense(p, "mlm.transform.dense", masked))
     x = layer_norm(p, "mlm.transform.norm", x, config.norm_epsilon)
     decoder = p["encoder.embeddings.tokens.weight"] if config.tied_decoder else p["mlm.decoder.weight"]
-    mlm_scores = x @ decoder.T + p["mlm.decoder.bias"]
+    mlm_scores = product(x, decoder.T) + p["mlm.decoder.bias"]
     pooled = np.tanh(dense(p, "pooler.dense", encoded[:, 0]))
     return encoded, mlm_scores, dense(p, "nsp.dense", pooled)
 
@@ -67,15 +67,20 @@ def attention(p, name, x, lengths, num_heads, place=0, drop=nothing_dropped):
     for row, length in enumerate(lengths):
         for head in range(num_heads):
             part = slice(head * size, (head + 1) * size)
-            scores = query[row, :, part] @ key[row, :length, part].T / math.sqrt(size)
+            scores = product(query[row, :, part], key[row, :length, part].T) / math.sqrt(size)
             weights = np.exp(log_softmax(scores)) * kept[row, head, :, :length]
-            heads[row, :, part] = weights @ value[row, :length, part]
+            heads[row, :, part] = product(weights, value[row, :length, part])
     return dense(p, f"{name}.output", heads)
 
 
 def dense(p, name, x):
     """x W' + b."""
-    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+    return product(x, p[f"{name}.weight"].T) + p[f"{name}.bias"]
+
+
+def product(x, y):
+    """Of two matrices, or of a stack of them and one; a test may have it round what it multiplies."""
+    return x @ y
 
 
 def layer_norm(p, name, x, epsilon):
