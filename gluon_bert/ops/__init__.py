@@ -148,9 +148,9 @@ def bf16_refusal() -> str:
     reason = _loaded()
     if reason:
         return f"only compiled operators multiply bfloat16, and there are none ({reason})"
-    if not _library().gluon_bert_multiplies_bf16():
-        return "this processor has no products of bfloat16 (AVX512_BF16)"
-    return ""
+    function = _library().gluon_bert_bf16_refusal
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
 
 
 def _library() -> ctypes.CDLL:

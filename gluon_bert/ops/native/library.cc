@@ -284,11 +284,13 @@ extern "C" double gluon_bert_products(int repeats) {
   return 2.0 * kSize * kDeep * kWide * repeats * threads;
 }
 
-// Whether it multiplies bfloat16 by an instruction, which alone is faster than float32.
-extern "C" int gluon_bert_multiplies_bf16() {
-#if defined(__AVX512BF16__)
-  return 1;
+// In a phrase, why no instruction multiplies bfloat16 here, without which it is not faster than float32, or nothing.
+extern "C" const char* gluon_bert_bf16_refusal() {
+#if defined(GLUON_BERT_MULTIPLIES_PAIRS)
+  return "";
+#elif defined(__AVX512BF16__)
+  return "clang++ makes no products of bfloat16: name g++ in the variable CXX";
 #else
-  return 0;
+  return "this processor has no products of bfloat16 (AVX512_BF16)";
 #endif
 }
