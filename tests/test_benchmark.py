@@ -8,6 +8,7 @@ import encoders
 import numpy as np
 import preparations
 import pytest
+import scaling
 import trainers
 from conftest import small_text
 
@@ -237,9 +238,145 @@ def test_what_preparation_is_measured_with_is_checked(tmp_path, capsys):
     assert benchmark.main(["prepare", *flags]) == 2
     told = capsys.readouterr().err
     assert "--against jax: must be cached, seed or both" in told
-    assert "--workers 1,x: numbers with commas" in told
+    assert "--workers 1,x: numbers from 0 on with commas" in told
     assert "--megabytes -1: must be at least 0" in told
     assert benchmark.main(["prepare", "--corpus", str(tmp_path)]) == 2
     assert "has no wiki.train.tokens and no wiki.valid.tokens" in capsys.readouterr().err
     with pytest.raises(BadInput, match=r"workers-0 ended with status 1: .*nowhere"):
         preparations.Preparation("workers-0", tmp_path / "nowhere", tmp_path).make()
+
+
+def test_each_row_differs_from_the_first_in_one_thing():
+    rows = scaling.rows_of(["bert-small", "bert-tiny"], [128, 64, 128], [16], [1, 4], [1, 2])
+    assert rows == [
+        ("bert-small", 128, 16, 1, 1),
+        ("bert-tiny", 128, 16, 1, 1),
+        ("bert-small", 64, 16, 1, 1),
+        ("bert-small", 128, 16, 4, 1),
+        ("bert-small", 128, 16, 1, 2),
+    ]
+
+
+SCALE = [
+    "scale",
+    "--presets",
+    "bert-tiny",
+    "--lengths",
+    "24",
+    "--batch-sizes",
+    "8",
+    "--rounds",
+    "1",
+    "--steps",
+    "2",
+]
+
+
+def scaled(corpus, tmp_path, *flags):
+    """The rows of the JSON that such a command writes."""
+    figures = tmp_path / "scale.json"
+    assert benchmark.main([*SCALE, "--corpus", str(corpus), "--json", str(figures), *flags]) == 0
+    return json.loads(figures.read_text("utf-8"))["rows"]
+
+
+def test_contexts_share_the_steps_of_a_row(corpus, tmp_path, capsys):
+    rows = scaled(corpus, tmp_path, "--contexts", "1,2", "--workers", "1")
+    assert [row["contexts"] for row in rows] == [1, 2]
+    one, two = (row["rounds"][0] for row in rows)
+    assert one["pairs"] == two["pairs"] == 16
+    assert one["tokens"] == two["tokens"] > 0.95 * 16 * 24  # packed
+    assert one["flop"] == two["flop"] > 1e8
+    assert one["even"]["tokens"] == 1.0 >= two["even"]["tokens"] > 0.9
+    for each in (one, two):
+        parts = each["parts"]
+        assert parts["step"] == pytest.approx(sum(parts.values()) - parts["step"])
+        assert min(parts["computing"], parts["updating"], each["peak_gigabytes"]) > 0
+    assert [line.split()[:5] for line in capsys.readouterr().out.splitlines()[2:4]] == [
+        ["bert-tiny", "24", "8", "1", "1"],
+        ["bert-tiny", "24", "8", "2", "1"],
+    ]
+
+
+@pytest.mark.workers
+def test_workers_share_the_steps_of_a_row(corpus, tmp_path):
+    rows = scaled(corpus, tmp_path, "--contexts", "1", "--workers", "1,2")
+    one, two = (row["rounds"][0] for row in rows)
+    assert one["pairs"] == two["pairs"] == 16 and one["flop"] == two["flop"]
+    assert two["peak_gigabytes"] > 2 * one["peak_gigabytes"]  # a server, too
+    assert two["parts"]["summing"] > one["parts"]["summing"]
+
+
+def test_rows_are_compared_round_by_round_and_with_the_fastest_products():
+    def measured(seconds, tokens, fastest):
+        parts = {"step": 2.0, "batch": 0.1, "computing": 1.0, "summing": 0.5, "updating": 0.4}
+        work = {"pairs": 8, "tokens": tokens, "flop": 1e9, "flop_per_second_of_products": fastest}
+        return {"seconds": seconds, **work, "parts": parts, "peak_gigabytes": seconds}
+
+    base, other = scaling.rows_of(["bert-small"], [128], [8], [1, 2], [1])
+    answers = {
+        base: [measured(1, 1000, 4e9), measured(2, 1000, 2e9)],
+        other: [measured(2, 1000, 1), measured(1, 1000, 1)],
+    }
+    table = benchmark.scale_table("", answers)
+    reached = "6.0      750   1.25   0.50 .. 2.00          19%     2.00       50%       25%       20%"
+    assert f"bert-small     128     8        2       1      {reached}" in table
+    assert "the fastest products seen in this run: 4.0 GFLOP a second" in table
+
+
+def test_what_is_scaled_is_checked_before_anything_is_measured(corpus, monkeypatch, capsys):
+    def told(*flags):
+        assert benchmark.main(["scale", "--corpus", str(corpus), *flags]) == 2
+        return capsys.readouterr().err
+
+    shown = told(
+        "--presets", "bert-tiny,bert-huge", "--lengths", "64,x", "--contexts", "0", "--workers", "1,,2"
+    )
+    assert "--presets bert-huge: must be some of d2l, quick, bert-tiny" in shown
+    assert "--lengths 64,x: numbers from 1 on with commas between them" in shown
+    assert "--contexts 0: numbers from 1 on" in shown
+    assert "--workers 1,,2: numbers from 1 on" in shown
+    shown = told("--lengths", "128,600", "--batch-sizes", "16,3")
+    assert "--max-len 600: must not exceed --max-positions 512" in shown
+    assert "--batch-size 3" not in shown  # as only the first row has two workers
+    assert "--batch-size 3: 2 workers share each batch evenly; 2 or 4 would do" in told("--batch-sizes", "3")
+    monkeypatch.setattr(scaling, "machine_memory", lambda contexts: 2e9)
+    shown = told()
+    assert (
+        "bert-base, 128 tokens, 16 pairs, 1 contexts, 1 workers: --batch-size 16, --max-len 128: the run is"
+        in shown
+    )
+    assert "bert-tiny" not in shown
+    assert benchmark.main(["train", "--estimate"]) == 2
+    assert "--estimate: is for scale, not for train" in capsys.readouterr().err
+
+
+def test_a_row_that_ends_is_told_with_its_last_words(tmp_path):
+    row = scaling.Row("bert-tiny", 24, 8, 1, 1)
+    with pytest.raises(BadInput, match=r"bert-tiny, 24 tokens, .* ended with status 1: .*nowhere"):
+        row.measure(tmp_path / "nowhere", 1)
+
+
+def sent_in_a_ring(size, members):
+    """Bytes that a member sends until all have the sum: around once to add up, and once to pass that on."""
+    return sum(size / members for _ in range(members - 1)) + sum(size / members for _ in range(members - 1))
+
+
+def test_an_estimate_is_of_the_gradients_bytes_and_the_products(capsys):
+    assert scaling.passed_on(12.0, 4) == pytest.approx(sent_in_a_ring(12.0, 4))
+    assert benchmark.main(["scale", "--estimate"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("bert-")]
+    assert [row[:2] for row in rows[::2]] == [
+        ["bert-base", "128"],
+        ["bert-base", "512"],
+        ["bert-large", "128"],
+        ["bert-large", "512"],
+    ]
+    gradients = 110e6 * 4  # of the published BERT-Base
+    assert float(rows[0][2]) == pytest.approx(gradients / 1e6, rel=0.01)
+    computing, of_a_machine, *of_networks = (float(rows[0][place]) / 1e3 for place in (5, 7, 10, 13, 16))
+    assert of_a_machine - computing == pytest.approx(sent_in_a_ring(gradients, 8) / 12e9, rel=0.02)
+    sent = sent_in_a_ring(gradients, 32)
+    for step, network in zip(of_networks, (1.25e9, 3.125e9, 12.5e9)):
+        assert step - of_a_machine == pytest.approx(sent / network, rel=0.03)
+    # Nearly all are six FLOPs a token for each weight of the layers.
+    assert computing * float(rows[0][4]) * 1e12 == pytest.approx(6 * 86e6 * 8192, rel=0.1)

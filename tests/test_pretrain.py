@@ -80,10 +80,18 @@ def test_a_run_tells_which_operators_compute(command, capsys, monkeypatch, name,
 
 
 def test_a_profile_shows_the_operators_of_a_run(command, tmp_path, capsys):
-    status, _ = command("--profile", str(tmp_path / "trace.json"))
+    status, _ = command("--profile", str(tmp_path / "trace.json"), "--cpus", "2")
     assert status == 0
     table = capsys.readouterr().out
     assert re.search(r"^_adamw_update +\d{2,} ", table, re.M)
+    shares = re.search(r"^work of the contexts: in the mean (.*) % of the tokens and (.*) % of", table, re.M)
+    assert all(50 < float(share) <= 100 for share in shares.groups())
+    each = re.search(
+        r"^at work: cpu/0 (.*) s, cpu/1 (.*) s; any of them (.*) s, all at once (.*) s", table, re.M
+    )
+    first, second, either, both = map(float, each.groups())
+    assert first > 0 < second and max(first, second) <= either + 0.01
+    assert both <= min(first, second) + 0.01 and either + both == pytest.approx(first + second, abs=0.03)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert any("adamw_update" in event["name"] for event in events)
     assert command("--profile", "/no/folder/trace.json", name="other")[0] == 2

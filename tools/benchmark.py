@@ -20,7 +20,7 @@ import numpy as np
 from command_line import command, parser_of, run
 
 from gluon_bert import runtime
-from gluon_bert.config import write_json
+from gluon_bert.config import PRESETS, write_json
 from gluon_bert.errors import BadInput
 
 EXAMPLES = """\
@@ -30,6 +30,9 @@ examples:
   python tools/benchmark.py train --against mxnet,seed,pytorch --json speed.json
   python tools/benchmark.py prepare --against cached,seed
   python tools/benchmark.py prepare --megabytes 1000 --workers 0,1,2 --rounds 1
+  python tools/benchmark.py scale --json scale.json
+  python tools/benchmark.py scale --presets bert-base,bert-large --lengths 512 --batch-sizes 2 --workers 1
+  python tools/benchmark.py scale --estimate
 
 All contestants get the same work in turns, round by round (A B C, A B C, ...), so that whatever else the
 machine does meets them all. Told are the medians over the rounds, and the median of each round's ratio to the
@@ -52,6 +55,14 @@ prepare: from files of text to the first batch of the preset d2l, a new process 
   Told are seconds without the start of Python, MB a second, and the memory of the process that took the
   most. --megabytes makes a larger text of the corpus: its paragraphs again and again, in new orders.
 
+scale: optimizer steps of other networks, lengths, batch sizes, contexts and workers, in new processes each
+  time (several workers by tools/launch.py, with a parameter server, all on this machine)
+  The first value of each flag makes the first row; each other one is a row with that in its place. Texts are
+  packed to the length. Told are medians: pairs and tokens a second, the latter's ratio to the first row's,
+  which part of the fastest products seen in this run the products of the steps reach, the peak memory of
+  all processes of a row added up, and how a step's time is divided, in one more step that waits after each
+  part: computing losses and gradients, summing these over contexts and workers, updating the weights.
+
 encode: vectors of texts of mixed lengths, from text in memory to numbers on the host
   plain         the hybridized network, batches in the texts' order, padded to the longest
   encode        what tools/encode.py does: batches of like length
@@ -64,6 +75,9 @@ encode: vectors of texts of mixed lengths, from text in memory to numbers on the
 
 # Pairs of a text are the same, and so is the network; what is left is initial weights, dropout, order.
 LEARNT_LESS = 0.2  # nats after a few dozen steps
+
+# Flags that take numbers with commas between them, in the order of a row of scale.
+COUNTS = ("lengths", "batch_sizes", "contexts", "workers")
 
 # Two ways to compute the same vectors in single precision are no further apart.
 SAME = 1e-3
@@ -91,28 +105,50 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     p = parser_of(
         "benchmark",
-        "{encode RUN,prepare,train} [flags]",
+        "{encode RUN,prepare,scale,train} [flags]",
         "Measure speed, side by side with others, in rounds.",
         EXAMPLES,
     )
-    p.add_argument("what", choices=("encode", "prepare", "train"), help="what to measure")
+    p.add_argument("what", choices=("encode", "prepare", "scale", "train"), help="what to measure")
     p.add_argument("run", type=Path, nargs="?", metavar="RUN", help="encode: the folder of a run")
     p.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="rounds, after one that does not count (5)"
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="rounds; encode, train: after one that does not count (5; scale: 3, in a quarter of an hour)",
     )
     p.add_argument("--texts", type=int, default=512, metavar="N", help="encode: texts a round (512)")
     p.add_argument(
         "--text", type=Path, metavar="FILE", help="encode: a text a line (the run's own held-out text)"
     )
-    p.add_argument("--steps", type=int, default=3, metavar="N", help="train: steps a round (3)")
+    p.add_argument("--steps", type=int, default=3, metavar="N", help="scale, train: steps a round (3)")
     p.add_argument(
         "--corpus",
         default="wikitext-2",
         metavar="NAME",
-        help="prepare, train: wikitext-2 or a folder with its two files (wikitext-2, downloaded once)",
+        help="prepare, scale, train: wikitext-2 or a folder with its two files (wikitext-2, downloaded once)",
     )
     p.add_argument(
-        "--workers", default="0", metavar="N[,N...]", help="prepare: numbers of processes to measure (0)"
+        "--workers",
+        metavar="N[,N...]",
+        help="prepare: numbers of processes to measure (0); scale: numbers of workers (1,2)",
+    )
+    p.add_argument(
+        "--presets",
+        default="bert-small,bert-tiny,bert-mini,bert-base",
+        metavar="NAME[,NAME...]",
+        help="scale: networks (bert-small,bert-tiny,bert-mini,bert-base)",
+    )
+    for name, default, what in (
+        ("lengths", "128,64,256,512", "tokens of a pair"),
+        ("batch-sizes", "16,4,64", "pairs of a step"),
+        ("contexts", "1,2,4", "contexts of a process, on the CPU"),
+    ):
+        p.add_argument(f"--{name}", default=default, metavar="N[,N...]", help=f"scale: {what} ({default})")
+    p.add_argument(
+        "--estimate",
+        action="store_true",
+        help="scale: measure nothing, and print what can be expected of eight GPUs and of 32 machines",
     )
     p.add_argument("--megabytes", type=int, default=0, metavar="N", help="prepare: of a text to be made (0)")
     p.add_argument(
@@ -132,8 +168,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def benchmark(arguments: argparse.Namespace) -> int:
     """Measure as the flags say."""
+    scales = arguments.what == "scale"
+    if arguments.rounds is None:
+        arguments.rounds = 3 if scales else 5
+    if arguments.workers is None:
+        arguments.workers = "1,2" if scales else "0"
     check(arguments)
-    return {"encode": encode, "prepare": prepare, "train": train}[arguments.what](arguments)
+    commands = {"encode": encode, "prepare": prepare, "scale": scale, "train": train}
+    return commands[arguments.what](arguments)
 
 
 def prepare(arguments: argparse.Namespace) -> int:
@@ -178,6 +220,56 @@ def prepare_table(told: str, megabytes: float, answers: Mapping[str, list[dict[s
             f"{max(each['peak_gigabytes'] for each in own):9.2f}"
         )
     return "\n".join(lines)
+
+
+def scale(arguments: argparse.Namespace) -> int:
+    """Steps of networks, lengths, batches, contexts and workers, each in new processes, in turns."""
+    from scaling import Row, estimate, refuse_what_cannot_be, rows_of
+
+    if arguments.estimate:
+        print(estimate())
+        return 0
+    values = [[int(number) for number in getattr(arguments, name).split(",")] for name in COUNTS]
+    rows = rows_of(arguments.presets.split(","), *values)
+    corpus = corpus_folder(arguments.corpus)
+    refuse_what_cannot_be(rows, corpus)
+    answers: dict[Row, list[dict[str, Any]]] = {row: [] for row in rows}
+    for number in range(arguments.rounds):
+        for row in rows:
+            print(f"round {number + 1} of {arguments.rounds}: {row}", file=sys.stderr)
+            answers[row].append(row.measure(corpus, arguments.steps))
+    threads = runtime.versions()["threads"]
+    told = f"{arguments.rounds} rounds of {arguments.steps} steps, {threads} threads, {machine()}"
+    print(scale_table(told, answers))
+    if arguments.json:
+        content = {"what": "scale", "work": told, "versions": runtime.versions()}
+        of_rows = [{**row._asdict(), "rounds": own} for row, own in answers.items()]
+        write_json(arguments.json, {**content, "rows": of_rows})
+    return 0
+
+
+def scale_table(told: str, answers: Mapping[Any, list[dict[str, Any]]]) -> str:
+    """What each row reaches, for people; of a step's parts those that are not the making of its batch."""
+    fastest = max(answer["flop_per_second_of_products"] for own in answers.values() for answer in own)
+    parts = ("computing", "summing", "updating")
+    first = next(iter(answers.values()))
+    lines = [told, f"{'':11}{'tokens':>7}{'pairs':>6}{'contexts':>9}{'workers':>8}{'pairs/s':>9}"]
+    lines[-1] += f"{'tokens/s':>9}{'ratio':>7}   {'from .. to':14}{'of products':>11}{'peak GB':>9}"
+    lines[-1] += "".join(f"{part:>10}" for part in parts)
+    for row, own in answers.items():
+        ratios = [a / b for a, b in zip(rates(own, of="tokens"), rates(first, of="tokens"))]
+        spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
+        lines.append(
+            f"{row.preset:11}{row.length:7}{row.batch_size:6}{row.contexts:9}{row.workers:8}"
+            f"{statistics.median(rates(own)):9.1f}{statistics.median(rates(own, of='tokens')):9.0f}"
+            f"{statistics.median(ratios):7.2f}   {spread:14}"
+            f"{statistics.median(rates(own, of='flop')) / fastest:>11.0%}"
+            f"{max(answer['peak_gigabytes'] for answer in own):9.2f}"
+        )
+        for part in parts:
+            shares = [answer["parts"][part] / answer["parts"]["step"] for answer in own]
+            lines[-1] += f"{statistics.median(shares):>10.0%}"
+    return "\n".join([*lines, f"the fastest products seen in this run: {fastest / 1e9:.1f} GFLOP a second"])
 
 
 def corpus_folder(name: str) -> Path:
@@ -259,9 +351,9 @@ def of_the_possible(name: str, cpu_rates: Sequence[float], facts: Mapping[str, A
     )
 
 
-def rates(answers: Sequence[Mapping[str, Any]], seconds: str) -> list[float]:
-    """Pairs a second of each round, by this clock."""
-    return [answer["pairs"] / answer[seconds] for answer in answers]
+def rates(answers: Sequence[Mapping[str, Any]], seconds: str = "seconds", of: str = "pairs") -> list[float]:
+    """Pairs, or another work, a second of each round, by this clock."""
+    return [answer[of] / answer[seconds] for answer in answers]
 
 
 def refuse_learning_less(answers: Mapping[str, list[dict[str, Any]]]) -> None:
@@ -323,8 +415,15 @@ def check(arguments: argparse.Namespace) -> None:
         problems.append("encode: name the folder of a run")
     if arguments.what != "encode" and arguments.run is not None:
         problems.append(f"{arguments.what} {arguments.run}: takes no run; --corpus names a text")
-    if not all(number.isdecimal() for number in arguments.workers.split(",")):
-        problems.append(f"--workers {arguments.workers}: numbers with commas between them, such as 0,1,2")
+    for name in COUNTS:
+        given, least = getattr(arguments, name), int(arguments.what == "scale")
+        if not all(number.isdecimal() and int(number) >= least for number in given.split(",")):
+            flag = f"--{name.replace('_', '-')}"
+            problems.append(f"{flag} {given}: numbers from {least} on with commas between them, such as 1,2")
+    unknown = [name for name in arguments.presets.split(",") if name not in PRESETS]
+    problems += [f"--presets {name}: must be some of {', '.join(PRESETS)}" for name in unknown]
+    if arguments.estimate and arguments.what != "scale":
+        problems.append(f"--estimate: is for scale, not for {arguments.what}")
     if arguments.megabytes < 0:
         problems.append(
             f"--megabytes {arguments.megabytes}: must be at least 0, which takes the text as it is"

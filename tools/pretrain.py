@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="write what MXNet's operators did, and when, for chrome://tracing; a table of them follows the "
-        "summary. The run is slower by it",
+        "summary, and how long each of several contexts was at work. The run is slower by it",
     )
     add_config_flags(p)
     return p

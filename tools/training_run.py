@@ -64,9 +64,12 @@ def train(given: Given) -> int:
         raise
     finally:
         report.close()
-    if snapshot is not None and trainer.standing.step == snapshot.step:
+    finished_before = snapshot is not None and trainer.standing.step == snapshot.step
+    if finished_before:
         print(f"{output} is finished, after step {snapshot.step}: --num-steps or --max-minutes asks for more")
     print("\n".join(report.summary(contexts)))
+    if len(contexts) > 1 and not finished_before:
+        print(trainer.evenness.in_words())
     if saver.cost.written:
         print(cost_in_words(saver.cost, trainer.standing.clock.elapsed()))
     peak = peak_memory()
@@ -176,6 +179,7 @@ def profiled(path: Path | None) -> Iterator[None]:
         yield
         return
     from gluon_bert.runtime import mx
+    from gluon_bert.training.evenness import time_at_work
 
     mx.profiler.set_config(
         profile_imperative=True, profile_symbolic=True, aggregate_stats=True, filename=str(path)
@@ -188,3 +192,6 @@ def profiled(path: Path | None) -> Iterator[None]:
         mx.profiler.set_state("stop")
         print(mx.profiler.dumps(sort_by="total"))
         mx.profiler.dump()
+        at_work = time_at_work(path)
+        if len(at_work.contexts) > 1:
+            print(at_work.in_words())

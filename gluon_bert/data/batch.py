@@ -56,8 +56,8 @@ class Batch:
 class Shard:
     """The rows of a batch that one context computes, as float32 NDArrays named as in Batch.
 
-    num_pairs, num_predictions: what the shard adds to the batch; both 0 for a shard that is only there
-    because the batch has fewer rows than there are contexts.
+    num_pairs, num_tokens, num_predictions: what the shard adds to the batch, without padding; all 0 for a
+    shard that is only there because the batch has fewer rows than there are contexts.
     mlm_weight, nsp_weight: what the shard's summed losses count in the batch's mean.
     """
 
@@ -68,6 +68,7 @@ class Shard:
     labels: Any
     is_next: Any
     num_pairs: int
+    num_tokens: int
     num_predictions: int
     mlm_weight: float
     nsp_weight: float
@@ -139,6 +140,7 @@ def _load(batch: Batch, start: int, stop: int, ctx: Any, whole: Batch) -> Shard:
         load(part.labels),
         load(part.is_next),
         num_pairs=len(part) if used else 0,
+        num_tokens=int(part.lengths.sum()) if used else 0,
         num_predictions=len(part.labels) if used else 0,
         mlm_weight=1 / len(whole.labels) if used else 0.0,
         nsp_weight=1 / len(whole) if used else 0.0,

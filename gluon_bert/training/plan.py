@@ -218,10 +218,10 @@ def machine_memory(contexts: Sequence[Any], read: Reader = Path.read_text) -> fl
     return min(limits) if limits and on_cpus else None
 
 
-def peak_memory(read: Reader = Path.read_text) -> float | None:
-    """The most bytes that this process has had in memory so far; None where the system does not tell."""
+def peak_memory(read: Reader = Path.read_text, process: int | str = "self") -> float | None:
+    """The most bytes that a process has had in memory so far; None where the system does not tell."""
     try:
-        lines = read(Path("/proc/self/status")).splitlines()
+        lines = read(Path(f"/proc/{process}/status")).splitlines()
     except OSError:
         return None
     return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)

@@ -17,6 +17,7 @@ from ..data.batch import Batch, Shard, micro_batches, split_and_load
 from ..data.loader import Data, Loader, Position
 from ..errors import BadInput
 from ..runtime import mx
+from .evenness import Evenness
 from .loss import ShardLoss, shard_loss
 from .meters import Averages, Best, Meter, Progress, Totals, best_of
 from .optimizer import (
@@ -128,6 +129,8 @@ class Trainer:
         self.net, self.config, self.contexts = net, config, list(contexts)
         self.workers = workers or Workers()
         self.standing = Standing()
+        # Of the steps that this trainer has made.
+        self.evenness = Evenness()
         # Of the whole run, which the learning rate depends on; `fit` keeps it up with the clock.
         self.planned_steps: float = config.num_steps
         # Set from a signal handler, it ends `fit` between two steps, where the weights are whole, or between
@@ -163,6 +166,7 @@ class Trainer:
             if number:
                 self._wait_for_gradients()
             loaded = split_and_load(part, self.contexts, whole=batch)
+            self.evenness.add(loaded)
             shards += loaded
             losses += self._backward(loaded, number, count_mlm_hits)
         self._update()

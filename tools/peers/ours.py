@@ -15,7 +15,8 @@ from gluon_bert.data.batch import Batch
 from gluon_bert.data.loader import Loader, load_data
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
-from gluon_bert.training.meters import Meter
+from gluon_bert.training.meters import Averages, Meter
+from gluon_bert.training.plan import flops_per_pair
 from gluon_bert.training.trainer import Trainer
 
 
@@ -39,23 +40,25 @@ def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
 def steps(trainer: Any, batches: Loader) -> Iterator[Step]:
     """A step after the other, each from the text to the new weights and to its losses on the host."""
     for batch in batches.forever():
-        shards, losses = trainer.step(batch)
-        meter = Meter()
-        meter.add(shards, losses, count_mlm_hits=False)
-        means = meter.totals().averages()
-        mx.nd.waitall()
+        means = finished_step(trainer, batch)
         yield len(batch), means.mlm_loss, means.nsp_loss
 
 
-def flop(batch: Batch, model: ModelConfig, vocab_size: int) -> float:
-    """Floating-point operations of the products that a step on this batch needs, forward and backward.
+def finished_step(trainer: Any, batch: Batch) -> Averages:
+    """A step to its new weights and to its losses on the host."""
+    shards, losses = trainer.step(batch)
+    meter = Meter()
+    meter.add(shards, losses, count_mlm_hits=False)
+    means = meter.totals().averages()
+    mx.nd.waitall()
+    return means
 
-    Nothing is counted for padding. Backward takes twice as many as forward.
-    """
-    tokens, pairs = float(batch.lengths.sum()), float((batch.lengths.astype(float) ** 2).sum())
-    layer = tokens * (4 * model.units**2 + 2 * model.units * model.ffn_units) + 2 * pairs * model.units
-    head = len(batch.labels) * model.units * (model.units + vocab_size) + len(batch) * model.units**2
-    return 3 * 2 * (model.num_layers * layer + head)
+
+def flop(batch: Batch, model: ModelConfig, vocab_size: int) -> float:
+    """Floating-point operations of the products that a step on this batch needs; none for padding."""
+    predictions = np.bincount(batch.predictions[0], minlength=len(batch))
+    of_rows = zip(batch.lengths.tolist(), predictions.tolist())
+    return sum(flops_per_pair(model, vocab_size, length, count) for length, count in of_rows)
 
 
 def best_rate_of_products() -> dict[str, float]:

@@ -1,0 +1,78 @@
+"""How evenly contexts are used: what each is given is counted, and a profile tells when each was at work."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_trainer import batch, data, trainer_on  # noqa: F401 (fixtures)
+
+from gluon_bert.training.evenness import Evenness, time_at_work
+
+
+def shards(*given):
+    return [SimpleNamespace(num_tokens=tokens, num_predictions=count) for tokens, count in given]
+
+
+def test_the_one_with_the_most_is_waited_for_each_time():
+    evenness = Evenness()
+    assert all(map(math.isnan, evenness.shares()))
+    evenness.add(shards((10, 4), (30, 4)))
+    evenness.add(shards((30, 4), (10, 2)))  # in all both have the same tokens, and yet wait half of the time
+    assert evenness.shares() == (pytest.approx(40 / 60), pytest.approx(7 / 8))
+    told = "work of the contexts: in the mean 66.7 % of the tokens and 87.5 % of the predictions of the one"
+    assert evenness.in_words().startswith(told)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_a_trainer_counts_what_it_gives_to_its_contexts(data, batch, micro_batch):  # noqa: F811
+    trainer = trainer_on(2, data, micro_batch=micro_batch)
+    trainer.step(batch)
+    at_once = micro_batch or len(batch)
+    tokens = batch.lengths.reshape(-1, 2, at_once // 2).sum(axis=2)  # by part and context
+    predictions = np.bincount(batch.predictions[0]).reshape(tokens.shape + (-1,)).sum(axis=2)
+    expected = [given.mean(axis=1).sum() / given.max(axis=1).sum() for given in (tokens, predictions)]
+    assert trainer.evenness.shares() == pytest.approx(tuple(expected))
+    assert expected[0] < 1
+
+
+def test_a_context_without_rows_has_nothing_to_do(data, batch):  # noqa: F811
+    trainer = trainer_on(3, data)
+    trainer.step(batch.rows(0, 1))
+    assert trainer.evenness.shares() == pytest.approx((1 / 3, 1 / 3))
+
+
+def trace_of(tmp_path, names, *spans):
+    """A trace as MXNet's profiler writes it: devices' names, and operators on them from a time to another."""
+    events = [
+        {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}}
+        for pid, name in enumerate(names)
+    ]
+    for pid, begin, end in spans:
+        common = {"cat": "operator", "name": "dot", "pid": pid}
+        events += [{**common, "ph": "B", "ts": begin}, {**common, "ph": "E", "ts": end}]
+    events.append({"cat": "MXNET_C_API", "ph": "b", "name": "MXInvoke", "pid": 99, "ts": 1})
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}), "utf-8")
+    return time_at_work(tmp_path / "trace.json")
+
+
+def test_a_profile_tells_how_long_each_was_at_work_and_how_long_all_at_once(tmp_path):
+    ms = 1000
+    # The second context of a machine with one core has another device's name; the first works twice at once.
+    names = ["cpu/0", "cpu pinned/", "cpu shared/"]
+    spans = [(0, 0, 10 * ms), (0, 2 * ms, 4 * ms), (1, 6 * ms, 15 * ms), (0, 20 * ms, 21 * ms)]
+    told = trace_of(tmp_path, names, *spans)
+    assert dict(told.contexts) == pytest.approx({"cpu/0": 0.011, "cpu/1": 0.009})
+    assert (told.any, told.all) == (pytest.approx(0.016), pytest.approx(0.004))
+    assert (
+        told.in_words()
+        == "at work: cpu/0 0.01 s, cpu/1 0.01 s; any of them 0.02 s, all at once 0.00 s of that"
+    )
+
+
+def test_of_a_run_on_gpus_these_count(tmp_path):
+    names = ["cpu/0", "gpu/0", "gpu/1", "cpu pinned/"]
+    told = trace_of(tmp_path, names, (0, 0, 9), (1, 0, 4), (2, 2, 6), (3, 0, 9))
+    assert dict(told.contexts) == pytest.approx({"gpu/0": 4e-6, "gpu/1": 4e-6})
+    assert (told.any, told.all) == (pytest.approx(6e-6), pytest.approx(2e-6))

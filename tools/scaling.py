@@ -1,0 +1,170 @@
+"""The rows of `benchmark.py scale`, and an estimate on paper of what no row can measure here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Iterator, NamedTuple, Sequence
+
+from trainers import PEERS, python_of
+
+from gluon_bert import ops, runtime
+from gluon_bert.config import Config, preset
+from gluon_bert.errors import BadInput
+from gluon_bert.training.plan import (
+    FLOAT,
+    check_memory,
+    flops_per_pair,
+    machine_memory,
+    most_predictions,
+    parameter_count,
+)
+from gluon_bert.training.workers import check_sharing
+
+LAUNCH = Path(__file__).with_name("launch.py")
+
+
+class Row(NamedTuple):
+    """What is measured at once: a preset on texts of `length` tokens, `batch_size` pairs of all workers."""
+
+    preset: str
+    length: int
+    batch_size: int
+    contexts: int
+    workers: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.preset}, {self.length} tokens, {self.batch_size} pairs, {self.contexts} contexts, "
+            f"{self.workers} workers"
+        )
+
+    def config(self, corpus: Path) -> Config:
+        """Its configuration. Pairs are packed of whole articles, so that almost all have the length."""
+        config = preset(self.preset).replace(
+            corpus=(str(corpus),),
+            text_format="articles",
+            max_len=self.length,
+            pairs="packed",
+            short_pair_rate=0.0,
+            num_buckets=1,
+            batch_size=self.batch_size,
+        )
+        config.check()
+        return config
+
+    def measure(self, corpus: Path, steps: int) -> dict[str, Any]:
+        """What new processes tell of so many steps; see `peers/scale_ours.py` for the answer."""
+        kvstore = "dist_sync" if self.workers > 1 else "device"
+        asked = {"config": self.config(corpus).to_json(), "contexts": self.contexts, "kvstore": kvstore}
+        with TemporaryDirectory(prefix="gluon_bert-benchmark-") as folder:
+            answer = Path(folder, "answer.json")
+            given = [json.dumps({**asked, "steps": steps}), str(os.getpid()), str(answer)]
+            command = [python_of(None), "scale_ours.py", *given]
+            if self.workers > 1:
+                command = [python_of(None), str(LAUNCH), "-n", str(self.workers), "--", *command]
+            done = subprocess.run(
+                command,
+                cwd=PEERS,
+                # Threads of several contexts or workers must not spin for the cores of each other.
+                env={"OMP_WAIT_POLICY": "passive", **os.environ},
+                capture_output=True,
+                encoding="utf-8",
+            )
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if not line.startswith("launch: ")]
+                last = lines[-1] if lines else "it says nothing"
+                raise BadInput(f"{self} ended with status {done.returncode}: {last}")
+            return json.loads(answer.read_text("utf-8"))
+
+
+def rows_of(*values: Sequence[Any]) -> list[Row]:
+    """A row of the first value of each field, then one for each other value, in the place of the first."""
+    first = Row(*(each[0] for each in values))
+    others = [first._replace(**{name: v}) for name, each in zip(Row._fields, values) for v in each[1:]]
+    return list(dict.fromkeys([first, *others]))
+
+
+def refuse_what_cannot_be(rows: Sequence[Row], corpus: Path) -> None:
+    """Raise one BadInput that names every row which could not train here, and why."""
+    problems = []
+    for row in rows:
+        contexts = runtime.contexts(cpus=row.contexts)
+        limit = machine_memory(contexts)
+        try:
+            config = row.config(corpus)
+            check_sharing(config, row.workers)
+            if limit is not None:
+                compiled = ops.compiled(contexts)
+                check_memory(config, 1, row.contexts, compiled, limit / row.workers, row.workers)
+        except BadInput as error:
+            problems.append(f"{row}: {error}")
+    if problems:
+        raise BadInput("\n".join(problems))
+
+
+# What an estimate assumes. Two rates of a GPU, both by published throughputs in fp16 and the FLOPs that are
+# counted here: BERT-Base by GluonNLP 0.10's scripts on V100s, 132,900 tokens a second on eight, and
+# BERT-Large by NVIDIA's own code on an A100, 580 pairs of 128 tokens a second.
+TOKENS_AT_ONCE = 8192  # on a GPU
+VOCABULARY = 30522
+PCI_EXPRESS = 12e9  # bytes a second each way, of version 3 with 16 lanes
+NETWORKS = (10, 25, 100)  # Gbit a second each way
+GPUS, MACHINES = 8, 32
+
+
+def flops_of_a_pair(name: str, length: int) -> float:
+    """As a step counts them, with the original's vocabulary."""
+    config = preset(name).replace(max_len=length)
+    return flops_per_pair(config.model, VOCABULARY, length, most_predictions(config))
+
+
+def gpu_rates() -> tuple[float, float]:
+    """FLOPs a second that a GPU was seen to reach, by the two throughputs above."""
+    gluonnlp = 132_900 / GPUS / 128 * flops_of_a_pair("bert-base", 128)
+    return gluonnlp, 580 * flops_of_a_pair("bert-large", 128)
+
+
+def passed_on(size: float, members: int) -> float:
+    """Bytes that a member sends, and receives, to have the sum of all members' arrays of so many bytes.
+
+    It is what a ring sends, and what a member sends that is at the same time the server of its share: but for
+    its own share, its array to the servers, and its share's sum to the others.
+    """
+    return 2 * size * (members - 1) / members
+
+
+def estimate() -> str:
+    """A table of what is expected of GPUs and machines that nothing here has run on."""
+    lines = [
+        f"An estimate; nothing of it was run. A step computes {TOKENS_AT_ONCE} tokens on each GPU, then sums",
+        f"the gradients over {GPUS} GPUs of a machine at {PCI_EXPRESS / 1e9:.0f} GB/s each way, then over "
+        f"{MACHINES} machines, each of",
+        "which is a worker and a server, at the network's full rate. Nothing overlaps. Behind the time of a",
+        "step is the share of it in which the GPUs compute.",
+        f"{'':11}{'':>7}{'gradients':>10}{'TFLOP/s':>9}{'computing':>11}{f'{GPUS} GPUs':>16}"
+        + "".join(f"{f'{MACHINES} x {GPUS}, {rate} Gbit/s':>22}" for rate in NETWORKS),
+    ]
+    for name, length, rate in _cases():
+        size = float(FLOAT * parameter_count(preset(name).model, VOCABULARY))
+        computing = TOKENS_AT_ONCE / length * flops_of_a_pair(name, length) / rate
+        machine = computing + passed_on(size, GPUS) / PCI_EXPRESS
+        many = [machine + passed_on(size, MACHINES) / (network * 1e9 / 8) for network in NETWORKS]
+        told = "".join(
+            f"{f'{step * 1e3:.0f} ms, {computing / step:.0%}':>{width}}"
+            for step, width in zip([machine, *many], (16, 22, 22, 22))
+        )
+        lines.append(
+            f"{name:11}{length:7}{size / 1e6:7.0f} MB{rate / 1e12:9.0f}{computing * 1e3:8.0f} ms{told}"
+        )
+    return "\n".join(lines)
+
+
+def _cases() -> Iterator[tuple[str, int, float]]:
+    for name in ("bert-base", "bert-large"):
+        for length in (128, 512):
+            for rate in gpu_rates():
+                yield name, length, rate
