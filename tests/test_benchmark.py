@@ -10,7 +10,7 @@ import preparations
 import pytest
 import scaling
 import trainers
-from conftest import small_text
+from conftest import ROOT, small_text
 
 from gluon_bert.checkpoint import create_run, load_run, save_checkpoint
 from gluon_bert.config import preset
@@ -364,7 +364,10 @@ def sent_in_a_ring(size, members):
 def test_an_estimate_is_of_the_gradients_bytes_and_the_products(capsys):
     assert scaling.passed_on(12.0, 4) == pytest.approx(sent_in_a_ring(12.0, 4))
     assert benchmark.main(["scale", "--estimate"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("bert-")]
+    lines = capsys.readouterr().out.splitlines()
+    page = (ROOT / "docs" / "scaling.md").read_text("utf-8")
+    assert "".join(f"    {line}\n" for line in lines) in page
+    rows = [line.split() for line in lines if line.startswith("bert-")]
     assert [row[:2] for row in rows[::2]] == [
         ["bert-base", "128"],
         ["bert-base", "512"],

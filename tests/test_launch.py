@@ -45,8 +45,9 @@ def disturbed(self, *arguments, **options):
         raise RuntimeError("a worker's own error")
     return step(self, *arguments, **options)
 
-def broken(self):
-    if {nan!r} and rank == "1" and self.standing.step == 5:
+def broken(self, broke=[]):
+    if {nan!r} and rank == "1" and self.standing.step == 5 and not broke:
+        broke.append(True)
         self._gradients()[0][3][:] = float("nan")
     update(self)
 
@@ -316,30 +317,37 @@ def test_workers_of_different_runs_are_refused_with_what_differs(folder):
 
 
 @pytest.mark.workers
-def test_a_gradient_that_is_no_number_on_one_worker_is_skipped_by_all(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "told_once"),
+    [
+        (["--bad-numbers", "skip"], "at step 6 (epoch 0, batch 5) the gradient is no number any more"),
+        # In two parts on each worker, in four on one alone.
+        (
+            ["--bad-numbers", "back", "--micro-batch", "16"],
+            "back to the checkpoint after step 4, and on with",
+        ),
+    ],
+)
+def test_a_gradient_that_is_no_number_on_one_worker_is_skipped_or_gone_back_from_by_all(
+    folder, tmp_path, monkeypatch, flags, told_once
+):
     script = folder / "broken.py"
     script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault="nowhere", nan=True))
-    command = train(folder, "skipping", "--bad-numbers", "skip", script=str(script))
-    status, told = Launched(folder, "-n", "2", *command).wait()
-    assert status == 0 and told.count("at step 6 (epoch 0, batch 5) the gradient is no number any more") == 1
-    update = Trainer._update
+    name = f"bad-{flags[1]}"
+    status, told = Launched(folder, "-n", "2", *train(folder, name, *flags, script=str(script))).wait()
+    assert status == 0 and told.count(told_once) == 1
+    update, broke = Trainer._update, []
 
     def broken(self):
-        if self.standing.step == 5:
+        if self.standing.step == 5 and not broke:
+            broke.append(True)
             self._gradients()[0][3][:] = np.nan
         update(self)
 
     monkeypatch.setattr(Trainer, "_update", broken)
-    flags = [
-        "--corpus",
-        str(folder / "text.txt"),
-        "--output",
-        str(tmp_path / "alone"),
-        "--bad-numbers",
-        "skip",
-    ]
-    assert pretrain.main([*SMALL, *flags]) == 0
-    assert_close(folder / "skipping", tmp_path / "alone", 1e-4)
+    where = ["--corpus", str(folder / "text.txt"), "--output", str(tmp_path / "alone")]
+    assert pretrain.main([*SMALL, *where, *flags]) == 0
+    assert_close(folder / name, tmp_path / "alone", 1e-4)
 
 
 # Bad input

@@ -31,7 +31,7 @@ examples:
   python tools/benchmark.py prepare --against cached,seed
   python tools/benchmark.py prepare --megabytes 1000 --workers 0,1,2 --rounds 1
   python tools/benchmark.py scale --json scale.json
-  python tools/benchmark.py scale --presets bert-base,bert-large --lengths 512 --batch-sizes 2 --workers 1
+  python tools/benchmark.py scale --presets bert-large --lengths 512 --batch-sizes 2 --contexts 1 --workers 1
   python tools/benchmark.py scale --estimate
 
 All contestants get the same work in turns, round by round (A B C, A B C, ...), so that whatever else the
@@ -226,6 +226,8 @@ def scale(arguments: argparse.Namespace) -> int:
     """Steps of networks, lengths, batches, contexts and workers, each in new processes, in turns."""
     from scaling import Row, estimate, refuse_what_cannot_be, rows_of
 
+    from gluon_bert import ops
+
     if arguments.estimate:
         print(estimate())
         return 0
@@ -236,10 +238,14 @@ def scale(arguments: argparse.Namespace) -> int:
     answers: dict[Row, list[dict[str, Any]]] = {row: [] for row in rows}
     for number in range(arguments.rounds):
         for row in rows:
-            print(f"round {number + 1} of {arguments.rounds}: {row}", file=sys.stderr)
             answers[row].append(row.measure(corpus, arguments.steps))
-    threads = runtime.versions()["threads"]
-    told = f"{arguments.rounds} rounds of {arguments.steps} steps, {threads} threads, {machine()}"
+            (rate,) = rates(answers[row][-1:])
+            print(f"round {number + 1} of {arguments.rounds}: {row}: {rate:.1f} pairs/s", file=sys.stderr)
+    threads, words = runtime.versions()["threads"], answers[rows[0]][0]["vocabulary"]
+    told = (
+        f"{arguments.rounds} rounds of {arguments.steps} steps, {threads} threads, {machine()}, "
+        f"operators: {ops.in_use()}, a vocabulary of {words:,}"
+    )
     print(scale_table(told, answers))
     if arguments.json:
         content = {"what": "scale", "work": told, "versions": runtime.versions()}
