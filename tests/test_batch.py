@@ -81,6 +81,7 @@ def test_shards_hold_every_row_and_prediction_once(num_rows, num_contexts):
     np.testing.assert_array_equal(np.concatenate([s.tokens.asnumpy() for s in used]), batch.tokens)
     np.testing.assert_array_equal(np.concatenate([s.is_next.asnumpy() for s in used]), batch.is_next)
     np.testing.assert_array_equal(np.concatenate([s.labels.asnumpy() for s in used]), batch.labels)
+    assert sum(shard.num_tokens for shard in shards) == batch.lengths.sum()
     sizes = [shard.num_pairs for shard in shards]
     assert sum(sizes) == num_rows and max(sizes) - min(sizes) <= 1
     assert sum(s.num_pairs * s.nsp_weight for s in shards) == pytest.approx(1)

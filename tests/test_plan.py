@@ -235,6 +235,7 @@ def test_the_peak_is_what_the_system_tells():
     status = {"/proc/self/status": "Name:\tpython\nVmHWM:\t  2048 kB\nVmRSS:\t 1024 kB\n"}
     assert plans.peak_memory(files(**status)) == 2048 * 1024
     assert plans.peak_memory(files()) is None
+    assert plans.peak_memory(files(**{"/proc/7/status": "VmHWM: 1 kB\n"}), process=7) == 1024
     one = plan(preset("d2l"), 100, 1, True)
     assert one.outcome(2e9).startswith("memory taken: 2.0 GB at the peak, ")
 
