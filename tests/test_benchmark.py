@@ -257,34 +257,33 @@ def test_each_row_differs_from_the_first_in_one_thing():
     ]
 
 
-SCALE = [
-    "scale",
-    "--presets",
-    "bert-tiny",
-    "--lengths",
-    "24",
-    "--batch-sizes",
-    "8",
-    "--rounds",
-    "1",
-    "--steps",
-    "2",
-]
+SCALE = ["scale", "--presets", "bert-tiny", "--lengths", "24", "--batch-sizes", "8"]
+
+
+@pytest.fixture
+def articles(corpus):
+    """The same folder, of which every ten paragraphs are an article."""
+    for path in corpus.iterdir():
+        lines = path.read_text("utf-8").splitlines()
+        parts = (lines[start : start + 10] for start in range(0, len(lines), 10))
+        path.write_text("".join(f" \n = Cranes = \n \n{chr(10).join(part)}\n" for part in parts), "utf-8")
+    return corpus
 
 
 def scaled(corpus, tmp_path, *flags):
     """The rows of the JSON that such a command writes."""
     figures = tmp_path / "scale.json"
-    assert benchmark.main([*SCALE, "--corpus", str(corpus), "--json", str(figures), *flags]) == 0
+    given = ["--corpus", str(corpus), "--rounds", "1", "--steps", "2", "--json", str(figures)]
+    assert benchmark.main([*SCALE, *given, *flags]) == 0
     return json.loads(figures.read_text("utf-8"))["rows"]
 
 
-def test_contexts_share_the_steps_of_a_row(corpus, tmp_path, capsys):
-    rows = scaled(corpus, tmp_path, "--contexts", "1,2", "--workers", "1")
+def test_contexts_share_the_steps_of_a_row(articles, tmp_path, capsys):
+    rows = scaled(articles, tmp_path, "--contexts", "1,2", "--workers", "1")
     assert [row["contexts"] for row in rows] == [1, 2]
     one, two = (row["rounds"][0] for row in rows)
     assert one["pairs"] == two["pairs"] == 16
-    assert one["tokens"] == two["tokens"] > 0.95 * 16 * 24  # packed
+    assert one["tokens"] == two["tokens"] > 0.9 * 16 * 24  # packed
     assert one["flop"] == two["flop"] > 1e8
     assert one["even"]["tokens"] == 1.0 >= two["even"]["tokens"] > 0.9
     for each in (one, two):
@@ -298,8 +297,8 @@ def test_contexts_share_the_steps_of_a_row(corpus, tmp_path, capsys):
 
 
 @pytest.mark.workers
-def test_workers_share_the_steps_of_a_row(corpus, tmp_path):
-    rows = scaled(corpus, tmp_path, "--contexts", "1", "--workers", "1,2")
+def test_workers_share_the_steps_of_a_row(articles, tmp_path):
+    rows = scaled(articles, tmp_path, "--contexts", "1", "--workers", "1,2")
     one, two = (row["rounds"][0] for row in rows)
     assert one["pairs"] == two["pairs"] == 16 and one["flop"] == two["flop"]
     assert two["peak_gigabytes"] > 2 * one["peak_gigabytes"]  # a server, too

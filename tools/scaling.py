@@ -43,7 +43,7 @@ class Row(NamedTuple):
         )
 
     def config(self, corpus: Path) -> Config:
-        """Its configuration. Pairs are packed of whole articles, so that almost all have the length."""
+        """Its configuration. Pairs are packed of whole articles, at whose ends alone they are shorter."""
         config = preset(self.preset).replace(
             corpus=(str(corpus),),
             text_format="articles",
