@@ -205,6 +205,12 @@ class TrainConfig:
         "quarter more time",
         may_change=True,
     )
+    precision: str = option(
+        "fp32",
+        "of the products of matrices: float32, or on GPUs float16 (fp16), with a loss that is scaled so that "
+        "small gradients do not vanish; weights, sums, norms and losses are float32",
+        choices=("fp32", "fp16"),
+    )
     num_steps: int = option(
         50,
         "optimizer steps; 0: no limit, as is set where --max-minutes is given alone",

@@ -170,7 +170,7 @@ def place(arguments: argparse.Namespace, config: Config, recorded: Mapping[str, 
     BadInput where that cannot be had, or cannot do what the configuration asks for.
     """
     from gluon_bert import ops
-    from gluon_bert.training.trainer import check_micro_batch
+    from gluon_bert.training.trainer import check_micro_batch, check_precision
     from gluon_bert.training.workers import check_sharing, place_of
 
     contexts = contexts_from(arguments, recorded.get("contexts") or ())
@@ -178,6 +178,7 @@ def place(arguments: argparse.Namespace, config: Config, recorded: Mapping[str, 
     check_sharing(config, num_workers)
     check_micro_batch(config.train, len(contexts))
     ops.choose(arguments.operators or ops.choice_of(recorded.get("operators", "")))
+    check_precision(config.train, contexts)
     here = Place(rank, num_workers, contexts, ops.in_use(contexts))
     refuse_too_large(config, here)
     return here

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..runtime import mx
+from .products import Dense, Multiplying
 
 # Added to the score of a position past the end: far below any real score, finite so that nothing becomes NaN.
 PADDING_SCORE = -1e9
@@ -25,7 +26,7 @@ def padding_scores(F: Any, tokens: Any, lengths: Any, num_heads: int) -> Any:
     return F.BlockGrad(F.broadcast_add(queries, keys))
 
 
-class SelfAttention(mx.gluon.HybridBlock):
+class SelfAttention(Multiplying):
     """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2) with biases, as BERT has it.
 
     (B, T, C) and the padding scores (B * H, T, T) -> (B, T, C), all float32.
@@ -36,13 +37,14 @@ class SelfAttention(mx.gluon.HybridBlock):
         self._num_heads = num_heads
         self._scale = (units // num_heads) ** -0.5
         with self.name_scope():
-            self.query = mx.gluon.nn.Dense(units, flatten=False, in_units=units)
-            self.key = mx.gluon.nn.Dense(units, flatten=False, in_units=units)
-            self.value = mx.gluon.nn.Dense(units, flatten=False, in_units=units)
-            self.output = mx.gluon.nn.Dense(units, flatten=False, in_units=units)
+            self.query = Dense(units, flatten=False, in_units=units)
+            self.key = Dense(units, flatten=False, in_units=units)
+            self.value = Dense(units, flatten=False, in_units=units)
+            self.output = Dense(units, flatten=False, in_units=units)
             self.dropout = mx.gluon.nn.Dropout(dropout)
 
     def hybrid_forward(self, F: Any, x: Any, padding: Any) -> Any:
+        F = self.products(F)
         query = self._split_heads(self.query(x) * self._scale)
         key = self._split_heads(self.key(x))
         value = self._split_heads(self.value(x))

@@ -12,6 +12,7 @@ from ..errors import BadInput
 from ..runtime import mx
 from .encoder import Encoder
 from .heads import MaskedLanguageModelHead, NextSentenceHead, Pooler
+from .products import Multiplying
 
 # Devlin et al. 2018 draw weights from N(0, 0.02); the figure is in their code, run_pretraining.py.
 NORMAL_SIGMA = 0.02
@@ -72,6 +73,21 @@ class BERTModel(mx.gluon.HybridBlock):
             if word_counts is None:
                 raise BadInput("--decoder-bias frequencies: the words' counts in the text are needed")
             self.mlm.decoder.bias.set_data(mx.nd.array(log_frequencies(word_counts)))
+        self.compile()
+
+    def compute_in(self, precision: str) -> None:
+        """Multiply matrices in this precision from now on, as TrainConfig has it; the weights stay float32.
+
+        A copy of the network, such as what is exported, computes in float32.
+        """
+        if precision == self.nsp.dense.precision:
+            return
+
+        def tell(block: Any) -> None:
+            if isinstance(block, Multiplying):
+                block.precision = precision
+
+        self.apply(tell)
         self.compile()
 
     def compile(self) -> None:

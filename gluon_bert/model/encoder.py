@@ -10,6 +10,7 @@ from .. import ops
 from ..config import ModelConfig
 from ..runtime import mx
 from .attention import SelfAttention, padding_scores
+from .products import Dense
 from .recompute import Tape
 
 NUM_SEGMENTS = 2
@@ -62,9 +63,9 @@ class FeedForward(mx.gluon.HybridBlock):
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         with self.name_scope():
-            self.expand = mx.gluon.nn.Dense(config.ffn_units, flatten=False, in_units=config.units)
+            self.expand = Dense(config.ffn_units, flatten=False, in_units=config.units)
             self.activation = activation(config.activation)
-            self.project = mx.gluon.nn.Dense(config.units, flatten=False, in_units=config.ffn_units)
+            self.project = Dense(config.units, flatten=False, in_units=config.ffn_units)
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
         return self.project(self.activation(self.expand(x)))

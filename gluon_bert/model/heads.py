@@ -7,6 +7,7 @@ from typing import Any
 from ..config import ModelConfig
 from ..runtime import mx
 from .encoder import activation, both_parameters, layer_norm
+from .products import Dense, Multiplying
 
 
 class Pooler(mx.gluon.HybridBlock):
@@ -15,9 +16,7 @@ class Pooler(mx.gluon.HybridBlock):
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         with self.name_scope():
-            self.dense = mx.gluon.nn.Dense(
-                config.units, flatten=False, activation="tanh", in_units=config.units
-            )
+            self.dense = Dense(config.units, flatten=False, activation="tanh", in_units=config.units)
 
     def hybrid_forward(self, F: Any, encoded: Any) -> Any:
         return self.dense(F.slice_axis(encoded, axis=1, begin=0, end=1).reshape(shape=(0, -1)))
@@ -33,7 +32,7 @@ class MaskedTransform(mx.gluon.HybridBlock):
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         with self.name_scope():
-            self.dense = mx.gluon.nn.Dense(config.units, flatten=False, in_units=config.units)
+            self.dense = Dense(config.units, flatten=False, in_units=config.units)
             self.activation = activation(config.activation)
             self.norm = layer_norm(config)
 
@@ -41,7 +40,7 @@ class MaskedTransform(mx.gluon.HybridBlock):
         return self.norm(self.activation(self.dense(F.gather_nd(encoded, predictions))))
 
 
-class Decoder(mx.gluon.HybridBlock):
+class Decoder(Multiplying):
     """A score for every word of the vocabulary: (M, C) -> (M, V).
 
     With `params` of an embedding its weight is that embedding's (tied), else it is the decoder's own.
@@ -55,7 +54,7 @@ class Decoder(mx.gluon.HybridBlock):
             self.bias = self.params.get("bias", shape=(vocab_size,), init="zeros")
 
     def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any) -> Any:
-        return F.FullyConnected(x, weight, bias, num_hidden=self._vocab_size, flatten=False)
+        return self.products(F).FullyConnected(x, weight, bias, num_hidden=self._vocab_size, flatten=False)
 
 
 class MaskedLanguageModelHead(mx.gluon.HybridBlock):
@@ -86,7 +85,7 @@ class NextSentenceHead(mx.gluon.HybridBlock):
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         with self.name_scope():
-            self.dense = mx.gluon.nn.Dense(2, flatten=False, in_units=config.units)
+            self.dense = Dense(2, flatten=False, in_units=config.units)
 
     def hybrid_forward(self, F: Any, pooled: Any) -> Any:
         return self.dense(pooled)

@@ -150,6 +150,7 @@ class Progress(NamedTuple):
     seconds_left: float  # of the whole run, with evaluations at the rate so far
     lr: float  # of this step
     gradient_norm: float  # of this step, before clipping
+    loss_scale: float | None = None  # of the next step, where it has one
 
 
 def numbers(values: Any, how_many: int) -> np.ndarray:
@@ -201,7 +202,13 @@ class Clock:
         return self._before + time.perf_counter() - self._started
 
     def progress(
-        self, step: int, planned_steps: float, window: Totals, lr: float, gradient_norm: float
+        self,
+        step: int,
+        planned_steps: float,
+        window: Totals,
+        lr: float,
+        gradient_norm: float,
+        loss_scale: float | None = None,
     ) -> Progress:
         """How the run stands after a step with this learning rate, given what came since the last call."""
         elapsed = self.elapsed()
@@ -219,6 +226,7 @@ class Clock:
             elapsed / step * (planned_steps - step),
             lr,
             gradient_norm,
+            loss_scale,
         )
 
     @contextmanager

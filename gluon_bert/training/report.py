@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 
 BAD_BATCHES = "bad-batches"
+# Keys of the log's lines that hold no losses.
+EVENTS = {"went_wrong", "went_back", "overflowed"}
 
 
 class References(NamedTuple):
@@ -91,12 +93,14 @@ class Report(Reporter):
 
     def progressed(self, progress: Progress) -> None:
         self.last = progress
+        scale = {} if progress.loss_scale is None else {"loss_scale": progress.loss_scale}
         self._note(
             {
                 "step": progress.step,
                 **progress.window._asdict(),
                 "lr": progress.lr,
                 "gradient_norm": progress.gradient_norm,
+                **scale,
                 "pairs_per_second": progress.pairs_per_second,
                 "seconds": progress.seconds,
             }
@@ -130,6 +134,14 @@ class Report(Reporter):
         self._bar.write(trouble.in_words(), file=self._screen)
         if self._config.debug_batch and trouble.batch:
             self._keep(trouble.batch, trouble.step)
+
+    def overflowed(self, step: int, scale: float) -> None:
+        self._note({"step": step, "overflowed": {"loss_scale": scale}})
+        self._bar.write(
+            f"step {step} is skipped: float16 cannot hold a gradient of the loss times {scale:g}; the next "
+            "one is of half of that",
+            file=self._screen,
+        )
 
     def drifted(self, step: int, ranks: Sequence[int]) -> None:
         who = f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
@@ -283,7 +295,7 @@ def _records_in(content: bytes, path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             record = json.loads(line)
-            if isinstance(record["step"], int) and ("went_wrong" in record or "went_back" in record):
+            if isinstance(record["step"], int) and record.keys() & EVENTS:
                 records.append(record)
                 continue
             of_losses = record.get("held_out", record)

@@ -8,6 +8,7 @@ from typing import Any, Mapping, Sequence
 from ..data.loader import Position
 from ..errors import BadInput
 from .meters import Averages, Best, Clock, Meter, numbers
+from .scaling import LossScale
 
 
 @dataclass
@@ -16,7 +17,8 @@ class Standing:
 
     step: steps made. position: of the next batch. evaluating: whether the evaluation that is due after this
     step is still to be made. skipped: steps that were skipped in a row, as their numbers were wrong.
-    log_bytes: of the log, when this was kept. meter: of the window that is not logged yet.
+    log_bytes: of the log, when this was kept. meter: of the window that is not logged yet. scale: of the next
+    step's loss, None where it has none.
     """
 
     step: int = 0
@@ -27,6 +29,7 @@ class Standing:
     log_bytes: int = 0
     meter: Meter = field(default_factory=Meter)
     clock: Clock = field(default_factory=Clock)
+    scale: LossScale | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, exact to the last bit. Waits for the devices."""
@@ -39,13 +42,14 @@ class Standing:
             "log_bytes": self.log_bytes,
             "meter": self.meter.to_json(),
             "clock": self.clock.to_json(),
+            "loss_scale": None if self.scale is None else self.scale.to_json(),
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], contexts: Sequence[Any], where: str) -> Standing:
         """The inverse of `to_json`; BadInput, which begins with `where`, if it was not written by that."""
         try:
-            best = content["best"]
+            best, scale = content["best"], content.get("loss_scale")
             return cls(
                 _count(content["step"]),
                 Position(_count(content["position"]["epoch"]), _count(content["position"]["batch"])),
@@ -55,6 +59,7 @@ class Standing:
                 _count(content["log_bytes"]),
                 Meter.from_json(content["meter"], contexts),
                 Clock.from_json(content["clock"]),
+                None if scale is None else LossScale.from_json(scale, contexts[0]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BadInput(f"{where}: cannot be gone on from ({type(error).__name__}: {error})") from error

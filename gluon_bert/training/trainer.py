@@ -28,6 +28,7 @@ from .optimizer import (
     squared_norms,
     usable_on,
 )
+from .scaling import SMALLEST, LossScale
 from .schedule import learning_rate, planned_steps
 from .standing import Standing
 from .trouble import MOST_BACK, MOST_SKIPPED, Diverged, Trouble
@@ -61,6 +62,15 @@ def check_micro_batch(config: TrainConfig, num_contexts: int) -> None:
     raise BadInput(f"--micro-batch {size}: of --batch-size {whole} on {on} {would_do}")
 
 
+def check_precision(config: TrainConfig, contexts: Sequence[Any]) -> None:
+    """Raise BadInput where matrices cannot be multiplied in `precision` on these contexts."""
+    if config.precision == "fp16" and any(context.device_type == "cpu" for context in contexts):
+        raise BadInput(
+            "--precision fp16: MXNet multiplies in float16 on GPUs only, such as with --gpus 0; on a CPU "
+            "fp32 would do"
+        )
+
+
 class Reporter:
     """Who is told of a run's progress; this one keeps it to itself."""
 
@@ -75,6 +85,9 @@ class Reporter:
 
     def went_wrong(self, trouble: Trouble) -> None:
         """The numbers of a step are unusable; whether that ends the run is another matter."""
+
+    def overflowed(self, step: int, scale: float) -> None:
+        """A step was skipped, as float16 could not hold a gradient of the loss times this scale."""
 
     def drifted(self, step: int, ranks: Sequence[int]) -> None:
         """The weights of these workers are not those of the first one any more."""
@@ -109,6 +122,7 @@ class Queued(NamedTuple):
     squared_norms: Any
     count_mlm_hits: bool
     stops: Any  # how many workers want the run to stop
+    scale: LossScale | None
 
 
 class Trainer:
@@ -123,12 +137,16 @@ class Trainer:
     ) -> None:
         check_group(config)
         check_micro_batch(config, len(contexts))
+        check_precision(config, contexts)
         parameters = net.collect_params()
         if set(contexts) != set(net.nsp.dense.weight.list_ctx()):
             raise BadInput(f"the network is on {net.nsp.dense.weight.list_ctx()}, not on {list(contexts)}")
         self.net, self.config, self.contexts = net, config, list(contexts)
         self.workers = workers or Workers()
         self.standing = Standing()
+        if config.precision == "fp16":
+            self.standing.scale = LossScale.first(contexts[0])
+        net.compute_in(config.precision)
         # Of the steps that this trainer has made.
         self.evenness = Evenness()
         # Of the whole run, which the learning rate depends on; `fit` keeps it up with the clock.
@@ -183,7 +201,9 @@ class Trainer:
         recomputing = self.net.encoder.recomputing(seed) if self.config.recompute else nullcontext()
         with recomputing as tape, mx.autograd.record():
             losses = [shard_loss(self.net, shard, count_mlm_hits) for shard in shards]
-        mx.autograd.backward([loss.total for loss in losses])
+        totals, scale = [loss.total for loss in losses], self.standing.scale
+        # The gradient of a total with respect to itself: so all others are of the total times the scale.
+        mx.autograd.backward(totals, scale and [scale.on(total.context) for total in totals])
         if tape is not None:
             tape.backward()
         return losses
@@ -199,11 +219,15 @@ class Trainer:
         self._optimizer.set_learning_rate(learning_rate(self.config, step, self.planned_steps))
         self.standing.step = step
         self._optimizer.allreduce_grads()
-        gradients = self._gradients()
+        gradients, scale = self._gradients(), self.standing.scale
+        if scale:
+            scale.take_from(gradients)
         norms = squared_norms(gradients[0])
         self._squared_norms, self._stops = self.workers.agree(norms, self.interrupted)
-        if self.config.bad_numbers == "skip":
-            self._optimizer.optimizer.usable = usable_on(self._squared_norms, self.contexts)
+        if scale or self.config.bad_numbers == "skip":
+            usable = usable_on(self._squared_norms, self.contexts)
+            self._optimizer.optimizer.usable = usable
+            self.standing.scale = scale and scale.after(usable[self.contexts[0]])
         if self.config.clip_norm:
             clip_gradients(gradients, self.config.clip_norm)
         self._optimizer.update(1)  # the losses are divided by the global counts already
@@ -286,8 +310,10 @@ class Trainer:
         self.planned_steps = planned_steps(config, step, finished, run.clock.elapsed())
         evaluated = step >= self.planned_steps or _is_due(config.eval_every, step)
         logged = evaluated or _is_due(config.log_every, step)
-        results = self.step(batch, count_mlm_hits=logged)
-        self._queue.append(Queued(step, position, batch, *results, self._squared_norms, logged, self._stops))
+        scale, results = run.scale, self.step(batch, count_mlm_hits=logged)
+        self._queue.append(
+            Queued(step, position, batch, *results, self._squared_norms, logged, self._stops, scale)
+        )
         run.position, run.evaluating = position.next(), evaluated and held_out is not None
         reporter.stepped(step)
         self._finish_steps(reporter, leave=0 if logged else QUEUED_STEPS)
@@ -321,6 +347,10 @@ class Trainer:
             if np.isfinite(norms).all():
                 run.meter.add(done.shards, done.losses, done.count_mlm_hits)
                 run.skipped = 0
+                continue
+            scale = done.scale and float(done.scale.value.asscalar())
+            if scale and scale > SMALLEST:  # else a smaller one would not help
+                reporter.overflowed(done.step, scale)
                 continue
             run.skipped += 1
             named = list(zip(self._trained_names, norms.tolist()))
@@ -357,7 +387,8 @@ class Trainer:
         run = self.standing
         window, run.meter = self._total(run.meter), Meter()
         norm = math.sqrt(self._squared_norms.asnumpy().astype(np.float64).sum())
-        return run.clock.progress(run.step, self.planned_steps, window, self._optimizer.learning_rate, norm)
+        lr, scale = self._optimizer.learning_rate, run.scale and float(run.scale.value.asscalar())
+        return run.clock.progress(run.step, self.planned_steps, window, lr, norm, scale)
 
     def _total(self, meter: Meter) -> Totals:
         """What all workers' meters have added up. Waits for them."""
@@ -393,6 +424,8 @@ class Trainer:
         except (KeyError, ValueError) as error:
             raise BadInput(f"{where}: cannot be gone on from ({type(error).__name__}: {error})") from error
         self.standing = Standing.from_json(snapshot.state, self.contexts, str(where))
+        if (self.standing.scale is None) != (self.config.precision != "fp16"):
+            raise BadInput(f"{where}: cannot be gone on from with --precision {self.config.precision}")
         if self.workers.rank:
             self.standing.meter = Meter()  # the first worker has what all had added up
         self._queue.clear()

@@ -1,0 +1,33 @@
+"""tools/pretrain.py with --precision fp16 on a CPU, which simulates it: what rounds on a GPU rounds here.
+
+MXNet's own operators compute, in float32, with factors and results, and their gradients, rounded to float16.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import pretrain
+
+
+def simulate(patch):
+    """Let this process simulate float16, until the pytest.MonkeyPatch is undone."""
+    from gluon_bert import ops
+    from gluon_bert.model.products import HalfProducts
+    from gluon_bert.training import trainer
+
+    def rounded(self, array):
+        return self._F.cast(self._F.cast(array, dtype="float16"), dtype="float32")
+
+    patch.setattr(HalfProducts, "_half", rounded)
+    patch.setattr(HalfProducts, "_whole", rounded)
+    patch.setattr(ops, "compute", lambda *_: False)
+    patch.setattr(trainer, "check_precision", lambda *_: None)
+
+
+if __name__ == "__main__":
+    simulate(pytest.MonkeyPatch())
+    pretrain.leave(pretrain.main)

@@ -1,0 +1,340 @@
+"""Products in float16, simulated: what vanishes and overflows there, the scale of the loss, and refusals."""
+
+import dataclasses
+import json
+import math
+import sys
+
+import numpy as np
+import pretrain
+import pytest
+import reference
+from conftest import ROOT
+from simulated_half import simulate
+from test_launch import Launched, ended  # noqa: F401
+from test_micro_batch import random_batch
+from test_trainer import BERT, MODEL, NOISY, gradients_of, small_data, trainer_on
+
+from gluon_bert import checkpoint
+from gluon_bert.errors import BadInput
+from gluon_bert.export.symbol import trace
+from gluon_bert.model.bert import BERTModel
+from gluon_bert.runtime import mx
+from gluon_bert.training import scaling, trainer
+from gluon_bert.training.optimizer import OPTIMIZERS
+from gluon_bert.training.scaling import FIRST, LARGEST, SMALLEST, LossScale
+
+SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0.3"]
+SMALL += ["--num-steps", "12", "--log-every", "3", "--redraw", "yes"]
+
+# A pretrain.py that simulates float16, and begins with that scale.
+SCALED = """\
+import sys
+sys.path.insert(0, {tests!r})
+import pytest
+from simulated_half import pretrain, simulate
+from gluon_bert.training import scaling
+
+scaling.FIRST = {first}
+simulate(pytest.MonkeyPatch())
+pretrain.leave(pretrain.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def data():
+    return small_data()
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """Simulates float16; the flag that asks for it."""
+    simulate(monkeypatch)
+    return ["--precision", "fp16"]
+
+
+def scaled(made, value, good=0):
+    """The trainer, at that scale."""
+    made.standing.scale = LossScale.from_json({"value": value, "good": good}, made.contexts[0])
+    return made
+
+
+def assert_near(ours, theirs, tolerance):
+    """All arrays together are equal, relative to the norm of all."""
+    distance = sum(((ours[name] - theirs[name]) ** 2).sum() for name in theirs)
+    assert math.sqrt(distance / sum((array**2).sum() for array in theirs.values())) < tolerance
+
+
+def state_of(made):
+    return {**made.snapshot().weights, **made.snapshot().optimizer}
+
+
+def log_of(folder, kind):
+    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [record for record in records if kind in record]
+
+
+def everything(folder):
+    snapshot = checkpoint.read_checkpoint(folder, checkpoint.steps(folder)[-1])
+    return {**snapshot.weights, **snapshot.optimizer}, snapshot.state["loss_scale"]
+
+
+# The graph
+
+
+@pytest.mark.parametrize(
+    "model", [MODEL, NOISY, dataclasses.replace(BERT, norm="pre", activation="gelu_tanh")]
+)
+def test_only_products_and_what_enters_them_is_float16(model):
+    net = BERTModel(30, model)
+    inputs = [mx.sym.var(name) for name in ("tokens", "segments", "lengths", "predictions")]
+    plain = mx.sym.Group(net(*inputs))
+    net.compute_in("fp16")
+    graph = mx.sym.Group(net(*inputs))
+    net.compute_in("fp32")
+    operators = {node["name"]: node["op"] for node in json.loads(graph.tojson())["nodes"]}
+    inner = graph.get_internals()
+    _, types, _ = inner.infer_type(**{each.name: np.float32 for each in inputs})
+    halves = [
+        operators[name[: -len("_output")]]
+        for name, kind in zip(inner.list_outputs(), types)
+        if np.dtype(kind) == np.float16
+    ]
+    assert set(halves) == {"Cast", "FullyConnected", "batch_dot"}
+    products = [op for op in operators.values() if op in ("FullyConnected", "batch_dot")]
+    assert len([op for op in halves if op != "Cast"]) == len(products) == 8 * model.num_layers + 4
+    assert set(graph.list_arguments()) == set(plain.list_arguments())
+    assert "Cast" not in plain.tojson()
+
+
+def test_in_float32_a_network_is_as_it_was(data):
+    before = trainer_on(1, data).net
+    compiled = before.encoder._cached_graph
+    trainer.Trainer(before, trainer_on(1, data).config, [mx.cpu(0)])
+    assert before.encoder._cached_graph is compiled
+
+
+# What float16 cannot hold
+
+
+@pytest.mark.parametrize(
+    ("model", "num_contexts", "changes"),
+    [
+        (MODEL, 1, {}),
+        (BERT, 2, {}),
+        (BERT, 1, {"micro_batch": 3}),
+        (BERT, 2, {"micro_batch": 3, "recompute": True}),
+    ],
+)
+def test_the_gradient_is_that_of_float32_to_its_rounding(data, half, model, num_contexts, changes):
+    exact = gradients_of(trainer_on(1, data, model, lr=0.0), random_batch())
+    ours = trainer_on(num_contexts, data, model, lr=0.0, precision="fp16", **changes)
+    gradients = gradients_of(scaled(ours, 1024), random_batch())
+    assert_near(gradients, exact, 0.02)  # of which ReLU makes the most, where its sign is another
+    assert any((gradients[name] != array).any() for name, array in exact.items())
+
+
+def test_small_gradients_vanish_without_a_scale_and_are_right_with_one(data, half, monkeypatch):
+    exact = gradients_of(trainer_on(1, data, BERT, lr=0.0), random_batch())
+    right, share = trainer.shard_loss, 2.0**-22
+
+    def of_a_batch_of_millions(*arguments):
+        loss = right(*arguments)
+        return loss._replace(total=loss.total * share)
+
+    monkeypatch.setattr(trainer, "shard_loss", of_a_batch_of_millions)
+    exact = {name: gradient * share for name, gradient in exact.items()}
+    small, large = (
+        gradients_of(scaled(trainer_on(1, data, BERT, lr=0.0, precision="fp16"), value), random_batch())
+        for value in (SMALLEST, 2.0**22)
+    )
+    assert_near(large, exact, 5e-3)
+    name = "encoder.layers.0.attend.query.weight"
+    assert np.abs(exact[name]).max() > 0 and not small[name].any()
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_overflow_skips_the_step_and_halves_the_scale(data, half, optimizer, clip_norm):
+    ours = trainer_on(2, data, BERT, precision="fp16", optimizer=optimizer, clip_norm=clip_norm)
+    ours.step(random_batch())
+    before = state_of(ours)
+    scaled(ours, LARGEST, good=7).step(random_batch(seed=1))
+    assert ours.standing.scale.to_json() == {"value": LARGEST / 2, "good": 0}
+    after = state_of(ours)
+    for name, array in before.items():
+        # How often an array was updated is counted by the host, which has not heard of it yet.
+        if not name.endswith("/updates"):
+            np.testing.assert_array_equal(after[name], array, err_msg=name)
+    scaled(ours, 1024, good=7).step(random_batch(seed=1))
+    assert ours.standing.scale.to_json() == {"value": 1024, "good": 8}
+    assert any((array != before[name]).any() for name, array in state_of(ours).items())
+
+
+def test_a_trainer_finds_the_scale_that_float16_bears(data, half):
+    ours = scaled(trainer_on(1, data, BERT, precision="fp16", lr=0.0), LARGEST)
+    for _ in range(16):
+        ours.step(random_batch())
+    found, good = ours.standing.scale.to_json().values()
+    largest = max(np.abs(gradient).max() for gradient in reference.gradients(ours.net).values())
+    assert 0 < good < 16 and 65504 / 64 < largest * found < 65504 * 2
+
+
+def test_many_good_steps_double_the_scale(monkeypatch):
+    monkeypatch.setattr(scaling, "GOOD_STEPS", 3)
+    yes, no = mx.nd.ones(1), mx.nd.array([np.nan])
+    scale, seen = LossScale.first(mx.cpu(0)), []
+    for usable in (yes, yes, no, yes, yes, yes, yes):
+        scale = scale.after(usable)
+        seen.append(tuple(scale.to_json().values()))
+    h = FIRST / 2
+    assert seen == [(FIRST, 1), (FIRST, 2), (h, 0), (h, 1), (h, 2), (FIRST, 0), (FIRST, 1)]
+    for value, usable in ((LARGEST, yes), (SMALLEST, no)):
+        assert (
+            LossScale.from_json({"value": value, "good": 2}, mx.cpu(0)).after(usable).value.asscalar()
+            == value
+        )
+
+
+def test_a_step_waits_for_nothing(data, half, monkeypatch):
+    ours = trainer_on(2, data, precision="fp16", clip_norm=1.0)
+    ours.step(random_batch())
+
+    def reading(*_):
+        raise AssertionError("waited for a device")
+
+    for name in ("asnumpy", "wait_to_read", "asscalar"):
+        monkeypatch.setattr(mx.nd.NDArray, name, reading)
+    ours.step(random_batch())
+
+
+# The same, however it is computed
+
+
+@pytest.mark.parametrize(
+    ("num_contexts", "changes"), [(2, {}), (1, {"micro_batch": 3}), (2, {"micro_batch": 5})]
+)
+def test_clipped_steps_are_those_of_one_context_and_near_those_of_float32(data, half, num_contexts, changes):
+    def after(count, **others):
+        recipe = {"optimizer": "bertadam", "clip_norm": 0.1, "weight_decay": 0.01, "warmup": 0.3}
+        made = trainer_on(count, data, BERT, **recipe, **others)
+        for batch, _ in zip(data.train.epoch(0), range(6)):
+            made.step(batch)
+        # A key's bias has no gradient but rounding errors, of which Adam makes steps.
+        return {n: v for n, v in reference.values(made.net).items() if not n.endswith("key.bias")}
+
+    start = {
+        n: v for n, v in reference.values(trainer_on(1, data, BERT).net).items() if not n.endswith("key.bias")
+    }
+    exact, one, many = after(1), after(1, precision="fp16"), after(num_contexts, precision="fp16", **changes)
+    moved = {name: exact[name] - start[name] for name in start}
+    for ours in (one, many):
+        assert_near({name: ours[name] - start[name] for name in start}, moved, 0.05)
+    assert_near({n: many[n] - start[n] for n in start}, {n: one[n] - start[n] for n in start}, 0.05)
+
+
+def test_a_resumed_run_has_the_scale_of_one_that_was_not_stopped(command, half, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "GOOD_STEPS", 3)
+    monkeypatch.setattr(scaling, "FIRST", 2.0**21)
+    status, whole = command(*half)
+    assert status == 0
+    overflowed = log_of(whole, "overflowed")
+    assert overflowed and "is skipped: float16 cannot hold" in capsys.readouterr().err
+    assert all(record["loss_scale"] for record in log_of(whole, "mlm_loss"))
+    stop = overflowed[0]["step"] + 1
+    _, parts = command(*half, "--num-steps", str(stop), name="parts")
+    assert pretrain.main(["--resume", str(parts), "--num-steps", "12"]) == 0
+    (ours, our_scale), (theirs, their_scale) = everything(parts), everything(whole)
+    assert our_scale == their_scale
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+
+def test_what_is_no_number_at_the_smallest_scale_is_told_as_in_float32(command, half, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "FIRST", 4.0)
+    gradients = trainer.Trainer._gradients
+
+    def broken(self):
+        arrays = gradients(self)
+        arrays[0][0][0, 0] = np.nan
+        return arrays
+
+    monkeypatch.setattr(trainer.Trainer, "_gradients", broken)
+    status, folder = command(*half)
+    assert status == 2
+    assert "at step 3 (epoch 0, batch 2) the gradient is no number" in capsys.readouterr().err
+    assert [record["overflowed"] for record in log_of(folder, "overflowed")] == [
+        {"loss_scale": 4.0},
+        {"loss_scale": 2.0},
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_two_workers_skip_the_same_steps_as_one(command, half, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "FIRST", LARGEST)
+    flags = [*half, "--dropout", "0", "--num-steps", "20", "--corpus", str(text_file)]
+    status, alone = command(*flags, name="alone")
+    assert status == 0
+    script = tmp_path / "scaled.py"
+    script.write_text(SCALED.format(tests=str(ROOT / "tests"), first=LARGEST))
+    given = [*SMALL, *flags, "--output", tmp_path / "two", "--kvstore", "dist_sync", "--step-timeout", "30"]
+    status, told = Launched(tmp_path, "-n", "2", "-s", "1", "--", sys.executable, script, *given).wait()
+    assert status == 0 and "worker 1 are not those of worker 0" not in told
+    (one, one_scale), (two, two_scale) = everything(alone), everything(tmp_path / "two")
+    assert one_scale == two_scale and one_scale["value"] < LARGEST
+    assert log_of(alone, "overflowed") == log_of(tmp_path / "two", "overflowed")
+    assert_near(two, one, 0.02)
+
+
+def test_the_learning_curve_is_that_of_float32(command, half):
+    flags = ["--dropout", "0", "--num-steps", "120", "--log-every", "20", "--lr", "0.01"]
+    curves = []
+    for number, precision in enumerate((["--precision", "fp32"], half)):
+        status, folder = command(*flags, *precision, name=f"run{number}")
+        assert status == 0
+        curves.append([record["mlm_loss"] for record in log_of(folder, "mlm_loss")])
+    exact, ours = curves
+    assert exact[0] - exact[-1] > 0.5
+    assert ours == pytest.approx(exact, abs=0.05)
+
+
+# Refusals
+
+
+def test_float16_is_refused_on_a_cpu_before_the_text_is_read(tmp_path, data, capsys):
+    flags = ["--corpus", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--cpus", "1"]
+    assert pretrain.main([*flags, "--precision", "fp16"]) == 2
+    told = "--precision fp16: MXNet multiplies in float16 on GPUs only, such as with --gpus 0; on a CPU fp32"
+    assert told in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert pretrain.main([*flags, "--precision", "fp8"]) == 2
+    assert "--precision fp8: must be one of fp32, fp16" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="--precision fp16: MXNet multiplies"):
+        trainer_on(1, data, precision="fp16")
+
+
+def test_a_run_goes_on_in_its_precision(command, half, data, capsys):
+    status, folder = command(*half, "--num-steps", "2")
+    assert status == 0
+    assert pretrain.main(["--resume", str(folder), "--num-steps", "4", "--precision", "fp32"]) == 2
+    assert "--precision fp32: " in capsys.readouterr().err
+    snapshot = checkpoint.read_checkpoint(folder, 2)
+    assert snapshot.state["loss_scale"] == {"value": FIRST, "good": 2}
+    ours, plain = trainer_on(1, data, precision="fp16"), trainer_on(1, data)
+    plain.step(random_batch())
+    with pytest.raises(BadInput, match="cannot be gone on from with --precision fp16"):
+        ours.restore(plain.snapshot())
+    state = plain.snapshot().state
+    for scale in ({"value": 0.0, "good": 1}, {"value": 8.0}, {"value": "x", "good": 0}):
+        with pytest.raises(BadInput, match="cannot be gone on from"):
+            ours.restore(plain.snapshot()._replace(state={**state, "loss_scale": scale}))
+
+
+def test_a_run_in_float16_is_read_and_exported_in_float32(command, half, monkeypatch):
+    status, folder = command(*half, "--num-steps", "2")
+    assert status == 0
+    monkeypatch.undo()
+    run = checkpoint.load_run(folder)
+    assert {weight.dtype for weight in checkpoint.weights_of(run.net).values()} == {np.dtype(np.float32)}
+    run.net.compute_in("fp16")
+    assert "Cast" not in trace(run.net, "all", 16).symbol.tojson()
