@@ -78,6 +78,14 @@ def test_less_at_once_and_layers_computed_twice_take_less():
     assert plan(LARGE, 30522, 1, True).model == 16 * plans.parameter_count(LARGE.model, 30522)
 
 
+def test_float16_takes_part_of_what_is_kept_of_a_batch_and_copies_of_the_weights():
+    kept = [plan(LARGE.replace(precision=p, batch_size=64), 30522, 1, False) for p in ("fp32", "fp16")]
+    assert 0.6 * kept[0].activations < kept[1].activations < 0.9 * kept[0].activations
+    assert kept[0].model == kept[1].model
+    one = [plan(LARGE.replace(precision=p, batch_size=1), 30522, 1, False) for p in ("fp32", "fp16")]
+    assert one[1].activations > one[0].activations
+
+
 STEPS = """
 import sys
 import numpy as np

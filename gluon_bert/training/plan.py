@@ -82,7 +82,7 @@ def plan(config: Config, vocab_size: int, num_contexts: int, compiled: bool, num
     floats = (
         compiled_floats(shard, train.recompute, adds_up, threads())
         if compiled
-        else mxnet_floats(shard, train.recompute)
+        else mxnet_floats(shard, train.recompute, train.precision == "fp16")
     )
     # The optimizers keep two numbers a weight. Where gradients are summed over contexts, the kvstore has the
     # weights, the sum, and a copy of the gradient of every context but one.
@@ -187,22 +187,26 @@ def compiled_floats(shard: Shard, recompute: bool, adds_up: bool, num_threads: i
     return float(stream + inner + passing + packed + head + tiles)
 
 
-def mxnet_floats(shard: Shard, recompute: bool) -> float:
-    """What MXNet's own operators have in memory at their peak; in floats."""
+def mxnet_floats(shard: Shard, recompute: bool, half: bool = False) -> float:
+    """What MXNet's own operators have in memory at their peak; in floats. half: factors are float16."""
     model, tokens = shard.model, shard.tokens
-    c, drops = model.units, model.dropout > 0
+    c, f, drops, factor = model.units, model.ffn_units, model.dropout > 0, 0.5 if half else 1.0
     scores = model.num_heads * shard.length * tokens
-    hidden = {"relu": 1, "gelu": 2, "gelu_tanh": 7}[model.activation] * model.ffn_units
-    # Query, key and value transposed, what attention found, each sum and its norm, the masks of two dropouts;
-    # the softmax, its mask and what that leaves.
-    layer = (8 + 2 * drops) * c * tokens + hidden * tokens + (1 + 2 * drops) * scores
+    # The results of ReLU and of a softmax without dropout are factors, which their gradients want as float32.
+    hidden = {"relu": half, "gelu": 1, "gelu_tanh": 6}[model.activation] + factor
+    # Two sums, the masks of two dropouts; query, key and value transposed, what attention found, each norm.
+    streams = 2 + 2 * drops + 6 * factor
+    # The softmax and its mask; what that leaves.
+    attention = (2 if drops else half) + factor
+    layer = tokens * (c * streams + f * hidden) + scores * attention
     layers = layer + 2 * (model.num_layers + 1) * c * tokens if recompute else model.num_layers * layer
     # The logarithms of all words' probabilities, and those of a slice of 256 with their gradients.
     slices = -(-shard.predictions // 256)
     decoder = shard.words * (shard.predictions + 3 * min(shard.predictions, 256))
     # The decoder's gradient by each slice; MXNet adds up more than eight in one.
     tables = min(slices + model.tied_decoder, 8) * shard.words * c
-    return UNSHARED * (layers + 8 * c * tokens) + scores + decoder + tables
+    copies = 0.5 * half * (model.num_layers * (4 * c * c + 2 * c * f) + slices * shard.words * c)
+    return UNSHARED * (layers + 8 * c * tokens) + scores + decoder + tables + copies
 
 
 def threads() -> int:

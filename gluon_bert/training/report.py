@@ -138,8 +138,8 @@ class Report(Reporter):
     def overflowed(self, step: int, scale: float) -> None:
         self._note({"step": step, "overflowed": {"loss_scale": scale}})
         self._bar.write(
-            f"step {step} is skipped: float16 cannot hold a gradient of the loss times {scale:g}; the next "
-            "one is of half of that",
+            f"step {step} is skipped: float16 cannot hold the gradient of {scale:,.0f} times the loss; half "
+            "of that is next",
             file=self._screen,
         )
 
