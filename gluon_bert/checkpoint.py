@@ -5,7 +5,7 @@
       step-00000100/            whole, or not there under this name
         weights.npz             float32, under the parameters' structural names
         optimizer.npz           its running means, float32, and how often each parameter was updated, int64
-        state.json              where the run stands: data, meters, clock, best evaluation, length of the log
+        state.json              where the run stands: data, meters, clock, best evaluation, log, loss scale
         manifest.json           of each of them the bytes and the SHA-256
       best.json                 the step of the best one
 
