@@ -10,8 +10,7 @@ from ..runtime import mx
 class HalfProducts:
     """What mx.nd or mx.sym offer, but for the products of matrices: their factors and results are float16.
 
-    Both what they take and what they give is float32, biases are added in float32, and inside a product
-    MXNet adds up in float32. It multiplies so on GPUs only.
+    Both what they take and what they give is float32, and so are biases. MXNet multiplies so on GPUs only.
     """
 
     def __init__(self, F: Any) -> None:
