@@ -207,9 +207,9 @@ class TrainConfig:
     )
     precision: str = option(
         "fp32",
-        "of the products of matrices: float32, or on GPUs float16 (fp16), with a loss that is scaled so that "
-        "small gradients do not vanish; weights, sums, norms and losses are float32",
-        choices=("fp32", "fp16"),
+        "of the products of matrices: float32; on GPUs float16 (fp16), with a loss that is scaled so that "
+        "small gradients do not vanish; on CPUs that have it bfloat16 (bf16). All else is float32",
+        choices=("fp32", "fp16", "bf16"),
     )
     num_steps: int = option(
         50,

@@ -1,9 +1,10 @@
-"""Products in float16, simulated: what vanishes and overflows there, the scale of the loss, and refusals."""
+"""Products in float16, simulated, and in bfloat16: what is lost, the scale of the loss, and refusals."""
 
 import dataclasses
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pretrain
@@ -15,7 +16,8 @@ from test_launch import Launched, ended  # noqa: F401
 from test_micro_batch import random_batch
 from test_trainer import BERT, MODEL, NOISY, gradients_of, small_data, trainer_on
 
-from gluon_bert import checkpoint
+from gluon_bert import checkpoint, ops
+from gluon_bert.config import TrainConfig
 from gluon_bert.errors import BadInput
 from gluon_bert.export.symbol import trace
 from gluon_bert.model.bert import BERTModel
@@ -54,6 +56,14 @@ def half(monkeypatch):
     return ["--precision", "fp16"]
 
 
+@pytest.fixture
+def brain(monkeypatch):
+    """Lets the compiled operators multiply in bfloat16 where they have to emulate it, too."""
+    if ops.in_use() != "compiled for this processor":
+        pytest.skip(f"the operators are {ops.in_use()}")
+    monkeypatch.setattr(ops, "bf16_refusal", lambda: "")
+
+
 def scaled(made, value, good=0):
     """The trainer, at that scale."""
     made.standing.scale = LossScale.from_json({"value": value, "good": good}, made.contexts[0])
@@ -64,6 +74,12 @@ def assert_near(ours, theirs, tolerance):
     """All arrays together are equal, relative to the norm of all."""
     distance = sum(((ours[name] - theirs[name]) ** 2).sum() for name in theirs)
     assert math.sqrt(distance / sum((array**2).sum() for array in theirs.values())) < tolerance
+
+
+def directed(arrays):
+    """The same, at a norm of 1."""
+    length = math.sqrt(sum((array**2).sum() for array in arrays.values()))
+    return {name: array / length for name, array in arrays.items()}
 
 
 def state_of(made):
@@ -229,6 +245,18 @@ def test_clipped_steps_are_those_of_one_context_and_near_those_of_float32(data, 
     assert_near(many, one, 0.05)
 
 
+@pytest.mark.parametrize("model", [MODEL, BERT], ids=["d2l", "bert"])
+def test_gradients_in_bfloat16_are_those_of_one_context_and_near_those_of_float32(data, brain, model):
+    exact = gradients_of(trainer_on(1, data, model, lr=0.0), random_batch())
+    one = gradients_of(trainer_on(1, data, model, lr=0.0, precision="bf16"), random_batch())
+    assert_near(one, exact, 0.05)
+    for part in ("encoder.layers.0.attend.query.weight", "mlm.transform.dense.weight"):
+        assert (one[part] != exact[part]).any(), part
+    changes = {"lr": 0.0, "micro_batch": 3, "recompute": True, "clip_norm": 0.1}
+    many = gradients_of(trainer_on(2, data, model, precision="bf16", **changes), random_batch())
+    assert_near(directed(many), directed(one), 1e-5)
+
+
 def test_a_resumed_run_has_the_scale_of_one_that_was_not_stopped(command, half, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "GOOD_STEPS", 3)
     monkeypatch.setattr(scaling, "FIRST", 2.0**21)
@@ -285,11 +313,13 @@ def test_two_workers_skip_the_same_steps_as_one(command, half, text_file, tmp_pa
     assert_near(two, one, 1e-4)
 
 
-def test_the_learning_curve_is_that_of_float32(command, half):
-    flags = ["--dropout", "0", "--num-steps", "120", "--log-every", "20", "--lr", "0.01"]
+@pytest.mark.parametrize(("precision", "with_it"), [("fp16", "half"), ("bf16", "brain")])
+def test_the_learning_curve_is_that_of_float32(command, request, precision, with_it):
+    request.getfixturevalue(with_it)
+    flags = ["--dropout", "0", "--num-steps", "80", "--log-every", "10", "--lr", "0.01"]
     curves = []
-    for number, precision in enumerate((["--precision", "fp32"], half)):
-        status, folder = command(*flags, *precision, name=f"run{number}")
+    for each in ("fp32", precision):
+        status, folder = command(*flags, "--precision", each, name=each)
         assert status == 0
         curves.append([record["mlm_loss"] for record in log_of(folder, "mlm_loss")])
     exact, ours = curves
@@ -303,12 +333,33 @@ def test_the_learning_curve_is_that_of_float32(command, half):
 def test_float16_is_refused_on_a_cpu_before_the_text_is_read(tmp_path, data, capsys):
     flags = ["--corpus", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--cpus", "1"]
     assert pretrain.main([*flags, "--precision", "fp16"]) == 2
-    told = "--precision fp16: MXNet multiplies in float16 on GPUs only, such as with --gpus 0; on a CPU fp32"
+    told = "--precision fp16: MXNet multiplies in float16 on GPUs only; on a CPU fp32 would do, or bf16 "
     assert told in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert pretrain.main([*flags, "--precision", "fp8"]) == 2
-    assert "--precision fp8: must be one of fp32, fp16" in capsys.readouterr().err
+    assert "--precision fp8: must be one of fp32, fp16, bf16" in capsys.readouterr().err
     with pytest.raises(BadInput, match="--precision fp16: MXNet multiplies"):
         trainer_on(1, data, **HALF)
+
+
+def test_bfloat16_is_refused_where_nothing_multiplies_it(command, monkeypatch, capsys):
+    status, folder = command("--precision", "bf16", "--num-steps", "2")
+    assert (status == 0) == (not ops.bf16_refusal()) == (folder / "config.json").exists()
+    monkeypatch.setattr(ops, "bf16_refusal", lambda: "this processor cannot")
+    assert command("--precision", "bf16", name="refused")[0] == 2
+    assert "--precision bf16: this processor cannot; fp32 would do" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="no products of bfloat16 on GPUs; fp16 or fp32 would do"):
+        trainer.check_precision(TrainConfig(precision="bf16"), [SimpleNamespace(device_type="gpu")])
+
+
+def test_mxnets_own_operators_do_not_multiply_in_bfloat16(command, monkeypatch, capsys):
+    monkeypatch.setenv(ops.VARIABLE, "auto")  # and back to what it was
+    try:
+        assert command("--precision", "bf16", "--operators", "mxnet")[0] == 2
+    finally:
+        monkeypatch.undo()
+        ops.choose()
+    told = "--precision bf16: only compiled operators multiply bfloat16, and there are none (as asked for)"
+    assert told in capsys.readouterr().err
 
 
 def test_a_run_goes_on_in_its_precision(command, half, data, capsys):

@@ -10,7 +10,7 @@ from .. import ops
 from ..config import ModelConfig
 from ..runtime import mx
 from .attention import SelfAttention, padding_scores
-from .products import Dense
+from .products import Dense, Multiplying
 from .recompute import Tape
 
 NUM_SEGMENTS = 2
@@ -96,7 +96,7 @@ class EncoderLayer(mx.gluon.HybridBlock):
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
 
-class Encoder(mx.gluon.HybridBlock):
+class Encoder(Multiplying):
     """Padded token ids to a vector a position.
 
     tokens (B, T), segments (B, T) of 0 and 1, lengths (B,), all float32 -> (B, T, C) float32. What
@@ -118,8 +118,9 @@ class Encoder(mx.gluon.HybridBlock):
     def forward(self, tokens: Any, segments: Any, lengths: Any) -> Any:
         """By compiled operators, where they compute, or as `hybrid_forward` says."""
         if ops.compute(self, tokens):
-            recompute = self._tape is not None
-            return ops.encode(self._config, self._in_order(), tokens, segments, lengths, recompute)
+            recompute, bf16 = self._tape is not None, self.precision == "bf16"
+            parameters = self._in_order()
+            return ops.encode(self._config, parameters, tokens, segments, lengths, recompute, bf16=bf16)
         if self._tape is not None and mx.autograd.is_recording():
             return self._on_tape(self._tape, tokens, segments, lengths)
         return super().forward(tokens, segments, lengths)

@@ -57,7 +57,7 @@ class Decoder(Multiplying):
         return self.products(F).FullyConnected(x, weight, bias, num_hidden=self._vocab_size, flatten=False)
 
 
-class MaskedLanguageModelHead(mx.gluon.HybridBlock):
+class MaskedLanguageModelHead(Multiplying):
     """Scores of every word at the masked positions: (B, T, C), (2, M) -> (M, V).
 
     Its two halves can be called one after the other, since all scores at once take the most memory of all

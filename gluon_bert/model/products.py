@@ -1,4 +1,7 @@
-"""Products of matrices, in float32 or with factors and results in float16. All around them is float32."""
+"""Products of matrices, in float32 or with factors and results in float16. All around them is float32.
+
+Those in bfloat16 are the compiled operators' own (ops/).
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,12 @@ def masked_loss(net: Any, encoded: Any, shard: Shard, count_hits: bool) -> tuple
     """The sum of the losses of a shard's predictions, and their hits, 0 unless asked for; both (1,)."""
     if len(shard.labels) and ops.compute(net.mlm, encoded):
         loss, found = ops.masked_loss(
-            net.config, net.mlm.in_order(), encoded, shard.predictions, shard.labels
+            net.config,
+            net.mlm.in_order(),
+            encoded,
+            shard.predictions,
+            shard.labels,
+            bf16=net.mlm.precision == "bf16",
         )
         return loss, found if count_hits else mx.nd.zeros_like(found)
     masked = net.mlm.transform(encoded, shard.predictions)

@@ -64,11 +64,16 @@ def check_micro_batch(config: TrainConfig, num_contexts: int) -> None:
 
 def check_precision(config: TrainConfig, contexts: Sequence[Any]) -> None:
     """Raise BadInput where matrices cannot be multiplied in `precision` on these contexts."""
-    if config.precision == "fp16" and any(context.device_type == "cpu" for context in contexts):
+    on_cpus = any(context.device_type == "cpu" for context in contexts)
+    if config.precision == "fp16" and on_cpus:
         raise BadInput(
-            "--precision fp16: MXNet multiplies in float16 on GPUs only, such as with --gpus 0; on a CPU "
-            "fp32 would do"
+            "--precision fp16: MXNet multiplies in float16 on GPUs only; on a CPU fp32 would do, or bf16 "
+            "where the processor has it"
         )
+    if config.precision == "bf16" and not on_cpus:
+        raise BadInput("--precision bf16: MXNet has no products of bfloat16 on GPUs; fp16 or fp32 would do")
+    if config.precision == "bf16" and ops.bf16_refusal():
+        raise BadInput(f"--precision bf16: {ops.bf16_refusal()}; fp32 would do")
 
 
 class Reporter:
