@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_trainer import batch, data, trainer_on  # noqa: F401 (fixtures)
 
+from gluon_bert.runtime import mx
 from gluon_bert.training.evenness import Evenness, time_at_work
 
 
@@ -43,8 +44,8 @@ def test_a_context_without_rows_has_nothing_to_do(data, batch):  # noqa: F811
     assert trainer.evenness.shares() == pytest.approx((1 / 3, 1 / 3))
 
 
-def trace_of(tmp_path, names, *spans):
-    """A trace as MXNet's profiler writes it: devices' names, and operators on them from a time to another."""
+def told_of(contexts, tmp_path, names, *spans):
+    """What a trace like MXNet's tells: devices' names, and operators on them from a time to another."""
     events = [
         {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}}
         for pid, name in enumerate(names)
@@ -54,15 +55,22 @@ def trace_of(tmp_path, names, *spans):
         events += [{**common, "ph": "B", "ts": begin}, {**common, "ph": "E", "ts": end}]
     events.append({"cat": "MXNET_C_API", "ph": "b", "name": "MXInvoke", "pid": 99, "ts": 1})
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}), "utf-8")
-    return time_at_work(tmp_path / "trace.json")
+    return time_at_work(tmp_path / "trace.json", contexts)
 
 
 def test_a_profile_tells_how_long_each_was_at_work_and_how_long_all_at_once(tmp_path):
     ms = 1000
     # The second context of a machine with one core has another device's name; the first works twice at once.
+    # A third one is of something else in the process.
     names = ["cpu/0", "cpu pinned/", "cpu shared/"]
-    spans = [(0, 0, 10 * ms), (0, 2 * ms, 4 * ms), (1, 6 * ms, 15 * ms), (0, 20 * ms, 21 * ms)]
-    told = trace_of(tmp_path, names, *spans)
+    spans = [
+        (0, 0, 10 * ms),
+        (0, 2 * ms, 4 * ms),
+        (1, 6 * ms, 15 * ms),
+        (2, 1 * ms, 30 * ms),
+        (0, 20 * ms, 21 * ms),
+    ]
+    told = told_of([mx.cpu(0), mx.cpu(1)], tmp_path, names, *spans)
     assert dict(told.contexts) == pytest.approx({"cpu/0": 0.011, "cpu/1": 0.009})
     assert (told.any, told.all) == (pytest.approx(0.016), pytest.approx(0.004))
     assert (
@@ -73,6 +81,6 @@ def test_a_profile_tells_how_long_each_was_at_work_and_how_long_all_at_once(tmp_
 
 def test_of_a_run_on_gpus_these_count(tmp_path):
     names = ["cpu/0", "gpu/0", "gpu/1", "cpu pinned/"]
-    told = trace_of(tmp_path, names, (0, 0, 9), (1, 0, 4), (2, 2, 6), (3, 0, 9))
+    told = told_of([mx.gpu(0), mx.gpu(1)], tmp_path, names, (0, 0, 9), (1, 0, 4), (2, 2, 6), (3, 0, 9))
     assert dict(told.contexts) == pytest.approx({"gpu/0": 4e-6, "gpu/1": 4e-6})
     assert (told.any, told.all) == (pytest.approx(6e-6), pytest.approx(2e-6))

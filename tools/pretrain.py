@@ -248,7 +248,7 @@ def begin(arguments: argparse.Namespace) -> int:
             "losses_for_comparison": References.of(data)._asdict(),
         }
         create_run(output, config, data.vocab, facts)
-        with held_alone(output, "--output"), profiled(arguments.profile):
+        with held_alone(output, "--output"), profiled(arguments.profile, here.contexts):
             return train(given)
 
 
@@ -284,7 +284,7 @@ def resume(arguments: argparse.Namespace) -> int:
             now = {**facts, **here.facts()}
             if (config, now) != (before, facts):
                 write_config(folder, config, now)
-            with profiled(arguments.profile):
+            with profiled(arguments.profile, here.contexts):
                 return train(given)
 
 

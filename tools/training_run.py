@@ -7,7 +7,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple, Sequence
 
 from command_line import Terminated
 
@@ -173,8 +173,11 @@ def describe(given: Given) -> str:
 
 
 @contextmanager
-def profiled(path: Path | None) -> Iterator[None]:
-    """Let MXNet's profiler watch a block, if there is a file for its trace; then prints its table."""
+def profiled(path: Path | None, contexts: Sequence[Any]) -> Iterator[None]:
+    """Let MXNet's profiler watch a block, if there is a file for its trace; then prints its table.
+
+    Told is also how long each of several contexts was at work.
+    """
     if path is None:
         yield
         return
@@ -192,6 +195,5 @@ def profiled(path: Path | None) -> Iterator[None]:
         mx.profiler.set_state("stop")
         print(mx.profiler.dumps(sort_by="total"))
         mx.profiler.dump()
-        at_work = time_at_work(path)
-        if len(at_work.contexts) > 1:
-            print(at_work.in_words())
+        if len(contexts) > 1:
+            print(time_at_work(path, contexts).in_words())

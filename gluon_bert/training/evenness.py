@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Mapping, NamedTuple, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -55,19 +55,23 @@ class TimeAtWork(NamedTuple):
         return f"at work: {each}; any of them {self.any:.2f} s, all at once {self.all:.2f} s of that"
 
 
-def time_at_work(trace: Path) -> TimeAtWork:
-    """When the contexts computed, by the trace that MXNet's profiler has written."""
+def time_at_work(trace: Path, contexts: Sequence[Any]) -> TimeAtWork:
+    """When these contexts computed, all of one kind, by the trace that MXNet's profiler has written."""
     events = json.loads(trace.read_text("utf-8"))["traceEvents"]
-    names = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
-    # The number of a CPU context is its own; behind the machine's last core its name is another device's.
-    gpus = {place: name for place, name in names.items() if name.startswith("gpu/")}
+    names = {event["args"]["name"]: event["pid"] for event in events if event["ph"] == "M"}
+    # A CPU context's place is its number; behind the machine's last core its name there is another device's.
+    place_of = {
+        f"{each.device_type}/{each.device_id}": each.device_id
+        if each.device_type == "cpu"
+        else names[f"{each.device_type}/{each.device_id}"]
+        for each in contexts
+    }
+    places = set(place_of.values())
     changes = sorted(
         (event["ts"], 1 if event["ph"] == "B" else -1, event["pid"])
         for event in events
         if event.get("cat") == "operator" and event["ph"] in "BE"
     )
-    used = {place for _, _, place in changes}
-    places = sorted(used & gpus.keys() or used)
     begun: dict[int, int] = defaultdict(int)
     at_work: dict[int, float] = defaultdict(float)
     together: dict[int, float] = defaultdict(float)  # by how many
@@ -80,7 +84,7 @@ def time_at_work(trace: Path) -> TimeAtWork:
         begun[place] += change
         before = now
     return TimeAtWork(
-        {gpus.get(place, f"cpu/{place}"): at_work[place] for place in places},
+        {name: at_work[place] for name, place in place_of.items()},
         sum(seconds for number, seconds in together.items() if number),
         together[len(places)],
     )
