@@ -64,7 +64,7 @@ setup(
         "convert": [*CONVERT, *WORDPIECE],
         "convert-google": [*GOOGLE, *WORDPIECE],
         "serve": ["multi-model-server==1.1.11", "model-archiver==1.0.3"],
-        "test": ["pytest>=7", "hypothesis", *CONVERT, *WORDPIECE, *ONNX, *GLUONNLP],
+        "test": ["pytest>=7", "pytest-xdist", "hypothesis", *CONVERT, *WORDPIECE, *ONNX, *GLUONNLP],
         # What conversions are compared with. The book's package, d2l 0.17.6, pins versions that exclude ours:
         # pandas and ipython are what it imports, and it is installed beside them with --no-deps. Metrics are
         # compared with scikit-learn's.
