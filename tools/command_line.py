@@ -32,6 +32,11 @@ def parser_of(name: str, usage: str, description: str, epilog: str | None = None
     )
 
 
+def literal(text: str) -> str:
+    """A flag's help that is told as it stands: argparse takes a percent sign for the start of a format."""
+    return text.replace("%", "%%")
+
+
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of the configuration, in groups; those not given stay as the preset has them."""
     for group_name, group in GROUPS.items():
@@ -44,8 +49,7 @@ def add_field_flags(parser: Any, group: Any, default: Callable[[str], str]) -> N
     for field in dataclasses.fields(group):
         parser.add_argument(
             flag(field.name),
-            # argparse takes a percent sign for the start of a format.
-            help=f"{field.metadata['help']} ({default(field.name)})".replace("%", "%%"),
+            help=literal(f"{field.metadata['help']} ({default(field.name)})"),
             default=argparse.SUPPRESS,
             **_parsing(hints[field.name], field.metadata["choices"]),
         )

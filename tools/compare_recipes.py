@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
-from command_line import command, parser_of, run
+from command_line import command, literal, parser_of, run
 
 from gluon_bert.config import Config, DataConfig, TrainConfig, flag, preset, write_json
 from gluon_bert.errors import BadInput
@@ -108,8 +108,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=30.0, metavar="X", help="of each run (30)")
     p.add_argument("--seeds", default="0", metavar="N[,N...]", help="a run of each recipe for each seed (0)")
     names = ", ".join(f"{name} ({recipe.title})" for name, recipe in RECIPES.items())
-    which = f"which ones: {names} (all)".replace("%", "%%")  # argparse takes it for the start of a format
-    p.add_argument("--recipes", metavar="NAME[,NAME...]", help=which)
+    p.add_argument("--recipes", metavar="NAME[,NAME...]", help=literal(f"which ones: {names} (all)"))
     p.add_argument(
         "--output",
         type=Path,

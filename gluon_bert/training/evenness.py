@@ -61,10 +61,9 @@ def time_at_work(trace: Path, contexts: Sequence[Any]) -> TimeAtWork:
     names = {event["args"]["name"]: event["pid"] for event in events if event["ph"] == "M"}
     # A CPU context's place is its number; behind the machine's last core its name there is another device's.
     place_of = {
-        f"{each.device_type}/{each.device_id}": each.device_id
-        if each.device_type == "cpu"
-        else names[f"{each.device_type}/{each.device_id}"]
+        name: each.device_id if each.device_type == "cpu" else names[name]
         for each in contexts
+        for name in [f"{each.device_type}/{each.device_id}"]
     }
     places = set(place_of.values())
     changes = sorted(
