@@ -20,6 +20,9 @@ FLAGS = (
     *("-shared", "-fPIC", "-std=c++17", "-O3", "-march=native", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
 )
+# Keeps the library's C++ symbols to itself: the loader would take those of a library that is there before, as
+# Horovod's, which may have the same templates, compiled differently.
+EXPORTS = SOURCES / "exports.map"
 # A compiler that takes longer is taken for one that hangs.
 MOST_SECONDS = 600
 
@@ -93,7 +96,8 @@ def _build(compiler: str, header: Path, source: Path, path: Path) -> None:
         with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
             library = Path(folder, path.name)
             sources = [str(SOURCES / "library.cc"), str(source)]
-            command = [compiler, *FLAGS, f"-I{header.parent.parent}", "-o", str(library), *sources]
+            flags = [*FLAGS, f"-Wl,--version-script={EXPORTS}", f"-I{header.parent.parent}"]
+            command = [compiler, *flags, "-o", str(library), *sources]
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=MOST_SECONDS
             )
