@@ -24,7 +24,7 @@ from gluon_bert.training.trainer import Trainer
 SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0"]
 SMALL += ["--num-steps", "20", "--log-every", "3", "--eval-every", "8", "--checkpoint-every", "2"]
 SMALL += ["--num-buckets", "2", "--redraw", "yes", "--clip-norm", "0.5"]
-DIST = ["--kvstore", "dist_sync", "--step-timeout", "10"]
+DIST = ["--step-timeout", "10", "--kvstore"]
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 
@@ -35,7 +35,7 @@ sys.path.insert(0, {tools!r})
 import pretrain
 from gluon_bert.training.trainer import Trainer
 
-rank, fault = os.environ["DMLC_TASK_ID"], {fault!r}
+rank, fault = os.environ.get("HOROVOD_RANK") or os.environ["DMLC_TASK_ID"], {fault!r}
 step, update = Trainer.step, Trainer._update
 
 def disturbed(self, *arguments, **options):
@@ -128,8 +128,10 @@ class Launched:
                 state = (path / "stat").read_text().rpartition(")")[2].split()[0]
             except OSError:
                 continue
-            wanted = {self.mark} if not role else {self.mark, f"DMLC_ROLE={role}", f"DMLC_TASK_ID={number}"}
-            if wanted <= set(environment) and state != "Z" and not (role and "minder.py" in command):
+            by_server = {f"DMLC_ROLE={role}", f"DMLC_TASK_ID={number}"} <= set(environment)
+            by_horovod = role == "worker" and f"HOROVOD_RANK={number}" in environment
+            wanted = not role or ((by_server or by_horovod) and "minder.py" not in command)
+            if self.mark in environment and wanted and state != "Z":
                 found.append(int(path.name))
         return found
 
@@ -140,9 +142,9 @@ class Launched:
             time.sleep(0.02)
 
 
-def train(folder, name, *flags, script="tools/pretrain.py"):
+def train(folder, name, *flags, script="tools/pretrain.py", kvstore="dist_sync"):
     """The command of a worker."""
-    given = ["--corpus", folder / "text.txt", "--output", folder / name, *DIST, *flags]
+    given = ["--corpus", folder / "text.txt", "--output", folder / name, *DIST, kvstore, *flags]
     return ["--", sys.executable, script, *SMALL, *given]
 
 
@@ -306,7 +308,7 @@ def test_workers_of_different_runs_are_refused_with_what_differs(folder):
     (folder / "text0.txt").write_text(small_text(), "utf-8")
     (folder / "text1.txt").write_text(small_text(seed=1), "utf-8")
     flags = f"--output {folder}/different --corpus {folder}/text$DMLC_TASK_ID.txt --lr 0.00${{DMLC_TASK_ID}}1"
-    command = f"exec {sys.executable} tools/pretrain.py {' '.join([*SMALL, *DIST])} {flags}"
+    command = f"exec {sys.executable} tools/pretrain.py {' '.join([*SMALL, *DIST, 'dist_sync'])} {flags}"
     words = ["-n", "2", "--max-restarts", "3", "--", "sh", "-c", command, "--output=unused"]
     status, told = Launched(folder, *words).wait()
     assert status == 2 and "restart" not in told
@@ -358,6 +360,7 @@ def test_a_gradient_that_is_no_number_on_one_worker_is_skipped_or_gone_back_from
     [
         (["-n", "0", "--", "x"], "--workers 0: at least 1"),
         (["-n", "1", "-s", "0", "--", "x"], "--servers 0: at least 1"),
+        (["-n", "1", "-s", "1", "--", "x", "--kvstore=horovod"], "--servers 1: Horovod's workers do without"),
         (["-n", "1", "--max-restarts", "-1", "--", "x"], "--max-restarts -1: at least 0"),
         (["-n", "1"], "-- COMMAND: is missing"),
         (["-n", "1", "--max-restarts", "1", "--", "x"], "needs --output or --resume in the command"),
@@ -445,7 +448,8 @@ class Ended:
     """A member as `wait_for` sees it."""
 
     def __init__(self, name, status=None):
-        self.name, self.status, self.trains, self.sent = name, status, name.startswith("worker"), []
+        self.name, self.status, self.sent = name, status, []
+        self.trains, self.stays = name.startswith("worker"), name == "rendezvous"
 
     def send(self, number):
         self.sent.append(number)
@@ -465,6 +469,7 @@ def test_a_job_has_ended_when_all_have():
     members = [Ended("scheduler", 0), Ended("server 0", 0), Ended("worker 0", 0)]
     assert outcome_of(members, *members).status == 0
     assert outcome_of(members, Ended("worker 0", 9), *members).status == 0  # one of the job before
+    assert outcome_of([Ended("rendezvous"), *members], *members).status == 0
 
 
 def test_the_first_that_fails_ends_the_job():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import queue
-import random
 import shlex
 import signal
 import socket
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import IO, Any, Iterator, NamedTuple, Sequence
 
 from command_line import command_with_another, parser_of, run
+from roles import LOOPBACK, MEETING_POINTS, Host, Job, Role, roles_of
 
 from gluon_bert.errors import BadInput
-from gluon_bert.runtime import usable_cores
 
 EXAMPLES = """\
 examples:
@@ -28,7 +27,9 @@ examples:
   python tools/launch.py -n 8 -s 4 --hostfile hosts.txt --max-restarts 3 -- \\
       python tools/pretrain.py --preset bert-base --corpus /shared/text --output /shared/runs/base \\
       --kvstore dist_sync --step-timeout 300
+  python tools/launch.py -n 2 -- python tools/pretrain.py --output runs/two --kvstore horovod
 
+With --kvstore dist_sync it starts a scheduler, servers and workers, with --kvstore horovod workers alone.
 A hostfile has a host a line, which ssh reaches without a password and where this folder and this Python are
 at the same paths; workers and servers take turns on the hosts. The run's folder has to be one that all hosts,
 and this machine, share. Behind # is a comment.
@@ -41,11 +42,10 @@ that failed first; what cannot be used (2) is not tried again.
 The servers answer whoever reaches their ports: keep them in a private network.
 """
 HERE = Path(__file__).resolve().parent
-LOOPBACK = "127.0.0.1"
 
 # What of the environment goes to other hosts, beside what the roles need.
 PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
-PASSED_ON_PREFIXES = ("OMP_", "MXNET_", "GLUON_BERT_", "PS_")
+PASSED_ON_PREFIXES = ("OMP_", "MXNET_", "GLUON_BERT_", "PS_", "HOROVOD_", "NCCL_")
 
 # Seconds: for the workers to stop when that was asked for, and for all to end when the first has.
 STOP_TIMEOUT, END_TIMEOUT = 120.0, 30.0
@@ -54,23 +54,6 @@ STOP_TIMEOUT, END_TIMEOUT = 120.0, 30.0
 WHERE = ("--kvstore", "--step-timeout", "--gpus", "--cpus", "--operators", "--profile")
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-
-
-class Host(NamedTuple):
-    """A machine: its name for ssh, None for this one, and its address for the others."""
-
-    name: str | None
-    address: str
-
-
-class Job(NamedTuple):
-    """What is to run, and where."""
-
-    command: list[str]
-    workers: int
-    servers: int
-    hosts: list[Host]
-    port: int | None
 
 
 class Outcome(NamedTuple):
@@ -85,16 +68,23 @@ def parser() -> argparse.ArgumentParser:
     p = parser_of(
         "launch",
         "-n WORKERS [-s SERVERS] [flags] -- COMMAND",
-        "Start a scheduler, servers and workers of MXNet's kvstore, and see to their end.",
+        "Start the workers of a job, with what they need to come together, and see to their end.",
         EXAMPLES,
     )
     p.add_argument("-n", "--workers", type=int, required=True, metavar="N", help="processes that train")
     p.add_argument(
-        "-s", "--servers", type=int, default=1, metavar="N", help="processes that sum the gradients (1)"
+        "-s",
+        "--servers",
+        type=int,
+        metavar="N",
+        help="processes that sum the gradients for --kvstore dist_sync (1)",
     )
     p.add_argument("--hostfile", type=Path, metavar="FILE", help="the machines (this one)")
     p.add_argument(
-        "--port", type=int, metavar="N", help="where the scheduler, on the first host, listens (a free one)"
+        "--port",
+        type=int,
+        metavar="N",
+        help="where the scheduler, or Horovod's rendezvous, listens on the first host (a free one)",
     )
     p.add_argument(
         "--max-restarts", type=int, default=0, metavar="N", help="how often a job that failed goes on (0)"
@@ -127,8 +117,12 @@ def launch(arguments: argparse.Namespace, command: list[str]) -> int:
 def job_of(arguments: argparse.Namespace, command: list[str]) -> Job:
     """What the flags ask for; BadInput says all that cannot be."""
     problems = []
+    by_horovod = value_of("--kvstore", command) == "horovod"
+    if by_horovod and arguments.servers is not None:
+        problems.append(f"--servers {arguments.servers}: Horovod's workers do without; leave it out")
+    servers = 0 if by_horovod else 1 if arguments.servers is None else arguments.servers
     for name, least in (("workers", 1), ("servers", 1), ("max_restarts", 0)):
-        if getattr(arguments, name) < least:
+        if getattr(arguments, name) is not None and getattr(arguments, name) < least:
             problems.append(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least {least}")
     if not command:
         problems.append("-- COMMAND: is missing, such as -- python tools/pretrain.py --kvstore dist_sync")
@@ -143,7 +137,7 @@ def job_of(arguments: argparse.Namespace, command: list[str]) -> Job:
     hosts = [Host(None, LOOPBACK)] if arguments.hostfile is None else hosts_in(arguments.hostfile)
     if arguments.port is not None:
         check_port(arguments.port, hosts[0])
-    return Job(command, arguments.workers, arguments.servers, hosts, arguments.port)
+    return Job(command, arguments.workers, servers, hosts, arguments.port, by_horovod)
 
 
 def hosts_in(path: Path) -> list[Host]:
@@ -190,15 +184,6 @@ def check_port(port: int, host: Host) -> None:
                 ) from error
 
 
-def free_port(host: Host) -> int:
-    """A port that nobody has on this machine; of another machine, one that hardly anybody would have."""
-    if host.name is not None:
-        return random.Random().randrange(20_000, 30_000)
-    with socket.socket() as probe:
-        probe.bind((host.address, 0))
-        return int(probe.getsockname()[1])
-
-
 def to_go_on(command: Sequence[str]) -> list[str]:
     """The command that goes on with a run from its latest checkpoint, or begins it where there is none."""
     folder = value_of("--output", command)
@@ -231,14 +216,15 @@ def tell(text: str) -> None:
 class Member:
     """A process of the job with its minder, maybe on another host; its output is passed on with a prefix."""
 
-    def __init__(self, name: str, host: Host, command: Sequence[str], environment: dict[str, str]) -> None:
-        self.name, self.host = name, host
+    def __init__(self, role: Role) -> None:
+        self.name, self.host, self.trains, self.stays = role.name, role.host, role.trains, role.stays
         self.status: int | None = None  # when it has ended
-        minded = [sys.executable, str(HERE / "minder.py"), *command]
-        if host.name is None:
-            argv, own = minded, {**os.environ, **environment}
+        minded = [sys.executable, str(HERE / "minder.py"), *role.command]
+        if role.host.name is None:
+            argv, own = minded, {**os.environ, **role.environment}
         else:
-            argv, own = over_ssh(host.name, minded, {**passed_on(), **environment}), dict(os.environ)
+            argv = over_ssh(role.host.name, minded, {**passed_on(), **role.environment})
+            own = dict(os.environ)
         self._process = subprocess.Popen(
             argv,
             env=own,
@@ -251,11 +237,6 @@ class Member:
         self._threads = [threading.Thread(target=self._pass_on, args=pair, daemon=True) for pair in streams]
         for thread in self._threads:
             thread.start()
-
-    @property
-    def trains(self) -> bool:
-        """Whether it is a worker."""
-        return self.name.startswith("worker")
 
     def watch(self, events: queue.SimpleQueue[Any]) -> None:
         """Let the member itself be put in the queue when it has ended, with its status."""
@@ -299,7 +280,7 @@ class Member:
         how = f"exit status {self.status}" if self.status <= 128 else f"signal {self.status - 128}"
         if self.status == 255 and self.host.name is not None:
             how = "ssh's exit status 255: the host cannot be reached, or its connection broke"
-        if self.name == "scheduler" and self.status != 128 + signal.SIGKILL:
+        if self.name in MEETING_POINTS and self.status != 128 + signal.SIGKILL:
             how += ": if its port is in use, choose another with --port"
         return f"{self.name} ended with {how}"
 
@@ -343,31 +324,11 @@ def run_job(job: Job, signals: queue.SimpleQueue[Any]) -> Outcome:
 
 
 def start(job: Job) -> list[Member]:
-    """The scheduler, the servers and the workers, started in this order."""
-    port = job.port or free_port(job.hosts[0])
-    common = {
-        "DMLC_NUM_WORKER": str(job.workers),
-        "DMLC_NUM_SERVER": str(job.servers),
-        "DMLC_PS_ROOT_URI": job.hosts[0].address,
-        "DMLC_PS_ROOT_PORT": str(port),
-        "PYTHONUNBUFFERED": "1",
-    }
-    if job.hosts[0].name is None:
-        # Or each worker would use all cores.
-        common["OMP_NUM_THREADS"] = os.environ.get(
-            "OMP_NUM_THREADS", str(max(1, usable_cores() // job.workers))
-        )
-    serve = [sys.executable, str(HERE / "parameter_server.py")]
-    roles = [("scheduler", 0, serve)]
-    roles += [("server", number, serve) for number in range(job.servers)]
-    roles += [("worker", number, job.command) for number in range(job.workers)]
+    """All processes of a job, started."""
     members: list[Member] = []
     try:
-        for role, number, command in roles:
-            host = job.hosts[number % len(job.hosts)]
-            own = {"DMLC_ROLE": role, "DMLC_TASK_ID": str(number), "DMLC_NODE_HOST": host.address}
-            name = role if role == "scheduler" else f"{role} {number}"
-            members.append(Member(name, host, command, {**common, **own}))
+        for role in roles_of(job):
+            members.append(Member(role))
     except OSError as error:
         for member in members:
             member.end()
@@ -378,11 +339,11 @@ def start(job: Job) -> list[Member]:
 def wait_for(members: Sequence[Member], events: queue.SimpleQueue[Any]) -> Outcome:
     """Wait until all have ended, the first has failed, or a second signal has come."""
     running, outcome, deadline = set(members), Outcome(0, ""), float("inf")
-    while running:
+    while not all(member.stays for member in running):
         try:
             event = events.get(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
         except queue.Empty:
-            late = min(member.name for member in running)
+            late = min(member.name for member in running if not member.stays)
             return outcome if outcome.status else Outcome(1, f"{late} has not ended, while others have")
         if isinstance(event, int):
             if outcome.status:

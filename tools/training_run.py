@@ -50,7 +50,7 @@ def train(given: Given) -> int:
     try:
         with signals_between_steps(trainer):
             try:
-                if given.workers.kvstore != "device" and snapshot is None:
+                if not given.workers.alone and snapshot is None:
                     saver.save(trainer)  # so that the job can be restarted, whenever it fails
                 fit(trainer, given, report, saver)
             finally:

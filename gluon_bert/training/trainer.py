@@ -225,6 +225,7 @@ class Trainer:
         self.standing.step = step
         self._optimizer.allreduce_grads()
         gradients, scale = self._gradients(), self.standing.scale
+        self.workers.add_up(gradients)
         if scale:
             scale.take_from(gradients)
         norms = squared_norms(gradients[0])

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Mapping, TypeVar
+from typing import Any, Callable, Iterator, Mapping, Sequence, TypeVar
 
 import numpy as np
 
 from ..config import Config, flag
-from ..errors import BadInput
+from ..errors import BadInput, in_a_line
 from ..runtime import in_words, mx, versions
 
 Result = TypeVar("Result")
 
-KVSTORES = ("device", "dist_sync")
 START = "start the workers with tools/launch.py"
 
-# Keys of the parameter server, where those of the gradients count up from 0. To choose a server MXNet
+# The variables that tell a worker its rank and how many there are, by what sums the gradients of several.
+_PLACE = {
+    "dist_sync": ("DMLC_TASK_ID", "DMLC_NUM_WORKER", "DMLC_ROLE"),
+    "horovod": ("HOROVOD_RANK", "HOROVOD_SIZE"),
+}
+KVSTORES = ("device", *_PLACE)
+
+# Keys of arrays that are summed, where those of the gradients count up from 0. To choose a server MXNet
 # multiplies a key by 9973 in 32 bits.
 _AGREED, _GATHERED = 100_000, 100_001
 
@@ -33,14 +40,21 @@ class Workers:
     """One process, which trains alone: what each way of training together has to offer.
 
     rank: this worker's number, from 0; the first one writes the run's folder. count: how many there are.
-    kvstore: what a Gluon Trainer sums the gradients of all contexts, of all workers, with.
+    alone: whether no other process takes part in the job. kvstore: what a Gluon Trainer sums gradients with:
+    those of all contexts, and those of all workers unless `add_up` does that.
     """
 
-    rank, count = 0, 1
+    rank, count, alone = 0, 1, True
     kvstore: Any = "device"
 
     def begin(self, trainer: Any) -> None:
         """Make a Gluon Trainer's kvstore ready, before its first step."""
+
+    def add_up(self, gradients: Sequence[Sequence[Any]]) -> None:
+        """Sum each context's gradients over the workers, in place, where the kvstore has not. Does not wait.
+
+        The kvstore has summed those of this worker's contexts.
+        """
 
     def gather(self, content: bytes) -> list[bytes]:
         """Every worker's bytes, by rank, of the same length on all. Waits for all workers."""
@@ -93,34 +107,23 @@ class Workers:
                 )
 
 
-class ParameterServerWorkers(Workers):
-    """Workers that add up their gradients on MXNet's parameter servers, synchronously.
+class SeveralWorkers(Workers):
+    """Workers that have a way to sum an array of each; the rest comes from that."""
 
-    The servers only add: optimizers run on the workers, so that no server has to unpickle one.
-    """
+    alone = False
 
     def __init__(self, rank: int, count: int) -> None:
         self.rank, self.count = rank, count
-        self.kvstore = mx.kv.create("dist_sync")
-        self._known: set[int] = set()
         self.has_left = False
 
     def refuse_same_numbers(self) -> None:
         """Raise BadInput where two workers have the same rank."""
         # A row that two workers fill is the sum of both, 2, and another row is 0.
         if set(self.gather(b"\1")) != {b"\1"}:
-            raise BadInput(f"DMLC_TASK_ID {self.rank}: two workers have the same number; {START}")
-
-    def begin(self, trainer: Any) -> None:
-        # A worker that steps before the servers have all first weights takes gradients for weights.
-        trainer.optimizer.rescale_grad = 1.0
-        trainer._init_kvstore()
-        trainer._init_params()
-        mx.nd.waitall()
-        self.kvstore._barrier()
+            raise BadInput(f"two workers have the number {self.rank}, or another one; {START}")
 
     def gather(self, content: bytes) -> list[bytes]:
-        # The servers add up in float32, which is exact where all but one of the summands are 0.
+        # The sum is in float32, which is exact where all but one of the summands are 0.
         table = np.zeros((self.count, len(content)), dtype=np.float32)
         table[self.rank] = np.frombuffer(content, dtype=np.uint8)
         summed = self._sum(_GATHERED + len(content), mx.nd.array(table, dtype=np.float32))
@@ -132,24 +135,110 @@ class ParameterServerWorkers(Workers):
         summed = self._sum(_AGREED, mx.nd.concat(told, asked, dim=0))
         return summed[:-1], summed[-1:]
 
+    def leave(self) -> None:
+        """Wait until all workers are here, and part from them."""
+        self.has_left = True
+        mx.nd.waitall()
+        self._part()
+
     def _sum(self, key: int, array: Any) -> Any:
-        """The sum of the workers' arrays, of one shape for each key."""
+        """The sum of the workers' arrays, of one shape for each key; in place, without a wait."""
+        raise NotImplementedError
+
+    def _part(self) -> None:
+        """Leave, when all others do."""
+        raise NotImplementedError
+
+
+class ParameterServerWorkers(SeveralWorkers):
+    """Workers that add up their gradients on MXNet's parameter servers, synchronously.
+
+    The servers only add: optimizers run on the workers, so that no server has to unpickle one.
+    """
+
+    def __init__(self, rank: int, count: int) -> None:
+        super().__init__(rank, count)
+        self.kvstore = mx.kv.create("dist_sync")
+        self._known: set[int] = set()
+
+    def begin(self, trainer: Any) -> None:
+        # A worker that steps before the servers have all first weights takes gradients for weights.
+        trainer.optimizer.rescale_grad = 1.0
+        trainer._init_kvstore()
+        trainer._init_params()
+        mx.nd.waitall()
+        self.kvstore._barrier()
+
+    def _sum(self, key: int, array: Any) -> Any:
         if key not in self._known:
             self.kvstore.init(key, mx.nd.zeros_like(array))
             self._known.add(key)
         self.kvstore.pushpull(key, array, out=array)
         return array
 
-    def leave(self) -> None:
-        """Wait until all workers are here, and let the servers end."""
-        self.has_left = True
-        mx.nd.waitall()
+    def _part(self) -> None:
+        # The servers end when the last worker has let its kvstore go.
         mx.base.check_call(mx.base._LIB.MXKVStoreFree(self.kvstore.handle))
         self.kvstore.handle = mx.base.KVStoreHandle()  # or it would be freed once more
 
 
+class HorovodWorkers(SeveralWorkers):
+    """Workers that add up their gradients among themselves, by Horovod's allreduce, which here sums."""
+
+    def __init__(self, rank: int, count: int) -> None:
+        super().__init__(rank, count)
+        self._horovod = horovod()
+        # To sum several arrays as one it takes those that are ready, which is not the same in each run; and
+        # where an array begins decides in which order its values are added.
+        os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+        # Seconds. One worker may take longer than another to read the text.
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "600")
+        interface = _interface_of(os.environ.get("HOROVOD_HOSTNAME", ""))
+        if interface:
+            os.environ.setdefault("HOROVOD_GLOO_IFACE", interface)
+        self._horovod.init()
+
+        self._sums = 0
+
+    def add_up(self, gradients: Sequence[Sequence[Any]]) -> None:
+        for number, (first, *others) in enumerate(zip(*gradients)):
+            self._all_reduce(first, f"gradient {number}")
+            for other in others:
+                first.copyto(other)
+
+    def _sum(self, key: int, array: Any) -> Any:
+        # Another name each time, as that of the step before may still be under way.
+        self._sums += 1
+        return self._all_reduce(array, f"sum {self._sums}")
+
+    def _all_reduce(self, array: Any, name: str) -> Any:
+        return self._horovod.allreduce_(array, op=self._horovod.Sum, name=name)
+
+    def _part(self) -> None:
+        self.gather(b"+")  # whoever leaves ends it for all
+        self._horovod.shutdown()
+
+
+def horovod() -> Any:
+    """The module horovod.mxnet; BadInput where it is not there, or was built without MXNet."""
+    try:
+        return importlib.import_module("horovod.mxnet")
+    except ImportError as error:
+        raise BadInput(
+            f"--kvstore horovod: needs Horovod, built for MXNet ({in_a_line(error)}); docs/scale.md says how"
+        ) from error
+
+
+def _interface_of(address: str) -> str | None:
+    """This machine's network interface with an address, None where none has it."""
+    import psutil  # Horovod needs it, too
+
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, has in interfaces if address in {each.address for each in has}), None)
+
+
 # Workers that failed. To free what they hold would be to wait for the others.
-_FAILED: list[ParameterServerWorkers] = []
+_FAILED: list[SeveralWorkers] = []
 
 
 def failed() -> bool:
@@ -166,19 +255,26 @@ def place_of(kvstore: str) -> tuple[int, int]:
         )
     if kvstore not in KVSTORES:
         raise BadInput(f"--kvstore {kvstore}: must be one of {', '.join(KVSTORES)}")
+    started_for = {
+        "dist_sync": os.environ.get("DMLC_ROLE") == "worker",
+        "horovod": "HOROVOD_RANK" in os.environ,
+    }
     if kvstore == "device":
-        if os.environ.get("DMLC_ROLE") == "worker":
-            raise BadInput("--kvstore: is needed by a worker of several, as in --kvstore dist_sync")
+        for other in (name for name, started in started_for.items() if started):
+            raise BadInput(f"--kvstore: is needed by a worker of several, as in --kvstore {other}")
         return 0, 1
+    names = _PLACE[kvstore]
     try:
-        rank, count = (int(os.environ[name]) for name in ("DMLC_TASK_ID", "DMLC_NUM_WORKER"))
+        rank, count = (int(os.environ[name]) for name in names[:2])
     except (KeyError, ValueError):
         rank, count = 0, 0
-    if os.environ.get("DMLC_ROLE") != "worker" or not 0 <= rank < count:
+    if not started_for[kvstore] or not 0 <= rank < count:
         raise BadInput(
-            f"--kvstore {kvstore}: DMLC_ROLE, DMLC_TASK_ID and DMLC_NUM_WORKER in the environment do not say "
-            f"which of how many workers this is; {START}"
+            f"--kvstore {kvstore}: {in_words(names)} in the environment do not say which of how many workers "
+            f"this is; {START}"
         )
+    if kvstore == "horovod":
+        horovod()
     return rank, count
 
 
@@ -193,7 +289,8 @@ def joined(kvstore: str) -> Iterator[Workers]:
     if kvstore == "device":
         yield Workers()
         return
-    workers = ParameterServerWorkers(rank, count)
+    kind = HorovodWorkers if kvstore == "horovod" else ParameterServerWorkers
+    workers = kind(rank, count)
     try:
         workers.refuse_same_numbers()
         yield workers

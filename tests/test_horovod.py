@@ -1,0 +1,172 @@
+"""Workers whose gradients Horovod sums train what one would, and what MXNet's servers have them train."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+
+import launch
+import pretrain
+import pytest
+from conftest import ROOT
+from test_launch import (  # noqa: F401 (fixtures)
+    DISTURBED,
+    Launched,
+    alone,
+    assert_close,
+    ended,
+    folder,
+    log_of,
+    path_with_ssh,
+    train,
+)
+
+from gluon_bert import checkpoint
+
+needs_horovod = pytest.mark.skipif(
+    not importlib.util.find_spec("horovod"), reason="the extra horovod is not installed: see docs/scale.md"
+)
+
+
+def by_horovod(folder, name, *flags, **options):  # noqa: F811
+    return train(folder, name, *flags, kvstore="horovod", **options)
+
+
+@pytest.fixture(scope="module")
+def two(folder):  # noqa: F811
+    """The undisturbed run of two workers."""
+    status, told = Launched(folder, "-n", "2", *by_horovod(folder, "two")).wait()
+    assert status == 0 and "of each of 2 workers" in told and "are not those of worker 0" not in told
+    return folder / "two"
+
+
+@needs_horovod
+@pytest.mark.workers
+def test_two_workers_train_what_one_does(alone, two):  # noqa: F811
+    assert_close(two, alone, 1e-4)
+    for ours, theirs in zip(log_of(two), log_of(alone)):
+        of_losses = (record.get("held_out", record) for record in (ours, theirs))
+        our_losses, their_losses = ([each[n] for n in ("mlm_loss", "nsp_loss")] for each in of_losses)
+        assert our_losses == pytest.approx(their_losses, abs=1e-3)
+    assert checkpoint.read_facts(two / "config.json")["workers"] == 2
+
+
+@needs_horovod
+@pytest.mark.workers
+def test_so_do_two_of_two_contexts_in_parts_over_ssh(alone, folder, tmp_path):  # noqa: F811
+    (tmp_path / "hosts").write_text("localhost  # twice\n\nme@localhost\n")
+    command = by_horovod(folder, "ssh", "--cpus", "2", "--micro-batch", "16")
+    path = path_with_ssh(tmp_path, "")
+    words = ["-n", "2", "--hostfile", tmp_path / "hosts", *command]
+    status, told = Launched(folder, *words, PATH=path).wait()
+    assert status == 0 and "on [cpu(0), cpu(1)] of each of 2 workers" in told
+    assert_close(folder / "ssh", alone, 1e-4)
+
+
+@needs_horovod
+@pytest.mark.workers
+def test_so_do_three_the_same_to_the_bit_each_time(alone, folder):  # noqa: F811
+    for name in ("three", "three-again"):
+        command = by_horovod(folder, name, "--batch-size", "48", "--num-steps", "10")
+        assert Launched(folder, "-n", "3", *command).wait()[0] == 0
+    runs = [checkpoint.read_checkpoint(folder / name, 10) for name in ("three", "three-again")]
+    assert all((runs[0].weights[name] == runs[1].weights[name]).all() for name in runs[0].weights)
+
+
+@needs_horovod
+@pytest.mark.workers
+def test_horovodrun_starts_them_as_well(two, folder):  # noqa: F811
+    command = ["horovodrun", "-np", "2", *map(str, by_horovod(folder, "horovodrun")[1:])]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stdout
+    assert_close(folder / "horovodrun", two, 0)
+
+
+@needs_horovod
+@pytest.mark.workers
+def test_whatever_fails_the_job_ends_as_the_undisturbed_one(two, folder):  # noqa: F811
+    script, fault, run = folder / "disturbed.py", folder / "fault", folder / "disturbed"
+    script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault=str(fault), nan=False))
+    fault.write_text("")
+    command = by_horovod(folder, "disturbed", script=str(script))
+    launched = Launched(folder, "-n", "2", "--max-restarts", "3", *command)
+
+    def disturb(number, after, rank):
+        launched.wait_for(lambda: run.exists() and (checkpoint.steps(run) or [0])[-1] >= after)
+        launched.wait_for(lambda: launched.processes("worker", rank))
+        os.kill(min(launched.processes("worker", rank)), number)
+        before = launched.output.read_text("utf-8").count("launch: restart")
+        launched.wait_for(lambda: launched.output.read_text("utf-8").count("launch: restart") > before)
+
+    disturb(signal.SIGKILL, 2, 1)
+    # An error in worker 1 after step 7, of which `disturbed` takes care, then:
+    disturb(signal.SIGSTOP, 10, 0)
+    status, told = launched.wait()
+    assert status == 0
+    assert told.count("launch: restart") == 3
+    for why in (
+        "launch: worker 1 ended with signal 9",
+        "[worker 1] RuntimeError: a worker's own error",
+        "[worker 1] pretrain: --step-timeout 10: step ",
+    ):
+        assert why in told
+    assert_close(run, two, 0)
+
+
+@needs_horovod
+@pytest.mark.workers
+def test_sigterm_stops_all_workers_after_one_step_and_one_process_can_go_on(alone, folder):  # noqa: F811
+    script, run = folder / "slow.py", folder / "stopped"
+    script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault="nowhere", nan=False))
+    launched = Launched(folder, "-n", "2", *by_horovod(folder, "stopped", script=str(script)))
+    launched.wait_for(lambda: run.exists() and (checkpoint.steps(run) or [0])[-1] >= 4)
+    launched.process.terminate()
+    status, told = launched.wait()
+    step = checkpoint.steps(run)[-1]
+    assert status == 143 and f"the weights after step {step} are kept in {run}" in told
+    assert pretrain.main(["--resume", str(run)]) == 0
+    assert_close(run, alone, 1e-4)
+
+
+@needs_horovod
+@pytest.mark.workers
+def test_workers_that_differ_are_refused(folder):  # noqa: F811
+    flags = f"--output {folder}/different --corpus {folder}/text.txt --lr 0.00${{HOROVOD_RANK}}1"
+    command = f"exec {sys.executable} tools/pretrain.py --kvstore horovod {flags}"
+    words = ["-n", "2", "--max-restarts", "3", "--", "sh", "-c", command, "--kvstore=horovod"]
+    status, told = Launched(folder, *words, "--output=unused").wait()
+    assert status == 2 and "restart" not in told
+    assert "worker 1 differs from worker 0 in --lr: all workers of a run need the same" in told
+    assert not (folder / "different").exists()
+
+
+def test_where_there_is_no_horovod_that_is_told(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "horovod", None)
+    command = ["--kvstore", "horovod", "--output", str(tmp_path / "run")]
+    assert launch.main(["-n", "2", "--", sys.executable, "tools/pretrain.py", *command]) == 2
+    assert "launch: --kvstore horovod: needs Horovod (" in capsys.readouterr().err
+    monkeypatch.setenv("HOROVOD_RANK", "0")
+    monkeypatch.setenv("HOROVOD_SIZE", "2")
+    assert pretrain.main(command) == 2
+    assert "pretrain: --kvstore horovod: needs Horovod, built for MXNet (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variables", [{}, {"HOROVOD_RANK": "2", "HOROVOD_SIZE": "2"}, {"HOROVOD_RANK": "0"}])
+def test_a_worker_that_does_not_know_its_place_is_refused(monkeypatch, capsys, tmp_path, variables):
+    for name in ("HOROVOD_RANK", "HOROVOD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert pretrain.main(["--kvstore", "horovod", "--output", str(tmp_path / "run")]) == 2
+    told = "--kvstore horovod: HOROVOD_RANK and HOROVOD_SIZE in the environment do not say which of how many"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
