@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ def data_home(tmp_path_factory):
         folder = tmp_path_factory.mktemp("mxnet")
         patch.setenv("MXNET_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture
+def no_horovod(monkeypatch):
+    """As if Horovod were not installed."""
+    loaded = [name for name in sys.modules if name.startswith("horovod.")]
+    for name in ("horovod", *loaded):
+        monkeypatch.setitem(sys.modules, name, None)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Speed side by side: the rounds, what is compared, what is refused."""
 
+import importlib.util
 import json
 import time
 
@@ -247,13 +248,15 @@ def test_what_preparation_is_measured_with_is_checked(tmp_path, capsys):
 
 
 def test_each_row_differs_from_the_first_in_one_thing():
-    rows = scaling.rows_of(["bert-small", "bert-tiny"], [128, 64, 128], [16], [1, 4], [1, 2])
+    by = ["dist_sync", "horovod"]
+    rows = scaling.rows_of(by, ["bert-small", "bert-tiny"], [128, 64, 128], [16], [1, 4], [1, 2])
     assert rows == [
-        ("bert-small", 128, 16, 1, 1),
-        ("bert-tiny", 128, 16, 1, 1),
-        ("bert-small", 64, 16, 1, 1),
-        ("bert-small", 128, 16, 4, 1),
-        ("bert-small", 128, 16, 1, 2),
+        ("bert-small", 128, 16, 1, 1, "device"),
+        ("bert-tiny", 128, 16, 1, 1, "device"),
+        ("bert-small", 64, 16, 1, 1, "device"),
+        ("bert-small", 128, 16, 4, 1, "device"),
+        ("bert-small", 128, 16, 1, 2, "dist_sync"),
+        ("bert-small", 128, 16, 1, 2, "horovod"),
     ]
 
 
@@ -298,11 +301,15 @@ def test_contexts_share_the_steps_of_a_row(articles, tmp_path, capsys):
 
 @pytest.mark.workers
 def test_workers_share_the_steps_of_a_row(articles, tmp_path):
-    rows = scaled(articles, tmp_path, "--contexts", "1", "--workers", "1,2")
-    one, two = (row["rounds"][0] for row in rows)
-    assert one["pairs"] == two["pairs"] == 16 and one["flop"] == two["flop"]
-    assert two["peak_gigabytes"] > 2 * one["peak_gigabytes"]  # a server, too
-    assert two["parts"]["summing"] > one["parts"]["summing"]
+    by = ["dist_sync"] + ["horovod"] * bool(importlib.util.find_spec("horovod"))
+    flags = ["--contexts", "1", "--workers", "1,2", "--kvstore", ",".join(by)]
+    one, *several = (row["rounds"][0] for row in scaled(articles, tmp_path, *flags))
+    assert len(several) == len(by)
+    for two in several:
+        assert one["pairs"] == two["pairs"] == 16 and one["flop"] == two["flop"]
+        assert two["parts"]["summing"] > one["parts"]["summing"]
+        assert two["peak_gigabytes"] > 1.5 * one["peak_gigabytes"]
+    assert several[0]["peak_gigabytes"] > 2 * one["peak_gigabytes"]  # a server, too
 
 
 def test_rows_are_compared_round_by_round_and_with_the_fastest_products():
@@ -311,18 +318,18 @@ def test_rows_are_compared_round_by_round_and_with_the_fastest_products():
         work = {"pairs": 8, "tokens": tokens, "flop": 1e9, "flop_per_second_of_products": fastest}
         return {"seconds": seconds, **work, "parts": parts, "peak_gigabytes": seconds}
 
-    base, other = scaling.rows_of(["bert-small"], [128], [8], [1, 2], [1])
+    base, other = scaling.rows_of(["dist_sync"], ["bert-small"], [128], [8], [1, 2], [1])
     answers = {
         base: [measured(1, 1000, 4e9), measured(2, 1000, 2e9)],
         other: [measured(2, 1000, 1), measured(1, 1000, 1)],
     }
     table = benchmark.scale_table("", answers)
     reached = "6.0      750   1.25   0.50 .. 2.00          19%     2.00       50%       25%       20%"
-    assert f"bert-small     128     8        2       1      {reached}" in table
+    assert f"bert-small     128     8        2       1  device         {reached}" in table
     assert "the fastest products seen in this run: 4.0 GFLOP a second" in table
 
 
-def test_what_is_scaled_is_checked_before_anything_is_measured(corpus, monkeypatch, capsys):
+def test_what_is_scaled_is_checked_before_anything_is_measured(corpus, monkeypatch, capsys, no_horovod):
     def told(*flags):
         assert benchmark.main(["scale", "--corpus", str(corpus), *flags]) == 2
         return capsys.readouterr().err
@@ -345,6 +352,9 @@ def test_what_is_scaled_is_checked_before_anything_is_measured(corpus, monkeypat
         in shown
     )
     assert "bert-tiny" not in shown
+    assert "--kvstore device: must be dist_sync, horovod or both" in told("--kvstore", "dist_sync,device")
+    shown = told("--presets", "bert-tiny", "--kvstore", "horovod")
+    assert "2 workers by horovod: --kvstore horovod: needs Horovod, built for MXNet (" in shown
     assert benchmark.main(["train", "--estimate"]) == 2
     assert "--estimate: is for scale, not for train" in capsys.readouterr().err
 

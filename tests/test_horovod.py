@@ -149,8 +149,7 @@ def test_workers_that_differ_are_refused(folder):  # noqa: F811
     assert not (folder / "different").exists()
 
 
-def test_where_there_is_no_horovod_that_is_told(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "horovod", None)
+def test_where_there_is_no_horovod_that_is_told(no_horovod, monkeypatch, capsys, tmp_path):
     command = ["--kvstore", "horovod", "--output", str(tmp_path / "run")]
     assert launch.main(["-n", "2", "--", sys.executable, "tools/pretrain.py", *command]) == 2
     assert "launch: --kvstore horovod: needs Horovod (" in capsys.readouterr().err

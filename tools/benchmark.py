@@ -56,7 +56,7 @@ prepare: from files of text to the first batch of the preset d2l, a new process 
   most. --megabytes makes a larger text of the corpus: its paragraphs again and again, in new orders.
 
 scale: optimizer steps of other networks, lengths, batch sizes, contexts and workers, in new processes each
-  time (several workers by tools/launch.py, with a parameter server, all on this machine)
+  time (several workers by tools/launch.py, all on this machine)
   The first value of each flag makes the first row; each other one is a row with that in its place. Texts are
   packed to the length. Told are medians: pairs and tokens a second, the latter's ratio to the first row's,
   which part of the fastest products seen in this run the products of the steps reach, the peak memory of
@@ -146,6 +146,12 @@ def parser() -> argparse.ArgumentParser:
     ):
         p.add_argument(f"--{name}", default=default, metavar="N[,N...]", help=f"scale: {what} ({default})")
     p.add_argument(
+        "--kvstore",
+        default="dist_sync",
+        metavar="NAME[,NAME]",
+        help="scale: what sums the gradients of several workers: dist_sync, horovod or both (dist_sync)",
+    )
+    p.add_argument(
         "--estimate",
         action="store_true",
         help="scale: measure nothing, and print what can be expected of eight GPUs and of 32 machines",
@@ -232,7 +238,7 @@ def scale(arguments: argparse.Namespace) -> int:
         print(estimate())
         return 0
     values = [[int(number) for number in getattr(arguments, name).split(",")] for name in COUNTS]
-    rows = rows_of(arguments.presets.split(","), *values)
+    rows = rows_of(arguments.kvstore.split(","), arguments.presets.split(","), *values)
     corpus = corpus_folder(arguments.corpus)
     refuse_what_cannot_be(rows, corpus)
     answers: dict[Row, list[dict[str, Any]]] = {row: [] for row in rows}
@@ -259,14 +265,16 @@ def scale_table(told: str, answers: Mapping[Any, list[dict[str, Any]]]) -> str:
     fastest = max(answer["flop_per_second_of_products"] for own in answers.values() for answer in own)
     parts = ("computing", "summing", "updating")
     first = next(iter(answers.values()))
-    lines = [told, f"{'':11}{'tokens':>7}{'pairs':>6}{'contexts':>9}{'workers':>8}{'pairs/s':>9}"]
-    lines[-1] += f"{'tokens/s':>9}{'ratio':>7}   {'from .. to':14}{'of products':>11}{'peak GB':>9}"
+    lines = [told, f"{'':11}{'tokens':>7}{'pairs':>6}{'contexts':>9}{'workers':>8}  {'summed by':9}"]
+    lines[-1] += (
+        f"{'pairs/s':>9}{'tokens/s':>9}{'ratio':>7}   {'from .. to':14}{'of products':>11}{'peak GB':>9}"
+    )
     lines[-1] += "".join(f"{part:>10}" for part in parts)
     for row, own in answers.items():
         ratios = [a / b for a, b in zip(rates(own, of="tokens"), rates(first, of="tokens"))]
         spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
         lines.append(
-            f"{row.preset:11}{row.length:7}{row.batch_size:6}{row.contexts:9}{row.workers:8}"
+            f"{row.preset:11}{row.length:7}{row.batch_size:6}{row.contexts:9}{row.workers:8}  {row.kvstore:9}"
             f"{statistics.median(rates(own)):9.1f}{statistics.median(rates(own, of='tokens')):9.0f}"
             f"{statistics.median(ratios):7.2f}   {spread:14}"
             f"{statistics.median(rates(own, of='flop')) / fastest:>11.0%}"
@@ -428,6 +436,8 @@ def check(arguments: argparse.Namespace) -> None:
             problems.append(f"{flag} {given}: numbers from {least} on with commas between them, such as 1,2")
     unknown = [name for name in arguments.presets.split(",") if name not in PRESETS]
     problems += [f"--presets {name}: must be some of {', '.join(PRESETS)}" for name in unknown]
+    others = set(arguments.kvstore.split(",")) - {"dist_sync", "horovod"}
+    problems += [f"--kvstore {name}: must be dist_sync, horovod or both" for name in sorted(others)]
     if arguments.estimate and arguments.what != "scale":
         problems.append(f"--estimate: is for scale, not for {arguments.what}")
     if arguments.megabytes < 0:

@@ -22,7 +22,7 @@ from gluon_bert.training.plan import (
     most_predictions,
     parameter_count,
 )
-from gluon_bert.training.workers import check_sharing
+from gluon_bert.training.workers import check_sharing, horovod
 
 LAUNCH = Path(__file__).with_name("launch.py")
 
@@ -35,11 +35,13 @@ class Row(NamedTuple):
     batch_size: int
     contexts: int
     workers: int
+    kvstore: str = "device"
 
     def __str__(self) -> str:
+        by = f" by {self.kvstore}" if self.workers > 1 else ""
         return (
             f"{self.preset}, {self.length} tokens, {self.batch_size} pairs, {self.contexts} contexts, "
-            f"{self.workers} workers"
+            f"{self.workers} workers{by}"
         )
 
     def config(self, corpus: Path) -> Config:
@@ -58,11 +60,10 @@ class Row(NamedTuple):
 
     def measure(self, corpus: Path, steps: int) -> dict[str, Any]:
         """What new processes tell of so many steps; see `peers/scale_ours.py` for the answer."""
-        kvstore = "dist_sync" if self.workers > 1 else "device"
-        asked = {"config": self.config(corpus).to_json(), "contexts": self.contexts, "kvstore": kvstore}
+        asked = {"config": self.config(corpus).to_json(), "contexts": self.contexts, "steps": steps}
         with TemporaryDirectory(prefix="gluon_bert-benchmark-") as folder:
             answer = Path(folder, "answer.json")
-            given = [json.dumps({**asked, "steps": steps}), str(os.getpid()), str(answer)]
+            given = [json.dumps(asked), str(os.getpid()), str(answer), f"--kvstore={self.kvstore}"]
             command = [python_of(None), "scale_ours.py", *given]
             if self.workers > 1:
                 command = [python_of(None), str(LAUNCH), "-n", str(self.workers), "--", *command]
@@ -81,11 +82,15 @@ class Row(NamedTuple):
             return json.loads(answer.read_text("utf-8"))
 
 
-def rows_of(*values: Sequence[Any]) -> list[Row]:
-    """A row of the first value of each field, then one for each other value, in the place of the first."""
+def rows_of(kvstores: Sequence[str], *values: Sequence[Any]) -> list[Row]:
+    """A row of the first value of each field, then one for each other value, in the place of the first.
+
+    Those of several workers are there for each kvstore.
+    """
     first = Row(*(each[0] for each in values))
     others = [first._replace(**{name: v}) for name, each in zip(Row._fields, values) for v in each[1:]]
-    return list(dict.fromkeys([first, *others]))
+    rows = dict.fromkeys([first, *others])
+    return [row._replace(kvstore=k) for row in rows for k in (kvstores if row.workers > 1 else ["device"])]
 
 
 def refuse_what_cannot_be(rows: Sequence[Row], corpus: Path) -> None:
@@ -97,6 +102,8 @@ def refuse_what_cannot_be(rows: Sequence[Row], corpus: Path) -> None:
         try:
             config = row.config(corpus)
             check_sharing(config, row.workers)
+            if row.kvstore == "horovod":
+                horovod()
             if limit is not None:
                 compiled = ops.compiled(contexts)
                 check_memory(config, 1, row.contexts, compiled, limit / row.workers, row.workers)

@@ -223,9 +223,7 @@ class Trainer:
         step = self.standing.step + 1
         self._optimizer.set_learning_rate(learning_rate(self.config, step, self.planned_steps))
         self.standing.step = step
-        self._optimizer.allreduce_grads()
-        gradients, scale = self._gradients(), self.standing.scale
-        self.workers.add_up(gradients)
+        gradients, scale = self._summed_gradients(), self.standing.scale
         if scale:
             scale.take_from(gradients)
         norms = squared_norms(gradients[0])
@@ -237,6 +235,13 @@ class Trainer:
         if self.config.clip_norm:
             clip_gradients(gradients, self.config.clip_norm)
         self._optimizer.update(1)  # the losses are divided by the global counts already
+
+    def _summed_gradients(self) -> list[list[Any]]:
+        """What `_gradients` gives, summed over all contexts of all workers."""
+        self._optimizer.allreduce_grads()
+        gradients = self._gradients()
+        self.workers.add_up(gradients)
+        return gradients
 
     def _gradients(self) -> list[list[Any]]:
         """Each context's gradients, in the order of `_trained_names`."""

@@ -1,7 +1,7 @@
 """A row of `benchmark.py scale`: steps of a network on some contexts, of one worker or of several.
 
-Its arguments are JSON: what to measure, the benchmark's process, and the file for the answer, which the
-first worker writes. See `scaling.py` for both.
+Its arguments are JSON: what to measure, the benchmark's process, the file for the answer, which the first
+worker writes, and --kvstore=NAME. See `scaling.py` for both.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from gluon_bert.training.trainer import Trainer
 from gluon_bert.training.workers import joined
 
 
-def main(job: dict[str, Any], benchmark: int, path: Path) -> None:
+def main(job: dict[str, Any], benchmark: int, path: Path, kvstore: str) -> None:
     """Make the steps and, as the first worker, tell of them."""
     config = Config.from_json(job["config"])
-    with joined(job["kvstore"]) as workers:
+    with joined(kvstore) as workers:
         contexts = runtime.contexts(cpus=job["contexts"])
         data = load_data(config.data, config.train.batch_size, config.train.seed)
         net = BERTModel(len(data.vocab), config.model)
@@ -85,11 +85,11 @@ def parts_of_a_step(trainer: Any, batches: Iterator[Batch]) -> dict[str, float]:
         mx.nd.waitall()
         seconds[name] = time.perf_counter() - before
 
-    sum_up, update = trainer._optimizer.allreduce_grads, trainer._update
+    sum_up, update = trainer._summed_gradients, trainer._update
 
-    def summing() -> None:
+    def summing() -> Any:
         with clocked("summing"):
-            sum_up()
+            return sum_up()
 
     def updating() -> None:
         with clocked("updating"):
@@ -98,7 +98,7 @@ def parts_of_a_step(trainer: Any, batches: Iterator[Batch]) -> dict[str, float]:
     with clocked("step"):
         with clocked("batch"):
             batch = next(batches)
-        trainer._optimizer.allreduce_grads, trainer._update = summing, updating
+        trainer._summed_gradients, trainer._update = summing, updating
         finished_step(trainer, batch)
     seconds["updating"] -= seconds["summing"]
     seconds["computing"] = seconds["step"] - seconds["batch"] - seconds["summing"] - seconds["updating"]
@@ -119,7 +119,8 @@ def below(process: int) -> list[int]:
 
 if __name__ == "__main__":
     try:
-        main(json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+        job, benchmark, path, kvstore = sys.argv[1:]
+        main(json.loads(job), int(benchmark), Path(path), kvstore.partition("=")[2])
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
