@@ -35,6 +35,8 @@ CONVERT = ["safetensors>=0.3.2"]
 GOOGLE = ["tensorflow-cpu>=2.10"]
 # An sdist with a C extension: installing it takes a C compiler, so pretraining does without it.
 GLUONNLP = ["gluonnlp==0.10.0"]
+# Its last release, and the last with MXNet. It has to be built beside MXNet, as docs/scale.md says.
+HOROVOD = ["horovod==0.28.1"]
 
 setup(
     name="gluon_bert",
@@ -59,6 +61,7 @@ setup(
         "cpu": ["mxnet==1.9.1"],
         "cu112": ["mxnet-cu112==1.9.1", *CUDA_LIBRARIES],
         "gluonnlp": GLUONNLP,
+        "horovod": HOROVOD,
         "wordpiece": WORDPIECE,
         "onnx": ONNX,
         "convert": [*CONVERT, *WORDPIECE],

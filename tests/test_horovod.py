@@ -20,6 +20,7 @@ from test_launch import (  # noqa: F401 (fixtures)
     log_of,
     path_with_ssh,
     train,
+    two_machines,
 )
 
 from gluon_bert import checkpoint
@@ -62,6 +63,19 @@ def test_so_do_two_of_two_contexts_in_parts_over_ssh(alone, folder, tmp_path):  
     status, told = Launched(folder, *words, PATH=path).wait()
     assert status == 0 and "on [cpu(0), cpu(1)] of each of 2 workers" in told
     assert_close(folder / "ssh", alone, 1e-4)
+
+
+@needs_horovod
+@pytest.mark.workers
+def test_so_do_two_machines_with_a_network_between_them(two, folder, tmp_path, two_machines):  # noqa: F811
+    (tmp_path / "hosts").write_text("\n".join(two_machines))
+    # Each has a name of its own, which is its address.
+    named = """unshare --uts sh -c 'hostname "$0" && exec "$@"' "$host" """
+    path = path_with_ssh(tmp_path, f'ip netns exec "$host" {named}')
+    words = ["-n", "2", "--hostfile", tmp_path / "hosts", *by_horovod(folder, "machines")]
+    status, told = Launched(folder, *words, PATH=path).wait()
+    assert status == 0 and "of each of 2 workers" in told
+    assert_close(folder / "machines", two, 0)
 
 
 @needs_horovod
@@ -157,6 +171,15 @@ def test_where_there_is_no_horovod_that_is_told(no_horovod, monkeypatch, capsys,
     monkeypatch.setenv("HOROVOD_SIZE", "2")
     assert pretrain.main(command) == 2
     assert "pretrain: --kvstore horovod: needs Horovod, built for MXNet (" in capsys.readouterr().err
+
+
+@needs_horovod
+def test_a_host_whose_name_is_of_the_loopback_is_told(monkeypatch, capsys, tmp_path):
+    for name, value in {"RANK": "0", "SIZE": "2", "CROSS_SIZE": "2"}.items():
+        monkeypatch.setenv(f"HOROVOD_{name}", value)
+    monkeypatch.setattr("socket.gethostname", lambda: "localhost")
+    assert pretrain.main(["--kvstore", "horovod", "--output", str(tmp_path / "run")]) == 2
+    assert "this host's name, localhost, stands for 127.0.0.1, which the other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variables", [{}, {"HOROVOD_RANK": "2", "HOROVOD_SIZE": "2"}, {"HOROVOD_RANK": "0"}])

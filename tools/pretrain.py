@@ -73,9 +73,10 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--kvstore",
         default="device",
-        metavar="{device,dist_sync}",
+        metavar="{device,dist_sync,horovod}",
         help="what sums the gradients: of one process (device), or of all that tools/launch.py starts, by "
-        "MXNet's parameter servers (dist_sync): they share each batch, and need an --output (device)",
+        "MXNet's parameter servers (dist_sync) or among themselves (horovod, an extra): they share each "
+        "batch, and need an --output (device)",
     )
     where.add_argument(
         "--step-timeout",

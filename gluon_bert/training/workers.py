@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import socket
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, Mapping, Sequence, TypeVar
 
@@ -229,6 +230,25 @@ def horovod() -> Any:
         ) from error
 
 
+def _refuse_name_of_loopback() -> None:
+    """Raise BadInput where Horovod's workers on other hosts could not reach this one.
+
+    Horovod 0.28.1 does not use the interface for its second set of connections: it looks for the host's name.
+    """
+    if os.environ.get("HOROVOD_CROSS_SIZE", "1") == "1":
+        return
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError as error:
+        raise BadInput(f"--kvstore horovod: this host's name, {name}, has no address ({error})") from error
+    if address.startswith("127."):
+        raise BadInput(
+            f"--kvstore horovod: this host's name, {name}, stands for {address}, which the other hosts do not "
+            "reach; /etc/hosts has to give it an address that they do"
+        )
+
+
 def _interface_of(address: str) -> str | None:
     """This machine's network interface with an address, None where none has it."""
     import psutil  # Horovod needs it, too
@@ -275,6 +295,7 @@ def place_of(kvstore: str) -> tuple[int, int]:
         )
     if kvstore == "horovod":
         horovod()
+        _refuse_name_of_loopback()
     return rank, count
 
 
