@@ -179,7 +179,7 @@ def test_a_host_whose_name_is_of_the_loopback_is_told(monkeypatch, capsys, tmp_p
         monkeypatch.setenv(f"HOROVOD_{name}", value)
     monkeypatch.setattr("socket.gethostname", lambda: "localhost")
     assert pretrain.main(["--kvstore", "horovod", "--output", str(tmp_path / "run")]) == 2
-    assert "this host's name, localhost, stands for 127.0.0.1, which the other" in capsys.readouterr().err
+    assert "this host's name, localhost, stands for 127.0.0.1, which other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variables", [{}, {"HOROVOD_RANK": "2", "HOROVOD_SIZE": "2"}, {"HOROVOD_RANK": "0"}])

@@ -244,7 +244,7 @@ def _refuse_name_of_loopback() -> None:
         raise BadInput(f"--kvstore horovod: this host's name, {name}, has no address ({error})") from error
     if address.startswith("127."):
         raise BadInput(
-            f"--kvstore horovod: this host's name, {name}, stands for {address}, which the other hosts do not "
+            f"--kvstore horovod: this host's name, {name}, stands for {address}, which other hosts do not "
             "reach; /etc/hosts has to give it an address that they do"
         )
 
