@@ -121,7 +121,7 @@ class SeveralWorkers(Workers):
         """Raise BadInput where two workers have the same rank."""
         # A row that two workers fill is the sum of both, 2, and another row is 0.
         if set(self.gather(b"\1")) != {b"\1"}:
-            raise BadInput(f"two workers have the number {self.rank}, or another one; {START}")
+            raise BadInput(f"worker {self.rank}: two of {self.count} workers have the same number; {START}")
 
     def gather(self, content: bytes) -> list[bytes]:
         # The sum is in float32, which is exact where all but one of the summands are 0.
