@@ -114,16 +114,9 @@ def test_whatever_fails_the_job_ends_as_the_undisturbed_one(two, folder):  # noq
     command = by_horovod(folder, "disturbed", script=str(script))
     launched = Launched(folder, "-n", "2", "--max-restarts", "3", *command)
 
-    def disturb(number, after, rank):
-        launched.wait_for(lambda: run.exists() and (checkpoint.steps(run) or [0])[-1] >= after)
-        launched.wait_for(lambda: launched.processes("worker", rank))
-        os.kill(min(launched.processes("worker", rank)), number)
-        before = launched.output.read_text("utf-8").count("launch: restart")
-        launched.wait_for(lambda: launched.output.read_text("utf-8").count("launch: restart") > before)
-
-    disturb(signal.SIGKILL, 2, 1)
+    launched.disturb(run, 2, signal.SIGKILL, "worker", 1)
     # An error in worker 1 after step 7, of which `disturbed` takes care, then:
-    disturb(signal.SIGSTOP, 10, 0)
+    launched.disturb(run, 10, signal.SIGSTOP, "worker", 0)
     status, told = launched.wait()
     assert status == 0
     assert told.count("launch: restart") == 3
@@ -142,7 +135,7 @@ def test_sigterm_stops_all_workers_after_one_step_and_one_process_can_go_on(alon
     script, run = folder / "slow.py", folder / "stopped"
     script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault="nowhere", nan=False))
     launched = Launched(folder, "-n", "2", *by_horovod(folder, "stopped", script=str(script)))
-    launched.wait_for(lambda: run.exists() and (checkpoint.steps(run) or [0])[-1] >= 4)
+    launched.wait_for_step(run, 4)
     launched.process.terminate()
     status, told = launched.wait()
     step = checkpoint.steps(run)[-1]

@@ -141,6 +141,18 @@ class Launched:
             assert time.monotonic() < end and self.process.poll() is None, self.output.read_text("utf-8")
             time.sleep(0.02)
 
+    def wait_for_step(self, run, step):
+        """Until a checkpoint of the run is at this step."""
+        self.wait_for(lambda: run.exists() and (checkpoint.steps(run) or [0])[-1] >= step)
+
+    def disturb(self, run, step, number, role, rank=0):
+        """Send a process a signal after this step; then the job is restarted."""
+        self.wait_for_step(run, step)
+        self.wait_for(lambda: self.processes(role, rank))
+        os.kill(min(self.processes(role, rank)), number)
+        before = self.output.read_text("utf-8").count("launch: restart")
+        self.wait_for(lambda: self.output.read_text("utf-8").count("launch: restart") > before)
+
 
 def train(folder, name, *flags, script="tools/pretrain.py", kvstore="dist_sync"):
     """The command of a worker."""
@@ -248,18 +260,11 @@ def test_whatever_fails_the_job_ends_as_the_undisturbed_one(two, folder):
     words = ["-n", "2", "-s", "1", "--max-restarts", "5"]
     launched = Launched(folder, *words, *train(folder, "disturbed", script=str(script)))
 
-    def disturb(number, after, role, rank=0):
-        launched.wait_for(lambda: run.exists() and (checkpoint.steps(run) or [0])[-1] >= after)
-        launched.wait_for(lambda: launched.processes(role, rank))
-        os.kill(min(launched.processes(role, rank)), number)
-        before = launched.output.read_text("utf-8").count("launch: restart")
-        launched.wait_for(lambda: launched.output.read_text("utf-8").count("launch: restart") > before)
-
-    disturb(signal.SIGKILL, 2, "worker", 1)
-    disturb(signal.SIGKILL, 4, "server")
+    launched.disturb(run, 2, signal.SIGKILL, "worker", 1)
+    launched.disturb(run, 4, signal.SIGKILL, "server")
     # An error in worker 1 after step 7, of which `disturbed` takes care, then:
-    disturb(signal.SIGKILL, 8, "scheduler")
-    disturb(signal.SIGSTOP, 12, "worker", 0)
+    launched.disturb(run, 8, signal.SIGKILL, "scheduler")
+    launched.disturb(run, 12, signal.SIGSTOP, "worker", 0)
     status, told = launched.wait()
     assert status == 0
     assert told.count("launch: restart") == 5
@@ -281,7 +286,7 @@ def test_sigterm_stops_all_workers_after_one_step_and_one_process_can_go_on(alon
     script, run = folder / "slow.py", folder / "stopped"
     script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault="nowhere", nan=False))
     launched = Launched(folder, "-n", "2", *train(folder, "stopped", script=str(script)))
-    launched.wait_for(lambda: run.exists() and (checkpoint.steps(run) or [0])[-1] >= 4)
+    launched.wait_for_step(run, 4)
     launched.process.terminate()
     status, told = launched.wait()
     step = checkpoint.steps(run)[-1]
