@@ -84,6 +84,19 @@ def command(request, text_file, tmp_path):
     return run
 
 
+def untrained_run(folder: Path, config, vocab):
+    """A run's folder with the weights that its network begins with, as after one step; returns the folder."""
+    from gluon_bert.checkpoint import create_run, save_checkpoint
+    from gluon_bert.model.bert import BERTModel
+    from gluon_bert.runtime import mx
+
+    net = BERTModel(len(vocab), config.model)
+    net.setup([mx.cpu()], seed=0)
+    create_run(folder, config, vocab)
+    save_checkpoint(folder, net, 1)
+    return folder
+
+
 def small_text(num_documents: int = 200, seed: int = 0) -> str:
     """Sentences of a small grammar, so that a small model can learn something."""
     rng = random.Random(seed)

@@ -11,15 +11,13 @@ import preparations
 import pytest
 import scaling
 import trainers
-from conftest import ROOT, small_text
+from conftest import ROOT, small_text, untrained_run
 
-from gluon_bert.checkpoint import create_run, load_run, save_checkpoint
+from gluon_bert.checkpoint import load_run
 from gluon_bert.config import preset
 from gluon_bert.data.loader import load_data
 from gluon_bert.errors import BadInput
 from gluon_bert.export.held_out import held_out_texts
-from gluon_bert.model.bert import BERTModel
-from gluon_bert.runtime import mx
 
 
 @pytest.fixture
@@ -27,12 +25,7 @@ def run_folder(text_file, tmp_path):
     config = preset("bert-tiny").replace(
         corpus=(str(text_file),), max_len=16, units=16, ffn_units=32, num_heads=2, held_out=0.3, num_buckets=1
     )
-    data = load_data(config.data, batch_size=8)
-    net = BERTModel(len(data.vocab), config.model)
-    net.setup([mx.cpu()], seed=0)
-    create_run(tmp_path / "run", config, data.vocab)
-    save_checkpoint(tmp_path / "run", net, 1)
-    return tmp_path / "run"
+    return untrained_run(tmp_path / "run", config, load_data(config.data, batch_size=8).vocab)
 
 
 def test_contestants_take_turns_and_are_compared_round_by_round(monkeypatch):

@@ -11,7 +11,7 @@ import time
 import encode
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, untrained_run
 
 from gluon_bert import ops
 from gluon_bert.checkpoint import create_run, load_run, save_checkpoint
@@ -19,7 +19,6 @@ from gluon_bert.config import preset
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.encoding import Predictor
 from gluon_bert.export.formats import export_mxnet
-from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
 
 WORDS = ["a", "crane", "is", "flying", "driver", "came", "he", "just", "left"]
@@ -29,12 +28,7 @@ WORDS = ["a", "crane", "is", "flying", "driver", "came", "he", "just", "left"]
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     config = preset("d2l").replace(max_len=16, units=16, ffn_units=32, max_positions=32)
-    vocab = Vocabulary(WORDS)
-    net = BERTModel(len(vocab), config.model)
-    net.setup([mx.cpu()], seed=0)
-    create_run(folder, config, vocab)
-    save_checkpoint(folder, net, 1)
-    return folder
+    return untrained_run(folder, config, Vocabulary(WORDS))
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,13 @@ import json
 
 import export
 import pytest
-from conftest import skip_without
+from conftest import skip_without, untrained_run
 
-from gluon_bert.checkpoint import create_run, load_run, save_checkpoint
+from gluon_bert.checkpoint import load_run, save_checkpoint
 from gluon_bert.config import preset
 from gluon_bert.data.loader import load_data
 from gluon_bert.encoding import Predictor
 from gluon_bert.export.formats import load_exported
-from gluon_bert.model.bert import BERTModel
-from gluon_bert.runtime import mx
 
 
 @pytest.fixture
@@ -20,12 +18,7 @@ def run_folder(text_file, tmp_path):
     config = preset("bert-tiny").replace(
         corpus=(str(text_file),), max_len=16, units=32, ffn_units=64, num_heads=2, held_out=0.3, num_buckets=1
     )
-    data = load_data(config.data, batch_size=8)
-    net = BERTModel(len(data.vocab), config.model)
-    net.setup([mx.cpu()], seed=0)
-    create_run(tmp_path / "run", config, data.vocab)
-    save_checkpoint(tmp_path / "run", net, 1)
-    return tmp_path / "run"
+    return untrained_run(tmp_path / "run", config, load_data(config.data, batch_size=8).vocab)
 
 
 def told(capsys, *arguments):

@@ -25,9 +25,9 @@ import numpy as np
 import pytest
 import requests
 import serve
-from conftest import ROOT
+from conftest import ROOT, untrained_run
 
-from gluon_bert.checkpoint import Run, create_run, load_run, save_checkpoint
+from gluon_bert.checkpoint import Run, load_run
 from gluon_bert.config import preset
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.encoding import Predictor
@@ -50,12 +50,7 @@ def run_folder(tmp_path_factory):
     pytest.importorskip("model_archiver", reason="needs the extra serve")
     folder = tmp_path_factory.mktemp("serving") / "run"
     config = preset("d2l").replace(max_len=24, max_positions=24, units=16, ffn_units=16)
-    vocab = Vocabulary(WORDS)
-    net = BERTModel(len(vocab), config.model)
-    net.setup([mx.cpu()], seed=0)
-    create_run(folder, config, vocab)
-    save_checkpoint(folder, net, 1)
-    return folder
+    return untrained_run(folder, config, Vocabulary(WORDS))
 
 
 @pytest.fixture(scope="session")
