@@ -164,7 +164,11 @@ def test_presets_files_and_pictures_that_are_named_exist():
     for name in PRESETS:
         assert f"| `{name}` |" in README
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+        path, _, section = target.partition("#")
+        assert target.startswith("https://") or (ROOT / path).exists(), target
+        if section:
+            titles = re.findall(r"^#+ (.+)$", (ROOT / path).read_text("utf-8"), re.M)
+            assert section in [title.lower().replace(" ", "-") for title in titles], target
 
 
 @pytest.mark.parametrize("name", PRESETS)
