@@ -11,7 +11,6 @@ import pretrain
 import pytest
 from conftest import ROOT
 from test_launch import (  # noqa: F401 (fixtures)
-    DISTURBED,
     Launched,
     alone,
     assert_close,
@@ -21,6 +20,7 @@ from test_launch import (  # noqa: F401 (fixtures)
     path_with_ssh,
     train,
     two_machines,
+    write_disturbed,
 )
 
 from gluon_bert import checkpoint
@@ -109,7 +109,7 @@ def test_horovodrun_starts_them_as_well(two, folder):  # noqa: F811
 @pytest.mark.workers
 def test_whatever_fails_the_job_ends_as_the_undisturbed_one(two, folder):  # noqa: F811
     script, fault, run = folder / "disturbed.py", folder / "fault", folder / "disturbed"
-    script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault=str(fault), nan=False))
+    write_disturbed(script, fault=fault)
     fault.write_text("")
     command = by_horovod(folder, "disturbed", script=str(script))
     launched = Launched(folder, "-n", "2", "--max-restarts", "3", *command)
@@ -133,7 +133,7 @@ def test_whatever_fails_the_job_ends_as_the_undisturbed_one(two, folder):  # noq
 @pytest.mark.workers
 def test_sigterm_stops_all_workers_after_one_step_and_one_process_can_go_on(alone, folder):  # noqa: F811
     script, run = folder / "slow.py", folder / "stopped"
-    script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault="nowhere", nan=False))
+    write_disturbed(script)
     launched = Launched(folder, "-n", "2", *by_horovod(folder, "stopped", script=str(script)))
     launched.wait_for_step(run, 4)
     launched.process.terminate()

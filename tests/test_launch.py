@@ -56,6 +56,11 @@ pretrain.leave(pretrain.main)
 """
 
 
+def write_disturbed(script, fault="nowhere", nan=False):
+    """Write the slow pretrain.py, whose worker 1 fails once where there is a file `fault`, or has a NaN."""
+    script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault=str(fault), nan=nan))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch")
@@ -255,7 +260,7 @@ def test_so_do_two_machines_with_a_network_between_them(two, folder, tmp_path, t
 @pytest.mark.workers
 def test_whatever_fails_the_job_ends_as_the_undisturbed_one(two, folder):
     script, fault, run = folder / "disturbed.py", folder / "fault", folder / "disturbed"
-    script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault=str(fault), nan=False))
+    write_disturbed(script, fault=fault)
     fault.write_text("")
     words = ["-n", "2", "-s", "1", "--max-restarts", "5"]
     launched = Launched(folder, *words, *train(folder, "disturbed", script=str(script)))
@@ -284,7 +289,7 @@ def test_whatever_fails_the_job_ends_as_the_undisturbed_one(two, folder):
 @pytest.mark.workers
 def test_sigterm_stops_all_workers_after_one_step_and_one_process_can_go_on(alone, folder):
     script, run = folder / "slow.py", folder / "stopped"
-    script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault="nowhere", nan=False))
+    write_disturbed(script)
     launched = Launched(folder, "-n", "2", *train(folder, "stopped", script=str(script)))
     launched.wait_for_step(run, 4)
     launched.process.terminate()
@@ -299,7 +304,7 @@ def test_sigterm_stops_all_workers_after_one_step_and_one_process_can_go_on(alon
 @pytest.mark.workers
 def test_nothing_is_left_of_a_job_whose_launcher_is_killed(folder):
     script = folder / "slow.py"
-    script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault="nowhere", nan=False))
+    write_disturbed(script)
     launched = Launched(folder, "-n", "2", *train(folder, "orphaned", script=str(script)))
     launched.wait_for(lambda: (folder / "orphaned" / "checkpoints").exists())
     assert launched.processes("worker", 1)
@@ -339,7 +344,7 @@ def test_a_gradient_that_is_no_number_on_one_worker_is_skipped_or_gone_back_from
     folder, tmp_path, monkeypatch, flags, told_once
 ):
     script = folder / "broken.py"
-    script.write_text(DISTURBED.format(tools=str(ROOT / "tools"), fault="nowhere", nan=True))
+    write_disturbed(script, nan=True)
     name = f"bad-{flags[1]}"
     status, told = Launched(folder, "-n", "2", *train(folder, name, *flags, script=str(script))).wait()
     assert status == 0 and told.count(told_once) == 1

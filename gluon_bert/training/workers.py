@@ -188,7 +188,7 @@ class HorovodWorkers(SeveralWorkers):
 
     def __init__(self, rank: int, count: int) -> None:
         super().__init__(rank, count)
-        self._horovod = horovod()
+        self._horovod, self._sums = horovod(), 0
         # To sum several arrays as one it takes those that are ready, which is not the same in each run; and
         # where an array begins decides in which order its values are added.
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
@@ -198,8 +198,6 @@ class HorovodWorkers(SeveralWorkers):
         if interface:
             os.environ.setdefault("HOROVOD_GLOO_IFACE", interface)
         self._horovod.init()
-
-        self._sums = 0
 
     def add_up(self, gradients: Sequence[Sequence[Any]]) -> None:
         for number, (first, *others) in enumerate(zip(*gradients)):
