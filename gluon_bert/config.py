@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple, get_type_hints
 
 from .errors import BadInput
-from .files import written_aside
 
 # [CLS] a [SEP] b [SEP] is 5 tokens; with fewer than 8 hardly a sentence keeps a second word.
 SHORTEST_MAX_LEN = 8
@@ -552,93 +549,3 @@ _CONTRADICTIONS: Dict[Any, Any] = {
     TrainConfig: _train_contradictions,
     FineTuneConfig: lambda tuning: [] if tuning.lr else ["--lr 0.0: must be above 0"],
 }
-
-
-def _bert(layers: int, units: int, batch_size: int) -> Config:
-    """A size of Turc et al. 2019 (arXiv 1908.08962, table 1) or Devlin et al. 2018, trained as the latter."""
-    model = ModelConfig(
-        num_layers=layers,
-        units=units,
-        ffn_units=4 * units,
-        num_heads=units // 64,
-        dropout=0.1,
-        max_positions=512,
-        activation="gelu",
-        norm_epsilon=1e-12,
-        embedding_norm=True,
-        tied_decoder=True,
-        init="normal",
-    )
-    data = DataConfig(max_len=128, pairs="packed", num_buckets=4)
-    train = TrainConfig(
-        batch_size=batch_size,
-        num_steps=1000,
-        # Devlin et al. 2018, appendix A.2: Adam at 1e-4, betas .9 and .999, weight decay 0.01, a linear fall.
-        lr=1e-4,
-        schedule="linear",
-        # There 10,000 of 1,000,000 steps; in their code's defaults (run_pretraining.py) of 100,000. A short
-        # run needs the larger share: the running means must settle before the steps are long.
-        warmup=0.1,
-        # In their code (optimization.py), not in the paper: no bias correction, this epsilon, clipping to 1.
-        optimizer="bertadam",
-        epsilon=1e-6,
-        weight_decay=0.01,
-        clip_norm=1.0,
-        eval_every=500,
-    )
-    return Config(model, data, train)
-
-
-PRESETS: Dict[str, Config] = {
-    # The book's section "Pretraining BERT": its model, its preparation of the data, its 50 steps.
-    "d2l": Config(
-        ModelConfig(),
-        DataConfig(
-            long_pairs="drop",
-            negatives="any",
-            redraw=False,
-            mask_count="round",
-            random_token="any",
-            predict_unknown=True,
-        ),
-        TrainConfig(),
-    ),
-    # What learnt the most of WikiText-2 in half an hour on two cores: docs/learning.md has the comparison.
-    "quick": _bert(2, 128, 64).replace(
-        max_len=64,
-        pairs="sentences",
-        mask_rate=0.3,
-        dropout=0.0,
-        decoder_bias="frequencies",
-        optimizer="adamw",
-        lr=2e-3,
-        num_steps=6000,
-    ),
-    "bert-tiny": _bert(2, 128, 256),
-    "bert-mini": _bert(4, 256, 256),
-    "bert-small": _bert(4, 512, 256),
-    "bert-medium": _bert(8, 512, 256),
-    "bert-base": _bert(12, 768, 256),
-    "bert-large": _bert(24, 1024, 256),
-}
-
-
-def preset(name: str) -> Config:
-    """The configuration of that name; BadInput lists the names there are."""
-    if name not in PRESETS:
-        raise BadInput(f"--preset {name}: must be one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    with written_aside(path) as file:
-        json.dump(without_nan(content), file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-
-
-def without_nan(content: Any) -> Any:
-    """Plain values with null for every number that JSON has no word for."""
-    if isinstance(content, Mapping):
-        return {name: without_nan(value) for name, value in content.items()}
-    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import os
 import platform
-import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -20,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Mapping, NamedTuple, Sequence
 
 import numpy
 
-from gluon_bert import __version__
-from gluon_bert.errors import BadInput
+from . import __version__
+from .errors import BadInput, in_words
+from .system import usable_cores
 
 if TYPE_CHECKING:
-    import mxnet as mx
+    pass
 
 INSTALL_CPU = "pip install -e '.[cpu]'"
 INSTALL_CUDA = "pip install -e '.[cu112]'"
@@ -165,16 +165,6 @@ def need_distutils() -> None:
         ) from error
 
 
-def usable_cores() -> int:
-    """The cores, not hyper-threads, that this process may run on."""
-    try:
-        threads = os.sched_getaffinity(0)
-        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-        return len({Path(siblings.format(thread)).read_text() for thread in threads})
-    except (AttributeError, OSError):  # no Linux
-        return os.cpu_count() or 1
-
-
 def load_driver(library: str = DRIVER) -> ctypes.CDLL:
     """The NVIDIA driver's library, loaded; raises BadInput if this machine has none."""
     try:
@@ -211,184 +201,9 @@ def load_cuda_libraries(folders: Sequence[Path], libraries: Mapping[str, str] = 
         ) from first
 
 
-def parse_gpus(text: str) -> list[int]:
-    """The GPU numbers of a flag: "0,1" -> [0, 1]; raises BadInput for anything else."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise BadInput(f"--gpus {text!r}: numbers with commas between them, such as 0 or 0,1")
-    numbers = [int(part) for part in parts]
-    refuse_repeated_gpus(numbers)
-    return numbers
-
-
-def parse_contexts(names: Sequence[str]) -> tuple[list[int] | None, int | None]:
-    """Contexts as a run records them, to what `contexts` takes; BadInput for what it cannot have recorded.
-
-    >>> parse_contexts(["cpu(0)", "cpu(1)"]), parse_contexts(["gpu(3)"])
-    ((None, 2), ([3], None))
-    """
-    found = [re.fullmatch(r"([cg]pu)\(([0-9]{1,4})\)", str(name)) for name in names]
-    kinds = {match[1] for match in found if match}
-    if not all(found) or len(kinds) != 1:
-        raise BadInput(f"the contexts of the run are {names!r}; say with --gpus or --cpus where it goes on")
-    return ([int(match[2]) for match in found if match], None) if kinds == {"gpu"} else (None, len(names))
-
-
-def contexts(gpus: Sequence[int] | None = None, cpus: int | None = None) -> list[mx.Context]:
-    """The contexts to train on: the GPUs named, or `cpus` CPU contexts, or else every GPU, or else one CPU.
-
-    Never falls back to the CPU when GPUs were named. Raises BadInput for a GPU that is not there, is named
-    twice, or cannot run this MXNet.
-    """
-    if gpus is not None and cpus is not None:
-        raise BadInput("--gpus and --cpus exclude each other: give one of them")
-    mx = import_mxnet()
-    if cpus is not None:
-        if cpus < 1:
-            raise BadInput(f"--cpus {cpus}: at least 1")
-        return [mx.cpu(number) for number in range(cpus)]
-    # Asked beforehand, since mx.gpu(0) fails only where it is first used.
-    count = gpu_count()
-    capabilities = compute_capabilities(load_driver()) if has_cuda_wheel() else []
-    refuse_old_driver(count, capabilities)
-    if gpus is None:
-        gpus = range(count)
-    else:
-        refuse_absent_gpus(gpus, count)
-    if not gpus:
-        return [mx.cpu(0)]
-    refuse_foreign_gpus(gpus, capabilities)
-    return [mx.gpu(number) for number in gpus]
-
-
-def gpu_count() -> int:
-    """The number of GPUs that MXNet sees, without touching one; raises BadInput if CUDA itself fails."""
-    mx = import_mxnet()
-    try:
-        return int(mx.context.num_gpus())
-    except mx.MXNetError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise BadInput(
-            f"CUDA cannot count the GPUs ({reason}): see whether nvidia-smi works, or use --cpus 1"
-        ) from error
-
-
-def refuse_old_driver(count: int, capabilities: Sequence[tuple[int, int]]) -> None:
-    """Raises BadInput if the driver has GPUs of which MXNet sees none.
-
-    MXNet takes the error "driver too old" for "no GPU", and would train on the CPU without a word.
-    """
-    if capabilities and not count:
-        raise BadInput(
-            f"the NVIDIA driver lists {listed(range(len(capabilities)))} but is too old for CUDA 11: "
-            "install version 450.80.02 or later, or use --cpus 1"
-        )
-
-
-def refuse_repeated_gpus(gpus: Sequence[int]) -> None:
-    """Raises BadInput if a GPU is named twice: the two shards would only wait for each other."""
-    repeated = sorted({number for number in gpus if list(gpus).count(number) > 1})
-    if repeated:
-        raise BadInput(f"--gpus {flag(gpus)}: {listed(repeated)} named more than once")
-
-
-def refuse_absent_gpus(gpus: Sequence[int], count: int) -> None:
-    """Raises BadInput, which says what is there, unless `gpus` are some of the numbers below `count`."""
-    if not gpus:
-        raise BadInput("--gpus: at least one number, such as 0 or 0,1")
-    refuse_repeated_gpus(gpus)
-    if count and not all(0 <= number < count for number in gpus):
-        raise BadInput(f"--gpus {flag(gpus)}: this machine has {listed(range(count))}")
-    if not count and not built_with_cuda():
-        wheel = the_only_wheel(installed_wheels())
-        raise BadInput(
-            f"--gpus {flag(gpus)}: this MXNet ({wheel or 'not from a wheel'}) is built without CUDA; "
-            f"pip uninstall -y {wheel.name if wheel else 'mxnet'}, then {INSTALL_CUDA}, "
-            "or leave --gpus out to use the CPU"
-        )
-    if not count:
-        raise BadInput(
-            f"--gpus {flag(gpus)}: MXNet sees no GPU here; see whether nvidia-smi lists one "
-            "and CUDA_VISIBLE_DEVICES does not hide it, or leave --gpus out to use the CPU"
-        )
-
-
 def has_cuda_wheel() -> bool:
     """Whether MXNet comes from the wheel of the cu112 extra."""
     return any(wheel.name == CUDA_WHEEL for wheel in installed_wheels())
-
-
-def built_with_cuda() -> bool:
-    """Whether this MXNet can use GPUs at all."""
-    return bool(import_mxnet().runtime.Features().is_enabled("CUDA"))
-
-
-def refuse_foreign_gpus(gpus: Sequence[int], capabilities: Sequence[tuple[int, int]]) -> None:
-    """Raises BadInput if one of `gpus` cannot run the CUDA wheel's kernels.
-
-    `capabilities[number]` is the compute capability of GPU `number`. The wheel holds machine code for 5.0,
-    6.0, 7.0, 8.0 and 8.6 and no PTX that the driver could translate: each serves the later minor versions of
-    its major version, and no other.
-    """
-    foreign = {
-        number: f"{major}.{minor}"
-        for number, (major, minor) in enumerate(capabilities)
-        if number in gpus and not 5 <= major <= 8
-    }
-    if foreign:
-        rest = [number for number in gpus if number not in foreign]
-        raise BadInput(
-            f"{listed(list(foreign))} cannot run {CUDA_WHEEL} (compute capability "
-            f"{in_words(list(foreign.values()))}; it is built for 5.0 to 8.9, Maxwell to Ada): "
-            + (f"use --gpus {flag(rest)}" if rest else "use another GPU, or --cpus 1")
-        )
-
-
-def compute_capabilities(driver: ctypes.CDLL) -> list[tuple[int, int]]:
-    """The compute capability (major, minor) of every GPU that CUDA_VISIBLE_DEVICES leaves, in its order.
-
-    Asks the driver: MXNet's own get_cuda_compute_capability wants a libcuda.so, which many machines lack.
-    """
-    count, device, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-
-    def ask(function: str, *arguments: Any) -> None:
-        code = driver[function](*arguments)
-        if code:
-            raise BadInput(
-                f"the NVIDIA driver answers {function} with error {code}: see whether nvidia-smi works, "
-                "or use --cpus 1"
-            )
-
-    def attribute(which: int) -> int:
-        ask("cuDeviceGetAttribute", ctypes.byref(value), which, device)
-        return value.value
-
-    if driver.cuInit(0) == 100:  # CUDA_ERROR_NO_DEVICE
-        return []
-    ask("cuInit", 0)
-    ask("cuDeviceGetCount", ctypes.byref(count))
-    capabilities = []
-    for number in range(count.value):
-        ask("cuDeviceGet", ctypes.byref(device), number)
-        # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR in cuda.h
-        capabilities.append((attribute(75), attribute(76)))
-    return capabilities
-
-
-def flag(gpus: Sequence[int]) -> str:
-    """GPU numbers as --gpus takes them: [0, 1] -> "0,1"; the inverse of parse_gpus."""
-    return ",".join(map(str, gpus))
-
-
-def listed(gpus: Sequence[int]) -> str:
-    """GPU numbers in words: [0] -> "GPU 0", [0, 1, 2] -> "GPUs 0, 1 and 2"."""
-    return f"GPU{'s' if len(gpus) > 1 else ''} {in_words([str(number) for number in gpus])}"
-
-
-def in_words(items: Sequence[str]) -> str:
-    """A list in a sentence: ["a"] -> "a", ["a", "b", "c"] -> "a, b and c"."""
-    *others, last = items
-    return f"{', '.join(others)} and {last}" if others else last
 
 
 def versions() -> dict[str, str]:

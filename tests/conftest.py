@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gluon_bert.data.documents import prepare
+from gluon_bert.data.prepared import prepare
 from gluon_bert.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +44,7 @@ def wikitext():
 @pytest.fixture(scope="session")
 def wikitext_prepared(wikitext):
     """The real WikiText-2 as ids, as the preset d2l prepares it."""
-    from gluon_bert.config import preset
+    from gluon_bert.presets import preset
 
     return prepare(preset("d2l").replace(corpus=(str(wikitext),)).data)
 
@@ -55,7 +55,7 @@ def skip_without(format):
         missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
         if missing:
             pytest.skip(f"the extra onnx is not installed: there is no {' and no '.join(missing)}")
-    from gluon_bert.export.formats import CPU_CHECKS
+    from gluon_bert.export.exporter import CPU_CHECKS
 
     try:
         CPU_CHECKS.get(format, lambda: None)()
@@ -86,8 +86,9 @@ def command(request, text_file, tmp_path):
 
 def untrained_run(folder: Path, config, vocab):
     """A run's folder with the weights that its network begins with, as after one step; returns the folder."""
-    from gluon_bert.checkpoint import create_run, save_checkpoint
+    from gluon_bert.checkpoint import save_checkpoint
     from gluon_bert.model.bert import BERTModel
+    from gluon_bert.run import create_run
     from gluon_bert.runtime import mx
 
     net = BERTModel(len(vocab), config.model)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gluon_bert.training import checks
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import pretrain
@@ -16,8 +18,7 @@ import pretrain
 def simulate(patch):
     """Let this process simulate float16, until the pytest.MonkeyPatch is undone."""
     from gluon_bert import ops
-    from gluon_bert.model.products import HalfProducts
-    from gluon_bert.training import trainer
+    from gluon_bert.model.precision import HalfProducts
 
     def rounded(self, array):
         return self._F.cast(self._F.cast(array, dtype="float16"), dtype="float32")
@@ -25,7 +26,7 @@ def simulate(patch):
     patch.setattr(HalfProducts, "_half", rounded)
     patch.setattr(HalfProducts, "_whole", rounded)
     patch.setattr(ops, "compute", lambda *_: False)
-    patch.setattr(trainer, "check_precision", lambda *_: None)
+    patch.setattr(checks, "check_precision", lambda *_: None)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ import pretrain
 import pytest
 
 from gluon_bert import checkpoint
-from gluon_bert.array_files import read_arrays
-from gluon_bert.config import preset
 from gluon_bert.data.loader import Loader
+from gluon_bert.npz import read_arrays
+from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
-from gluon_bert.training.optimizer import OPTIMIZERS, usable_on
+from gluon_bert.training.optimizers import OPTIMIZERS, usable_on
 from gluon_bert.training.trainer import Trainer
 
 SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0.3"]

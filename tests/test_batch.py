@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
-from gluon_bert.config import DataConfig, preset
-from gluon_bert.data.batch import Batch, make_batch, split_and_load
-from gluon_bert.data.documents import number
+from gluon_bert.config import DataConfig
+from gluon_bert.data.batch import Batch, make_batch
 from gluon_bert.data.masking import pair_noise
-from gluon_bert.data.pairs import draw_pairs
+from gluon_bert.data.prepared import number
+from gluon_bert.data.sentence_pairs import draw_pairs
+from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
+from gluon_bert.training.device_batch import split_and_load
 
 NO_MASK = DataConfig(mask_token_rate=0.0, random_token_rate=0.0, negative_rate=0.0)
 

@@ -5,19 +5,20 @@ import json
 import time
 
 import benchmark
-import encoders
 import numpy as np
-import preparations
 import pytest
-import scaling
-import trainers
+from benchmarks import encode, prepare, scale, train
+from benchmarks import encode as encoders
+from benchmarks import prepare as preparations
+from benchmarks import scale as scaling
+from benchmarks import train as trainers
 from conftest import ROOT, small_text, untrained_run
 
-from gluon_bert.checkpoint import load_run
-from gluon_bert.config import preset
 from gluon_bert.data.loader import load_data
 from gluon_bert.errors import BadInput
-from gluon_bert.export.held_out import held_out_texts
+from gluon_bert.export.evaluation_texts import held_out_texts
+from gluon_bert.presets import preset
+from gluon_bert.run import load_run
 
 
 @pytest.fixture
@@ -43,21 +44,21 @@ def test_contestants_take_turns_and_are_compared_round_by_round(monkeypatch):
         return work
 
     works = {"slow": taking("slow", 2, 4, 8), "fast": taking("fast", 1, 1, 8)}
-    slow, fast = benchmark.in_rounds(works, rounds=3, units=16)
+    slow, fast = encode.in_rounds(works, rounds=3, units=16)
     assert turns == ["slow", "fast"] * 3
     assert slow.rates == [8, 4, 2]
     assert fast.rates == [16, 16, 2]
     assert fast.ratios == [2, 4, 1]
     assert (fast.rate, fast.ratio) == (16, 2)
-    assert "fast                16.0    2.00   1.00 .. 4.00" in benchmark.table("", [slow, fast])
+    assert "fast                16.0    2.00   1.00 .. 4.00" in encode.table("", [slow, fast])
 
 
 def test_what_computes_something_else_is_refused():
     vectors = np.zeros((3, 4), np.float32)
-    benchmark.refuse_other_results({"plain": vectors, "same": vectors + 1e-6})
+    encode.refuse_other_results({"plain": vectors, "same": vectors + 1e-6})
     for wrong in (vectors + 0.01, vectors + np.nan):
         with pytest.raises(BadInput, match=r"the vectors of quick differ by .* from those of plain"):
-            benchmark.refuse_other_results({"plain": vectors, "quick": wrong})
+            encode.refuse_other_results({"plain": vectors, "quick": wrong})
 
 
 def test_the_command(run_folder, tmp_path, capsys):
@@ -137,7 +138,7 @@ def answer(seconds, loss):
 def test_rounds_of_training_are_compared_pair_by_pair():
     answers = {"compiled": [answer(1, 5.0), answer(4, 4.0)], "seed": [answer(2, 5.0), answer(16, 4.1)]}
     facts = {name: {"ready_seconds": 1.5, "with": "this"} for name in answers}
-    table = benchmark.train_table("", answers, facts)
+    table = train.train_table("", answers, facts)
     assert (
         "seed                2.2   0.38   0.25 .. 0.50          1.1   0.38     0.50      1.5     4.100"
         in table
@@ -146,11 +147,11 @@ def test_rounds_of_training_are_compared_pair_by_pair():
 
 def test_a_faster_step_that_learns_less_does_not_count():
     answers = {"compiled": [answer(1, 5.0)], "seed": [answer(2, 4.9)]}
-    benchmark.refuse_learning_less(answers)
+    train.refuse_learning_less(answers)
     for loss in (5.2, float("nan")):
         answers["compiled"] = [answer(1, loss)]
         with pytest.raises(BadInput, match=r"compiled has learnt less than seed: MLM loss .*, not 4.900"):
-            benchmark.refuse_learning_less(answers)
+            train.refuse_learning_less(answers)
 
 
 def test_a_contestant_that_ends_is_told_with_its_last_words(tmp_path):
@@ -203,7 +204,7 @@ def test_preparations_are_compared_round_by_round():
     def answers(*seconds):
         return [{"seconds": each, "peak_gigabytes": 0.5} for each in seconds]
 
-    table = benchmark.prepare_table("", 12.0, {"workers-0": answers(2, 4), "seed": answers(20, 10)})
+    table = prepare.prepare_table("", 12.0, {"workers-0": answers(2, 4), "seed": answers(20, 10)})
     assert "seed              15.00     0.8   0.25   0.10 .. 0.40       0.50" in table
 
 
@@ -316,7 +317,7 @@ def test_rows_are_compared_round_by_round_and_with_the_fastest_products():
         base: [measured(1, 1000, 4e9), measured(2, 1000, 2e9)],
         other: [measured(2, 1000, 1), measured(1, 1000, 1)],
     }
-    table = benchmark.scale_table("", answers)
+    table = scale.scale_table("", answers)
     reached = "6.0      750   1.25   0.50 .. 2.00          19%     2.00       50%       25%       20%"
     assert f"bert-small     128     8        2       1  device         {reached}" in table
     assert "the fastest products seen in this run: 4.0 GFLOP a second" in table

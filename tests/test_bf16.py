@@ -14,8 +14,8 @@ from test_products import to_bf16
 from test_trainer import BERT, NOISY, gradients_of, small_data, trainer_on
 
 from gluon_bert import ops
-from gluon_bert.data.batch import split_and_load
 from gluon_bert.runtime import mx
+from gluon_bert.training.device_batch import split_and_load
 
 __all__ = ["compiled"]  # a fixture for all tests here, too
 

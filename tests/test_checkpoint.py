@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from gluon_bert import checkpoint
-from gluon_bert.checkpoint import create_run, find_checkpoint, load_run, save_checkpoint, steps
-from gluon_bert.config import preset
+from gluon_bert.checkpoint import find_checkpoint, save_checkpoint, steps
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.encoding import encode
 from gluon_bert.errors import BadInput
+from gluon_bert.inference.predictor import encode
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.presets import preset
+from gluon_bert.run import create_run, load_run
 from gluon_bert.runtime import mx
 
 CONFIG = preset("bert-tiny").replace(units=16, ffn_units=32, num_heads=2, max_positions=16, max_len=16)

@@ -3,9 +3,9 @@
 import json
 import subprocess
 
-import compare_recipes
 import pytest
-from compare_recipes import Learnt, Recipe, flags_of, table
+from dev import compare_recipes
+from dev.compare_recipes import Learnt, Recipe, flags_of, table
 
 SMALL = {"units": 16, "ffn_units": 16, "num_layers": 1, "num_heads": 1, "batch_size": 16, "log_every": 5}
 

@@ -5,8 +5,10 @@ import json
 
 import pytest
 
-from gluon_bert.config import GROUPS, PRESETS, Config, preset, write_json
+from gluon_bert.config import GROUPS, Config
 from gluon_bert.errors import BadInput
+from gluon_bert.fileio import write_json
+from gluon_bert.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

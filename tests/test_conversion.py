@@ -17,22 +17,24 @@ import reference
 import tokenizers
 from conftest import ROOT
 
-from gluon_bert.checkpoint import create_run, load_run, save_checkpoint, weights_of
-from gluon_bert.config import preset
+from gluon_bert.checkpoint import save_checkpoint
+from gluon_bert.conversion.converter import foreign_arrays, network, shapes, translate
 from gluon_bert.conversion.huggingface import bert_config, read_huggingface
-from gluon_bert.conversion.layout import D2L, GLUONNLP, GOOGLE, HUGGINGFACE
-from gluon_bert.conversion.mxnet_files import read_parameters
-from gluon_bert.conversion.torch_file import read_tensors
-from gluon_bert.conversion.weights import foreign_arrays, network, shapes, translate
-from gluon_bert.data.batch import split_and_load
+from gluon_bert.conversion.mxnet_params import read_parameters
+from gluon_bert.conversion.torch_pickle import read_tensors
+from gluon_bert.conversion.weight_names import D2L, GLUONNLP, GOOGLE, HUGGINGFACE
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
-from gluon_bert.encoding import Predictor
 from gluon_bert.errors import BadInput
-from gluon_bert.export.held_out import held_out_texts
+from gluon_bert.export.evaluation_texts import held_out_texts
+from gluon_bert.inference.predictor import Predictor
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.model.parameters import weights_of
+from gluon_bert.presets import preset
+from gluon_bert.run import create_run, load_run
 from gluon_bert.runtime import mx
-from gluon_bert.training.loss import shard_loss
+from gluon_bert.training.device_batch import split_and_load
+from gluon_bert.training.losses import shard_loss
 
 WORDS = [f"w{i}" for i in range(96)]
 VOCAB_SIZE = len(SPECIAL_TOKENS) + len(WORDS)

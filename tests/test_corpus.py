@@ -7,9 +7,10 @@ import pytest
 from conftest import small_text
 
 from gluon_bert.config import DataConfig
-from gluon_bert.data import pydoc_prose
-from gluon_bert.data.corpus import Corpus, Piece, guess_format, is_held_out, parse, pieces, text_files
-from gluon_bert.data.documents import prepare
+from gluon_bert.data.corpora import pydoc
+from gluon_bert.data.corpora.corpus import Corpus, text_files
+from gluon_bert.data.corpora.text_formats import Piece, guess_format, is_held_out, parse, pieces
+from gluon_bert.data.prepared import prepare
 from gluon_bert.errors import BadInput
 
 PROSE = """The crane is flying over the city. It is
@@ -94,7 +95,7 @@ def test_an_article_is_never_parted_between_pieces(tmp_path, monkeypatch):
     assert len(whole) == 40
     parts = []
     for size in (1, 7, 40, 100, 333, 1000):
-        monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", size)
+        monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", size)
         parts.append(len(list(pieces(path, "articles"))))
         assert documents(path, text_format="articles") == whole
     assert min(parts[-2:]) > 3
@@ -124,7 +125,7 @@ def test_the_format_is_told_by_the_text(text, text_format):
 
 
 def test_pieces_end_between_documents_and_hold_all_of_the_text(tmp_path, monkeypatch):
-    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
     path = tmp_path / "t.txt"
     text = small_text(100)
     path.write_text(text, "utf-8")
@@ -137,7 +138,7 @@ def test_pieces_end_between_documents_and_hold_all_of_the_text(tmp_path, monkeyp
 
 
 def test_a_document_longer_than_many_blocks_stays_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 50)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 50)
     path = tmp_path / "t.txt"
     long = "".join(f"sentence number {i} .\n" for i in range(100))
     path.write_text(f"{long}\nshort one .\nshort two .\n", "utf-8")
@@ -210,7 +211,7 @@ def test_text_that_is_not_utf8_is_told_with_file_and_line(tmp_path):
 
 
 def test_the_line_is_right_behind_the_first_block_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 64)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 64)
     path = tmp_path / "latin.txt"
     path.write_bytes(b"a line of text\n" * 50 + b"\xff\n")
     with pytest.raises(BadInput, match="line 51"):
@@ -226,8 +227,8 @@ def test_a_damaged_gz_is_told(tmp_path):
 
 @pytest.mark.parametrize("text", ["one sentence a line .\n" * 30, "no end of a line at all " * 30])
 def test_a_text_without_ends_of_documents_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch, text):
-    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 100)
-    monkeypatch.setattr("gluon_bert.data.corpus._LARGEST_DOCUMENT", 600)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 100)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._LARGEST_DOCUMENT", 600)
     path = tmp_path / "t.txt"
     path.write_text(f"first document\n\n{text}", "utf-8")
     told = r"t.txt, line 3: a document of more than .* begins here; put blank lines between documents"
@@ -237,7 +238,7 @@ def test_a_text_without_ends_of_documents_is_refused_before_it_fills_the_memory(
 
 @pytest.mark.parametrize("name", ["t.txt", "t.txt.gz"])
 def test_pieces_tell_how_much_of_the_file_is_read(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
     path = tmp_path / name
     content = small_text(100).encode()
     path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
@@ -266,8 +267,8 @@ def test_a_paragraph_of_the_pydoc_prose_is_read_once(tmp_path, monkeypatch):
     prose = "This function returns the first of the values that it is given. It never changes any of them."
     for name in ("a.py", "b.py"):
         (tmp_path / name).write_text(f'"""{prose}"""\n', "utf-8")
-    sources = [pydoc_prose.Source(name, tmp_path / name) for name in ("a.py", "b.py")]
-    monkeypatch.setattr(pydoc_prose, "source_files", lambda: sources)
+    sources = [pydoc.Source(name, tmp_path / name) for name in ("a.py", "b.py")]
+    monkeypatch.setattr(pydoc, "source_files", lambda: sources)
     other = tmp_path / "other.txt"
     other.write_text("One bird . It flies .\n" * 2, "utf-8")  # a user's text is taken as it is
     config = DataConfig(corpus=("pydoc", str(other)), text_format="paragraphs", min_freq=1, held_out=0.0)

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from gluon_bert.config import DataConfig
-from gluon_bert.data.documents import number, prepare
+from gluon_bert.data.prepared import number, prepare
 from gluon_bert.errors import BadInput
 
 
@@ -61,7 +61,7 @@ def test_the_unigram_loss_is_that_of_the_words_to_predict():
 
 def test_the_cache_gives_the_same_and_spares_the_reading(text_file, tmp_path, monkeypatch):
     first = prepare(config_of(text_file), tmp_path / "cache")
-    monkeypatch.setattr("gluon_bert.data.documents.prepare_shards", None)
+    monkeypatch.setattr("gluon_bert.data.prepared.prepare_shards", None)
     again = prepare(config_of(text_file), tmp_path / "cache")
     assert again.vocab.tokens == first.vocab.tokens
     assert again.statistics == first.statistics
@@ -118,7 +118,7 @@ def test_a_corpus_without_enough_text_is_refused(tmp_path, text, changes, told):
 
 def test_preparing_wikitext2_takes_less_than_300_mb(wikitext):
     code = f"""if True:
-        from gluon_bert.data.documents import prepare
+        from gluon_bert.data.prepared import prepare
         from gluon_bert.config import DataConfig
         import pathlib, tempfile
         with tempfile.TemporaryDirectory() as cache:

@@ -2,12 +2,12 @@
 
 import json
 
-import does_pretraining_help
 import pretrain
 import pytest
+from dev import pretraining_vs_scratch as does_pretraining_help
+from dev.wikitext_sections import KINDS, sample, section_rows
 
 from gluon_bert.errors import BadInput
-from gluon_bert.finetuning.sections import KINDS, sample, section_rows
 
 LONG = " ".join(["word"] * 20)
 

@@ -14,11 +14,12 @@ import pytest
 from conftest import ROOT, untrained_run
 
 from gluon_bert import ops
-from gluon_bert.checkpoint import create_run, load_run, save_checkpoint
-from gluon_bert.config import preset
+from gluon_bert.checkpoint import save_checkpoint
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.encoding import Predictor
-from gluon_bert.export.formats import export_mxnet
+from gluon_bert.export.exporter import export_mxnet
+from gluon_bert.inference.predictor import Predictor
+from gluon_bert.presets import preset
+from gluon_bert.run import create_run, load_run
 from gluon_bert.runtime import mx
 
 WORDS = ["a", "crane", "is", "flying", "driver", "came", "he", "just", "left"]

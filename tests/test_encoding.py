@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from gluon_bert import encoding
-from gluon_bert.config import preset
-from gluon_bert.data.texts import TextReader
+from gluon_bert.data.tokenizer import TextReader
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.encoding import GluonNetwork, Predictor, encode
 from gluon_bert.errors import BadInput
+from gluon_bert.inference import predictor as encoding
+from gluon_bert.inference.predictor import GluonNetwork, Predictor, encode
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
 
 VOCAB = Vocabulary(["a", "crane", "is", "flying", "driver", "came", "he", "just", "left"])

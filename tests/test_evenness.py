@@ -9,7 +9,7 @@ import pytest
 from test_trainer import batch, data, trainer_on  # noqa: F401 (fixtures)
 
 from gluon_bert.runtime import mx
-from gluon_bert.training.evenness import Evenness, time_at_work
+from gluon_bert.training.profiling import Evenness, time_at_work
 
 
 def shards(*given):

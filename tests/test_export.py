@@ -8,18 +8,18 @@ import sys
 import numpy as np
 import pytest
 
-from gluon_bert.checkpoint import Run
-from gluon_bert.config import preset
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
-from gluon_bert.encoding import GluonNetwork, Predictor
 from gluon_bert.errors import BadInput
-from gluon_bert.export import formats
-from gluon_bert.export.comparison import differences, random_texts
-from gluon_bert.export.formats import export_mxnet, load_exported
+from gluon_bert.export import exporter as formats
+from gluon_bert.export.exporter import export_mxnet, load_exported
 from gluon_bert.export.manifest import MANIFEST, OUTPUTS, Manifest
-from gluon_bert.export.symbol import PARAMETERS, SYMBOL, BlockNetwork, ModuleNetwork
+from gluon_bert.export.mxnet_symbol import PARAMETERS, SYMBOL, BlockNetwork, ModuleNetwork
+from gluon_bert.export.verify import differences, random_texts
+from gluon_bert.inference.predictor import GluonNetwork, Predictor
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.presets import preset
+from gluon_bert.run import Run
 from gluon_bert.runtime import mx
 
 # What a pretrained network may be exported with.

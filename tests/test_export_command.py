@@ -6,11 +6,12 @@ import export
 import pytest
 from conftest import skip_without, untrained_run
 
-from gluon_bert.checkpoint import load_run, save_checkpoint
-from gluon_bert.config import preset
+from gluon_bert.checkpoint import save_checkpoint
 from gluon_bert.data.loader import load_data
-from gluon_bert.encoding import Predictor
-from gluon_bert.export.formats import load_exported
+from gluon_bert.export.exporter import load_exported
+from gluon_bert.inference.predictor import Predictor
+from gluon_bert.presets import preset
+from gluon_bert.run import load_run
 
 
 @pytest.fixture

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, skip_without, small_text
 
-from gluon_bert.checkpoint import Run
-from gluon_bert.config import preset
-from gluon_bert.data.documents import prepare
-from gluon_bert.data.texts import TextReader, padded
-from gluon_bert.encoding import GluonNetwork, Predictor
+from gluon_bert.data.prepared import prepare
+from gluon_bert.data.tokenizer import TextReader, padded
 from gluon_bert.errors import BadInput
-from gluon_bert.export import onnx_graph, quantized
-from gluon_bert.export.comparison import compare, differences, question, random_texts, table
-from gluon_bert.export.formats import (
+from gluon_bert.export import low_precision as quantized
+from gluon_bert.export import onnx_graph
+from gluon_bert.export.evaluation_texts import LENGTH_SHARES, held_out_texts
+from gluon_bert.export.exporter import (
     BF16_ERROR,
     INT8_ERROR,
     ONNX_ERROR,
@@ -26,10 +24,13 @@ from gluon_bert.export.formats import (
     export_onnx,
     load_exported,
 )
-from gluon_bert.export.held_out import LENGTH_SHARES, held_out_texts
 from gluon_bert.export.manifest import OUTPUTS, Manifest
-from gluon_bert.export.symbol import PARAMETERS, SYMBOL, BlockNetwork, ModuleNetwork
+from gluon_bert.export.mxnet_symbol import PARAMETERS, SYMBOL, BlockNetwork, ModuleNetwork
+from gluon_bert.export.verify import compare, differences, question, random_texts, table
+from gluon_bert.inference.predictor import GluonNetwork, Predictor
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.presets import preset
+from gluon_bert.run import Run
 from gluon_bert.runtime import mx
 
 MAX_LEN = 32
@@ -324,7 +325,7 @@ def test_module_reads_it_too(run, exports, low):
     ],
 )
 def test_a_cpu_that_cannot_is_told_so(low, told):
-    code = f"from gluon_bert.export.quantized import check_{low}; check_{low}()"
+    code = f"from gluon_bert.export.low_precision import check_{low}; check_{low}()"
     limited = {**os.environ, "DNNL_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=limited, capture_output=True, text=True)
     assert done.returncode == 1

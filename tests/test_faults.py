@@ -18,8 +18,9 @@ import pytest
 from conftest import ROOT
 
 from gluon_bert import checkpoint
-from gluon_bert.training import saving
-from gluon_bert.training.report import LogFile, Report
+from gluon_bert.training import checkpointer as saving
+from gluon_bert.training.progress import Report
+from gluon_bert.training.run_log import LogFile
 
 SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0.3"]
 SMALL += ["--num-steps", "12", "--log-every", "3", "--redraw", "yes", "--checkpoint-every", "2"]

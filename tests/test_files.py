@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from gluon_bert.files import written_aside
+from gluon_bert.fileio import written_aside
 
 
 def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path):

@@ -13,20 +13,20 @@ import pretrain
 import pytest
 from conftest import ROOT, small_text
 
-from gluon_bert.checkpoint import load_run
 from gluon_bert.config import FineTuneConfig
-from gluon_bert.conversion.weights import shapes
-from gluon_bert.data.tables import Row
-from gluon_bert.data.texts import padded
-from gluon_bert.encoding import Predictor
+from gluon_bert.conversion.converter import shapes
+from gluon_bert.data.tokenizer import padded
 from gluon_bert.errors import BadInput
-from gluon_bert.export.formats import load_exported
+from gluon_bert.export.exporter import load_exported
 from gluon_bert.finetuning import metrics
-from gluon_bert.finetuning.examples import Examples, examples, task_of
-from gluon_bert.finetuning.tuner import FineTuner, begin, task_loss
+from gluon_bert.finetuning.dataset import Examples, examples, task_of
+from gluon_bert.finetuning.finetune import FineTuner, begin, task_loss
+from gluon_bert.finetuning.tables import Row
+from gluon_bert.inference.predictor import Predictor
 from gluon_bert.model.task import Task
+from gluon_bert.run import load_run
 from gluon_bert.runtime import mx
-from gluon_bert.serving.requests import answer
+from gluon_bert.serving.request_json import answer
 
 NOUNS = ["crane", "bird", "driver", "city", "river"]
 

@@ -10,32 +10,28 @@ import launch
 import pretrain
 import pytest
 from conftest import ROOT
-from test_launch import (  # noqa: F401 (fixtures)
+from test_launch import (
     Launched,
-    alone,
     assert_close,
-    ended,
-    folder,
     log_of,
     path_with_ssh,
     train,
-    two_machines,
     write_disturbed,
 )
 
-from gluon_bert import checkpoint
+from gluon_bert import checkpoint, run
 
 needs_horovod = pytest.mark.skipif(
     not importlib.util.find_spec("horovod"), reason="the extra horovod is not installed: see docs/scale.md"
 )
 
 
-def by_horovod(folder, name, *flags, **options):  # noqa: F811
+def by_horovod(folder, name, *flags, **options):
     return train(folder, name, *flags, kvstore="horovod", **options)
 
 
 @pytest.fixture(scope="module")
-def two(folder):  # noqa: F811
+def two(folder):
     """The undisturbed run of two workers."""
     status, told = Launched(folder, "-n", "2", *by_horovod(folder, "two")).wait()
     assert status == 0 and "of each of 2 workers" in told and "are not those of worker 0" not in told
@@ -44,18 +40,18 @@ def two(folder):  # noqa: F811
 
 @needs_horovod
 @pytest.mark.workers
-def test_two_workers_train_what_one_does(alone, two):  # noqa: F811
+def test_two_workers_train_what_one_does(alone, two):
     assert_close(two, alone, 1e-4)
     for ours, theirs in zip(log_of(two), log_of(alone)):
         of_losses = (record.get("held_out", record) for record in (ours, theirs))
         our_losses, their_losses = ([each[n] for n in ("mlm_loss", "nsp_loss")] for each in of_losses)
         assert our_losses == pytest.approx(their_losses, abs=1e-3)
-    assert checkpoint.read_facts(two / "config.json")["workers"] == 2
+    assert run.read_facts(two / "config.json")["workers"] == 2
 
 
 @needs_horovod
 @pytest.mark.workers
-def test_so_do_two_of_two_contexts_in_parts_over_ssh(alone, folder, tmp_path):  # noqa: F811
+def test_so_do_two_of_two_contexts_in_parts_over_ssh(alone, folder, tmp_path):
     (tmp_path / "hosts").write_text("localhost  # twice\n\nme@localhost\n")
     command = by_horovod(folder, "ssh", "--cpus", "2", "--micro-batch", "16")
     path = path_with_ssh(tmp_path, "")
@@ -67,7 +63,7 @@ def test_so_do_two_of_two_contexts_in_parts_over_ssh(alone, folder, tmp_path):  
 
 @needs_horovod
 @pytest.mark.workers
-def test_so_do_two_machines_with_a_network_between_them(two, folder, tmp_path, two_machines):  # noqa: F811
+def test_so_do_two_machines_with_a_network_between_them(two, folder, tmp_path, two_machines):
     (tmp_path / "hosts").write_text("\n".join(two_machines))
     # Each has a name of its own, which is its address.
     named = """unshare --uts sh -c 'hostname "$0" && exec "$@"' "$host" """
@@ -80,7 +76,7 @@ def test_so_do_two_machines_with_a_network_between_them(two, folder, tmp_path, t
 
 @needs_horovod
 @pytest.mark.workers
-def test_so_do_three_the_same_to_the_bit_each_time(alone, folder):  # noqa: F811
+def test_so_do_three_the_same_to_the_bit_each_time(alone, folder):
     for name in ("three", "three-again"):
         command = by_horovod(folder, name, "--batch-size", "48", "--num-steps", "10")
         assert Launched(folder, "-n", "3", *command).wait()[0] == 0
@@ -90,7 +86,7 @@ def test_so_do_three_the_same_to_the_bit_each_time(alone, folder):  # noqa: F811
 
 @needs_horovod
 @pytest.mark.workers
-def test_horovodrun_starts_them_as_well(two, folder):  # noqa: F811
+def test_horovodrun_starts_them_as_well(two, folder):
     command = ["horovodrun", "-np", "2", *map(str, by_horovod(folder, "horovodrun")[1:])]
     done = subprocess.run(
         command,
@@ -107,7 +103,7 @@ def test_horovodrun_starts_them_as_well(two, folder):  # noqa: F811
 
 @needs_horovod
 @pytest.mark.workers
-def test_whatever_fails_the_job_ends_as_the_undisturbed_one(two, folder):  # noqa: F811
+def test_whatever_fails_the_job_ends_as_the_undisturbed_one(two, folder):
     script, fault, run = folder / "disturbed.py", folder / "fault", folder / "disturbed"
     write_disturbed(script, fault=fault)
     fault.write_text("")
@@ -131,7 +127,7 @@ def test_whatever_fails_the_job_ends_as_the_undisturbed_one(two, folder):  # noq
 
 @needs_horovod
 @pytest.mark.workers
-def test_sigterm_stops_all_workers_after_one_step_and_one_process_can_go_on(alone, folder):  # noqa: F811
+def test_sigterm_stops_all_workers_after_one_step_and_one_process_can_go_on(alone, folder):
     script, run = folder / "slow.py", folder / "stopped"
     write_disturbed(script)
     launched = Launched(folder, "-n", "2", *by_horovod(folder, "stopped", script=str(script)))
@@ -146,7 +142,7 @@ def test_sigterm_stops_all_workers_after_one_step_and_one_process_can_go_on(alon
 
 @needs_horovod
 @pytest.mark.workers
-def test_workers_that_differ_are_refused(folder):  # noqa: F811
+def test_workers_that_differ_are_refused(folder):
     flags = f"--output {folder}/different --corpus {folder}/text.txt --lr 0.00${{HOROVOD_RANK}}1"
     command = f"exec {sys.executable} tools/pretrain.py --kvstore horovod {flags}"
     words = ["-n", "2", "--max-restarts", "3", "--", "sh", "-c", command, "--kvstore=horovod"]

@@ -6,16 +6,16 @@ import json
 import os
 import zipfile
 
-import fuzz
 import numpy as np
 import pretrain
 import pytest
+from dev import fuzz
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from gluon_bert.array_files import read_arrays, write_arrays
 from gluon_bert.checkpoint import Snapshot, read_checkpoint, write_checkpoint
 from gluon_bert.errors import BadInput
+from gluon_bert.npz import read_arrays, write_arrays
 
 QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck))
 OF_JSON = [

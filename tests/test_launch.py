@@ -18,7 +18,7 @@ import pretrain
 import pytest
 from conftest import ROOT, small_text
 
-from gluon_bert import checkpoint
+from gluon_bert import checkpoint, run
 from gluon_bert.training.trainer import Trainer
 
 SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0"]
@@ -199,7 +199,7 @@ def test_two_workers_train_what_one_does(alone, two):
         our_losses, their_losses = ([each[n] for n in ("mlm_loss", "nsp_loss")] for each in of_losses)
         assert our_losses == pytest.approx(their_losses, abs=1e-3)
     assert checkpoint.best_step(two) == checkpoint.best_step(alone)
-    assert checkpoint.read_facts(two / "config.json")["workers"] == 2
+    assert run.read_facts(two / "config.json")["workers"] == 2
 
 
 def path_with_ssh(folder, prefix):
@@ -437,7 +437,7 @@ def test_a_server_runs_nothing_that_it_is_sent(folder):
     sent = f"""\
 import os, pickle
 from gluon_bert.runtime import mx
-from gluon_bert.training.workers import joined
+from gluon_bert.distributed.join import joined
 
 class Sent:
     def __reduce__(self):

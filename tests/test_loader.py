@@ -10,12 +10,13 @@ import weakref
 import numpy as np
 import pytest
 
-from gluon_bert.config import DataConfig, preset
+from gluon_bert.config import DataConfig
 from gluon_bert.data.batch import make_batch
-from gluon_bert.data.documents import Documents, prepare
 from gluon_bert.data.loader import Loader, load_data
 from gluon_bert.data.masking import pair_noise
+from gluon_bert.data.prepared import Documents, prepare
 from gluon_bert.errors import BadInput
+from gluon_bert.presets import preset
 
 
 @pytest.fixture
@@ -92,8 +93,8 @@ def test_forever_goes_on_with_the_next_epoch(loader_of):
 @pytest.fixture
 def parted(text_file, tmp_path, monkeypatch):
     """Builds loaders of the text in about ten shards and three parts."""
-    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 500)
-    monkeypatch.setattr("gluon_bert.data.preparation._SHARD_WORDS", 400)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.build_shards._SHARD_WORDS", 400)
     monkeypatch.setattr("gluon_bert.data.loader._PART_TOKENS", 1200)
 
     def build(seed=0, batch_size=8, **changes):
@@ -118,8 +119,8 @@ def unmasked(batches):
 
 def test_shards_change_nothing_as_long_as_they_are_one_part(loader_of, monkeypatch):
     whole = rows(loader_of().epoch(1))
-    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 500)
-    monkeypatch.setattr("gluon_bert.data.preparation._SHARD_WORDS", 400)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.build_shards._SHARD_WORDS", 400)
     monkeypatch.setattr("gluon_bert.data.shards.FORMAT", 0)  # another cache
     sharded = loader_of()
     assert len(sharded.documents.sizes) >= 9

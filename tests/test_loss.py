@@ -7,10 +7,10 @@ import pytest
 import reference
 
 from gluon_bert.config import ModelConfig
-from gluon_bert.data.batch import split_and_load
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
-from gluon_bert.training.loss import cross_entropy, hits, shard_loss
+from gluon_bert.training.device_batch import split_and_load
+from gluon_bert.training.losses import cross_entropy, hits, shard_loss
 
 VOCAB = 23
 CONFIG = ModelConfig(num_layers=1, units=8, ffn_units=12, num_heads=2, dropout=0.0, max_positions=16)
@@ -76,7 +76,7 @@ def test_hits_are_the_rows_whose_highest_score_is_the_label(rows, classes):
 @pytest.mark.parametrize("slice_size", [1, 3, 10_000])
 def test_shard_loss_equals_the_numpy_reference(net, batch, slice_size, monkeypatch):
     # Slices of which the last is smaller, and one slice for all.
-    monkeypatch.setattr("gluon_bert.training.loss.SLICE", slice_size)
+    monkeypatch.setattr("gluon_bert.training.losses.SLICE", slice_size)
     (shard,) = split_and_load(batch, [mx.cpu()])
     loss = shard_loss(net, shard, count_mlm_hits=True)
     values = reference.values(net)
@@ -93,7 +93,7 @@ def test_shard_loss_equals_the_numpy_reference(net, batch, slice_size, monkeypat
 
 def test_slices_change_no_gradient(net, batch, monkeypatch):
     def gradients(slice_size):
-        monkeypatch.setattr("gluon_bert.training.loss.SLICE", slice_size)
+        monkeypatch.setattr("gluon_bert.training.losses.SLICE", slice_size)
         with mx.autograd.record():
             loss = shard_loss(net, *split_and_load(batch, [mx.cpu()]))
         loss.total.backward()

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gluon_bert.config import DataConfig, preset
+from gluon_bert.config import DataConfig
 from gluon_bert.data.masking import _ngram_lengths, _Words, mask, num_draws, pair_noise
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
+from gluon_bert.presets import preset
 
 V = 1000
 NUM_SPECIAL = 5  # of a word vocabulary, at its start

@@ -9,11 +9,12 @@ import reference
 from test_trainer import BERT, MODEL, NOISY, assert_same, gradients_of, small_data, trainer_on
 
 from gluon_bert import ops
-from gluon_bert.data.batch import Batch, micro_batches, split_and_load
+from gluon_bert.data.batch import Batch, micro_batches
 from gluon_bert.errors import BadInput
-from gluon_bert.model.recompute import Stop, Tape
+from gluon_bert.model.gradient_checkpointing import Stop, Tape
 from gluon_bert.runtime import mx
 from gluon_bert.training import trainer as trainers
+from gluon_bert.training.device_batch import split_and_load
 from gluon_bert.training.trainer import dropout_seed
 
 PRE = dataclasses.replace(BERT, norm="pre", num_layers=3)

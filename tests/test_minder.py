@@ -8,12 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 
 def minded(*command):
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "minder.py"), *command],
+        [sys.executable, "-m", "gluon_bert.distributed.supervisor", *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import reference
 
-from gluon_bert.config import PRESETS, ModelConfig, preset
-from gluon_bert.data.batch import split_and_load
+from gluon_bert.config import ModelConfig
 from gluon_bert.errors import BadInput
 from gluon_bert.model.attention import SelfAttention, padding_scores
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.presets import PRESETS, preset
 from gluon_bert.runtime import mx
-from gluon_bert.training.loss import shard_loss
+from gluon_bert.training.device_batch import split_and_load
+from gluon_bert.training.losses import shard_loss
 
 VOCAB = 23
 WORDPIECES = 30522  # the vocabulary of the published uncased English BERT

@@ -13,13 +13,13 @@ from conftest import ROOT
 
 from gluon_bert import ops
 from gluon_bert.config import ModelConfig
-from gluon_bert.data.batch import split_and_load
 from gluon_bert.errors import BadInput
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.ops import build
 from gluon_bert.runtime import mx
-from gluon_bert.training import loss
-from gluon_bert.training.loss import shard_loss
+from gluon_bert.training import losses as loss
+from gluon_bert.training.device_batch import split_and_load
+from gluon_bert.training.losses import shard_loss
 
 SMALL = ModelConfig(num_layers=2, units=8, ffn_units=12, num_heads=2, dropout=0.0, max_positions=400)
 BERT = dataclasses.replace(
@@ -118,7 +118,7 @@ def test_more_predictions_than_a_slice_and_deeper_sums_than_a_block():
 
 
 def factor(index, rate, key, place):
-    """What elements of these numbers are multiplied by, as `rows.h` has it."""
+    """What elements of these numbers are multiplied by, as `elementwise.h` has it."""
     mask = (1 << 64) - 1
     z = (key + (place + 1) * 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask

@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gluon_bert.config import PRESETS, TrainConfig
+from gluon_bert.config import TrainConfig
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.model.encoder import Embeddings
+from gluon_bert.presets import PRESETS
 from gluon_bert.runtime import mx
-from gluon_bert.training.optimizer import (
+from gluon_bert.training.optimizers import (
     OPTIMIZERS,
     clip_gradients,
     global_norm,

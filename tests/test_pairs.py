@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gluon_bert.config import DataConfig, preset
-from gluon_bert.data.documents import Documents, number
-from gluon_bert.data.pairs import (
+from gluon_bert.config import DataConfig
+from gluon_bert.data.prepared import Documents, number
+from gluon_bert.data.sentence_pairs import (
     NUM_SPECIAL_IN_PAIR,
     Pairs,
     _packed,
@@ -18,6 +18,7 @@ from gluon_bert.data.pairs import (
     draw_pairs,
 )
 from gluon_bert.data.vocab import Vocabulary
+from gluon_bert.presets import preset
 
 SEED = preset("d2l").data
 PACKED = DataConfig(pairs="packed")

@@ -14,13 +14,14 @@ import pytest
 from conftest import ROOT
 from test_ops import VARIANTS
 
-from gluon_bert import checkpoint
-from gluon_bert.config import PRESETS, preset
+from gluon_bert import checkpoint, run, system
 from gluon_bert.data.loader import load_data
 from gluon_bert.errors import BadInput
 from gluon_bert.model.bert import BERTModel
-from gluon_bert.training import plan as plans
-from gluon_bert.training.plan import check_memory, flops_per_pair, machine_memory, most_predictions, plan
+from gluon_bert.presets import PRESETS, preset
+from gluon_bert.system import machine_memory
+from gluon_bert.training import resources as plans
+from gluon_bert.training.resources import check_memory, flops_per_pair, most_predictions, plan
 
 SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--num-steps", "2"]
 LARGE = preset("bert-large").replace(max_len=512)
@@ -95,7 +96,8 @@ from gluon_bert import ops
 from gluon_bert.config import preset
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
-from gluon_bert.training.plan import peak_memory, plan
+from gluon_bert.system import peak_memory
+from gluon_bert.training.resources import plan
 from gluon_bert.training.trainer import Trainer
 
 config = preset("bert-mini").replace(batch_size=16, micro_batch=8, max_len=128, recompute={recompute})
@@ -152,7 +154,7 @@ def test_recompute_alone_may_do_and_nothing_may():
 
 
 def test_the_command_refuses_before_it_reads_or_writes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plans, "machine_memory", lambda contexts: 8e9)
+    monkeypatch.setattr(system, "machine_memory", lambda contexts: 8e9)
     flags = ["--corpus", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--preset", "bert-large"]
     assert pretrain.main(flags) == 2
     err = capsys.readouterr().err
@@ -163,7 +165,7 @@ def test_the_command_refuses_before_it_reads_or_writes(tmp_path, capsys, monkeyp
 @pytest.fixture
 def room(monkeypatch):
     """The machine has as much memory as is said."""
-    return lambda count: monkeypatch.setattr(plans, "machine_memory", lambda contexts: count)
+    return lambda count: monkeypatch.setattr(system, "machine_memory", lambda contexts: count)
 
 
 def test_the_command_tells_its_plan_and_a_resumed_run_may_take_less(command, capsys, room):
@@ -181,7 +183,7 @@ def test_the_command_tells_its_plan_and_a_resumed_run_may_take_less(command, cap
     assert pretrain.main(["--resume", str(folder), "--num-steps", "3", *smaller]) == 0
     assert "what is computed of 16 pairs at once" in capsys.readouterr().err
     assert checkpoint.steps(folder)[-1] == 3
-    assert dataclasses.asdict(checkpoint.read_config(folder / "config.json").train)["micro_batch"] == 16
+    assert dataclasses.asdict(run.read_config(folder / "config.json").train)["micro_batch"] == 16
 
 
 # How much there is
@@ -241,20 +243,20 @@ def test_without_a_limit_the_machine_has_what_it_has():
 
 def test_the_peak_is_what_the_system_tells():
     status = {"/proc/self/status": "Name:\tpython\nVmHWM:\t  2048 kB\nVmRSS:\t 1024 kB\n"}
-    assert plans.peak_memory(files(**status)) == 2048 * 1024
-    assert plans.peak_memory(files()) is None
-    assert plans.peak_memory(files(**{"/proc/7/status": "VmHWM: 1 kB\n"}), process=7) == 1024
+    assert system.peak_memory(files(**status)) == 2048 * 1024
+    assert system.peak_memory(files()) is None
+    assert system.peak_memory(files(**{"/proc/7/status": "VmHWM: 1 kB\n"}), process=7) == 1024
     one = plan(preset("d2l"), 100, 1, True)
     assert one.outcome(2e9).startswith("memory taken: 2.0 GB at the peak, ")
 
 
 def test_the_threads_are_those_asked_for(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
-    assert plans.threads() == 3
+    assert system.threads() == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert plans.threads() >= 1
+    assert system.threads() >= 1
 
 
 def test_a_plan_needs_no_mxnet():
-    code = "import sys, gluon_bert.training.plan; sys.exit('mxnet' in sys.modules)"
+    code = "import sys, gluon_bert.training.resources; sys.exit('mxnet' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

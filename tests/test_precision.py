@@ -16,15 +16,16 @@ from test_launch import Launched, ended  # noqa: F401
 from test_micro_batch import random_batch
 from test_trainer import BERT, MODEL, NOISY, gradients_of, small_data, trainer_on
 
-from gluon_bert import checkpoint, ops
+from gluon_bert import checkpoint, ops, run
 from gluon_bert.config import TrainConfig
 from gluon_bert.errors import BadInput
-from gluon_bert.export.symbol import trace
+from gluon_bert.export.mxnet_symbol import trace
+from gluon_bert.model import parameters
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
-from gluon_bert.training import scaling, trainer
-from gluon_bert.training.optimizer import OPTIMIZERS
-from gluon_bert.training.scaling import FIRST, LARGEST, SMALLEST, LossScale
+from gluon_bert.training import checks, loss_scale, trainer
+from gluon_bert.training.loss_scale import FIRST, LARGEST, SMALLEST, LossScale
+from gluon_bert.training.optimizers import OPTIMIZERS
 
 SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0.3"]
 SMALL += ["--num-steps", "12", "--log-every", "3", "--redraw", "yes"]
@@ -36,9 +37,9 @@ import sys
 sys.path.insert(0, {tests!r})
 import pytest
 from simulated_half import pretrain, simulate
-from gluon_bert.training import scaling
+from gluon_bert.training import loss_scale
 
-scaling.FIRST = {first}
+loss_scale.FIRST = {first}
 simulate(pytest.MonkeyPatch())
 pretrain.leave(pretrain.main)
 """
@@ -198,7 +199,7 @@ def test_a_trainer_finds_the_scale_that_float16_bears(data, half):
 
 
 def test_many_good_steps_double_the_scale(monkeypatch):
-    monkeypatch.setattr(scaling, "GOOD_STEPS", 3)
+    monkeypatch.setattr(loss_scale, "GOOD_STEPS", 3)
     yes, no = mx.nd.ones(1), mx.nd.array([np.nan])
     scale, seen = LossScale.first(mx.cpu(0)), []
     for usable in (yes, yes, no, yes, yes, yes, yes):
@@ -258,8 +259,8 @@ def test_gradients_in_bfloat16_are_those_of_one_context_and_near_those_of_float3
 
 
 def test_a_resumed_run_has_the_scale_of_one_that_was_not_stopped(command, half, monkeypatch, capsys):
-    monkeypatch.setattr(scaling, "GOOD_STEPS", 3)
-    monkeypatch.setattr(scaling, "FIRST", 2.0**21)
+    monkeypatch.setattr(loss_scale, "GOOD_STEPS", 3)
+    monkeypatch.setattr(loss_scale, "FIRST", 2.0**21)
     status, whole = command(*half)
     assert status == 0
     overflowed = log_of(whole, "overflowed")
@@ -276,7 +277,7 @@ def test_a_resumed_run_has_the_scale_of_one_that_was_not_stopped(command, half, 
 
 
 def test_what_is_no_number_at_the_smallest_scale_is_told_as_in_float32(command, half, monkeypatch, capsys):
-    monkeypatch.setattr(scaling, "FIRST", 4.0)
+    monkeypatch.setattr(loss_scale, "FIRST", 4.0)
     gradients = trainer.Trainer._gradients
 
     def broken(self):
@@ -297,7 +298,7 @@ def test_what_is_no_number_at_the_smallest_scale_is_told_as_in_float32(command, 
 @pytest.mark.workers
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_two_workers_skip_the_same_steps_as_one(command, half, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(scaling, "FIRST", LARGEST)
+    monkeypatch.setattr(loss_scale, "FIRST", LARGEST)
     flags = [*half, "--dropout", "0", "--num-steps", "20", "--corpus", str(text_file)]
     # In parts, since the gradients that float16 must hold are those of as many pairs as a worker has.
     status, alone = command(*flags, "--micro-batch", "32", name="alone")
@@ -348,7 +349,7 @@ def test_bfloat16_is_refused_where_nothing_multiplies_it(command, monkeypatch, c
     assert command("--precision", "bf16", name="refused")[0] == 2
     assert "--precision bf16: this processor cannot; fp32 would do" in capsys.readouterr().err
     with pytest.raises(BadInput, match="no products of bfloat16 on GPUs; fp16 or fp32 would do"):
-        trainer.check_precision(TrainConfig(precision="bf16"), [SimpleNamespace(device_type="gpu")])
+        checks.check_precision(TrainConfig(precision="bf16"), [SimpleNamespace(device_type="gpu")])
 
 
 def test_mxnets_own_operators_do_not_multiply_in_bfloat16(command, monkeypatch, capsys):
@@ -383,7 +384,7 @@ def test_a_run_in_float16_is_read_and_exported_in_float32(command, half, monkeyp
     status, folder = command(*half, "--num-steps", "2")
     assert status == 0
     monkeypatch.undo()
-    run = checkpoint.load_run(folder)
-    assert {weight.dtype for weight in checkpoint.weights_of(run.net).values()} == {np.dtype(np.float32)}
-    run.net.compute_in("fp16")
-    assert "Cast" not in trace(run.net, "all", 16).symbol.tojson()
+    found = run.load_run(folder)
+    assert {weight.dtype for weight in parameters.weights_of(found.net).values()} == {np.dtype(np.float32)}
+    found.net.compute_in("fp16")
+    assert "Cast" not in trace(found.net, "all", 16).symbol.tojson()

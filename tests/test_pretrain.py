@@ -16,13 +16,14 @@ import pytest
 from conftest import ROOT
 
 from gluon_bert import checkpoint, ops
-from gluon_bert.checkpoint import load_run
-from gluon_bert.config import preset
-from gluon_bert.encoding import encode
+from gluon_bert.inference.predictor import encode
+from gluon_bert.presets import preset
+from gluon_bert.run import load_run
 from gluon_bert.runtime import mx
-from gluon_bert.training import meters, saving
-from gluon_bert.training.meters import Averages
-from gluon_bert.training.report import Report
+from gluon_bert.training import checkpointer as saving
+from gluon_bert.training import state
+from gluon_bert.training.metrics import Averages
+from gluon_bert.training.progress import Report
 
 MXNetError = mx.MXNetError
 
@@ -276,7 +277,7 @@ def test_an_interrupt_after_an_evaluation_keeps_the_best_and_the_latest(command,
 def ticking(monkeypatch):
     """A clock that goes on by a quarter of a second whenever it is looked at."""
     seconds = itertools.count(0, 0.25)
-    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
 
 
 def test_minutes_alone_end_a_run_that_its_steps_repeat(text_file, tmp_path, ticking, capsys):
@@ -335,7 +336,7 @@ def test_a_picture_that_cannot_be_drawn_loses_no_weights(command, monkeypatch, c
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gluon_bert.training.report.draw_losses", fail)
+    monkeypatch.setattr("gluon_bert.training.progress.draw_losses", fail)
     status, folder = command()
     assert (status, load_run(folder).step) == (0, 6)
     assert "no picture of the losses (No space left on device)" in capsys.readouterr().err
@@ -351,7 +352,8 @@ def test_without_output_every_run_gets_a_new_folder(text_file, tmp_path, monkeyp
 def test_help_explains_every_field(capsys):
     import dataclasses
 
-    from gluon_bert.config import GROUPS, PRESETS, flag
+    from gluon_bert.config import GROUPS, flag
+    from gluon_bert.presets import PRESETS
 
     assert pretrain.main(["--help"]) == 0
     text = capsys.readouterr().out

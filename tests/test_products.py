@@ -1,4 +1,4 @@
-"""Products of small matrices (ops/native/matrix.h), float32 and bfloat16, against NumPy's in float64.
+"""Products of small matrices (ops/native/gemm.h), float32 and bfloat16, against NumPy's in float64.
 
 Both sizes of vectors are tried on any processor, since the compiler spells out those that it has not.
 """
@@ -20,14 +20,14 @@ SMALLEST = 2.0**-126
 
 @pytest.fixture(scope="module", params=["as here", "avx512"])
 def library(request, tmp_path_factory):
-    """matrix.h, compiled as the operators are, or with the sizes for AVX-512."""
+    """gemm.h, compiled as the operators are, or with the sizes for AVX-512."""
     if ops.in_use() != "compiled for this processor":
         pytest.skip(f"the operators are {ops.in_use()}")
     path = tmp_path_factory.mktemp("products") / "products.so"
     # -O1, since it takes long to make short vectors of longer ones well.
     wider = ["-D__AVX512F__=1", "-O1"] if request.param == "avx512" else []
     command = [os.environ.get("CXX", "c++"), *build.FLAGS, *wider, f"-I{build.SOURCES}", "-o", str(path)]
-    subprocess.run([*command, str(ROOT / "tests" / "products.cc")], check=True)
+    subprocess.run([*command, str(ROOT / "tests" / "gemm.cc")], check=True)
     return ctypes.CDLL(str(path))
 
 

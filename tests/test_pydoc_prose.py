@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import sentencex
 
-from gluon_bert.data import pydoc_prose
-from gluon_bert.data.pydoc_prose import Source, fingerprint, paragraphs, source_files
+from gluon_bert.data.corpora import pydoc
+from gluon_bert.data.corpora.pydoc import Source, fingerprint, paragraphs, source_files
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -177,8 +177,8 @@ def fake_installation(root, monkeypatch):
     }.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'"""{text}"""\nraise SystemExit("executed")\n', "utf-8")
-    monkeypatch.setattr(pydoc_prose, "PACKAGES", {"Known": ("known",), "Missing": ("missing_from_here",)})
-    monkeypatch.setattr(pydoc_prose.sysconfig, "get_paths", lambda: {"stdlib": str(stdlib)})
+    monkeypatch.setattr(pydoc, "PACKAGES", {"Known": ("known",), "Missing": ("missing_from_here",)})
+    monkeypatch.setattr(pydoc.sysconfig, "get_paths", lambda: {"stdlib": str(stdlib)})
     monkeypatch.syspath_prepend(str(site))
 
 
@@ -206,7 +206,7 @@ def test_nothing_is_executed(tmp_path, monkeypatch):
 
 def test_nothing_is_imported():
     code = (
-        "import sys; from gluon_bert.data.pydoc_prose import *; fingerprint(); before = set(sys.modules)\n"
+        "import sys; from gluon_bert.data.corpora.pydoc import *; fingerprint(); before = set(sys.modules)\n"
         "for source in source_files():\n"
         "    if source.name.split('/')[0] in ('requests', 'tqdm'): paragraphs(source)\n"
         "new = {name.split('.')[0] for name in set(sys.modules)}\n"
@@ -234,11 +234,11 @@ def test_fingerprint_is_stable_and_quick():
 def test_fingerprint_changes_with_what_would_be_read(monkeypatch, changed):
     before = fingerprint()
     if changed == "python":
-        monkeypatch.setattr(pydoc_prose.platform, "python_version", lambda: "3.8.99")
+        monkeypatch.setattr(pydoc.platform, "python_version", lambda: "3.8.99")
     elif changed == "package":
-        monkeypatch.setattr(pydoc_prose.metadata, "version", lambda name: "99")
+        monkeypatch.setattr(pydoc.metadata, "version", lambda name: "99")
     else:
-        monkeypatch.setattr(pydoc_prose, "VERSION", 99)
+        monkeypatch.setattr(pydoc, "VERSION", 99)
     assert fingerprint() != before
 
 

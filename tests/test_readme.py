@@ -9,7 +9,6 @@ import sys
 
 import benchmark
 import convert
-import does_pretraining_help
 import encode
 import export
 import finetune
@@ -20,12 +19,13 @@ import pytest
 import requests
 import serve
 from conftest import ROOT, small_text
+from dev import pretraining_vs_scratch
 
-from gluon_bert.config import PRESETS
+from gluon_bert.presets import PRESETS
 from gluon_bert.serving.server import free_ports
 
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = re.findall(r"^ {4}(?:.* && )?python tools/(\w+)\.py(.*)$", README, re.M)
+COMMANDS = re.findall(r"^ {4}(?:.* && )?python tools/(?:dev/)?(\w+)\.py(.*)$", README, re.M)
 TOOLS = {
     "pretrain": pretrain,
     "convert": convert,
@@ -35,7 +35,7 @@ TOOLS = {
     "launch": launch,
     "serve": serve,
     "benchmark": benchmark,
-    "does_pretraining_help": does_pretraining_help,
+    "pretraining_vs_scratch": pretraining_vs_scratch,
 }
 EXPORTED, WALK_THROUGH, ASKED = re.findall(r"```python\n(.*?)```", README, re.S)
 

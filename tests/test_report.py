@@ -9,8 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from gluon_bert.config import TrainConfig
-from gluon_bert.training.meters import Averages, Progress, best_of
-from gluon_bert.training.report import Report, in_words
+from gluon_bert.training.metrics import Averages
+from gluon_bert.training.progress import Report, in_words
+from gluon_bert.training.state import Progress, best_of
 
 DATA = SimpleNamespace(vocab=range(100), unigram_loss=4.0, held_out_unigram_loss=3.5)
 
@@ -168,7 +169,7 @@ def figures(monkeypatch):
             super().__init__(*args, **kwargs)
             drawn.append(self)
 
-    monkeypatch.setattr("gluon_bert.training.report.Figure", Kept)
+    monkeypatch.setattr("gluon_bert.training.plots.Figure", Kept)
     return drawn
 
 

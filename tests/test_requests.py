@@ -13,14 +13,14 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gluon_bert.checkpoint import Run
-from gluon_bert.config import preset
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.encoding import Predictor
+from gluon_bert.inference.predictor import Predictor
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.presets import preset
+from gluon_bert.run import Run
 from gluon_bert.runtime import mx
 from gluon_bert.serving.handler import _replies
-from gluon_bert.serving.requests import MAX_BODY, answer
+from gluon_bert.serving.request_json import MAX_BODY, answer
 
 VOCAB = Vocabulary(["a", "crane", "is", "flying", "driver", "came", "he", "just", "left"])
 CRANE, IS = 6, 7

@@ -15,9 +15,9 @@ import pretrain
 import pytest
 from conftest import ROOT, small_text
 
-from gluon_bert import checkpoint, ops
-from gluon_bert.array_files import read_arrays
-from gluon_bert.training.report import Report
+from gluon_bert import checkpoint, ops, run
+from gluon_bert.npz import read_arrays
+from gluon_bert.training.progress import Report
 from gluon_bert.training.trainer import Trainer, dropout_seed
 
 SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0.3"]
@@ -86,7 +86,7 @@ def stopping(monkeypatch):
 )
 def test_a_run_stopped_after_every_step_is_bit_for_bit_the_undisturbed_one(command, stopping, capsys, flags):
     status, undisturbed = command(*flags, name="undisturbed")
-    assert status == 0 and checkpoint.load_run(undisturbed).step == 12
+    assert status == 0 and run.load_run(undisturbed).step == 12
     epochs = json.loads((undisturbed / "checkpoints/step-00000012/state.json").read_text())["position"]
     assert epochs["epoch"] >= 1  # so that stops before, at and after the end of an epoch were tried
     stopping(*range(1, 12))
@@ -161,7 +161,7 @@ def test_on_another_number_of_contexts_a_run_goes_on_to_1e_5(command, stopping, 
     assert_same_run(undisturbed, stopped, 1e-5)
     for ours, theirs in zip(log_of(undisturbed), log_of(stopped)):
         assert ours.get("mlm_loss") == pytest.approx(theirs.get("mlm_loss"), abs=1e-4)
-    facts = checkpoint.read_facts(stopped / "config.json")
+    facts = run.read_facts(stopped / "config.json")
     assert facts["contexts"] == [f"cpu({i})" for i in range(int(after))]
 
 
@@ -174,7 +174,7 @@ def test_more_steps_can_be_asked_for(command, capsys):
     assert "is finished, after step 12: --num-steps or --max-minutes asks for more" in capsys.readouterr().out
     assert pretrain.main(["--resume", str(folder), "--num-steps", "18"]) == 0
     assert_same_run(longer, folder)
-    assert checkpoint.read_config(folder / "config.json").train.num_steps == 18
+    assert run.read_config(folder / "config.json").train.num_steps == 18
     assert "means of 18 steps" in capsys.readouterr().out
 
 
@@ -270,7 +270,7 @@ def test_without_a_whole_checkpoint_a_run_does_not_go_on(damaged_run, capsys):
 
 def test_weights_alone_are_no_run_to_go_on_with(damaged_run, capsys):
     _, folder = damaged_run
-    checkpoint.save_checkpoint(folder, checkpoint.load_run(folder).net, 13)
+    checkpoint.save_checkpoint(folder, run.load_run(folder).net, 13)
     assert pretrain.main(["--resume", str(folder)]) == 0
     err = capsys.readouterr().err
     assert "step-00000013: has the weights only" in err and "going on after step 12" in err

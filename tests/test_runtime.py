@@ -14,7 +14,7 @@ import numpy
 import pytest
 from stub_libcuda import build_stub
 
-from gluon_bert import __version__, runtime
+from gluon_bert import __version__, devices, runtime, system
 from gluon_bert.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -257,27 +257,27 @@ def test_a_cuda_library_stands_after_those_that_it_needs() -> None:
 
 @pytest.mark.parametrize(("text", "numbers"), [("0", [0]), ("0,1", [0, 1]), ("3, 1", [3, 1]), ("10", [10])])
 def test_gpus_are_parsed_in_their_order(text: str, numbers: List[int]) -> None:
-    assert runtime.parse_gpus(text) == numbers
-    assert runtime.parse_gpus(runtime.flag(numbers)) == numbers
+    assert devices.parse_gpus(text) == numbers
+    assert devices.parse_gpus(devices.flag(numbers)) == numbers
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "0,", ",", "0;1", "1.0", "0 1", "²"])
 def test_anything_but_numbers_is_refused_by_the_flags_name(text: str) -> None:
     with pytest.raises(BadInput, match=r"^--gpus ") as refused:
-        runtime.parse_gpus(text)
+        devices.parse_gpus(text)
     assert repr(text) in one_sentence(refused)
 
 
 def test_a_gpu_named_twice_is_refused() -> None:
     with pytest.raises(BadInput, match=r"^--gpus 1,0,1: GPU 1 named more than once$"):
-        runtime.parse_gpus("1,0,1")
+        devices.parse_gpus("1,0,1")
 
 
 @pytest.mark.parametrize(
     ("numbers", "words"), [([0], "GPU 0"), ([0, 1], "GPUs 0 and 1"), ([0, 1, 2], "GPUs 0, 1 and 2")]
 )
 def test_gpus_are_listed_in_words(numbers: List[int], words: str) -> None:
-    assert runtime.listed(numbers) == words
+    assert devices.listed(numbers) == words
 
 
 # Contexts
@@ -289,18 +289,18 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def pretend(*capabilities: Tuple[int, int], count: Optional[int] = None) -> None:
         cuda = CPU_WHEEL._replace(name="mxnet-cu112")
-        monkeypatch.setattr(runtime, "gpu_count", lambda: len(capabilities) if count is None else count)
-        monkeypatch.setattr(runtime, "built_with_cuda", lambda: True)
+        monkeypatch.setattr(devices, "gpu_count", lambda: len(capabilities) if count is None else count)
+        monkeypatch.setattr(devices, "built_with_cuda", lambda: True)
         monkeypatch.setattr(runtime, "installed_wheels", lambda: [cuda])
         monkeypatch.setattr(runtime, "load_driver", lambda: None)
-        monkeypatch.setattr(runtime, "compute_capabilities", lambda driver: list(capabilities))
+        monkeypatch.setattr(devices, "compute_capabilities", lambda driver: list(capabilities))
 
     runtime.import_mxnet()
     return pretend
 
 
 def names(*arguments: Any, **named: Any) -> List[str]:
-    return [str(context) for context in runtime.contexts(*arguments, **named)]
+    return [str(context) for context in devices.contexts(*arguments, **named)]
 
 
 def test_without_a_wish_and_a_gpu_there_is_one_cpu(machine: Any) -> None:
@@ -326,12 +326,12 @@ def test_cpus_are_counted_from_zero_even_where_there_are_gpus(machine: Any) -> N
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_cpus_are_refused(machine: Any, count: int) -> None:
     with pytest.raises(BadInput, match=f"^--cpus {count}: at least 1$"):
-        runtime.contexts(cpus=count)
+        devices.contexts(cpus=count)
 
 
 def test_gpus_and_cpus_exclude_each_other() -> None:
     with pytest.raises(BadInput, match="--gpus and --cpus exclude each other"):
-        runtime.contexts(gpus=[0], cpus=1)
+        devices.contexts(gpus=[0], cpus=1)
 
 
 @pytest.mark.parametrize(
@@ -349,25 +349,25 @@ def test_a_wrong_choice_of_gpus_is_answered_with_what_is_there(
 ) -> None:
     machine(*[(7, 0)] * count)
     with pytest.raises(BadInput) as refused:
-        runtime.contexts(gpus=gpus)
+        devices.contexts(gpus=gpus)
     assert one_sentence(refused) == message
 
 
 def test_a_gpu_wish_never_falls_back_to_the_cpu(machine: Any) -> None:
     machine()
     with pytest.raises(BadInput, match=r"^--gpus 0: MXNet sees no GPU here") as refused:
-        runtime.contexts(gpus=[0])
+        devices.contexts(gpus=[0])
     assert "CUDA_VISIBLE_DEVICES" in one_sentence(refused)
 
 
 def test_a_gpu_wish_with_the_cpu_wheel_is_told_which_wheel_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime.import_mxnet()
-    monkeypatch.setattr(runtime, "gpu_count", lambda: 0)
-    monkeypatch.setattr(runtime, "built_with_cuda", lambda: False)
+    monkeypatch.setattr(devices, "gpu_count", lambda: 0)
+    monkeypatch.setattr(devices, "built_with_cuda", lambda: False)
     monkeypatch.setattr(runtime, "installed_wheels", lambda: [CPU_WHEEL])
     monkeypatch.setattr(runtime, "the_only_wheel", lambda wheels: wheels[0])
     with pytest.raises(BadInput, match=r"^--gpus 0: this MXNet \(mxnet 1\.9\.1\) is built with") as refused:
-        runtime.contexts(gpus=[0])
+        devices.contexts(gpus=[0])
     assert f"without CUDA; pip uninstall -y mxnet, then {runtime.INSTALL_CUDA}" in one_sentence(refused)
 
 
@@ -375,7 +375,7 @@ def test_a_driver_that_is_too_old_does_not_become_a_silent_cpu(machine: Any) -> 
     machine((8, 6), (8, 6), count=0)
     for gpus in None, [0]:
         with pytest.raises(BadInput, match="lists GPUs 0 and 1 but is too old for CUDA 11") as refused:
-            runtime.contexts(gpus=gpus)
+            devices.contexts(gpus=gpus)
         one_sentence(refused)
     assert names(cpus=1) == ["cpu(0)"]
 
@@ -390,7 +390,7 @@ def test_a_cuda_error_while_counting_is_a_sentence(monkeypatch: pytest.MonkeyPat
     fake = types.SimpleNamespace(MXNetError=Failure, context=types.SimpleNamespace(num_gpus=fail))
     monkeypatch.setattr(runtime, "import_mxnet", lambda: fake)
     with pytest.raises(BadInput, match=r"cannot count the GPUs \(CUDA: unknown error\)") as refused:
-        runtime.gpu_count()
+        devices.gpu_count()
     one_sentence(refused)
 
 
@@ -399,7 +399,7 @@ def test_a_cuda_error_while_counting_is_a_sentence(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("capability", [(5, 0), (5, 2), (6, 1), (7, 5), (8, 0), (8, 6), (8, 9)])
 def test_maxwell_to_ada_are_accepted(capability: Tuple[int, int]) -> None:
-    runtime.refuse_foreign_gpus([0], [capability])
+    devices.refuse_foreign_gpus([0], [capability])
 
 
 @pytest.mark.parametrize("capability", [(3, 7), (9, 0), (10, 0), (12, 0)])
@@ -409,7 +409,7 @@ def test_older_and_newer_gpus_are_refused_before_a_kernel_runs(
     machine(capability)
     for gpus in None, [0]:
         with pytest.raises(BadInput, match=r"^GPU 0 cannot run mxnet-cu112") as refused:
-            runtime.contexts(gpus=gpus)
+            devices.contexts(gpus=gpus)
         assert "compute capability {}.{};".format(*capability) in one_sentence(refused)
         assert "--cpus 1" in one_sentence(refused)
 
@@ -419,7 +419,7 @@ def test_only_the_named_gpus_have_to_fit_and_the_others_are_proposed(machine: An
     assert names(gpus=[0]) == ["gpu(0)"]
     for gpus in None, [0, 1]:
         with pytest.raises(BadInput, match=r"^GPU 1 cannot run .* 9.0; .*: use --gpus 0$"):
-            runtime.contexts(gpus=gpus)
+            devices.contexts(gpus=gpus)
 
 
 @pytest.mark.parametrize(
@@ -430,13 +430,13 @@ def test_the_driver_is_asked_for_the_capabilities(
     tmp_path: Path, option: str, capabilities: List[Tuple[int, int]]
 ) -> None:
     driver = runtime.load_driver(str(build_stub(tmp_path, option)))
-    assert runtime.compute_capabilities(driver) == capabilities
+    assert devices.compute_capabilities(driver) == capabilities
 
 
 def test_a_driver_that_fails_is_a_sentence(tmp_path: Path) -> None:
     driver = runtime.load_driver(str(build_stub(tmp_path, "-DCAPABILITIES={8,6},", "-DINIT=999")))
     with pytest.raises(BadInput, match="answers cuInit with error 999") as refused:
-        runtime.compute_capabilities(driver)
+        devices.compute_capabilities(driver)
     one_sentence(refused)
 
 
@@ -445,7 +445,7 @@ def test_a_driver_that_fails_is_a_sentence(tmp_path: Path) -> None:
 
 def test_mxnet_gets_a_thread_for_every_core_unless_the_user_says_otherwise() -> None:
     code = "import os; from gluon_bert.runtime import mx, usable_cores; print(os.environ['OMP_NUM_THREADS'])"
-    assert int(run(code).stdout) == runtime.usable_cores() >= 1
+    assert int(run(code).stdout) == system.usable_cores() >= 1
     assert int(run("import os; os.environ['OMP_NUM_THREADS'] = '3'; " + code).stdout) == 3
 
 
@@ -453,7 +453,7 @@ def test_hyper_threads_are_no_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     siblings = {0: "0,4", 1: "1,5", 4: "0,4", 5: "1,5"}
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(siblings))
     monkeypatch.setattr(Path, "read_text", lambda path: siblings[int(path.parts[5][3:])])
-    assert runtime.usable_cores() == 2
+    assert system.usable_cores() == 2
 
 
 def test_versions_name_what_a_run_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_without_a_gpu_the_cuda_wheel_gives_the_cpu_and_refuses_a_gpu(tmp_path: 
 def test_without_a_gpu_the_cuda_wheel_counts_none_and_knows_what_it_is(tmp_path: Path) -> None:
     code = """
 from gluon_bert import runtime
-found.update(gpus=runtime.mx.context.num_gpus(), cuda=runtime.built_with_cuda())
+found.update(gpus=runtime.mx.context.num_gpus(), cuda=devices.built_with_cuda())
 found.update(mxnet=runtime.versions()["mxnet"])
 """
     found = run(code, build_stub(tmp_path))

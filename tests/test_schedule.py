@@ -5,9 +5,10 @@ import math
 
 import pytest
 
-from gluon_bert.config import TrainConfig, preset
+from gluon_bert.config import TrainConfig
 from gluon_bert.errors import BadInput
-from gluon_bert.training.schedule import DECAYS, learning_rate, peak_step, planned_steps
+from gluon_bert.presets import preset
+from gluon_bert.training.lr_schedule import DECAYS, learning_rate, peak_step, planned_steps
 
 
 def rates(num_steps, **changes):

@@ -27,15 +27,15 @@ import requests
 import serve
 from conftest import ROOT, untrained_run
 
-from gluon_bert.checkpoint import Run, load_run
-from gluon_bert.config import preset
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.encoding import Predictor
 from gluon_bert.errors import BadInput
-from gluon_bert.export.archive import ARCHIVE, check_archive, export_archive, pack
-from gluon_bert.export.formats import export_mxnet
+from gluon_bert.export.exporter import export_mxnet
 from gluon_bert.export.manifest import Manifest
+from gluon_bert.export.model_archive import ARCHIVE, check_archive, export_archive, pack
+from gluon_bert.inference.predictor import Predictor
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.presets import preset
+from gluon_bert.run import Run, load_run
 from gluon_bert.runtime import mx
 from gluon_bert.serving import handler
 from gluon_bert.serving import server as module
@@ -156,7 +156,7 @@ print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"
         (tmp_path / "taken" / "file").touch()
         with pytest.raises(BadInput, match="is there already"):
             export_archive(run, tmp_path / "taken")
-        monkeypatch.setattr("gluon_bert.export.archive.HANDLER", "--nonsense")
+        monkeypatch.setattr("gluon_bert.export.model_archive.HANDLER", "--nonsense")
         with pytest.raises(OSError, match=r"(?s)model-archiver failed: .*expected one argument"):
             export_archive(run, tmp_path / "new")
         assert [path.name for path in tmp_path.iterdir()] == ["taken"]

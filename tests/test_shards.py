@@ -15,15 +15,15 @@ import pytest
 from conftest import ROOT, small_text
 
 from gluon_bert.config import DataConfig
-from gluon_bert.data import preparation
-from gluon_bert.data.documents import prepare
+from gluon_bert.data import build_shards as preparation
+from gluon_bert.data.prepared import prepare
 from gluon_bert.errors import BadInput
 
 
 @pytest.fixture
 def many_shards(monkeypatch):
     """Shards of some hundred words, pieces of some hundred bytes."""
-    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
     monkeypatch.setattr(preparation, "_SHARD_WORDS", 700)
 
 
@@ -51,7 +51,7 @@ def test_shards_together_hold_what_one_would(text_file, tmp_path, monkeypatch, t
     config = config_of(text_file, tokenizer=tokenizer, held_out=0.2)
     whole = prepare(config, tmp_path / "one")
     assert len(whole.train.sizes) == 1
-    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
     monkeypatch.setattr(preparation, "_SHARD_WORDS", 700)
     parted = prepare(config, tmp_path / "many")
     assert len(parted.train.sizes) > 5
@@ -168,7 +168,7 @@ def test_what_is_a_reason_to_look_at_the_text_is_told(tmp_path, caplog, document
 
 
 def test_repetitions_are_found_in_other_shards_and_estimated_where_they_are_many(tmp_path, monkeypatch):
-    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
     monkeypatch.setattr(preparation, "_SHARD_WORDS", 3000)
     path = tmp_path / "t.txt"
     path.write_text("\n\n".join(different(2000) * 2), "utf-8")
@@ -183,7 +183,7 @@ def test_repetitions_are_found_in_other_shards_and_estimated_where_they_are_many
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(text_file, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(preparation, "_TOLD_EVERY", 0.0)
-    monkeypatch.setattr("gluon_bert.data.corpus._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
     with caplog.at_level(logging.INFO):
         prepare(config_of(text_file), tmp_path / "cache")
     assert caplog.text.count("MB of text are read") > 5
@@ -218,7 +218,7 @@ def test_an_interrupted_preparation_goes_on(text_file, tmp_path, monkeypatch, ma
     whole = prepare(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         if function == "finish":
-            patch.setattr("gluon_bert.data.documents.finish", None)
+            patch.setattr("gluon_bert.data.prepared.finish", None)
         else:
             stop_after(patch, function, calls)
         with pytest.raises((Stopped, TypeError)):
@@ -261,9 +261,9 @@ def test_shards_of_words_of_other_or_no_preparations_are_made_anew(
 KILLED = """if __name__ == "__main__":
     import pathlib, sys
     from gluon_bert.config import DataConfig
-    from gluon_bert.data import preparation
-    from gluon_bert.data.documents import prepare
-    preparation._SHARD_WORDS = 10_000
+    from gluon_bert.data import build_shards
+    from gluon_bert.data.prepared import prepare
+    build_shards._SHARD_WORDS = 10_000
     config = DataConfig(corpus=(sys.argv[1],), text_format="prose", num_workers=2)
     prepare(config, pathlib.Path(sys.argv[2]))
 """
@@ -416,7 +416,7 @@ PREPARING = """
 import pathlib, sys
 from gluon_bert.config import DataConfig
 from gluon_bert.data import preparation
-from gluon_bert.data.documents import prepare
+from gluon_bert.data.prepared import prepare
 preparation._SHARD_WORDS = 1 << 20  # so that a small text has many
 config = DataConfig(corpus=({path!r},), text_format="wikitext", num_workers=2)
 prepare(config, pathlib.Path({cache!r}))

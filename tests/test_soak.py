@@ -1,9 +1,9 @@
-"""The command `python tools/soak.py`: a short run is watched, whatever the figures are."""
+"""The command `python tools/dev/soak.py`: a short run is watched, whatever the figures are."""
 
 import csv
 
 import pytest
-import soak
+from dev import soak
 
 
 @pytest.mark.slow

@@ -7,14 +7,15 @@ import pretrain
 import pytest
 from conftest import small_text
 
-from gluon_bert.checkpoint import load_run, weights_of
-from gluon_bert.config import preset
-from gluon_bert.data.documents import prepare
+from gluon_bert.data.prepared import prepare
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
-from gluon_bert.encoding import Predictor, encode
 from gluon_bert.errors import BadInput
-from gluon_bert.starting import start_from
+from gluon_bert.inference.predictor import Predictor, encode
+from gluon_bert.model.parameters import weights_of
+from gluon_bert.presets import preset
+from gluon_bert.run import load_run
+from gluon_bert.warm_start import start_from
 
 SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "16", "--num-steps", "3"]
 # So small that a step changes nothing that float32 can hold.

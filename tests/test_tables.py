@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from gluon_bert.data.tables import Columns, choose_columns, read_table
 from gluon_bert.errors import BadInput
+from gluon_bert.finetuning.tables import Columns, choose_columns, read_table
 
 ROWS = [('a "quoted" word, and a comma', "ein Wörtchen", "yes"), ("it rained", "she left", "0.5")]
 

@@ -5,11 +5,11 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from gluon_bert.data.texts import TextReader
+from gluon_bert.data.tokenizer import TextReader
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.encoding import Answer
 from gluon_bert.errors import BadInput
-from gluon_bert.text_files import count_lines, parse_line, read_lines, vector_file
+from gluon_bert.inference.predictor import Answer
+from gluon_bert.inference.text_files import count_lines, parse_line, read_lines, vector_file
 
 READER = TextReader(Vocabulary(["a", "crane"]), max_len=8, lowercase=True)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gluon_bert.data.texts import TextReader, by_length, chunks, padded
+from gluon_bert.data.tokenizer import TextReader, by_length, chunks, padded
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.errors import BadInput
 

@@ -10,16 +10,18 @@ import pytest
 import reference
 
 from gluon_bert.config import DataConfig, ModelConfig, TrainConfig
-from gluon_bert.data.batch import split_and_load
-from gluon_bert.data.documents import number
 from gluon_bert.data.loader import Data, Loader
+from gluon_bert.data.prepared import number
 from gluon_bert.errors import BadInput
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
-from gluon_bert.training import meters
-from gluon_bert.training.loss import shard_loss
-from gluon_bert.training.meters import Averages, Clock, Meter, Totals, best_of
-from gluon_bert.training.trainer import Reporter, Trainer
+from gluon_bert.training import state
+from gluon_bert.training.callbacks import Reporter
+from gluon_bert.training.device_batch import split_and_load
+from gluon_bert.training.losses import shard_loss
+from gluon_bert.training.metrics import Averages, Meter, Totals
+from gluon_bert.training.state import Clock, best_of
+from gluon_bert.training.trainer import Trainer
 
 MODEL = ModelConfig(num_layers=1, units=16, ffn_units=32, num_heads=2, dropout=0.0, max_positions=16)
 BERT = dataclasses.replace(MODEL, activation="gelu", embedding_norm=True, tied_decoder=True, init="normal")
@@ -423,7 +425,7 @@ def test_what_was_not_counted_is_nan_and_no_warning(recwarn):
 
 def test_the_clock_leaves_out_the_time_it_is_stopped(monkeypatch):
     now = SimpleNamespace(seconds=100.0)
-    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
 
     def window(num_pairs):
         return Totals(np.zeros(4), np.array([9, num_pairs, 0, 0]))
@@ -447,7 +449,7 @@ def test_the_clock_leaves_out_the_time_it_is_stopped(monkeypatch):
 
 def test_fit_does_not_count_evaluations_as_training_time(data, monkeypatch):
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
 
     class Slow(Trainer):
         def step(self, batch, count_mlm_hits=False):
@@ -483,7 +485,7 @@ def test_time_of_queued_steps_is_training_time_though_an_evaluation_waits_for_th
             now.seconds += 1000
             return super().evaluate(batches)
 
-    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     monkeypatch.setattr(mx.nd, "waitall", wait_for_all)
     plain, recorder = trainer_on(1, data, log_every=7, eval_every=2), Recorder()
     Queueing(plain.net, plain.config, plain.contexts).fit(data, recorder)
@@ -557,7 +559,7 @@ class Ticking(Trainer):
 def now(monkeypatch):
     """A clock that stands still but for what a test adds to it."""
     now = SimpleNamespace(seconds=500.0)
-    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     return now
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from gluon_bert.data import wikitext
-from gluon_bert.data.wikitext import data_folder, wikitext2_folder
+from gluon_bert.data.corpora import wikitext2 as wikitext
+from gluon_bert.data.corpora.wikitext2 import data_folder, wikitext2_folder
 from gluon_bert.errors import BadInput
 
 TRAIN, VALID = b" = A small corpus = \n" * 9000, b" = Held out = \n"
@@ -242,7 +242,7 @@ def test_data_folder_is_mxnets(monkeypatch, home):
 
 def test_no_mxnet_and_no_requests_until_needed():
     code = (
-        "import sys, gluon_bert.data.wikitext; "
+        "import sys, gluon_bert.data.corpora.wikitext2; "
         "assert not {'mxnet', 'requests', 'tqdm'} & set(sys.modules), set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)

@@ -11,14 +11,15 @@ from conftest import ROOT, small_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gluon_bert import checkpoint
-from gluon_bert.config import DataConfig, preset
-from gluon_bert.data.documents import numbered, prepare
+from gluon_bert import run
+from gluon_bert.config import DataConfig
 from gluon_bert.data.loader import Loader
-from gluon_bert.data.texts import TextReader, padded
+from gluon_bert.data.prepared import numbered, prepare
+from gluon_bert.data.tokenizer import TextReader, padded
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary, load_vocabulary, split_words
 from gluon_bert.errors import BadInput
+from gluon_bert.presets import preset
 
 # As in the published vocabularies: [PAD] at 0, the other special tokens at 100 to 103, free places between.
 PUBLISHED = [
@@ -260,7 +261,7 @@ def test_documents_hold_the_pieces_sentence_by_sentence():
 def test_more_sentences_than_a_block_are_joined_right(monkeypatch):
     documents = [(["the cranes", "flying", ""] * 5, False), (["unflyable"] * 4, False)]
     whole = numbered(documents, lambda _: vocabulary()).train
-    monkeypatch.setattr("gluon_bert.data.arrays._BLOCK", 4)
+    monkeypatch.setattr("gluon_bert.data.document_arrays._BLOCK", 4)
     in_blocks = numbered(documents, lambda _: vocabulary()).train
     for name in ("tokens", "sentences", "documents"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(in_blocks, name))
@@ -344,7 +345,7 @@ def test_a_vocabulary_for_other_text_is_refused(text_file, tmp_path, tokens, low
 
 def test_without_the_package_it_is_told_before_any_text_is_read(text_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    monkeypatch.setattr("gluon_bert.data.documents.Corpus", None)
+    monkeypatch.setattr("gluon_bert.data.prepared.Corpus", None)
     with pytest.raises(BadInput, match=r"needs the package tokenizers .*pip install -e '\.\[wordpiece\]'"):
         prepare(config_of(text_file), tmp_path / "cache")
 
@@ -353,7 +354,7 @@ def test_a_word_vocabulary_does_without_the_package(text_file):
     code = f"""if True:
         import sys; sys.modules["tokenizers"] = None
         import pathlib, tempfile
-        from gluon_bert.data.documents import prepare
+        from gluon_bert.data.prepared import prepare
         from gluon_bert.config import DataConfig
         with tempfile.TemporaryDirectory() as cache:
             print(len(prepare(DataConfig(corpus=({str(text_file)!r},)), pathlib.Path(cache)).vocab))"""
@@ -414,7 +415,7 @@ def test_texts_are_padded_with_the_vocabularys_own_token():
 
 @pytest.mark.parametrize("made", [True, False], ids=["made", "published"])
 def test_a_run_keeps_and_finds_its_vocabulary(text_file, vocab_file, tmp_path, made):
-    from gluon_bert.encoding import Predictor
+    from gluon_bert.inference.predictor import Predictor
 
     size = ["--vocab-size", "90"] if made else ["--vocab-file", str(vocab_file)]
     flags = [
@@ -425,13 +426,13 @@ def test_a_run_keeps_and_finds_its_vocabulary(text_file, vocab_file, tmp_path, m
     ]
     assert pretrain.main(flags) == 0
     assert not (tmp_path / "run" / "vocab.json").exists()
-    run = checkpoint.load_run(tmp_path / "run")
-    assert type(run.vocab) is WordPieceVocabulary
-    assert len(run.vocab) == (90 if made else len(PUBLISHED))
-    predictor = Predictor.of(run)
+    found = run.load_run(tmp_path / "run")
+    assert type(found.vocab) is WordPieceVocabulary
+    assert len(found.vocab) == (90 if made else len(PUBLISHED))
+    predictor = Predictor.of(found)
     (answer,) = predictor.ask([predictor.reader.text("the crane <mask> it.")])
     assert len(answer.vectors) == len(answer.text)
-    assert len(answer.fill_masks(run.vocab)[0]) == 5
+    assert len(answer.fill_masks(found.vocab)[0]) == 5
 
 
 def test_wikitext2_in_pieces(wikitext):

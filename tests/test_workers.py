@@ -9,21 +9,15 @@ import pytest
 import reference
 from test_trainer import assert_same, batch, data, trainer_on  # noqa: F401 (fixtures)
 
-from gluon_bert.config import preset
-from gluon_bert.data.batch import split_and_load
+from gluon_bert.distributed.communicator import Workers, digest_of_weights
+from gluon_bert.distributed.join import check_enough, check_sharing, facts_of, place_of
 from gluon_bert.errors import BadInput
+from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
-from gluon_bert.training.meters import Meter, Totals
+from gluon_bert.training.device_batch import split_and_load
+from gluon_bert.training.metrics import Meter, Totals
 from gluon_bert.training.trainer import dropout_seed
 from gluon_bert.training.watchdog import watched
-from gluon_bert.training.workers import (
-    Workers,
-    check_enough,
-    check_sharing,
-    digest_of_weights,
-    facts_of,
-    place_of,
-)
 
 
 def worker(rank, count):

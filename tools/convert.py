@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from command_line import add_checkpoint_flag, command, parser_of, run, yes_or_no
-
+from gluon_bert.cli import add_checkpoint_flag, command, parser_of, run, yes_or_no
 from gluon_bert.errors import BadInput
 
 EXAMPLES = """\
@@ -151,8 +150,8 @@ def check(arguments: argparse.Namespace, source: Place, target: Place) -> None:
 
 def read(arguments: argparse.Namespace, source: Place, target: Place) -> list[str]:
     """From another package to a run; returns what a user should know."""
-    from gluon_bert.checkpoint import check_new
-    from gluon_bert.conversion.weights import save_run
+    from gluon_bert.conversion.converter import save_run
+    from gluon_bert.run import check_new
 
     (folder,) = target.paths
     check_new(folder, "--to")
@@ -179,11 +178,11 @@ def foreign_of(arguments: argparse.Namespace, source: Place) -> Any:
 
         return read_huggingface(source.paths[0], case, new_heads)
     if source.kind == "google":
-        from gluon_bert.conversion.google import read_google
+        from gluon_bert.conversion.tensorflow import read_google
 
         gelu = "gelu" if arguments.gelu == "exact" else "gelu_tanh"
         return read_google(source.paths[0], gelu, case, new_heads)
-    from gluon_bert.conversion.mxnet_files import read_parameters
+    from gluon_bert.conversion.mxnet_params import read_parameters
 
     parameters, vocab = source.paths
     return read_parameters(source.kind, parameters, vocab, arguments.num_heads, case, new_heads)
@@ -191,10 +190,10 @@ def foreign_of(arguments: argparse.Namespace, source: Place) -> Any:
 
 def write(arguments: argparse.Namespace, source: Place, target: Place) -> list[str]:
     """From a run to another package; returns what a user should know."""
-    from gluon_bert.checkpoint import load_run
     from gluon_bert.conversion.huggingface import write_huggingface
-    from gluon_bert.conversion.mxnet_files import write_parameters
-    from gluon_bert.export.formats import check_free
+    from gluon_bert.conversion.mxnet_params import write_parameters
+    from gluon_bert.export.exporter import check_free
+    from gluon_bert.run import load_run
 
     (folder,) = target.paths
     check_free(folder, "--to")

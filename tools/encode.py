@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
-from command_line import add_checkpoint_flag, add_device_flag, command, device, parser_of, run
 from tqdm import tqdm
 
+from gluon_bert.cli import add_checkpoint_flag, add_device_flag, command, device, parser_of, run
 from gluon_bert.errors import BadInput
-from gluon_bert.files import written_aside
+from gluon_bert.fileio import written_aside
 
 # Words that are told for a <mask> where nobody says how many.
 TOP = 5
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def encode(arguments: argparse.Namespace) -> int:
     """Answer as the flags say."""
-    from gluon_bert.text_files import count_lines, parse_line, read_lines
+    from gluon_bert.inference.text_files import count_lines, parse_line, read_lines
 
     ask, texts = asked(arguments)
     check(arguments, ask, texts)
@@ -166,10 +166,10 @@ def same_file(one: Path, other: Path) -> bool:
 
 def predictor_of(folder: Path, context: Any, checkpoint: str = "latest") -> Any:
     """What answers for a run's folder, or for that of an export."""
-    from gluon_bert.checkpoint import load_run
-    from gluon_bert.encoding import Predictor
-    from gluon_bert.export.formats import load_exported
+    from gluon_bert.export.exporter import load_exported
     from gluon_bert.export.manifest import MANIFEST
+    from gluon_bert.inference.predictor import Predictor
+    from gluon_bert.run import load_run
 
     if (folder / MANIFEST).exists():
         if checkpoint != "latest":
@@ -195,8 +195,8 @@ def readable(reader: Any, lines: Iterable[Any], ask: str, truncate: bool) -> Ite
 
 def sink(arguments: argparse.Namespace, ask: str, vocab: Any, stack: ExitStack) -> Callable[[Any, Any], None]:
     """What is done with each line and its answer."""
-    from gluon_bert.answers import as_json
-    from gluon_bert.text_files import vector_file
+    from gluon_bert.inference.json_output import as_json
+    from gluon_bert.inference.text_files import vector_file
 
     def as_line(line: Any, answer: Any) -> str:
         content = as_json(answer, vocab, [ask], arguments.top or TOP, arguments.token_vectors, line.given)

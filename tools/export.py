@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Sequence
 
-from command_line import add_checkpoint_flag, command, parser_of, run
-
+from gluon_bert.cli import add_checkpoint_flag, command, parser_of, run
 from gluon_bert.errors import BadInput
 
 EXAMPLES = """\
@@ -60,8 +59,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     """Export as the flags say."""
-    from gluon_bert.checkpoint import load_run
-    from gluon_bert.export import archive, formats
+    from gluon_bert.export import exporter as formats
+    from gluon_bert.export import model_archive as archive
+    from gluon_bert.run import load_run
 
     check(arguments)
     folder = arguments.output or arguments.run / "export" / arguments.format
@@ -84,7 +84,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 def told(manifest: Any) -> str:
     """How far an export is from its run, in words."""
-    from gluon_bert.export.comparison import table
+    from gluon_bert.export.verify import table
 
     if manifest.format != "mxnet":
         return "\n".join(table(manifest.comparison["groups"]))
@@ -112,8 +112,8 @@ def check(arguments: argparse.Namespace) -> None:
 
 def texts_of(run: Any, path: Path | None) -> Sequence[Any]:
     """The texts to compare on: those of a file, cut where they are too long, or held out by the run."""
-    from gluon_bert.export.held_out import held_out_texts
-    from gluon_bert.text_files import count_lines, read_lines
+    from gluon_bert.export.evaluation_texts import held_out_texts
+    from gluon_bert.inference.text_files import count_lines, read_lines
 
     if path is None:
         return held_out_texts(run)

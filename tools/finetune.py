@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from command_line import (
+from gluon_bert.cli import (
     add_checkpoint_flag,
     add_device_flag,
     add_field_flags,
@@ -20,10 +20,9 @@ from command_line import (
     shown,
     yes_or_no,
 )
-
-from gluon_bert.config import FineTuneConfig, check_group, without_nan
+from gluon_bert.config import FineTuneConfig, check_group
 from gluon_bert.errors import BadInput
-from gluon_bert.files import written_aside
+from gluon_bert.fileio import without_nan, written_aside
 
 EXAMPLES = """\
 examples:
@@ -95,10 +94,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def finetune(arguments: argparse.Namespace) -> int:
     """Fine-tune as the flags say."""
-    from gluon_bert.checkpoint import check_new, load_run
-    from gluon_bert.data.texts import TextReader
-    from gluon_bert.finetuning.examples import examples, task_of
-    from gluon_bert.finetuning.tuner import FineTuner, begin
+    from gluon_bert.data.tokenizer import TextReader
+    from gluon_bert.finetuning.dataset import examples, task_of
+    from gluon_bert.finetuning.finetune import FineTuner, begin
+    from gluon_bert.run import check_new, load_run
 
     config = config_from(arguments)
     output = arguments.output or free_folder(arguments.run)
@@ -124,7 +123,7 @@ def finetune(arguments: argparse.Namespace) -> int:
 
 def read_rows(arguments: argparse.Namespace) -> dict[str, Any]:
     """The rows of each table, by its flag."""
-    from gluon_bert.data.tables import choose_columns, read_table
+    from gluon_bert.finetuning.tables import choose_columns, read_table
 
     header = arguments.header
     columns = choose_columns(arguments.train, "--train", header, arguments.text, arguments.label)
@@ -174,8 +173,8 @@ def check_metric(config: FineTuneConfig, task: Any) -> None:
 def create(output: Path, before: Any, arguments: argparse.Namespace, tuner: Any, num_examples: int) -> None:
     """Make the new run's folder."""
     from gluon_bert import runtime
-    from gluon_bert.checkpoint import create_run
-    from gluon_bert.finetuning.tuner import train_config
+    from gluon_bert.finetuning.finetune import train_config
+    from gluon_bert.run import create_run
 
     config = dataclasses.replace(
         before.config.replace(max_len=tuner.reader.max_len, dropout=tuner.config.dropout),
@@ -208,9 +207,9 @@ def fit(output: Path, tuner: Any, train: Any, dev: Any) -> Any:
 
 def predict(output: Path, flag: str, rows: Any, data: Any, reader: Any) -> str:
     """Write what the best network says of a file; returns a sentence on it."""
-    from gluon_bert.checkpoint import load_run
-    from gluon_bert.encoding import GluonNetwork, Predictor
-    from gluon_bert.finetuning.tuner import evaluated, scores_of
+    from gluon_bert.finetuning.finetune import evaluated, scores_of
+    from gluon_bert.inference.predictor import GluonNetwork, Predictor
+    from gluon_bert.run import load_run
 
     net = load_run(output, which="best").net
     answers = list(Predictor(GluonNetwork(net), reader, net.task).ask(data[flag].texts))

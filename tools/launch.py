@@ -16,9 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Iterator, NamedTuple, Sequence
 
-from command_line import command_with_another, parser_of, run
-from roles import LOOPBACK, MEETING_POINTS, Host, Job, Role, roles_of
-
+from gluon_bert.cli import command_with_another, parser_of, run
+from gluon_bert.distributed.processes import LOOPBACK, MEETING_POINTS, Host, Job, Role, roles_of
 from gluon_bert.errors import BadInput
 
 EXAMPLES = """\
@@ -41,7 +40,6 @@ that failed first; what cannot be used (2) is not tried again.
 
 The servers answer whoever reaches their ports: keep them in a private network.
 """
-HERE = Path(__file__).resolve().parent
 
 # What of the environment goes to other hosts, beside what the roles need.
 PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
@@ -219,7 +217,7 @@ class Member:
     def __init__(self, role: Role) -> None:
         self.name, self.host, self.trains, self.stays = role.name, role.host, role.trains, role.stays
         self.status: int | None = None  # when it has ended
-        minded = [sys.executable, str(HERE / "minder.py"), *role.command]
+        minded = [sys.executable, "-m", "gluon_bert.distributed.supervisor", *role.command]
         if role.host.name is None:
             argv, own = minded, {**os.environ, **role.environment}
         else:

@@ -9,15 +9,24 @@ import traceback
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from typing import Callable
 
-from command_line import add_config_flags, command, config_from, parser_of
-from training_run import Given, profiled, train, train_beside
-
-from gluon_bert import runtime
-from gluon_bert.config import DRAWN, PRESETS, Config, changeable, preset, refuse_changes
+from gluon_bert.cli import add_config_flags, command, config_from, parser_of
+from gluon_bert.config import DRAWN, Config, changeable, refuse_changes
 from gluon_bert.errors import BadInput
-from gluon_bert.files import held_alone, remove_leftovers
+from gluon_bert.fileio import held_alone, remove_leftovers
+from gluon_bert.presets import PRESETS, preset
+from gluon_bert.pretraining import (
+    Given,
+    network,
+    place,
+    profiled,
+    refuse_another_text,
+    tell_another_place,
+    text,
+    train,
+    train_beside,
+)
 
 EXAMPLES = """\
 examples:
@@ -118,7 +127,7 @@ def starting_point(arguments: argparse.Namespace) -> Config:
         raise BadInput("--config and --preset exclude each other: give one of them")
     init = getattr(arguments, "init", DRAWN[0])
     if init not in DRAWN:
-        from gluon_bert.starting import beginning_with
+        from gluon_bert.warm_start import beginning_with
 
         recipe = None if arguments.config is None and arguments.preset is None else recipe_of(arguments)
         return beginning_with(init, getattr(arguments, "init_checkpoint", "latest"), recipe)
@@ -129,7 +138,7 @@ def recipe_of(arguments: argparse.Namespace) -> Config:
     """The configuration that --preset or --config names."""
     if arguments.config is None:
         return preset(arguments.preset or "d2l")
-    from gluon_bert.checkpoint import read_config  # needs MXNet, which --help does not
+    from gluon_bert.run import read_config  # needs MXNet, which --help does not
 
     return read_config(arguments.config)
 
@@ -147,83 +156,12 @@ def new_folder(arguments: argparse.Namespace) -> Path:
     return next(folder for folder in numbered if not folder.exists())
 
 
-class Place(NamedTuple):
-    """Where a run computes: which of how many workers this is, its contexts, what computes on them."""
-
-    rank: int
-    num_workers: int
-    contexts: list[Any]
-    operators: str
-
-    def facts(self) -> dict[str, Any]:
-        """What a run records of it."""
-        return {
-            "contexts": [str(context) for context in self.contexts],
-            "workers": self.num_workers,
-            "operators": self.operators,
-            "versions": runtime.versions(),
-        }
-
-
-def place(arguments: argparse.Namespace, config: Config, recorded: Mapping[str, Any]) -> Place:
-    """Where the flags let a run compute, else where it is recorded to have been begun.
-
-    BadInput where that cannot be had, or cannot do what the configuration asks for.
-    """
-    from gluon_bert import ops
-    from gluon_bert.training.trainer import check_micro_batch, check_precision
-    from gluon_bert.training.workers import check_sharing, place_of
-
-    contexts = contexts_from(arguments, recorded.get("contexts") or ())
-    rank, num_workers = place_of(arguments.kvstore)
-    check_sharing(config, num_workers)
-    check_micro_batch(config.train, len(contexts))
-    ops.choose(arguments.operators or ops.choice_of(recorded.get("operators", "")))
-    check_precision(config.train, contexts)
-    here = Place(rank, num_workers, contexts, ops.in_use(contexts))
-    refuse_too_large(config, here)
-    return here
-
-
-def contexts_from(arguments: argparse.Namespace, recorded: Sequence[str] = ()) -> list[Any]:
-    """The contexts that the flags ask for; without any those of a resumed run, else what there is."""
-    gpus = None if arguments.gpus is None else runtime.parse_gpus(arguments.gpus)
-    if gpus is None and arguments.cpus is None and recorded:
-        gpus, cpus = runtime.parse_contexts(recorded)
-        return runtime.contexts(gpus, cpus)
-    return runtime.contexts(gpus, arguments.cpus)
-
-
-def refuse_too_large(config: Config, here: Place, vocab_size: int = 1) -> None:
-    """Raise BadInput where a worker cannot fit in its machine's memory, however small the vocabulary."""
-    from gluon_bert import ops
-    from gluon_bert.training.plan import check_memory, machine_memory
-
-    contexts = here.contexts
-    limit = machine_memory(contexts)
-    if limit is not None:
-        check_memory(config, vocab_size, len(contexts), ops.compiled(contexts), limit, here.num_workers)
-
-
-def text(config: Config, here: Place) -> Any:
-    """The text of a run; BadInput where it is too little, or its vocabulary too large for the memory."""
-    from gluon_bert.data.loader import load_data
-    from gluon_bert.training.trainer import check_evaluable
-    from gluon_bert.training.workers import check_enough
-
-    data = load_data(config.data, config.train.batch_size, config.train.seed)
-    refuse_too_large(config, here, len(data.vocab))
-    check_evaluable(config.train, data)
-    check_enough(len(data.train.pairs(0)), here.num_workers)
-    return data
-
-
 def begin(arguments: argparse.Namespace) -> int:
     """A new run, in a folder of its own."""
-    from gluon_bert.checkpoint import check_new, create_run
-    from gluon_bert.starting import load_start, start_from
-    from gluon_bert.training.report import References
-    from gluon_bert.training.workers import facts_of, joined
+    from gluon_bert.distributed.join import facts_of, joined
+    from gluon_bert.run import check_new, create_run
+    from gluon_bert.training.plots import References
+    from gluon_bert.warm_start import load_start, start_from
 
     config = config_from(arguments, starting_point(arguments))
     output = new_folder(arguments)
@@ -255,8 +193,9 @@ def begin(arguments: argparse.Namespace) -> int:
 
 def resume(arguments: argparse.Namespace) -> int:
     """Go on with a run from its latest checkpoint, as if it had not been stopped."""
-    from gluon_bert.checkpoint import CONFIG, latest_whole, read_config, read_facts, write_config
-    from gluon_bert.training.workers import facts_of, joined
+    from gluon_bert.checkpoint import CONFIG, latest_whole
+    from gluon_bert.distributed.join import facts_of, joined
+    from gluon_bert.run import read_config, read_facts, write_config
 
     folder = arguments.resume
     for name in ("preset", "config", "output"):
@@ -289,55 +228,11 @@ def resume(arguments: argparse.Namespace) -> int:
                 return train(given)
 
 
-def network(config: Config, data: Any, contexts: list[Any]) -> Any:
-    """A network for the text, with its first weights."""
-    from gluon_bert.model.bert import BERTModel
-
-    net = BERTModel(len(data.vocab), config.model)
-    net.setup(contexts, config.train.seed, data.word_counts)
-    return net
-
-
-def refuse_another_text(config: Config, data: Any, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Raise BadInput where a run would go on with another text, or another way to read it."""
-    from gluon_bert.data.wordpiece import load_vocabulary
-
-    if data.fingerprint != facts.get("text") or data.vocab.tokens != load_vocabulary(folder).tokens:
-        raise BadInput(
-            f"--corpus {' '.join(config.data.corpus)}: the text, or what reads it, is not what {folder} "
-            "was begun with, and a run that goes on with another is another; begin one with --config"
-        )
-
-
-def tell_another_place(facts: Mapping[str, Any], here: Place) -> None:
-    """A line for everything that makes numbers differ from those of the run that was recorded."""
-    from gluon_bert import ops
-
-    now = here.facts()
-    tell_differences(facts.get("versions") or {}, now["versions"], "the last digits may differ")
-    dropout = "with dropout other numbers come, without it the last digits may differ"
-    tell_differences({"workers": facts.get("workers", 1)}, {"workers": now["workers"]}, dropout)
-    recorded = facts.get("operators", "")
-    if recorded and ops.choice_of(recorded) != ops.choice_of(here.operators):
-        tell_differences({"operators": recorded}, {"operators": here.operators}, dropout)
-
-
-def tell_differences(before: Mapping[str, Any], now: Mapping[str, Any], so: str) -> None:
-    """A line for everything that is not what it was when a resumed run was begun, and so changes it."""
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            print(
-                f"{name} is {now.get(name)} and was {before.get(name)}: {so} from those of a run that was "
-                "not stopped",
-                file=sys.stderr,
-            )
-
-
 def leave(main: Callable[[list[str]], int]) -> None:
     """Run the command and leave with its exit status; at once where other workers are waited for in vain."""
 
     def failed() -> bool:
-        workers = sys.modules.get("gluon_bert.training.workers")
+        workers = sys.modules.get("gluon_bert.distributed.join")
         return workers is not None and bool(workers.failed())
 
     try:

@@ -10,8 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from command_line import Terminated, guarded, parser_of, run
-
+from gluon_bert.cli import Terminated, guarded, parser_of, run
 from gluon_bert.errors import BadInput
 from gluon_bert.serving.server import ServerFailed, Settings, need_server, serving
 
@@ -104,7 +103,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def archive_of(what: Path, stack: ExitStack) -> Path:
     """The archive of what was named, made in a folder of the stack's where there is none yet."""
-    from gluon_bert.export.archive import ARCHIVE, export_archive, pack
+    from gluon_bert.export.model_archive import ARCHIVE, export_archive, pack
 
     if what.is_file():
         return what
@@ -114,7 +113,7 @@ def archive_of(what: Path, stack: ExitStack) -> Path:
     if (what / "manifest.json").is_file():
         return pack(what, folder)
     if (what / "config.json").is_file():
-        from gluon_bert.checkpoint import load_run
+        from gluon_bert.run import load_run
 
         return export_archive(load_run(what), folder / "archive")
     raise BadInput(f"{what}: is neither an archive ({ARCHIVE}), nor an export, nor a run")

@@ -9,16 +9,17 @@ from typing import Any, Mapping
 
 import numpy as np
 
-from ..checkpoint import Run, weights_of
-from ..config import ModelConfig, check_group, write_json
+from ..config import ModelConfig, check_group
 from ..data.vocab import Vocabulary
 from ..data.wordpiece import WordPieceVocabulary
 from ..errors import BadInput
-from ..files import folder_aside, written_aside
-from .layout import HUGGINGFACE
-from .torch_file import read_tensors
+from ..fileio import folder_aside, write_json, written_aside
+from ..model.parameters import weights_of
+from ..run import Run
+from .converter import Foreign, foreign_arrays, translate
+from .torch_pickle import read_tensors
 from .vocabularies import read_vocabulary
-from .weights import Foreign, foreign_arrays, translate
+from .weight_names import HUGGINGFACE
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 WEIGHTS, SHARDS, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"

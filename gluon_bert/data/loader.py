@@ -11,9 +11,9 @@ import numpy as np
 from ..config import DataConfig, check_group
 from ..errors import BadInput
 from .batch import Batch, make_batch
-from .documents import Documents, Text, prepare
 from .masking import num_draws, pair_noise
-from .pairs import NUM_SPECIAL_IN_PAIR, Pairs, draw_pairs
+from .prepared import Documents, Text, prepare
+from .sentence_pairs import NUM_SPECIAL_IN_PAIR, Pairs, draw_pairs
 from .vocab import Vocabulary
 
 # What the seed's streams are drawn for: pairs, the order of a part. Masks have their noise.

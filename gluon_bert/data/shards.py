@@ -27,11 +27,10 @@ from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ..array_files import mapped_array
-from ..config import write_json
 from ..errors import BadInput
-from ..files import folder_aside, lock
-from .arrays import Documents
+from ..fileio import folder_aside, lock, write_json
+from ..npz import mapped_array
+from .document_arrays import Documents
 
 # Part of every fingerprint: raise it when the same text would give other ids, or other files.
 FORMAT = 5

@@ -10,8 +10,8 @@ from typing import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ..config import write_json
 from ..errors import BadInput
+from ..fileio import write_json
 
 # The book's special tokens in the book's order, so that its ids are these: <unk> is 0, words start at 5.
 UNK, PAD, MASK, CLS, SEP = SPECIAL_TOKENS = ("<unk>", "<pad>", "<mask>", "<cls>", "<sep>")

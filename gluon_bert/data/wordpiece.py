@@ -11,7 +11,7 @@ from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
 import numpy as np
 
 from ..errors import BadInput
-from ..files import written_aside
+from ..fileio import written_aside
 from . import vocab as words
 from .vocab import Vocabulary
 

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
-from ..config import write_json
-from ..data.texts import TextReader
+from ..data.tokenizer import TextReader
 from ..data.wordpiece import load_vocabulary
 from ..errors import BadInput
-from ..files import digest
+from ..fileio import digest, write_json
 from ..model.task import Task
 
 MANIFEST = "manifest.json"

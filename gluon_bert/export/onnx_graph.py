@@ -10,12 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Iterator
 
-from ..data.texts import Padded
-from ..encoding import Outputs
+from ..data.tokenizer import Padded
 from ..errors import BadInput
+from ..inference.predictor import Outputs
 from ..runtime import mx
 from .manifest import Manifest, input_names
-from .symbol import Graph, feed, outputs_of, wanted
+from .mxnet_symbol import Graph, feed, outputs_of, wanted
 
 FILE = "bert.onnx"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..runtime import mx
-from .products import Dense, Multiplying
+from .precision import Dense, Multiplying
 
 # Added to the score of a position past the end: far below any real score, finite so that nothing becomes NaN.
 PADDING_SCORE = -1e9

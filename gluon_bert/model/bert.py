@@ -12,7 +12,7 @@ from ..errors import BadInput
 from ..runtime import mx
 from .encoder import Encoder
 from .heads import MaskedLanguageModelHead, NextSentenceHead, Pooler
-from .products import Multiplying
+from .precision import Multiplying
 
 # Devlin et al. 2018 draw weights from N(0, 0.02); the figure is in their code, run_pretraining.py.
 NORMAL_SIGMA = 0.02

@@ -10,8 +10,8 @@ from .. import ops
 from ..config import ModelConfig
 from ..runtime import mx
 from .attention import SelfAttention, padding_scores
-from .products import Dense, Multiplying
-from .recompute import Tape
+from .gradient_checkpointing import Tape
+from .precision import Dense, Multiplying
 
 NUM_SEGMENTS = 2
 

@@ -7,7 +7,7 @@ from typing import Any
 from ..config import ModelConfig
 from ..runtime import mx
 from .encoder import activation, both_parameters, layer_norm
-from .products import Dense, Multiplying
+from .precision import Dense, Multiplying
 
 
 class Pooler(mx.gluon.HybridBlock):

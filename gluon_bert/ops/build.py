@@ -95,7 +95,7 @@ def _build(compiler: str, header: Path, source: Path, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
             library = Path(folder, path.name)
-            sources = [str(SOURCES / "library.cc"), str(source)]
+            sources = [str(SOURCES / "register.cc"), str(source)]
             flags = [*FLAGS, f"-Wl,--version-script={EXPORTS}", f"-I{header.parent.parent}"]
             command = [compiler, *flags, "-o", str(library), *sources]
             done = subprocess.run(

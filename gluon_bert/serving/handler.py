@@ -9,10 +9,10 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from ..encoding import Predictor
-from ..export.formats import load_exported
-from ..runtime import contexts
-from .requests import answer, refused
+from ..devices import contexts
+from ..export.exporter import load_exported
+from ..inference.predictor import Predictor
+from .request_json import answer, refused
 
 # One body, under the name that the server gives what is neither a form nor in the address.
 BODY = "body"

@@ -23,8 +23,9 @@ from typing import Callable, Iterator
 import requests
 
 from ..errors import BadInput
-from ..export.archive import ARCHIVE, INSTALL_SERVE, MODEL, check_archive
-from ..runtime import has_cuda_wheel, usable_cores
+from ..export.model_archive import ARCHIVE, INSTALL_SERVE, MODEL, check_archive
+from ..runtime import has_cuda_wheel
+from ..system import usable_cores
 
 HOST = "127.0.0.1"
 # The server takes a port for a signed number of 16 bits.

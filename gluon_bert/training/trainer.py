@@ -11,16 +11,23 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 import numpy as np
 
 from .. import ops
-from ..checkpoint import Snapshot, named_parameters, set_weights, weights_of
+from ..checkpoint import Snapshot
 from ..config import TrainConfig, check_group
-from ..data.batch import Batch, Shard, micro_batches, split_and_load
+from ..data.batch import Batch, micro_batches
 from ..data.loader import Data, Loader, Position
+from ..distributed.communicator import Workers, digest_of_weights
 from ..errors import BadInput
+from ..model.parameters import named_parameters, set_weights, weights_of
 from ..runtime import mx
-from .evenness import Evenness
-from .loss import ShardLoss, shard_loss
-from .meters import Averages, Best, Meter, Progress, Totals, best_of
-from .optimizer import (
+from . import checks
+from .callbacks import Reporter, Saver
+from .device_batch import Shard, split_and_load
+from .divergence import MOST_BACK, MOST_SKIPPED, Diverged, Trouble
+from .loss_scale import SMALLEST, LossScale
+from .losses import ShardLoss, shard_loss
+from .lr_schedule import learning_rate, planned_steps
+from .metrics import Averages, Meter, Totals
+from .optimizers import (
     clip_gradients,
     gluon_trainer,
     optimizer_arrays,
@@ -28,88 +35,12 @@ from .optimizer import (
     squared_norms,
     usable_on,
 )
-from .scaling import SMALLEST, LossScale
-from .schedule import learning_rate, planned_steps
-from .standing import Standing
-from .trouble import MOST_BACK, MOST_SKIPPED, Diverged, Trouble
-from .workers import Workers, digest_of_weights
+from .profiling import Evenness
+from .state import Progress, Standing, best_of
 
 # Steps that may be queued on the devices. Two keep them busy while the next batch is made; more would
 # only take memory, and make an interrupt wait.
 QUEUED_STEPS = 2
-
-
-def check_evaluable(config: TrainConfig, data: Data) -> None:
-    """Raise BadInput where the end of a run depends on evaluations and there is no text for them."""
-    if config.patience and not data.held_out:
-        raise BadInput(
-            f"--patience {config.patience}: there is too little held-out text to evaluate on; --held-out "
-            "asks for more, --patience 0 does without"
-        )
-
-
-def check_micro_batch(config: TrainConfig, num_contexts: int) -> None:
-    """Raise BadInput where a batch cannot be computed in parts of `micro_batch` on so many contexts."""
-    size, whole = config.micro_batch, config.batch_size
-    if not size or num_contexts <= size <= whole:
-        return
-    on = f"{num_contexts} contexts" if num_contexts > 1 else "one context"
-    would_do = (
-        f"{num_contexts} to {whole} would do, or 0"
-        if num_contexts <= whole
-        else f"0 would do, or --batch-size {num_contexts} at least"
-    )
-    raise BadInput(f"--micro-batch {size}: of --batch-size {whole} on {on} {would_do}")
-
-
-def check_precision(config: TrainConfig, contexts: Sequence[Any]) -> None:
-    """Raise BadInput where matrices cannot be multiplied in `precision` on these contexts."""
-    on_cpus = any(context.device_type == "cpu" for context in contexts)
-    if config.precision == "fp16" and on_cpus:
-        raise BadInput(
-            "--precision fp16: MXNet multiplies in float16 on GPUs only; on a CPU fp32 would do, or bf16 "
-            "where the processor has it"
-        )
-    if config.precision == "bf16" and not on_cpus:
-        raise BadInput("--precision bf16: MXNet has no products of bfloat16 on GPUs; fp16 or fp32 would do")
-    if config.precision == "bf16" and ops.bf16_refusal():
-        raise BadInput(f"--precision bf16: {ops.bf16_refusal()}; fp32 would do")
-
-
-class Reporter:
-    """Who is told of a run's progress; this one keeps it to itself."""
-
-    def stepped(self, step: int) -> None:
-        """A step has been queued."""
-
-    def progressed(self, progress: Progress) -> None:
-        """A window of steps is done."""
-
-    def evaluated(self, step: int, held_out: Averages, best: Best) -> None:
-        """The held-out text was evaluated after this step; `best` takes it into account."""
-
-    def went_wrong(self, trouble: Trouble) -> None:
-        """The numbers of a step are unusable; whether that ends the run is another matter."""
-
-    def overflowed(self, step: int, scale: float) -> None:
-        """A step was skipped, as float16 could not hold a gradient of the loss times this scale."""
-
-    def drifted(self, step: int, ranks: Sequence[int]) -> None:
-        """The weights of these workers are not those of the first one any more."""
-
-    def went_back(self, standing: Standing, trouble: Trouble) -> None:
-        """The run goes on from an earlier checkpoint, where it stands so, with other batches than before."""
-
-
-class Saver:
-    """Who keeps what a run can be gone on from; this one keeps nothing."""
-
-    def save(self, trainer: Trainer) -> None:
-        """A checkpoint is due; `trainer.snapshot()` is what it holds."""
-
-    def latest(self) -> Snapshot | None:
-        """The checkpoint that was kept last, None where there is none."""
-        return None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -141,8 +72,8 @@ class Trainer:
         self, net: Any, config: TrainConfig, contexts: Sequence[Any], workers: Workers | None = None
     ) -> None:
         check_group(config)
-        check_micro_batch(config, len(contexts))
-        check_precision(config, contexts)
+        checks.check_micro_batch(config, len(contexts))
+        checks.check_precision(config, contexts)
         parameters = net.collect_params()
         if set(contexts) != set(net.nsp.dense.weight.list_ctx()):
             raise BadInput(f"the network is on {net.nsp.dense.weight.list_ctx()}, not on {list(contexts)}")
@@ -273,7 +204,7 @@ class Trainer:
         """
         config, run = self.config, self.standing
         reporter, saver, progress = reporter or Reporter(), saver or Saver(), None
-        check_evaluable(config, data)
+        checks.check_evaluable(config, data)
         run.clock.start()
         self.planned_steps = planned_steps(config, run.step, run.step, run.clock.elapsed())
         batches = data.train.walk(run.position)

@@ -10,9 +10,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "matrix.h"
-#include "memory.h"
-#include "rows.h"
+#include "gemm.h"
+#include "buffer_pool.h"
+#include "elementwise.h"
 
 namespace gluon_bert {
 
@@ -57,7 +57,7 @@ struct Inputs {
 // What is kept for a backward pass: nothing, the stream, or the layers' inner values as well.
 enum class Keep { kNothing, kStream, kLayers };
 
-// T: what products are made of, float or Pair (matrix.h).
+// T: what products are made of, float or Pair (gemm.h).
 template <class T>
 class Encoder {
  public:

@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "encoder.h"
-#include "matrix.h"
-#include "memory.h"
-#include "rows.h"
+#include "gemm.h"
+#include "buffer_pool.h"
+#include "elementwise.h"
 
 namespace gluon_bert {
 
@@ -38,7 +38,7 @@ struct HeadGradients {
   float *encoded, *transform, *transform_bias, *gamma, *beta, *decoder, *decoder_bias;
 };
 
-// T: what products are made of, float or Pair (matrix.h).
+// T: what products are made of, float or Pair (gemm.h).
 template <class T>
 class MaskedLoss {
  public:

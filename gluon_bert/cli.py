@@ -1,0 +1,229 @@
+"""What the commands share: flags from the configuration's fields, and how errors are told. Trains nothing."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import signal
+import sys
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, get_type_hints
+
+from . import devices
+from .config import GROUPS, Config, flag
+from .errors import BadInput, in_a_line
+from .presets import PRESETS
+
+TITLES = {"model": "the network", "data": "the text and its masks", "train": "training"}
+
+
+def parser_of(name: str, usage: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser for tools/NAME.py, without flags yet; usage: what follows the name, a line for each way."""
+    ways = [f"python tools/{name}.py {way}" for way in usage.splitlines()]
+    return argparse.ArgumentParser(
+        prog=name,
+        usage="\n       ".join(ways),
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def literal(text: str) -> str:
+    """A flag's help that is told as it stands: argparse takes a percent sign for the start of a format."""
+    return text.replace("%", "%%")
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of the configuration, in groups; those not given stay as the preset has them."""
+    for group_name, group in GROUPS.items():
+        add_field_flags(parser.add_argument_group(TITLES[group_name]), group, partial(_defaults, group_name))
+
+
+def add_field_flags(parser: Any, group: Any, default: Callable[[str], str]) -> None:
+    """A flag for every field of a dataclass of options; `default` tells what a field is if not given."""
+    hints = get_type_hints(group)
+    for field in dataclasses.fields(group):
+        parser.add_argument(
+            flag(field.name),
+            help=literal(f"{field.metadata['help']} ({default(field.name)})"),
+            default=argparse.SUPPRESS,
+            **_parsing(hints[field.name], field.metadata["choices"]),
+        )
+
+
+def config_from(arguments: argparse.Namespace, preset: Config) -> Config:
+    """The preset with what the command line changed, checked."""
+    names = {field.name for group in GROUPS.values() for field in dataclasses.fields(group)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    config = preset.replace(**given)
+    config.check()
+    return config
+
+
+def add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of a command that reads a run: which of its networks, as `load_run` takes it."""
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="{latest,best,STEP}",
+        help="the network after the last step, the best one on held-out text, by the MLM loss or what a fine-"
+        "tuned run chose it by, or that after a step (latest)",
+    )
+
+
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of a command that computes on one device."""
+    parser.add_argument("--gpus", metavar="N", help="compute on this GPU (on the CPU)")
+
+
+def device(arguments: argparse.Namespace) -> Any:
+    """The one context that `--gpus` asks for."""
+    if arguments.gpus is None:
+        return devices.contexts(cpus=1)[0]
+    numbers = devices.parse_gpus(arguments.gpus)
+    if len(numbers) > 1:
+        raise BadInput(f"--gpus {arguments.gpus}: this command computes on one device; name one GPU")
+    return devices.contexts(numbers)[0]
+
+
+def run(main: Callable[[List[str]], int]) -> None:
+    """Run a command and leave with its exit status."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def command(
+    parser: argparse.ArgumentParser,
+    argv: List[str] | None,
+    body: Callable[[argparse.Namespace], int],
+    intermixed: bool = False,
+) -> int:
+    """The exit status of a command: that of its body, which gets the flags, or as `guarded` has it.
+
+    intermixed: arguments may stand between the flags.
+    """
+    try:
+        arguments = (parser.parse_intermixed_args if intermixed else parser.parse_args)(argv)
+    except SystemExit as stop:  # argparse has told what is wrong
+        return int(stop.code or 0)
+    return guarded(lambda: body(arguments), parser.prog)
+
+
+def command_with_another(
+    parser: argparse.ArgumentParser,
+    argv: List[str] | None,
+    body: Callable[[argparse.Namespace, List[str]], int],
+) -> int:
+    """As `command`, of a command line with another one behind --, which the body gets, too."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    behind = given.index("--") if "--" in given else len(given)
+    return command(parser, given[:behind], lambda arguments: body(arguments, given[behind + 1 :]))
+
+
+class Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+
+
+def guarded(body: Callable[[], int], name: str) -> int:
+    """The exit status of a command: its own, 2 for bad input told in words, 130 or 143 if it was stopped."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr, force=True)
+    try:
+        with _terminated_by_exception():
+            return body()
+    except Terminated:
+        print(f"{name}: stopped", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except BadInput as error:
+        for line in str(error).splitlines():
+            print(f"{name}: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except (OSError, MemoryError, BrokenExecutor) as error:
+        return _failed(name, error)
+    except Exception as error:
+        # MXNet's own error, by its name: to import it here would be to import MXNet.
+        if type(error).__name__ != "MXNetError":
+            raise
+        return _failed(name, error)
+
+
+@contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """Let SIGTERM end the block by an exception, so that what is half-written is cleaned up."""
+
+    def handle(*_: Any) -> None:
+        raise Terminated
+
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not signal.SIG_DFL:  # the command has its own way
+        yield
+        return
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _failed(name: str, error: BaseException) -> int:
+    """Tell in a line what went wrong outside the user's input; its origin only where the log asks for it."""
+    logging.debug("where it went wrong", exc_info=error)
+    told = in_a_line(error)
+    if isinstance(error, OSError) and error.strerror:
+        told = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if "Write incomplete" in told or "No space left" in told:
+        told += (
+            " (the disk is full, or a limit on the size of files is reached: make room, or write elsewhere)"
+        )
+    if isinstance(error, MemoryError) or "allocate" in told:
+        told += " (less memory: a smaller --batch-size, --max-len or network)"
+    print(f"{name}: {type(error).__name__}: {told}", file=sys.stderr)
+    return 1
+
+
+def _defaults(group_name: str, name: str) -> str:
+    """What the presets have: one value, or those of each family of presets."""
+    families: Dict[str, Set[str]] = {}
+    for preset_name, config in PRESETS.items():
+        family = "bert-*" if preset_name.startswith("bert-") else preset_name
+        families.setdefault(family, set()).add(shown(getattr(getattr(config, group_name), name)))
+    who_has: Dict[str, List[str]] = {}
+    for family, values in families.items():
+        who_has.setdefault("by size" if len(values) > 1 else min(values), []).append(family)
+    if len(who_has) == 1:
+        return min(who_has)
+    return ", ".join(f"{' and '.join(who)}: {value}" for value, who in who_has.items())
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _parsing(hint: Any, choices: Tuple[str, ...]) -> Dict[str, Any]:
+    if hint is bool:
+        return {"type": yes_or_no, "metavar": "{yes,no}"}
+    if hint == Tuple[str, ...]:
+        return {"nargs": "+", "action": _AsTuple, "metavar": "NAME"}
+    if choices:
+        return {"metavar": "{" + ",".join(choices) + "}"}
+    return {"type": hint, "metavar": "X" if hint is float else "N" if hint is int else "NAME"}
+
+
+def yes_or_no(text: str) -> bool:
+    """The type of a flag that is answered with yes or no."""
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text}: must be yes or no")
+    return text == "yes"
+
+
+class _AsTuple(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, tuple(values))

@@ -1,0 +1,371 @@
+"""A corpus made into shards on disk, in processes side by side, and in little memory. Decides no option.
+
+First all text is read, a piece after another: workers part it into words and number these, each piece for
+itself; here the pieces are put together to shards of words, `words-00000.npz` and so on. Then the vocabulary
+is made of the words' counts, and each word's ids are looked up once. Last, workers put the ids in the words'
+places. A preparation that was interrupted goes on behind the last shard of words that it wrote; what comes
+after the reading is done again. How the text is cut does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import time
+import zipfile
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from ..config import DataConfig
+from ..fileio import written_aside
+from . import shards
+from .corpora.corpus import Corpus
+from .corpora.text_formats import Piece, parse
+from .document_arrays import Gathered, Numbered, number_words, numbering
+from .process_pool import Map, processes
+from .vocab import Vocabulary
+from .wordpiece import WordPieceVocabulary, installed_version
+
+log = logging.getLogger(__name__)
+
+VocabularyOf = Callable[[Mapping[str, int]], Vocabulary]
+
+# Words a shard: in memory some 50 MB while it is put together, on disk 8 MB and 24 MB of text.
+_SHARD_WORDS = 1 << 22
+# Words whose ids are looked up at once: Python's lists of them are large.
+_LOOKED_UP = 1 << 16
+# Hashes that are compared, 32 MB: of more sentences or documents the share of repeated ones is an estimate.
+_COMPARED = 1 << 22
+# Seconds between two lines on the progress, where there is no terminal to show a bar.
+_TOLD_EVERY = 60.0
+# Above this share repetitions are worth a warning: the held-out text then tells little about new text.
+_MANY_REPEATED = 0.1
+# Above this share of the words in documents that were left out, --text-format may be the wrong one.
+_MUCH_DROPPED = 1 / 3
+_MANY_UNKNOWN = 0.1
+
+
+def vocabulary_maker(config: DataConfig) -> VocabularyOf:
+    """What gives the vocabulary for counted words; BadInput where it cannot, before any text is read."""
+    vocab: Vocabulary
+    if config.tokenizer == "wordpiece":
+        installed_version()
+        if not config.vocab_file:
+            return lambda counts: WordPieceVocabulary.from_counts(counts, config.min_freq, config.vocab_size)
+        vocab = WordPieceVocabulary.load(Path(config.vocab_file))
+        vocab.check_case(config.vocab_file, config.lowercase)
+    elif config.vocab_file:
+        vocab = Vocabulary.load(Path(config.vocab_file))
+    else:
+        return lambda counts: Vocabulary.from_counts(counts, config.min_freq)
+    return lambda counts: vocab.extended(counts, config.extend_vocab, config.min_freq)
+
+
+class WordIds:
+    """The ids of numbered words: those of word n are ids[starts[n]:starts[n + 1]].
+
+    A special token that stands in the text as a word is an unknown word, never the token itself.
+    """
+
+    def __init__(self, words: Sequence[str], vocab: Vocabulary) -> None:
+        ids, sizes = [np.zeros(0, np.int32)], [0]
+        for start in range(0, len(words), _LOOKED_UP):
+            pieces = [vocab.pieces(word) for word in words[start : start + _LOOKED_UP]]
+            ids.append(vocab.ids([piece for word in pieces for piece in word]))
+            sizes += [len(word) for word in pieces]
+        self.ids = np.concatenate(ids)
+        self.ids[vocab.special[self.ids]] = vocab.unk
+        self.starts = np.cumsum(sizes, dtype=np.int64)
+        self._vocab_size = len(vocab)
+
+    def token_counts(self, word_counts: np.ndarray) -> np.ndarray:
+        """(2, V) int64: how often each token occurs where the words occur so often, (2, W)."""
+        sizes = np.diff(self.starts)
+        return np.stack(
+            [
+                # As weights the counts become float64, exact up to 2 ** 53.
+                np.bincount(self.ids, np.repeat(counts, sizes), self._vocab_size).astype(np.int64)
+                for counts in word_counts
+            ]
+        )
+
+
+def prepare_shards(
+    corpus: Corpus, config: DataConfig, folder: Path, made_by: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fill a folder with the shards of a corpus; returns the manifest, with which `finish` ends it."""
+    _clear(folder)
+    with processes(config.num_workers) as map_all:
+        num_shards = _read_text(corpus, config, folder, map_all, made_by["fingerprint"])
+    # In a process of its own: the words of a large text take much memory, which Python does not give back.
+    with processes(min(config.num_workers, 1)) as map_all:
+        ((_, unk),) = map_all(partial(_number_all, folder=folder, config=config), [num_shards])
+    with processes(min(config.num_workers, num_shards)) as map_all:
+        described = [shard for _, shard in map_all(partial(_finish_shard, folder=folder), range(num_shards))]
+    return shards.manifest(folder, made_by, described, _statistics(folder, described, unk))
+
+
+def finish(folder: Path, manifest: Mapping[str, Any], config: DataConfig) -> None:
+    """Write the manifest, remove what only an unfinished preparation needs, tell what the text is like."""
+    shards.write_manifest(folder, manifest)
+    for leftover in [*folder.glob("words-*"), folder / "ids.npz"]:
+        leftover.unlink()
+    _tell(manifest["statistics"], config)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what no preparation goes on with: all but shards of words."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix != ".npz" or not path.name.startswith("words-"):
+            path.unlink()
+
+
+# Text to shards of words
+
+
+def _read_text(corpus: Corpus, config: DataConfig, folder: Path, map_all: Map, fingerprint: str) -> int:
+    """Write the shards of words that are not there yet; returns how many there are then."""
+    number = pieces_before = 0
+    while (pieces := _pieces_in(_words_path(folder, number), fingerprint)) is not None:
+        number, pieces_before = number + 1, pieces_before + pieces
+    if number:
+        log.info("going on behind the %d shards that are there", number)
+    with _progress(corpus.num_bytes) as advance:
+        everything = corpus.pieces()
+        for piece in islice(everything, pieces_before):
+            advance(piece.num_bytes)
+        gathered, num_pieces = Gathered(), 0
+        seen: set[int] = set()
+        for piece, numbered in map_all(partial(_number_piece, config=config), everything):
+            # The same docstrings stand in many files; a user's own text is taken as it is.
+            gathered.add(_unseen(numbered, seen) if piece.source else numbered)
+            num_pieces += 1
+            advance(piece.num_bytes)
+            # All of the pydoc prose is in one shard: a preparation that goes on does not know what was seen.
+            if gathered.num_words >= _SHARD_WORDS and not piece.source:
+                _write_words(_words_path(folder, number), gathered.numbered(), num_pieces, fingerprint)
+                number, gathered, num_pieces = number + 1, Gathered(), 0
+    if num_pieces or not number:
+        _write_words(_words_path(folder, number), gathered.numbered(), num_pieces, fingerprint)
+        number += 1
+    return number
+
+
+def _number_piece(piece: Piece, config: DataConfig) -> Numbered:
+    parsed = parse(piece, config)
+    return number_words(zip(parsed.documents, parsed.held_out), parsed.dropped)
+
+
+def _unseen(numbered: Numbered, seen: set[int]) -> Numbered:
+    """Those of the documents that were not met before."""
+    keep = np.zeros(len(numbered.documents), dtype=bool)
+    for i, content in enumerate(numbered.document_hashes.tolist()):
+        keep[i] = content not in seen
+        seen.add(content)
+    return numbered.only(keep)
+
+
+def _words_path(folder: Path, number: int) -> Path:
+    return folder / f"words-{number:05}.npz"
+
+
+def _numbers_path(folder: Path, number: int) -> Path:
+    return folder / f"words-{number:05}.npy"
+
+
+def _write_words(path: Path, numbered: Numbered, num_pieces: int, fingerprint: str) -> None:
+    content = "\n".join(numbered.words).encode("utf-8", "surrogatepass")
+    arrays = {
+        **numbered._asdict(),
+        "words": np.frombuffer(content, dtype=np.uint8),
+        "distinct_sentences": np.unique(numbered.sentence_hashes),
+        "distinct_documents": np.unique(numbered.document_hashes),
+        "word_counts": numbered.word_counts(),
+        "num_pieces": np.array(num_pieces),
+        "fingerprint": np.array(fingerprint),
+    }
+    with written_aside(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def _pieces_in(path: Path, fingerprint: str) -> int | None:
+    """Of how many pieces a shard of words was made, or None where there is none that can be used."""
+    try:
+        with np.load(path) as arrays:
+            if str(arrays["fingerprint"]) == fingerprint:
+                return int(arrays["num_pieces"])
+            problem = "it is of another preparation"
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        problem = str(error)
+    log.warning("%s: cannot be used and is made anew (%s)", path, problem)
+    return None
+
+
+def _words_in(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    content = arrays["words"].tobytes().decode("utf-8", "surrogatepass")
+    return content.split("\n") if content else []
+
+
+# Words to ids
+
+
+def _number_all(num_shards: int, folder: Path, config: DataConfig) -> int:
+    """Number the words of all shards alike, and write the vocabulary and what each word's ids are.
+
+    Returns the id of the unknown token.
+    """
+    order = numbering()
+    word_counts = np.zeros((2, 0), dtype=np.int64)
+    for number in range(num_shards):
+        with np.load(_words_path(folder, number)) as arrays:
+            words = _words_in(arrays)
+            numbers = np.fromiter(map(order.__getitem__, words), np.int32, len(words))
+            missing = len(order) - word_counts.shape[1]
+            word_counts = np.pad(word_counts, ((0, 0), (0, missing)))
+            word_counts[:, numbers] += arrays["word_counts"]
+        np.save(_numbers_path(folder, number), numbers)
+    words, counts = list(order), order  # one dict: of a large text each takes a hundred MB
+    counts.default_factory = None
+    for word, count in zip(words, word_counts[0].tolist()):
+        counts[word] = count
+        if not count:  # it is in held-out text only
+            del counts[word]
+    vocab = vocabulary_maker(config)(counts)
+    of_words = WordIds(words, vocab)
+    ids = of_words.ids.astype(shards.id_type(len(vocab)))
+    np.savez(folder / "ids.npz", ids=ids, starts=of_words.starts)
+    with written_aside(folder / shards.VOCABULARY, "wb") as file:
+        file.write("\n".join(vocab.tokens).encode("utf-8", "surrogatepass"))
+    with written_aside(folder / shards.COUNTS, "wb") as file:
+        np.save(file, of_words.token_counts(word_counts))
+    return vocab.unk
+
+
+def _finish_shard(number: int, folder: Path) -> dict[str, Any]:
+    """A shard of words to the shard of ids that stays; returns what the manifest says of it."""
+    with np.load(folder / "ids.npz") as table, np.load(_words_path(folder, number)) as arrays:
+        ids, starts = table["ids"], table["starts"]
+        numbered = Numbered([], *(arrays[name] for name in Numbered._fields[1:]))
+    numbered = numbered._replace(tokens=np.load(_numbers_path(folder, number))[numbered.tokens])
+    sides = {
+        side: numbered.only(numbered.held_out == held_out).with_ids(ids, starts)
+        for side, held_out in zip(shards.SIDES, (False, True))
+    }
+    shards.write_shard(folder, number, sides)
+    return shards.describe_shard(folder, number)
+
+
+# What is told
+
+
+def _statistics(folder: Path, described: Sequence[Mapping[str, Any]], unk: int) -> dict[str, Any]:
+    """What there is in the text and what is not, as plain values for the manifest."""
+    counts = np.load(folder / shards.COUNTS)
+    result: dict[str, Any] = {
+        side: {name: sum(shard[side][name] for shard in described) for name in shards.ARRAYS}
+        for side in shards.SIDES
+    }
+    paths = [_words_path(folder, number) for number in range(len(described))]
+    dropped = np.sum([_array_in(path, "dropped") for path in paths], axis=0)
+    num_words = sum(int(_array_in(path, "word_counts").sum()) for path in paths)
+    for name in ("sentences", "documents"):
+        total = sum(result[side][name] for side in shards.SIDES)
+        distinct = _distinct(paths, f"distinct_{name}")
+        result[f"repeated_{name}"] = _share(total - distinct, total)
+    return {
+        **result,
+        "vocabulary": counts.shape[1],
+        "unknown": _share(int(counts[:, unk].sum()), int(counts.sum())),
+        "dropped_documents": int(dropped[0]),
+        "dropped_words": _share(int(dropped[1]), num_words + int(dropped[1])),
+    }
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _distinct(paths: Sequence[Path], name: str) -> int:
+    """How many different hashes there are in these files, each of which has its own in rising order.
+
+    Of very many only the smallest are compared, in bounded memory, and the rest is taken to be like them.
+    """
+    total = sum(len(_array_in(path, name)) for path in paths)
+    share = min(1.0, _COMPARED / max(total, 1))
+    compared = [np.zeros(0, np.uint64)]
+    for path in paths:
+        hashes = _array_in(path, name)
+        compared.append(hashes[: np.searchsorted(hashes, np.uint64(share * (2**64 - 2048)), side="right")])
+    return round(len(np.unique(np.concatenate(compared))) / share)
+
+
+def _array_in(path: Path, name: str) -> np.ndarray:
+    with np.load(path) as arrays:
+        return arrays[name]
+
+
+def _tell(statistics: Mapping[str, Any], config: DataConfig) -> None:
+    """The statistics in a line, and a line for each of them that is a reason to look at the text."""
+    train, held_out = (statistics[side] for side in shards.SIDES)
+    log.info(
+        "%s documents, %s of them held out; %s sentences, %s tokens, %.1f %% of them unknown",
+        f"{train['documents'] + held_out['documents']:,}",
+        f"{held_out['documents']:,}",
+        f"{train['sentences'] + held_out['sentences']:,}",
+        f"{train['tokens'] + held_out['tokens']:,}",
+        100 * statistics["unknown"],
+    )
+    dropped, repeated = statistics["dropped_words"], statistics["repeated_sentences"]
+    if dropped > _MUCH_DROPPED:
+        log.warning(
+            "%.0f %% of the words are in %s documents of one sentence, which give no pair and are left out; "
+            "--text-format says what parts documents",
+            100 * dropped,
+            f"{statistics['dropped_documents']:,}",
+        )
+    if repeated > _MANY_REPEATED:
+        log.warning(
+            "%.0f %% of the sentences and %.0f %% of the documents repeat earlier ones: losses on held-out "
+            "text look too good by that; take repetitions out of the text",
+            100 * repeated,
+            100 * statistics["repeated_documents"],
+        )
+    if statistics["unknown"] > _MANY_UNKNOWN:
+        log.warning(
+            "%.0f %% of the tokens are unknown to the vocabulary: %s",
+            100 * statistics["unknown"],
+            "--tokenizer wordpiece or a smaller --min-freq leaves fewer"
+            if config.tokenizer == "words"
+            else "a vocabulary that is made of this text, without --vocab-file, leaves fewer",
+        )
+
+
+@contextmanager
+def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Shows how much of the text is read: a bar on a terminal, else a line now and then."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # here, as it takes a while to import
+
+        with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="preparing", leave=False, delay=1) as bar:
+            yield bar.update
+        return
+    done, told = 0, time.monotonic()
+
+    def advance(more: int) -> None:
+        nonlocal done, told
+        done += more
+        if time.monotonic() - told > _TOLD_EVERY:
+            told = time.monotonic()
+            log.info("%d of %d MB of text are read", done // 10**6, num_bytes // 10**6)
+
+    yield advance

@@ -1,0 +1,231 @@
+"""Documents to pairs of segments for next-sentence prediction, as spans of their tokens. Masks nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..config import DataConfig
+from .prepared import Documents
+from .tokenizer import kept_lengths
+
+# [CLS] a [SEP] b [SEP]
+NUM_SPECIAL_IN_PAIR = 3
+# Places in a document, in sentences, that are told apart when a random segment is to stand like a true one.
+_PLACES = 8
+# Segments alike that are looked at for one of another document.
+_NEIGHBOURS = 64
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of segments as spans of `Documents.tokens`.
+
+    first, second: (N, 2) int64, where a segment starts and ends.
+    is_next: (N,) bool, whether the second follows the first.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    is_next: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.is_next)
+
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens of each pair with its special tokens."""
+        return (
+            self.first[:, 1] - self.first[:, 0] + self.second[:, 1] - self.second[:, 0] + NUM_SPECIAL_IN_PAIR
+        )
+
+    def take(self, keep: np.ndarray) -> Pairs:
+        """The pairs at these indices, or those that a (N,) bool array marks."""
+        return Pairs(self.first[keep], self.second[keep], self.is_next[keep])
+
+
+def draw_pairs(documents: Documents, config: DataConfig, rng: np.random.Generator, unk: int) -> Pairs:
+    """The pairs of one epoch, of single sentences or packed, all with one word to predict at least.
+
+    unk: the id of <unk>, which is none unless the configuration says so.
+    """
+    draw = _packed_pairs if config.pairs == "packed" else _sentence_pairs
+    pairs = draw(documents, config, rng)
+    if config.predict_unknown:
+        return pairs.take(pairs.lengths() > NUM_SPECIAL_IN_PAIR)
+    return pairs.take(_has_other_than(unk, documents, pairs))
+
+
+def _sentence_pairs(documents: Documents, config: DataConfig, rng: np.random.Generator) -> Pairs:
+    """A pair for every sentence that has a next one: with it, or at `negative_rate` with a random one.
+
+    Pairs above max_len are truncated or dropped, as the configuration says.
+    """
+    last = documents.documents[1:] - 1
+    has_next = np.ones(len(documents.sentences) - 1, dtype=bool)
+    has_next[last[documents.documents[1:] > documents.documents[:-1]]] = False
+    a = np.flatnonzero(has_next)
+    is_next = rng.random(len(a)) >= config.negative_rate
+    negatives = _matched_negatives if config.negatives == "matched" else _any_negatives
+    b = np.where(is_next, a + 1, negatives(documents, a, rng))
+    spans = np.stack([documents.sentences[:-1], documents.sentences[1:]], axis=1)
+    pairs = Pairs(spans[a], spans[b], is_next)
+    if config.long_pairs == "drop":
+        return pairs.take(pairs.lengths() <= config.max_len)
+    return _truncated(pairs, config.max_len)
+
+
+def _any_negatives(documents: Documents, a: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The book's draw: any sentence of any document, the true next one and first sentences included."""
+    starts, counts = documents.documents[:-1], np.diff(documents.documents)
+    chosen = rng.integers(len(documents), size=len(a))
+    return starts[chosen] + (rng.random(len(a)) * counts[chosen]).astype(np.int64)
+
+
+def _matched_negatives(documents: Documents, a: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A sentence of another document that is not its first: from the set that the true ones come from.
+
+    In the book's draw three in ten random sentences open a paragraph and no true one does, so up to two
+    thirds of the labels can be told without reading the first sentence.
+    """
+    # The followers, all sentences but the firsts, stand in the order of their documents: those of a's own
+    # document, (own_start, own_stop), are skipped by drawing from what comes after them, and then around.
+    document_of = np.repeat(np.arange(len(documents)), np.diff(documents.documents))
+    followers = a + 1
+    owner = document_of[followers]
+    own_start, own_stop = np.searchsorted(owner, owner), np.searchsorted(owner, owner, side="right")
+    foreign = len(followers) - (own_stop - own_start)
+    return followers[(own_stop + rng.integers(0, foreign)) % len(followers)]
+
+
+def _truncated(pairs: Pairs, max_len: int) -> Pairs:
+    """The pairs cut at the end of their longer segment until they fit, as Devlin et al. 2018 cut them."""
+    room = max_len - NUM_SPECIAL_IN_PAIR
+    a = pairs.first[:, 1] - pairs.first[:, 0]
+    b = pairs.second[:, 1] - pairs.second[:, 0]
+    kept_a, kept_b = kept_lengths(a, b, room)
+    first = np.stack([pairs.first[:, 0], pairs.first[:, 0] + kept_a], axis=1)
+    second = np.stack([pairs.second[:, 0], pairs.second[:, 0] + kept_b], axis=1)
+    return Pairs(first, second, pairs.is_next)
+
+
+def _has_other_than(unk: int, documents: Documents, pairs: Pairs) -> np.ndarray:
+    """(N,) bool: the pairs with another token than this one.
+
+    Looks at the pairs' first tokens, then at the second ones of the few pairs that need it, and so on: so
+    the text, which may be large, is not read and counted as a whole.
+    """
+    found = np.zeros(len(pairs), dtype=bool)
+    for segment in (pairs.first, pairs.second):
+        left = np.flatnonzero(~found)
+        at = segment[left, 0]
+        while len(left):
+            inside = at < segment[left, 1]
+            left, at = left[inside], at[inside]
+            is_other = documents.tokens[at] != unk
+            found[left[is_other]] = True
+            left, at = left[~is_other], at[~is_other] + 1
+    return found
+
+
+def _packed_pairs(documents: Documents, config: DataConfig, rng: np.random.Generator) -> Pairs:
+    """Consecutive sentences of one document in two segments, as many as fill max_len.
+
+    The way of Devlin et al. 2018 (create_pretraining_data.py): sentences are taken until they reach
+    max_len, or at `short_pair_rate` a random shorter length, and parted between two of them. With
+    `negative_rate` the second segment is replaced by one from another document, and its sentences are put
+    back. What is too long is truncated at random ends.
+
+    Theirs gives the labels away to who looks at lengths and places only: a segment that is the last
+    sentence of its document never has a true follower, a random segment may open a document, and may fill
+    up a pair that is short where its document ends. So here a last sentence that is left over is left out
+    (another epoch cuts otherwise), and a random segment is another pair's true one, of like place and
+    length. The shorter length is drawn for each pair, where theirs is for each document.
+    """
+    room = config.max_len - NUM_SPECIAL_IN_PAIR
+    start, middle, stop, is_next = _packed(documents, config, room, rng)
+    bounds = documents.sentences[np.stack([start, middle, stop], axis=1)]
+    # A segment of sentences without a word is none.
+    filled = (np.diff(bounds) > 0).all(axis=1)
+    bounds, start, middle, stop, is_next = (x[filled] for x in (bounds, start, middle, stop, is_next))
+    owner = np.searchsorted(documents.documents, start, side="right") - 1
+    place = np.minimum(middle - documents.documents[owner], _PLACES)
+    at_end = stop == documents.documents[owner + 1]
+    alike = _alike(2 * place + at_end, bounds[:, 2] - bounds[:, 1], owner, rng)
+    b = np.where(is_next, np.arange(len(start)), alike)
+    pairs = Pairs(bounds[:, :2], bounds[b, 1:], is_next).take(is_next | (owner[b] != owner))
+    return _truncated_at_random_ends(pairs, room, rng)
+
+
+def _packed(
+    documents: Documents, config: DataConfig, room: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Where each pair's sentences start, where its second segment does, where it stops; and is_next.
+
+    All is drawn for every sentence, as if a pair started with it. Then the pairs are those that one meets
+    going from the first sentence to where its pair stops (or, if its rest is put back, to its second
+    segment), to where that one stops, and so on: a loop over the pairs, and not over the sentences.
+    """
+    num_sentences = len(documents.sentences) - 1
+    sentence = np.arange(num_sentences)
+    document_stop = np.repeat(documents.documents[1:], np.diff(documents.documents))
+    short = rng.random(num_sentences) < config.short_pair_rate
+    target = np.where(short, rng.integers(2, room + 1, num_sentences), room)
+    stop = np.searchsorted(documents.sentences, documents.sentences[:-1] + target)
+    # Two sentences at least, or there is no second segment; a last sentence alone has none.
+    stop = np.minimum(np.maximum(stop, sentence + 2), document_stop)
+    alone = stop - sentence == 1
+    middle = sentence + 1 + (rng.random(num_sentences) * (stop - sentence - 1)).astype(np.int64)
+    is_next = rng.random(num_sentences) >= config.negative_rate
+    following = np.where(is_next | alone, stop, middle)
+    chosen = []
+    at, follow = 0, following.data  # which gives Python's ints, faster than the array
+    while at < num_sentences:
+        chosen.append(at)
+        at = follow[at]
+    starts = np.array(chosen, dtype=np.int64)
+    starts = starts[~alone[starts]]
+    return starts, middle[starts], stop[starts], is_next[starts]
+
+
+def _alike(
+    kinds: np.ndarray, lengths: np.ndarray, owners: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """(N,) for each segment one of another document, of its kind, and as long or the next longer there is.
+
+    kinds, lengths, owners: (N,) place, tokens and document of each, the documents rising. So who sees only
+    how long a segment is and where in its document it stands cannot tell a random one from a true one. A
+    segment for which there is none of another document gets itself.
+    """
+    num = len(lengths)
+    chosen = np.arange(num)
+    # Those alike stand in a random order; each gets the next one that is not of its document.
+    order = np.lexsort((rng.random(num), lengths, kinds))
+    left = np.arange(num)
+    for step in range(1, min(_NEIGHBOURS, num)):
+        place = np.where(left + step < num, left + step, 2 * num - 2 - left - step)  # turning at the end
+        mine, theirs = order[left], order[place]
+        foreign = owners[theirs] != owners[mine]
+        chosen[mine[foreign]] = theirs[foreign]
+        left = left[~foreign]
+        if not len(left):
+            return chosen
+    # Their document has nearly all of the text: any segment of another one, whatever its length.
+    left = order[left]
+    own_start = np.searchsorted(owners, owners[left])
+    own_stop = np.searchsorted(owners, owners[left], side="right")
+    foreign_count = num - (own_stop - own_start)
+    any_foreign = (own_stop + rng.integers(0, np.maximum(foreign_count, 1))) % num
+    chosen[left] = np.where(foreign_count > 0, any_foreign, left)
+    return chosen
+
+
+def _truncated_at_random_ends(pairs: Pairs, room: int, rng: np.random.Generator) -> Pairs:
+    """The pairs cut, token by token of the longer segment at either of its ends, until they fit in `room`."""
+    a = pairs.first[:, 1] - pairs.first[:, 0]
+    b = pairs.second[:, 1] - pairs.second[:, 0]
+    cut = []
+    for segment, size, kept in zip((pairs.first, pairs.second), (a, b), kept_lengths(a, b, room)):
+        start = segment[:, 0] + rng.binomial(size - kept, 0.5)
+        cut.append(np.stack([start, start + kept], axis=1))
+    return Pairs(cut[0], cut[1], pairs.is_next)

@@ -1,0 +1,1 @@
+"""Training with several worker processes, on one machine or many."""

@@ -1,0 +1,256 @@
+"""A run to a folder in each format, compared before it takes its name; and back to what answers questions."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+from ..data.tokenizer import Padded, Text, TextReader
+from ..errors import BadInput
+from ..fileio import folder_aside
+from ..inference.predictor import GluonNetwork, Network, Predictor
+from ..model.task import Task
+from ..run import Run
+from ..runtime import versions
+from .low_precision import check_bf16, check_int8, to_bf16, to_int8
+from .manifest import MANIFEST, OUTPUTS, Manifest, hashes
+from .mxnet_symbol import BlockNetwork, ModuleNetwork, save_graph, trace
+from .onnx_graph import OnnxNetwork, onnx_versions, package, save_onnx
+from .verify import NUM_GROUPS, batches, compare, differences, random_texts
+
+# The same operators on the same numbers: what remains is the order of sums where shapes differ.
+FP32_TOLERANCE = 1e-5
+
+# What an export may differ by, as `compare` measures it, where no other limit is asked for.
+# onnxruntime computes in float32 too: 2e-6 at most was measured, on bert-tiny and bert-base.
+ONNX_ERROR = 1e-5
+# A vector that is off by e has a cosine of 1 - e * e / 2 or more: 0.995 and 0.9998. The means were
+# up to 0.05 with int8 and 0.008 with bf16, on bert-tiny and bert-base.
+INT8_ERROR = 0.1
+BF16_ERROR = 0.02
+
+# What asks of the CPU more than others have.
+CPU_CHECKS = {"int8": check_int8, "bf16": check_bf16}
+
+
+class Exported(NamedTuple):
+    """An export read back: the network, what makes texts into its inputs, and its manifest."""
+
+    network: Network
+    reader: TextReader
+    manifest: Manifest
+
+    @property
+    def predictor(self) -> Predictor:
+        """What answers questions about texts."""
+        task = self.manifest.task
+        return Predictor(self.network, self.reader, None if task is None else Task.from_json(task, MANIFEST))
+
+
+def load_exported(folder: Path, context: Any | None = None) -> Exported:
+    """Read an export of any format, by default onto the CPU; BadInput where it is damaged or none.
+
+    context: where to compute, which only the format mxnet can choose.
+    """
+    folder = Path(folder)
+    manifest = Manifest.load(folder)
+    if manifest.format != "mxnet" and context is not None and context.device_type != "cpu":
+        raise BadInput(f"{folder}: an export in {manifest.format} runs on the CPU only, not on {context}")
+    return Exported(_network(folder, manifest, context), manifest.reader(folder), manifest)
+
+
+def export_mxnet(run: Run, folder: Path, outputs: str = "all") -> Manifest:
+    """Write a run's network as an MXNet symbol with its parameters, vocabulary and manifest.
+
+    It is read back by `gluon.SymbolBlock.imports` and by `mx.mod.Module`, and both are compared with the
+    network at three other batch sizes and lengths. BadInput where the folder is taken, or where they
+    differ, in which case nothing is left.
+    """
+    check_free(folder)
+    outputs = outputs_of_run(run, outputs)
+    with folder_aside(folder) as aside:
+        save_graph(aside, trace(run.net, outputs, run.config.data.max_len))
+        manifest = describe(aside, run, "mxnet", outputs)
+        shapes = ((1, 5), (3, run.config.data.max_len // 2 + 1), (7, run.config.data.max_len))
+        found = {
+            "SymbolBlock": _differences(run, BlockNetwork(aside, manifest), shapes),
+            "Module": _differences(run, ModuleNetwork(aside, manifest), shapes),
+        }
+        refuse_above(FP32_TOLERANCE, found)
+        comparison = {"shapes (B, T)": shapes, "largest differences": found}
+        manifest = dataclasses.replace(manifest, comparison=comparison)
+        manifest.save(aside)
+    return manifest
+
+
+def export_onnx(
+    run: Run, folder: Path, outputs: str, texts: Sequence[Text], max_error: float | None = None
+) -> Manifest:
+    """Write a run's network as ONNX with its vocabulary and manifest, once onnxruntime agrees on the texts.
+
+    No vector may differ by more than max_error. BadInput where one does, where the folder is taken, or
+    where the extra `onnx` is missing; then nothing is left.
+    """
+    for name in ("onnx", "onnxruntime"):
+        package(name)
+    outputs = outputs_of_run(run, outputs)
+    limit = Limit("largest", ONNX_ERROR if max_error is None else max_error)
+    with _new_export(folder) as aside:
+        save_onnx(aside, trace(run.net, outputs, run.config.data.max_len), outputs)
+        return _compared(aside, run, "onnx", outputs, texts, limit)
+
+
+def export_int8(
+    run: Run, folder: Path, outputs: str, texts: Sequence[Text], max_error: float | None = None
+) -> Manifest:
+    """Write a run's network with dense layers in int8, as an MXNet symbol with its vocabulary and manifest.
+
+    Every other text, by length, calibrates it and the rest are compared: of these no third may differ by
+    more than max_error in the mean. BadInput where one does, where the folder is taken, or where the CPU
+    cannot compute in int8; then nothing is left.
+    """
+    check_int8()
+    if len(texts) < 2 * NUM_GROUPS:
+        raise BadInput(
+            f"--text: {len(texts)} texts are too few for int8, which needs {2 * NUM_GROUPS}: half of them "
+            "are to calibrate with"
+        )
+    ordered = sorted(texts, key=len)
+    calibration, compared = ordered[::2], ordered[1::2]
+    outputs = outputs_of_run(run, outputs)
+    limit = Limit("mean", INT8_ERROR if max_error is None else max_error)
+    with _new_export(folder) as aside:
+        graph = trace(run.net, outputs, run.config.data.max_len)
+        save_graph(aside, to_int8(graph, outputs, _calibrating(run, calibration, outputs)))
+        return _compared(aside, run, "int8", outputs, compared, limit)
+
+
+def export_bf16(
+    run: Run, folder: Path, outputs: str, texts: Sequence[Text], max_error: float | None = None
+) -> Manifest:
+    """Write a run's network with dense layers in bfloat16, as an MXNet symbol with vocabulary and manifest.
+
+    On no third of the texts, by length, may the results differ by more than max_error in the mean.
+    BadInput where they do, where the folder is taken, or where the CPU cannot compute in bfloat16; then
+    nothing is left.
+    """
+    check_bf16()
+    outputs = outputs_of_run(run, outputs)
+    limit = Limit("mean", BF16_ERROR if max_error is None else max_error)
+    with _new_export(folder) as aside:
+        graph = trace(run.net, outputs, run.config.data.max_len)
+        save_graph(aside, to_bf16(graph))
+        return _compared(aside, run, "bf16", outputs, texts, limit)
+
+
+class Limit(NamedTuple):
+    """How far an export's vectors may differ from the network's: the largest difference, or the mean."""
+
+    kind: str
+    value: float
+
+    def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise BadInput unless every output is within the limit in every group that `compare` gave."""
+        for group in groups:
+            for output, error in group["errors"].items():
+                if not error[self.kind] <= self.value:
+                    shortest, longest = group["tokens"]
+                    raise BadInput(
+                        f"on texts of {shortest} to {longest} tokens the export's {output} differ from the "
+                        f"network's by {error[self.kind]:.1e} ({self.kind}), where --max-error allows "
+                        f"{self.value:.1e}: nothing was written"
+                    )
+
+
+def _calibrating(run: Run, texts: Sequence[Text], outputs: str) -> list[Padded]:
+    with_masks = "mask_scores" in OUTPUTS[outputs]
+    asked = batches(texts, run.reader, np.random.default_rng(1), with_masks)
+    return [each.texts for each in asked if each.texts.predictions.size or not with_masks]
+
+
+@contextmanager
+def _new_export(folder: Path) -> Iterator[Path]:
+    check_free(folder)
+    with folder_aside(folder) as aside:
+        yield aside
+
+
+def _compared(
+    folder: Path, run: Run, format: str, outputs: str, texts: Sequence[Text], limit: Limit
+) -> Manifest:
+    """Read an export's files back and compare them; write and give the manifest that tells the result."""
+    manifest = describe(folder, run, format, outputs)
+    if format == "onnx":
+        manifest = dataclasses.replace(manifest, versions={**manifest.versions, **onnx_versions()})
+    with_masks = "mask_scores" in OUTPUTS[outputs]
+    other = _network(folder, manifest)
+    groups = compare(GluonNetwork(run.net), other, texts, run.reader, with_masks)
+    limit.check(groups)
+    comparison = {"limit": limit._asdict(), "groups": groups}
+    manifest = dataclasses.replace(manifest, comparison=comparison)
+    manifest.save(folder)
+    return manifest
+
+
+def _network(folder: Path, manifest: Manifest, context: Any | None = None) -> Network:
+    if manifest.format == "onnx":
+        return OnnxNetwork(folder, manifest)
+    if manifest.format in CPU_CHECKS:
+        CPU_CHECKS[manifest.format]()
+    return BlockNetwork(folder, manifest, context)
+
+
+def outputs_of_run(run: Run, outputs: str) -> str:
+    """The key of OUTPUTS that a run's network has: all of a fine-tuned one's are those of its task."""
+    return "task" if run.net.task and outputs == "all" else outputs
+
+
+def check_free(folder: Path, flag: str = "--output") -> None:
+    """Raise BadInput where a folder holds something already, naming the flag; writes nothing."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise BadInput(f"{flag} {folder}: is there already; name a new folder, or remove it")
+    there = next(path for path in folder.absolute().parents if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"{flag} {folder}: cannot be written, as {there} is no folder that can")
+
+
+def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:
+    """The manifest of the graph's files in a folder, beside which the vocabulary is written."""
+    run.vocab.save(folder / run.vocab.FILE)
+    return Manifest(
+        format=format,
+        outputs=outputs,
+        max_len=run.config.data.max_len,
+        vocabulary_size=len(run.vocab),
+        tokenizer={
+            "kind": run.config.data.tokenizer,
+            "lowercase": run.config.data.lowercase,
+            "ids": {name: getattr(run.vocab, name) for name in ("unk", "pad", "mask", "cls", "sep")},
+        },
+        step=run.step,
+        files=hashes(folder),
+        versions=versions(),
+        task=run.net.task.to_json() if run.net.task else None,
+    )
+
+
+def refuse_above(tolerance: float, found: Mapping[str, Mapping[str, float]]) -> None:
+    """Raise BadInput unless every difference is within the tolerance."""
+    for name, by_output in found.items():
+        for output, difference in by_output.items():
+            if not difference <= tolerance:
+                raise BadInput(
+                    f"read back by {name}, the {output} of the export differ by {difference:.1e} from the "
+                    f"network's, where {tolerance:.0e} is allowed: nothing was written"
+                )
+
+
+def _differences(run: Run, other: Network, shapes: Any) -> dict[str, float]:
+    rng = np.random.default_rng(0)
+    batches = [random_texts(rng, rows, length, run.vocab) for rows, length in shapes]
+    return differences(GluonNetwork(run.net), other, batches)

@@ -1,0 +1,127 @@
+"""The network in int8 and in bf16: MXNet's own conversions of its graph. Knows no ONNX, compares nothing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any, Iterable
+
+import numpy as np
+
+from ..data.tokenizer import Padded
+from ..errors import BadInput
+from ..runtime import mx
+from .manifest import OUTPUTS
+from .mxnet_symbol import Graph, feed
+
+# The name under which oneDNN, which MXNet computes with on the CPU, takes over parts of a graph.
+BACKEND = "MKLDNN_QUANTIZE"
+
+# Operators that stay float32. With residual sums in int8 the vectors of a trained bert-tiny were off by 20 %
+# instead of 0.8 %, and no faster.
+FLOAT_OPERATORS = ("Embedding", "elemwise_add")
+
+# What MXNet takes for bfloat16, which NumPy does not have.
+BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
+# MXNet's number of it, as it stands in a symbol's JSON.
+_BFLOAT16 = "12"
+
+
+def to_int8(graph: Graph, outputs: str, calibration: Iterable[Padded]) -> Graph:
+    """A graph with these outputs whose dense layers compute in int8.
+
+    The range of a layer's values is what it meets in the calibration texts: these must be of all lengths,
+    since a range that is right for long texts is wrong for short ones.
+    """
+    quantization = _module("contrib.quantization")
+    fused = graph.symbol.get_backend_symbol(BACKEND)
+    settings: dict[str, Any] = {"calib_mode": "naive", "quantized_dtype": "int8", "logger": None}
+    # A scale for each weight. With one for each of its rows (channel-wise) MXNet keeps the weights in float32
+    # and makes int8 of them in every call: half as fast for a fifth less error.
+    symbol, _, _, ranges = quantization.quantize_graph(
+        fused,
+        dict(graph.parameters),
+        {},
+        excluded_op_names=list(FLOAT_OPERATORS),
+        quantize_granularity="tensor-wise",
+        **settings,
+    )
+    for texts in calibration:
+        inputs = {name: mx.nd.array(array) for name, array in feed(texts, OUTPUTS[outputs]).items()}
+        executor = fused.bind(mx.cpu(), {**graph.parameters, **inputs}, grad_req="null")
+        executor.set_monitor_callback(ranges.collect, monitor_all=True)
+        executor.forward(is_train=False)
+        mx.nd.waitall()
+    symbol, parameters, _ = quantization.calib_graph(symbol, dict(graph.parameters), {}, ranges, **settings)
+    symbol = symbol.get_backend_symbol(BACKEND)
+    # The passes drop the identities that gave the outputs their names.
+    named = (mx.sym.identity(symbol[i], name=name) for i, name in enumerate(OUTPUTS[outputs]))
+    return Graph(mx.sym.Group(list(named)), parameters)
+
+
+def to_bf16(graph: Graph) -> Graph:
+    """A graph whose dense layers compute in bfloat16, with their weights in it; the rest stays float32."""
+    symbol, parameters, _ = _module("contrib.amp").convert_model(
+        graph.symbol, dict(graph.parameters), {}, target_dtype="bfloat16"
+    )
+    return _with_cast_weights(Graph(symbol, parameters))
+
+
+def _with_cast_weights(graph: Graph) -> Graph:
+    """The graph with its casts of weights done beforehand, so that no call repeats them.
+
+    MXNet's own option for that (cast_optional_params) fails where an embedding shares its weight with the
+    decoder: here such a weight is kept in both types.
+    """
+    content = json.loads(graph.symbol.tojson(remove_amp_cast=False))
+    nodes, parameters = content["nodes"], dict(graph.parameters)
+    for number, node in enumerate(nodes):
+        source = nodes[node["inputs"][0][0]]["name"] if node["op"] == "amp_cast" else None
+        if source in graph.parameters:
+            parameters[node["name"]] = mx.nd.amp_cast(parameters[source], dtype=BFLOAT16)
+            node.update(op="null", inputs=[], attrs={"__dtype__": _BFLOAT16})
+            content["arg_nodes"].append(number)
+    content["arg_nodes"].sort()
+    symbol = mx.sym.load_json(json.dumps(content))
+    used = set(symbol.list_arguments())
+    return Graph(symbol, {name: array for name, array in parameters.items() if name in used})
+
+
+def check_bf16() -> None:
+    """Raise BadInput where MXNet cannot compute in bfloat16 on this CPU.
+
+    It is tried, since what a CPU says it has is not all: oneDNN may be told to use less (DNNL_MAX_CPU_ISA).
+    It needs AVX-512. Without AVX512_BF16 as well it computes the same, but slower than in float32.
+    """
+    ones = mx.nd.amp_cast(mx.nd.ones((16, 16)), dtype=BFLOAT16)
+    try:
+        mx.nd.FullyConnected(ones, ones, no_bias=True, num_hidden=16).wait_to_read()
+    except mx.MXNetError as error:
+        raise BadInput(
+            "bf16: this CPU cannot compute in bfloat16, for which MXNet needs AVX-512; export with --format "
+            "mxnet or onnx"
+        ) from error
+
+
+def check_int8() -> None:
+    """Raise BadInput where MXNet's int8 products are wrong on this CPU.
+
+    Without VNNI oneDNN adds up pairs of products in 16 bits, which two large ones overflow without a word.
+    It is tried, as in `check_bf16`.
+    """
+    width = 16
+    tokens = mx.nd.full((1, width), 255, dtype=np.uint8)
+    weight = mx.nd.full((1, width), 127, dtype=np.int8)
+    bounds = [mx.nd.array([value]) for value in (0, 255, -127, 127)]
+    products, *_ = mx.nd.contrib.quantized_fully_connected(
+        tokens, weight, *bounds, num_hidden=1, no_bias=True, flatten=False
+    )
+    if products.asscalar() != 255 * 127 * width:
+        raise BadInput(
+            "int8: this CPU's products of int8 overflow, for which MXNet needs AVX512_VNNI; export with "
+            "--format mxnet or onnx"
+        )
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{mx.__name__}.{name}")

@@ -1,0 +1,173 @@
+"""The network as an MXNet symbol of MXNet's own operators with named inputs, and back from its files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+from ..data.tokenizer import Padded
+from ..errors import BadInput, in_a_line
+from ..inference.predictor import Outputs
+from ..runtime import mx
+from .manifest import OUTPUTS, Manifest, input_names
+
+# The names that Module.load and the model servers of MXNet expect of a model "bert" at epoch 0.
+SYMBOL, PARAMETERS = "bert-symbol.json", "bert-0000.params"
+
+# MXNet's number of this type, as it stands in a symbol's JSON.
+FLOAT32 = "0"
+
+
+class Graph(NamedTuple):
+    """A network as MXNet serves it: its symbol, and its parameters by their names there."""
+
+    symbol: Any
+    parameters: dict[str, Any]
+
+
+def trace(net: Any, outputs: str, max_len: int) -> Graph:
+    """The graph of a network for texts of up to `max_len` tokens, with any batch size and length.
+
+    outputs: a key of OUTPUTS. A longer text is an error of the graph itself: it has that many positions.
+    """
+    with mx.name.NameManager():  # so that equal networks have equal names, whatever was traced before
+        net = _shortened(net, max_len)
+        tokens, segments, lengths = (mx.sym.var(name) for name in input_names("encoder"))
+        results = {"encoded": net.encoder(tokens, segments, lengths)}
+        if outputs == "all":
+            results["pooled"] = net.pooler(results["encoded"])
+            results["mask_scores"] = net.mlm(results["encoded"], _places(mx.sym.var("positions")))
+            results["next_scores"] = net.nsp(results["pooled"])
+        elif outputs == "task":
+            results["pooled"] = net.pooler(results["encoded"])
+            results["task_scores"] = net.head(results["pooled"])
+        symbol = mx.sym.Group([mx.sym.identity(results[name], name=name) for name in OUTPUTS[outputs]])
+    used = set(symbol.list_arguments())
+    parameters = {name: p.data(mx.cpu()) for name, p in net.collect_params().items() if name in used}
+    return Graph(symbol, parameters)
+
+
+def _places(positions: Any) -> Any:
+    """Row and position of each mask, (2, B, K), from the positions alone, (B, K).
+
+    Every input of the graph has the batch as its first axis, as Module and the model servers want it.
+    """
+    rows = mx.sym.contrib.arange_like(positions, axis=0).expand_dims(1)
+    return mx.sym.stack(mx.sym.broadcast_like(rows, positions), positions)
+
+
+def _shortened(net: Any, max_len: int) -> Any:
+    """A copy of a network on the CPU with the first `max_len` position embeddings."""
+    config = dataclasses.replace(net.config, max_positions=max_len)
+    copy = net.like(config, prefix="bert_")
+    copy.initialize(ctx=mx.cpu())
+    originals = net._collect_params_with_prefix()
+    for name, parameter in copy._collect_params_with_prefix().items():
+        original = originals[name]
+        data = original.data(original.list_ctx()[0]).as_in_context(mx.cpu())
+        parameter.set_data(data[:max_len] if name == "encoder.embeddings.positions.weight" else data)
+    return copy
+
+
+def save_graph(folder: Path, graph: Graph) -> None:
+    """Write the symbol and the parameters; `load_graph` is the inverse."""
+    # Unless told not to, MXNet leaves out the casts of a graph in low precision when it saves.
+    graph.symbol.save(str(folder / SYMBOL), remove_amp_cast=False)
+    arrays = {f"arg:{name}": array for name, array in graph.parameters.items()}
+    mx.nd.save(str(folder / PARAMETERS), arrays)
+
+
+def load_graph(folder: Path) -> Graph:
+    """The graph that `save_graph` wrote."""
+    try:
+        arrays = mx.nd.load(str(folder / PARAMETERS))
+        symbol = mx.sym.load(str(folder / SYMBOL))
+    except mx.MXNetError as error:
+        raise BadInput(f"{folder}: cannot be read as a graph ({in_a_line(error)})") from error
+    return Graph(symbol, {name.split(":", 1)[1]: array for name, array in arrays.items()})
+
+
+def feed(texts: Padded, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+    """The inputs of a graph with these outputs, float32, by name."""
+    arrays = {"tokens": texts.tokens, "segments": texts.segments, "lengths": texts.lengths}
+    if "mask_scores" in outputs:
+        rows, positions = texts.predictions
+        arrays["positions"] = np.zeros((len(texts.lengths), np.bincount(rows).max()), dtype=np.int32)
+        arrays["positions"][rows, _place_in_row(rows)] = positions
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def outputs_of(results: Mapping[str, np.ndarray], texts: Padded) -> Outputs:
+    """What a graph gave, with the scores of the masks that exist: (B, K, V) -> (M, V)."""
+    if "mask_scores" in results:
+        rows = texts.predictions[0]
+        results = {**results, "mask_scores": results["mask_scores"][rows, _place_in_row(rows)]}
+    return Outputs(**results)
+
+
+def _place_in_row(rows: np.ndarray) -> np.ndarray:
+    """How many entries of the same row stand before each entry: [0, 0, 2] -> [0, 1, 0]."""
+    return np.arange(len(rows)) - np.searchsorted(rows, rows)
+
+
+def wanted(manifest: Manifest, texts: Padded) -> tuple[str, ...]:
+    """The outputs to compute: without a mask not the masks' scores, which cost more than a small encoder."""
+    return tuple(n for n in manifest.output_names if n != "mask_scores" or texts.predictions.size)
+
+
+def part_of(symbol: Any, outputs: Sequence[str]) -> Any:
+    """The part of a graph that computes these outputs."""
+    return mx.sym.Group([symbol[f"{name}_output"] for name in outputs])
+
+
+class BlockNetwork:
+    """An exported network read back by `gluon.SymbolBlock.imports`; a Network."""
+
+    def __init__(self, folder: Path, manifest: Manifest, context: Any | None = None) -> None:
+        self._manifest, self._context = manifest, context or mx.cpu()
+        without_masks = tuple(name for name in manifest.output_names if name != "mask_scores")
+        # Where the inputs have no type, SymbolBlock takes every parameter for float32, and warns.
+        with mx.AttrScope(__dtype__=FLOAT32):
+            try:
+                whole = mx.gluon.SymbolBlock.imports(
+                    str(folder / SYMBOL), manifest.input_names, str(folder / PARAMETERS), ctx=self._context
+                )
+            except (mx.MXNetError, AssertionError, ValueError) as error:
+                raise BadInput(f"{folder}: cannot be read as a graph ({in_a_line(error)})") from error
+            part = mx.gluon.SymbolBlock(
+                part_of(mx.sym.load(str(folder / SYMBOL)), without_masks),
+                [mx.sym.var(name) for name in input_names("encoder")],
+                params=whole.collect_params(),
+            )
+        self._blocks = {without_masks: part, manifest.output_names: whole}
+
+    def __call__(self, texts: Padded) -> Outputs:
+        """The outputs, brought to the host."""
+        outputs = wanted(self._manifest, texts)
+        inputs = (mx.nd.array(array, ctx=self._context) for array in feed(texts, outputs).values())
+        results = self._blocks[outputs](*inputs)
+        results = results if isinstance(results, (list, tuple)) else [results]
+        return outputs_of(dict(zip(outputs, (each.asnumpy() for each in results))), texts)
+
+
+class ModuleNetwork:
+    """An exported network read back by `mx.mod.Module`, the way of MXNet's model servers; a Network."""
+
+    def __init__(self, folder: Path, manifest: Manifest, context: Any | None = None) -> None:
+        self._manifest, self._context = manifest, context or mx.cpu()
+        self._graph = load_graph(folder)
+
+    def __call__(self, texts: Padded) -> Outputs:
+        """The outputs, brought to the host. Binds anew each time, so it is for comparing only."""
+        outputs = wanted(self._manifest, texts)
+        inputs = feed(texts, outputs)
+        symbol = part_of(self._graph.symbol, outputs)
+        module = mx.mod.Module(symbol, list(inputs), label_names=None, context=self._context)
+        module.bind([(name, array.shape) for name, array in inputs.items()], for_training=False)
+        module.set_params(self._graph.parameters, {}, allow_extra=True)
+        module.forward(mx.io.DataBatch([mx.nd.array(each) for each in inputs.values()]), is_train=False)
+        results = (each.asnumpy() for each in module.get_outputs())
+        return outputs_of(dict(zip(outputs, results)), texts)

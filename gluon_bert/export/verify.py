@@ -1,0 +1,229 @@
+"""Two networks side by side on the same texts: how far apart their results are, how fast each is."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+from ..data.tokenizer import Padded, Text, TextReader, by_length, padded
+from ..data.vocab import Vocabulary
+from ..errors import BadInput
+from ..inference.predictor import BATCH_MASKS, Network, Outputs
+
+# Share of the words that are masked for a comparison, as in training (Devlin et al. 2018, section 3.1).
+MASK_RATE = 0.15
+
+# Texts are compared in this many groups of like length.
+NUM_GROUPS = 3
+
+# Tokens that are computed at once: enough for matrix products at full speed, and a round takes few seconds.
+BATCH_TOKENS = 1024
+
+# Rounds in which both networks take turns on the same texts: other work on the machine slows down both.
+ROUNDS = 5
+
+
+def random_texts(rng: np.random.Generator, batch_size: int, length: int, vocab: Vocabulary) -> Padded:
+    """Rows of random words in two segments, of different lengths up to `length`, some of them masked."""
+    lengths = rng.integers(max(length // 2, 3), length + 1, batch_size).astype(np.int32)
+    lengths[0] = length
+    position = np.arange(length)
+    padding = position >= lengths[:, None]
+    middle = lengths[:, None] // 2
+    tokens = rng.choice(vocab.ordinary, (batch_size, length)).astype(np.int32)
+    tokens[(position == middle) | (position == lengths[:, None] - 1)] = vocab.sep
+    tokens[:, 0] = vocab.cls
+    tokens[:, 1] = vocab.mask
+    tokens[padding] = vocab.pad
+    segments = ((position > middle) & ~padding).astype(np.int32)
+    return Padded(tokens, segments, lengths, np.stack(np.nonzero(tokens == vocab.mask)).astype(np.int32))
+
+
+def differences(reference: Network, other: Network, batches: Iterable[Padded]) -> dict[str, float]:
+    """The largest difference of each of the other's outputs, in units of the reference's largest value.
+
+    The unit is 1 where all values are smaller; the vectors of padding, which mean nothing, are left out.
+    """
+    largest: dict[str, float] = {}
+    for texts in batches:
+        expected, found = reference(texts)._asdict(), other(texts)._asdict()
+        real = np.arange(texts.tokens.shape[1]) < texts.lengths[:, None]
+        for name, array in found.items():
+            if array is None:
+                continue
+            a, b = (each[real] if name == "encoded" else each for each in (expected[name], array))
+            difference = np.abs(a - b).max() / max(1.0, np.abs(a).max())
+            # Infinite where a value is none, or a comparison with NaN would find nothing to object to.
+            largest[name] = max(largest.get(name, 0.0), float(np.nan_to_num(difference, nan=np.inf)))
+    return largest
+
+
+class Question(NamedTuple):
+    """A text with some of its words masked, and the words that stood at its masks, (K,) ids.
+
+    An id is -1 where the text came with a <mask>, so that nobody knows.
+    """
+
+    text: Text
+    labels: np.ndarray
+
+
+def question(text: Text, vocab: Vocabulary, rng: np.random.Generator) -> Question:
+    """A text with 15 % of its known words masked, one at least if it has any."""
+    words = np.flatnonzero(~vocab.special[text.ids])
+    chosen = rng.permutation(words)[: max(1, int(MASK_RATE * len(words)))]
+    ids, tokens = text.ids.copy(), list(text.tokens)
+    ids[chosen] = vocab.mask
+    for position in chosen:
+        tokens[position] = vocab.tokens[vocab.mask]
+    asked = dataclasses.replace(text, ids=ids, tokens=tokens)
+    known = np.where(text.ids == vocab.mask, -1, text.ids)
+    return Question(asked, known[asked.masks])
+
+
+def compare(
+    reference: Network, other: Network, texts: Sequence[Text], reader: TextReader, with_masks: bool
+) -> list[dict[str, Any]]:
+    """How far another network's results are from the reference's and how fast it is, by length of text.
+
+    The texts are parted into a short, a middle and a long third; if `with_masks`, some of their words are
+    masked. Of each third, as plain values for a manifest:
+
+    texts: how many. tokens: their lengths, from and to. errors: of each output the mean and the largest
+    distance between both networks' vectors (one a token, a text, or a mask's scores), in units of the
+    reference's length, of 1 where that is shorter. cosine: between both networks' <cls>, and between both
+    means of all tokens, the mean over the texts and the smallest. same word: the share of masks of which
+    both think the same word likeliest. mlm loss: of the words that were masked, in nats, of either network.
+    speed ratio: how many times as many texts a second the other computes.
+    """
+    if len(texts) < NUM_GROUPS:
+        raise BadInput(f"--text: {len(texts)} texts are too few to compare with: {NUM_GROUPS} are needed")
+    rng = np.random.default_rng(0)
+    ordered = sorted(texts, key=len)
+    bounds = np.linspace(0, len(ordered), NUM_GROUPS + 1).round().astype(int)
+    groups = []
+    for start, stop in zip(bounds[:-1], bounds[1:]):
+        group = ordered[start:stop]
+        asked = list(batches(group, reader, rng, with_masks))
+        if with_masks and not any(each.texts.predictions.size for each in asked):
+            raise BadInput(
+                f"--text: no text of {len(group[0])} to {len(group[-1])} tokens holds a word of the "
+                "vocabulary, so there is none to mask and to compare"
+            )
+        tokens = [len(group[0]), len(group[-1])]
+        groups.append({"texts": len(group), "tokens": tokens, **_compared(reference, other, asked)})
+    return groups
+
+
+def table(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What `compare` found, a line a group of texts under a line of headings.
+
+    The errors are the outputs' largest, the cosine that of the means of all tokens.
+    """
+    lines = ["tokens    error: mean, largest   cosine   same word   MLM loss           speed"]
+    for group in groups:
+        errors = group["errors"].values()
+        mean, largest = (max(error[kind] for error in errors) for kind in ("mean", "largest"))
+        tokens = "{} to {}".format(*group["tokens"])
+        same = f"{group['same word']:.1%}" if "same word" in group else "-"
+        loss = "{reference:.3f} -> {export:.3f}".format(**group["mlm loss"]) if "mlm loss" in group else "-"
+        lines.append(
+            f"{tokens:10}{mean:11.1e}, {largest:.1e}   {group['cosine']['mean']['mean']:.4f}   "
+            f"{same:9}   {loss:16}   {group['speed ratio']:.2f} x"
+        )
+    return lines
+
+
+class Asked(NamedTuple):
+    """Questions side by side; labels (M,), one a mask."""
+
+    texts: Padded
+    labels: np.ndarray
+
+
+def batches(
+    texts: Sequence[Text], reader: TextReader, rng: np.random.Generator, with_masks: bool
+) -> Iterator[Asked]:
+    """Texts in batches of like length, with some of their words masked or with nothing to predict."""
+    labels = [np.zeros(0, dtype=np.int32)] * len(texts)
+    if with_masks:
+        texts, labels = zip(*(question(text, reader.vocab, rng) for text in texts))
+    for members in by_length(texts, BATCH_TOKENS, BATCH_MASKS):
+        batch = padded([texts[i] for i in members], reader.max_len)
+        if not with_masks:
+            # The other gives no scores of masks, so the reference must not spend time on a text's own ones.
+            batch = batch._replace(predictions=batch.predictions[:, :0])
+        yield Asked(batch, np.concatenate([labels[i] for i in members]))
+
+
+def _compared(reference: Network, other: Network, asked: Sequence[Asked]) -> dict[str, Any]:
+    measured = [_measured(reference(each.texts), other(each.texts), each) for each in asked]
+    # The last batch has masks if any has.
+    numbers = {name: np.concatenate([m[name] for m in measured if name in m]) for name in measured[-1]}
+    errors = [name for name in Outputs._fields if name in numbers]
+    result: dict[str, Any] = {
+        "errors": {name: _summary(numbers[name], "largest", np.max) for name in errors},
+        "cosine": {name: _summary(numbers[f"cosine {name}"], "smallest", np.min) for name in ("cls", "mean")},
+    }
+    if "same word" in numbers:
+        result["same word"] = float(numbers["same word"].mean())
+        if len(numbers["loss reference"]):
+            networks = ("reference", "export")
+            result["mlm loss"] = {name: float(numbers[f"loss {name}"].mean()) for name in networks}
+    # The longest batch, all of whose shapes both have computed already.
+    result["speed ratio"] = speed_ratio(reference, other, asked[-1].texts)
+    return result
+
+
+def _measured(expected: Outputs, found: Outputs, asked: Asked) -> dict[str, np.ndarray]:
+    """A number for each vector, text or mask, by what it measures."""
+    lengths = asked.texts.lengths
+    real = np.arange(asked.texts.tokens.shape[1]) < lengths[:, None]
+    numbers = {}
+    for name, array in found._asdict().items():
+        if array is not None:
+            a, b = (each[real] if name == "encoded" else each for each in (getattr(expected, name), array))
+            distance = np.linalg.norm(a - b, axis=-1) / np.maximum(1.0, np.linalg.norm(a, axis=-1))
+            # Infinite where a value is none, or a comparison with NaN would find nothing to object to.
+            numbers[name] = np.nan_to_num(distance, nan=np.inf)
+    both = [each.encoded for each in (expected, found)]
+    numbers["cosine cls"] = _cosine(*(encoded[:, 0] for encoded in both))
+    numbers["cosine mean"] = _cosine(
+        *((encoded * real[:, :, None]).sum(axis=1) / lengths[:, None] for encoded in both)
+    )
+    if expected.mask_scores is not None and found.mask_scores is not None:
+        numbers["same word"] = expected.mask_scores.argmax(axis=1) == found.mask_scores.argmax(axis=1)
+        numbers["loss reference"] = _losses(expected.mask_scores, asked.labels)
+        numbers["loss export"] = _losses(found.mask_scores, asked.labels)
+    return numbers
+
+
+def _losses(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The negative log-likelihood of each label that is known, from scores (M, V)."""
+    scores, labels = scores[labels >= 0], labels[labels >= 0]
+    above = scores - scores.max(axis=1, keepdims=True)
+    return np.log(np.exp(above).sum(axis=1)) - above[np.arange(len(labels)), labels]
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+def _summary(numbers: np.ndarray, extreme: str, function: Any) -> dict[str, float]:
+    return {"mean": float(numbers.mean()), extreme: float(function(numbers))}
+
+
+def speed_ratio(reference: Network, other: Network, texts: Padded) -> float:
+    """How many times as many texts a second the other computes: the median of rounds taken in turns."""
+    ratios = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        reference(texts)
+        middle = time.perf_counter()
+        other(texts)
+        ratios.append((middle - start) / (time.perf_counter() - middle))
+    return statistics.median(ratios)

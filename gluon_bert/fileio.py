@@ -1,0 +1,162 @@
+"""Files and folders that are whole or not there at all: written aside, synced, renamed; locks, hashes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Iterator, Mapping
+
+from .errors import BadInput
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def written_aside(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file open for writing that takes its name only when the block ends without an error.
+
+    Until then the bytes are in a hidden neighbour, the file's `name`, so a reader of `path` sees the old
+    content or the new, never a part. Text is UTF-8 with Unix line ends.
+
+    >>> with written_aside(Path("notes.txt")) as f:     # doctest: +SKIP
+    ...     f.write("whole or not at all")
+    """
+    path = Path(path)
+    text_options: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        with Path(name).open(mode, **text_options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes the file private; a result is as readable as any file the user creates.
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+        sync(path.parent)
+    except BaseException:
+        with suppress(FileNotFoundError):  # it has its name already
+            Path(name).unlink()
+        raise
+
+
+@contextmanager
+def folder_aside(path: Path, replace: bool = False) -> Iterator[Path]:
+    """A new folder to fill, which takes its name only when the block ends without an error.
+
+    Until then it is a hidden neighbour. A folder of that name gives way: an empty one, or, where `replace` is
+    set, any.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    try:
+        yield aside
+        aside.chmod(0o777 & ~_umask())
+        for written in [*aside.rglob("*"), aside]:
+            sync(written)
+        if replace and path.exists():
+            # For a moment neither has the name: a folder cannot take that of one that is not empty.
+            before = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+            path.replace(before)
+            aside.replace(path)
+            shutil.rmtree(before)
+        else:
+            aside.replace(path)
+        sync(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `written_aside` and `folder_aside` left in a folder whose process was killed meanwhile."""
+    for path in folder.glob(".*.part"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def held_alone(folder: Path, flag: str) -> Iterator[None]:
+    """The folder for this process alone; BadInput, which names the flag, where another one has it.
+
+    The lock is gone with the process that holds it, however that ends.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if not lock(handle, folder, "train there", wait=False):
+            raise BadInput(
+                f"{flag} {folder}: another process is training there; wait for its end, or stop it"
+            )
+        yield
+    finally:
+        os.close(handle)
+
+
+def lock(handle: int, folder: Path, purpose: str, wait: bool) -> bool:
+    """Lock an open folder until it is closed; False where another process has it and this one does not wait.
+
+    Some network file systems cannot lock: there the user is asked to let one process at a time do what it is
+    locked for.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        log.warning("%s cannot be locked (%s): let one process at a time %s", folder, error.strerror, purpose)
+    return True
+
+
+def digest(path: Path, algorithm: str = "sha256") -> str:
+    """A file's hash in hexadecimal."""
+    with path.open("rb") as file:
+        return stream_digest(file, algorithm)
+
+
+def stream_digest(file: IO[bytes], algorithm: str) -> str:
+    """The hash, in hexadecimal, of what is still to be read of a file; read piece by piece."""
+    content = hashlib.new(algorithm)
+    for block in iter(lambda: file.read(1 << 20), b""):
+        content.update(block)
+    return content.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    with written_aside(path) as file:
+        json.dump(without_nan(content), file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+
+
+def without_nan(content: Any) -> Any:
+    """Plain values with null for every number that JSON has no word for."""
+    if isinstance(content, Mapping):
+        return {name: without_nan(value) for name, value in content.items()}
+    return None if isinstance(content, float) and not math.isfinite(content) else content

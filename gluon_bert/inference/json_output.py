@@ -1,0 +1,57 @@
+"""An answer as the JSON object that a user gets, from the command and from the server alike. Asks nothing."""
+
+from __future__ import annotations
+
+from typing import Any, Collection, Sequence
+
+import numpy as np
+
+from ..data.vocab import Vocabulary
+from ..errors import BadInput
+from .predictor import Answer
+
+# What a text can be asked for.
+ASKS = ("vectors", "masks", "next", "task")
+
+
+def as_json(
+    answer: Answer,
+    vocab: Vocabulary,
+    ask: Collection[str] = ("vectors",),
+    top: int = 5,
+    token_vectors: bool = False,
+    given: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The object for an answer, of what json.dumps takes; numbers as they are, not rounded.
+
+    `text` and `pair`, where they are given; `tokens` (T) with <cls> and <sep>; `unknown`, those of them
+    that are not in the vocabulary; `truncated`, how many were cut off; and, as far as they are asked for,
+
+    - vectors: `cls`, `mean` and, if exported, `pooled`, each of C numbers; `token_vectors` (T of C numbers)
+    - masks: `predictions`, for each <mask> the `top` likeliest as {"token": ..., "probability": ...}
+    - next: `is_next`, the probability that the second text follows the first
+    - task: of a fine-tuned network `label` and `probabilities`, by label, or `score`
+
+    Raises BadInput for what this text or this export cannot be asked, and where the network gives no numbers.
+    """
+    if not np.isfinite(answer.vectors).all():
+        raise BadInput("the network gives no finite numbers for this text: its training had diverged")
+    text = answer.text
+    content: dict[str, Any] = dict(zip(("text", "pair"), given))
+    content.update(tokens=list(text.tokens), unknown=list(text.unknown), truncated=text.truncated)
+    if "vectors" in ask:
+        content.update(cls=answer.cls.tolist(), mean=answer.mean.tolist())
+        if answer.pooled is not None:
+            content["pooled"] = answer.pooled.tolist()
+    if token_vectors:
+        content["token_vectors"] = answer.vectors.tolist()
+    if "masks" in ask:
+        content["predictions"] = [
+            [{"token": token, "probability": probability} for token, probability in mask]
+            for mask in answer.fill_masks(vocab, top)
+        ]
+    if "next" in ask:
+        content["is_next"] = answer.is_next
+    if "task" in ask:
+        content.update(answer.verdict)
+    return content

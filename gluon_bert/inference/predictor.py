@@ -1,0 +1,202 @@
+"""Texts to vectors, masked words and next-sentence probabilities. Trains nothing, reads no files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Iterable, Iterator, NamedTuple, Protocol, Sequence
+
+import numpy as np
+
+from ..data.tokenizer import Padded, Text, TextReader, by_length, chunks, padded
+from ..data.vocab import Vocabulary
+from ..errors import BadInput
+from ..model.task import Task
+from ..runtime import mx
+
+# Tokens that are computed at once, padding counted: enough to keep a CPU's matrix products busy.
+BATCH_TOKENS = 4096
+# Masks whose scores of the whole vocabulary are computed at once.
+BATCH_MASKS = 256
+# Tokens that are read ahead and sorted by length: with 16 batches a few in a hundred are padding.
+CHUNK_TOKENS = 16 * BATCH_TOKENS
+
+_TASK = "its task"
+
+
+class Outputs(NamedTuple):
+    """What a network computes of padded texts, float32 on the host.
+
+    encoded (B, T, C); pooled (B, C); mask_scores (M, V) for the M masks; next_scores (B, 2) for "does not
+    follow" and "follows"; task_scores (B, K), what a fine-tuned network was fine-tuned for. None: what the
+    network has not, or was exported without.
+    """
+
+    encoded: np.ndarray
+    pooled: np.ndarray | None = None
+    mask_scores: np.ndarray | None = None
+    next_scores: np.ndarray | None = None
+    task_scores: np.ndarray | None = None
+
+
+class Network(Protocol):
+    """Whatever computes the outputs: the Gluon network itself, or what it was exported to."""
+
+    def __call__(self, texts: Padded) -> Outputs:
+        """The outputs of some padded texts."""
+
+
+class GluonNetwork:
+    """A BERTModel or a FineTunedModel as a Network, on its first context, with dropout off."""
+
+    def __init__(self, net: Any) -> None:
+        self.net = net
+        self._context = net.pooler.dense.weight.list_ctx()[0]
+
+    def __call__(self, texts: Padded) -> Outputs:
+        """The outputs, brought to the host."""
+        encoded = self.net.encoder(*map(self._load, (texts.tokens, texts.segments, texts.lengths)))
+        pooled = self.net.pooler(encoded)
+        if self.net.task:
+            task_scores = self.net.head(pooled).asnumpy()
+            return Outputs(encoded.asnumpy(), pooled.asnumpy(), task_scores=task_scores)
+        mask_scores = None
+        if texts.predictions.size:
+            mask_scores = self.net.mlm(encoded, self._load(texts.predictions)).asnumpy()
+        return Outputs(encoded.asnumpy(), pooled.asnumpy(), mask_scores, self.net.nsp(pooled).asnumpy())
+
+    def _load(self, array: np.ndarray) -> Any:
+        return mx.nd.array(array, ctx=self._context, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the network says of one text of T tokens.
+
+    vectors: (T, C), one a token with <cls> and <sep>. pooled: (C,). mask_scores: (K, V) for its K masks.
+    next_scores: (2,). task_scores: (K,), what `task` says. All float32; None where the network has not, or
+    was exported without.
+    """
+
+    text: Text
+    vectors: np.ndarray
+    pooled: np.ndarray | None
+    mask_scores: np.ndarray | None
+    next_scores: np.ndarray | None
+    task_scores: np.ndarray | None = None
+    task: Task | None = None
+
+    @property
+    def cls(self) -> np.ndarray:
+        """(C,) the vector of <cls>."""
+        return self.vectors[0]
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(C,) the mean of all T vectors."""
+        return self.vectors.mean(axis=0)
+
+    def fill_masks(self, vocab: Vocabulary, top: int = 5) -> list[list[tuple[str, float]]]:
+        """For each <mask> the likeliest tokens, each with its probability among the whole vocabulary."""
+        if not len(self.text.masks):
+            raise BadInput("the text has no <mask>: put one where a word is to be found")
+        return [_likeliest(vocab, row, top) for row in softmax(self._given(self.mask_scores, "masked words"))]
+
+    @property
+    def is_next(self) -> float:
+        """The probability that the second text follows the first."""
+        if not self.text.is_pair:
+            raise BadInput("a single text has no next sentence: give a pair")
+        return float(softmax(self._given(self.next_scores, "the next sentence"))[1])
+
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """What a fine-tuned network says: {"label", "probabilities"} of classes, or {"score"}."""
+        if self.task is None:
+            raise BadInput("the network was pretrained, not fine-tuned: it knows no labels and no scores")
+        if self.text.is_pair != self.task.pairs:
+            wanted = "pairs of texts: give two" if self.task.pairs else "single texts: give one"
+            raise BadInput(f"the network was fine-tuned on {wanted}")
+        scores = self._given(self.task_scores, _TASK)
+        if self.task.kind == "regression":
+            return {"score": float(scores[0])}
+        probabilities = dict(zip(self.task.labels, softmax(scores.astype(np.float64)).tolist()))
+        return {"label": self.task.labels[int(scores.argmax())], "probabilities": probabilities}
+
+    def _given(self, scores: np.ndarray | None, what: str) -> np.ndarray:
+        if scores is None and self.task and what != _TASK:
+            raise BadInput(f"the network was fine-tuned, and has no head for {what} any more")
+        if scores is None:
+            raise BadInput(f"the network was exported without {what}: export it with --outputs all")
+        return scores
+
+
+class Predictor:
+    """Asks a network about texts, however many, in batches of like length.
+
+    >>> run = gb.load_run("runs/d2l-1")                                         # doctest: +SKIP
+    >>> predictor = Predictor.of(run)
+    >>> for answer in predictor.ask([predictor.reader.text("the <mask> is flying")]):
+    ...     print(answer.mean, answer.fill_masks(run.vocab))
+    """
+
+    def __init__(self, network: Network, reader: TextReader, task: Task | None = None) -> None:
+        self.network, self.reader, self.task = network, reader, task
+
+    @classmethod
+    def of(cls, run: Any) -> Predictor:
+        """A predictor of a run as `load_run` gives it."""
+        return cls(GluonNetwork(run.net), run.reader, run.net.task)
+
+    def ask(self, texts: Iterable[Text]) -> Iterator[Answer]:
+        """An answer for each text, in their order. Reads ahead no more than one chunk of them."""
+        for chunk in chunks(texts, CHUNK_TOKENS, 2 * BATCH_MASKS):
+            answers: dict[int, Answer] = {}
+            for members in by_length(chunk, BATCH_TOKENS, BATCH_MASKS):
+                answers.update(zip(members, self._ask([chunk[i] for i in members])))
+            for i in range(len(chunk)):
+                yield answers.pop(i)
+
+    def _ask(self, texts: list[Text]) -> Iterator[Answer]:
+        batch = padded(texts, self.reader.max_len)
+        encoded, pooled, mask_scores, next_scores, task_scores = self.network(batch)
+        for row, text in enumerate(texts):
+            mine = batch.predictions[0] == row
+            yield Answer(
+                text,
+                encoded[row, : len(text)],
+                None if pooled is None else pooled[row],
+                None if mask_scores is None else mask_scores[mine],
+                None if next_scores is None else next_scores[row],
+                None if task_scores is None else task_scores[row],
+                self.task,
+            )
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """The probabilities of scores, along the last axis."""
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def encode(
+    net: Any, vocab: Vocabulary, tokens_a: Sequence[str], tokens_b: Sequence[str] | None = None
+) -> Any:
+    """The vectors of a text or of a pair: lists of tokens -> (1, T, C) float32, dropout off.
+
+    Position 0 is <cls>; the others follow as in `<cls> a <sep> b <sep>`. A token outside the vocabulary
+    counts as <unk>; with WordPiece the tokens are pieces. Raises BadInput above the network's number of
+    positions.
+
+    >>> encode(net, vocab, ["a", "crane", "is", "flying"]).shape        # doctest: +SKIP
+    (1, 6, 128)
+    """
+    reader = TextReader(vocab, net.config.max_positions, lowercase=False)
+    text = reader.tokens(tokens_a, tokens_b)
+    context = net.pooler.dense.weight.list_ctx()[0]
+    inputs = ([text.ids], [text.segments], [len(text)])
+    return net.encoder(*(mx.nd.array(each, ctx=context, dtype=np.float32) for each in inputs))
+
+
+def _likeliest(vocab: Vocabulary, probabilities: np.ndarray, top: int) -> list[tuple[str, float]]:
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    return list(zip(vocab.words(best), probabilities[best].tolist()))

@@ -1,0 +1,318 @@
+"""The steps of a run: what is told of them, the signals that stop them, the watchdog. Parses no flags."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+
+from . import devices, runtime
+from .cli import Terminated
+from .config import Config
+from .errors import BadInput
+
+
+class Given(NamedTuple):
+    """What the steps of a run are made with; `snapshot`: the checkpoint that they go on from."""
+
+    config: Config
+    data: Any
+    net: Any
+    contexts: list[Any]
+    output: Path
+    workers: Any
+    step_timeout: float
+    snapshot: Any = None
+
+
+def train(given: Given) -> int:
+    """The steps of a run, from the first or from a checkpoint on, and what they leave in its folder."""
+    from . import ops
+    from .system import machine_memory, peak_memory
+    from .training.checkpointer import CheckpointSaver, cost_in_words
+    from .training.progress import Report
+    from .training.resources import plan
+
+    config, contexts, output, snapshot = given.config.train, given.contexts, given.output, given.snapshot
+    print(f"{describe(given)}\noperators: {ops.in_use(contexts)}", file=sys.stderr)
+    planned = plan(
+        given.config, len(given.data.vocab), len(contexts), ops.compiled(contexts), given.workers.count
+    )
+    print(planned.in_words(config.batch_size, machine_memory(contexts)), file=sys.stderr)
+    print(f"run folder: {output}", file=sys.stderr)
+    trainer = trainer_of(given)
+    if snapshot is not None:
+        print(f"going on after step {snapshot.step}", file=sys.stderr)
+    run = trainer.standing
+    report = Report(output, config, given.data, step=run.step, best=run.best, log_bytes=run.log_bytes)
+    saver = CheckpointSaver(output, config, report)
+    try:
+        with signals_between_steps(trainer):
+            try:
+                if not given.workers.alone and snapshot is None:
+                    saver.save(trainer)  # so that the job can be restarted, whenever it fails
+                fit(trainer, given, report, saver)
+            finally:
+                saver.close()
+    except (KeyboardInterrupt, Terminated):
+        print(
+            f"the weights after step {run.step} are kept in {output}; --resume {output} goes on from there",
+            file=sys.stderr,
+        )
+        part(trainer)
+        raise
+    finally:
+        report.close()
+    finished_before = snapshot is not None and trainer.standing.step == snapshot.step
+    if finished_before:
+        print(f"{output} is finished, after step {snapshot.step}: --num-steps or --max-minutes asks for more")
+    print("\n".join(report.summary(contexts)))
+    if len(contexts) > 1 and not finished_before:
+        print(trainer.evenness.in_words())
+    if saver.cost.written:
+        print(cost_in_words(saver.cost, trainer.standing.clock.elapsed()))
+    peak = peak_memory()
+    if peak is not None:
+        print(planned.outcome(peak), file=sys.stderr)
+    return 0
+
+
+def train_beside(given: Given) -> int:
+    """The part that a worker other than the first has in a run: it writes nothing."""
+    from .training.callbacks import Reporter
+    from .training.checkpointer import ReadOnlySaver
+
+    trainer = trainer_of(given)
+    try:
+        with signals_between_steps(trainer):
+            fit(trainer, given, Reporter(), ReadOnlySaver(given.output))
+    except (KeyboardInterrupt, Terminated):
+        part(trainer)
+        raise
+    return 0
+
+
+def trainer_of(given: Given) -> Any:
+    """A trainer at the beginning, or where a checkpoint stands, with the same weights on all workers."""
+    from .distributed.communicator import digest_of_weights
+    from .model.parameters import weights_of
+    from .training.trainer import Trainer
+
+    trainer = Trainer(given.net, given.config.train, given.contexts, given.workers)
+    if given.snapshot is not None:
+        trainer.restore(given.snapshot, given.output)
+        for arrays in (given.snapshot.weights, given.snapshot.optimizer):
+            arrays.clear()  # they would stay in memory to the end of the run
+    if given.workers.count > 1:
+        step, weights = trainer.standing.step, digest_of_weights(weights_of(given.net))
+        given.workers.refuse_differences({"the step of the checkpoint": step, "the first weights": weights})
+    return trainer
+
+
+def fit(trainer: Any, given: Given, report: Any, saver: Any) -> None:
+    """Take the steps of a run, between two of which signals stop it, and none of which takes too long."""
+    from .training.watchdog import watched
+
+    def end() -> None:
+        print(
+            f"pretrain: --step-timeout {given.step_timeout:g}: step {trainer.standing.step} takes longer; "
+            "another worker may be gone, or the time too short",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # whoever waits for another process cannot be asked to end
+
+    with watched(given.step_timeout, end) as trainer.alive:
+        trainer.fit(given.data, report, saver)
+
+
+def part(trainer: Any) -> None:
+    """Leave the other workers where all have come to an end, rather than this one alone."""
+    if trainer.has_ended():
+        trainer.workers.leave()
+
+
+@contextmanager
+def signals_between_steps(trainer: Any) -> Iterator[None]:
+    """Let a first Ctrl-C or SIGTERM wait for the end of the step; a second one ends the process at once."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    came: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        print("stopping after this step; once more stops at once", file=sys.stderr)
+        came.append(number)
+        trainer.interrupted = True
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, handle) for number in signals}
+    try:
+        yield
+        if came:  # after the last step
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        if signal.SIGTERM in came:
+            raise Terminated from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def describe(given: Given) -> str:
+    """A line on what is about to be trained."""
+    data, contexts, workers = given.data, given.contexts, given.workers.count
+    parameters = sum(p.data(contexts[0]).size for p in given.net.collect_params().values())
+    held_out = data.held_out.documents if data.held_out else ()
+    return (
+        f"{len(data.train.documents):,} documents to train on and {len(held_out):,} held out, "
+        f"{len(data.train.pairs(0)):,} sentence pairs, a vocabulary of {len(data.vocab):,}, "
+        f"{parameters:,} parameters, on {contexts}{f' of each of {workers} workers' if workers > 1 else ''}"
+    )
+
+
+@contextmanager
+def profiled(path: Path | None, contexts: Sequence[Any]) -> Iterator[None]:
+    """Let MXNet's profiler watch a block, if there is a file for its trace; then prints its table.
+
+    Told is also how long each of several contexts was at work.
+    """
+    if path is None:
+        yield
+        return
+    from .runtime import mx
+    from .training.profiling import time_at_work
+
+    mx.profiler.set_config(
+        profile_imperative=True, profile_symbolic=True, aggregate_stats=True, filename=str(path)
+    )
+    mx.profiler.set_state("run")
+    try:
+        yield
+    finally:
+        mx.nd.waitall()
+        mx.profiler.set_state("stop")
+        print(mx.profiler.dumps(sort_by="total"))
+        mx.profiler.dump()
+        if len(contexts) > 1:
+            print(time_at_work(path, contexts).in_words())
+
+
+class Place(NamedTuple):
+    """Where a run computes: which of how many workers this is, its contexts, what computes on them."""
+
+    rank: int
+    num_workers: int
+    contexts: list[Any]
+    operators: str
+
+    def facts(self) -> dict[str, Any]:
+        """What a run records of it."""
+        return {
+            "contexts": [str(context) for context in self.contexts],
+            "workers": self.num_workers,
+            "operators": self.operators,
+            "versions": runtime.versions(),
+        }
+
+
+def place(arguments: argparse.Namespace, config: Config, recorded: Mapping[str, Any]) -> Place:
+    """Where the flags let a run compute, else where it is recorded to have been begun.
+
+    BadInput where that cannot be had, or cannot do what the configuration asks for.
+    """
+    from . import ops
+    from .distributed.join import check_sharing, place_of
+    from .training import checks
+
+    contexts = contexts_from(arguments, recorded.get("contexts") or ())
+    rank, num_workers = place_of(arguments.kvstore)
+    check_sharing(config, num_workers)
+    checks.check_micro_batch(config.train, len(contexts))
+    ops.choose(arguments.operators or ops.choice_of(recorded.get("operators", "")))
+    checks.check_precision(config.train, contexts)
+    here = Place(rank, num_workers, contexts, ops.in_use(contexts))
+    refuse_too_large(config, here)
+    return here
+
+
+def contexts_from(arguments: argparse.Namespace, recorded: Sequence[str] = ()) -> list[Any]:
+    """The contexts that the flags ask for; without any those of a resumed run, else what there is."""
+    gpus = None if arguments.gpus is None else devices.parse_gpus(arguments.gpus)
+    if gpus is None and arguments.cpus is None and recorded:
+        gpus, cpus = devices.parse_contexts(recorded)
+        return devices.contexts(gpus, cpus)
+    return devices.contexts(gpus, arguments.cpus)
+
+
+def refuse_too_large(config: Config, here: Place, vocab_size: int = 1) -> None:
+    """Raise BadInput where a worker cannot fit in its machine's memory, however small the vocabulary."""
+    from . import ops
+    from .system import machine_memory
+    from .training.resources import check_memory
+
+    contexts = here.contexts
+    limit = machine_memory(contexts)
+    if limit is not None:
+        check_memory(config, vocab_size, len(contexts), ops.compiled(contexts), limit, here.num_workers)
+
+
+def text(config: Config, here: Place) -> Any:
+    """The text of a run; BadInput where it is too little, or its vocabulary too large for the memory."""
+    from .data.loader import load_data
+    from .distributed.join import check_enough
+    from .training.checks import check_evaluable
+
+    data = load_data(config.data, config.train.batch_size, config.train.seed)
+    refuse_too_large(config, here, len(data.vocab))
+    check_evaluable(config.train, data)
+    check_enough(len(data.train.pairs(0)), here.num_workers)
+    return data
+
+
+def network(config: Config, data: Any, contexts: list[Any]) -> Any:
+    """A network for the text, with its first weights."""
+    from .model.bert import BERTModel
+
+    net = BERTModel(len(data.vocab), config.model)
+    net.setup(contexts, config.train.seed, data.word_counts)
+    return net
+
+
+def refuse_another_text(config: Config, data: Any, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Raise BadInput where a run would go on with another text, or another way to read it."""
+    from .data.wordpiece import load_vocabulary
+
+    if data.fingerprint != facts.get("text") or data.vocab.tokens != load_vocabulary(folder).tokens:
+        raise BadInput(
+            f"--corpus {' '.join(config.data.corpus)}: the text, or what reads it, is not what {folder} "
+            "was begun with, and a run that goes on with another is another; begin one with --config"
+        )
+
+
+def tell_another_place(facts: Mapping[str, Any], here: Place) -> None:
+    """A line for everything that makes numbers differ from those of the run that was recorded."""
+    from . import ops
+
+    now = here.facts()
+    tell_differences(facts.get("versions") or {}, now["versions"], "the last digits may differ")
+    dropout = "with dropout other numbers come, without it the last digits may differ"
+    tell_differences({"workers": facts.get("workers", 1)}, {"workers": now["workers"]}, dropout)
+    recorded = facts.get("operators", "")
+    if recorded and ops.choice_of(recorded) != ops.choice_of(here.operators):
+        tell_differences({"operators": recorded}, {"operators": here.operators}, dropout)
+
+
+def tell_differences(before: Mapping[str, Any], now: Mapping[str, Any], so: str) -> None:
+    """A line for everything that is not what it was when a resumed run was begun, and so changes it."""
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            print(
+                f"{name} is {now.get(name)} and was {before.get(name)}: {so} from those of a run that was "
+                "not stopped",
+                file=sys.stderr,
+            )

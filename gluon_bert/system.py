@@ -1,0 +1,75 @@
+"""The machine: cores, threads, memory limits, peak memory. Knows no MXNet."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+
+def usable_cores() -> int:
+    """The cores, not hyper-threads, that this process may run on."""
+    try:
+        threads = os.sched_getaffinity(0)
+        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+        return len({Path(siblings.format(thread)).read_text() for thread in threads})
+    except (AttributeError, OSError):  # no Linux
+        return os.cpu_count() or 1
+
+
+Reader = Callable[[Path], str]
+
+
+def threads() -> int:
+    """How many threads the operators use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(asked) if asked.isdigit() and int(asked) else usable_cores()
+
+
+def machine_memory(contexts: Sequence[Any], read: Reader = Path.read_text) -> float | None:
+    """The bytes that a run on CPUs may use, the machine's or a container's; None on GPUs, or if not told."""
+    limits = [*_physical(), *_container(read)]
+    on_cpus = all(context.device_type == "cpu" for context in contexts)
+    return min(limits) if limits and on_cpus else None
+
+
+def peak_memory(read: Reader = Path.read_text, process: int | str = "self") -> float | None:
+    """The most bytes that a process has had in memory so far; None where the system does not tell."""
+    try:
+        lines = read(Path(f"/proc/{process}/status")).splitlines()
+    except OSError:
+        return None
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def _physical() -> list[float]:
+    try:
+        return [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    except (ValueError, OSError):
+        return []
+
+
+def _container(read: Reader) -> list[float]:
+    """The limits of the control groups that this process is in, of version 1 and 2, up to the root."""
+    try:
+        lines = read(Path("/proc/self/cgroup")).splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup/memory" if controllers else "/sys/fs/cgroup")
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        group = Path(path.lstrip("/"))
+        # In a container the path may be that outside, which is not there; the root is then the container's.
+        for folder in (group, *group.parents):
+            try:
+                text = read(root / folder / name).strip()
+            except OSError:
+                continue
+            if re.fullmatch(r"\d+", text):  # or "max"
+                limits.append(float(text))
+    return limits

@@ -1,0 +1,68 @@
+"""Splits a batch over contexts. Computes no loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+import numpy as np
+
+from ..data.batch import Batch
+from ..runtime import mx
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows of a batch that one context computes, as float32 NDArrays named as in Batch.
+
+    num_pairs, num_tokens, num_predictions: what the shard adds to the batch, without padding; all 0 for a
+    shard that is only there because the batch has fewer rows than there are contexts.
+    mlm_weight, nsp_weight: what the shard's summed losses count in the batch's mean.
+    """
+
+    tokens: Any
+    segments: Any
+    lengths: Any
+    predictions: Any
+    labels: Any
+    is_next: Any
+    num_pairs: int
+    num_tokens: int
+    num_predictions: int
+    mlm_weight: float
+    nsp_weight: float
+
+
+def split_and_load(batch: Batch, contexts: Sequence[Any], whole: Batch | None = None) -> list[Shard]:
+    """A shard for every context, like `gluon.utils.split_and_load`, for any batch size.
+
+    The rows are divided as evenly as they go. A context for which none is left gets a copy of the first
+    row with weight 0: its gradient is then zero, where it would otherwise be that of the step before.
+
+    whole: the batch of an optimizer step, if this is a part of it; the weights are then shares of its mean.
+    """
+    whole = batch if whole is None else whole
+    bounds = np.linspace(0, len(batch), len(contexts) + 1).astype(int)
+    return [_load(batch, start, stop, ctx, whole) for start, stop, ctx in zip(bounds, bounds[1:], contexts)]
+
+
+def _load(batch: Batch, start: int, stop: int, ctx: Any, whole: Batch) -> Shard:
+    used = stop > start
+    part = batch.rows(start, stop) if used else whole.rows(0, 1)
+
+    def load(array: np.ndarray) -> Any:
+        return mx.nd.array(array, ctx=ctx, dtype=np.float32)
+
+    return Shard(
+        load(part.tokens),
+        load(part.segments),
+        load(part.lengths),
+        load(part.predictions),
+        load(part.labels),
+        load(part.is_next),
+        num_pairs=len(part) if used else 0,
+        num_tokens=int(part.lengths.sum()) if used else 0,
+        num_predictions=len(part.labels) if used else 0,
+        mlm_weight=1 / len(whole.labels) if used else 0.0,
+        nsp_weight=1 / len(whole) if used else 0.0,
+    )

@@ -1,0 +1,64 @@
+"""The scale of a loss whose gradient passes through float16. Multiplies no loss and takes no step."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+from ..runtime import mx
+from .metrics import numbers
+
+# float16 has nothing below 6e-8 and nothing above 65504. A loss times 65536 has gradients that do not vanish;
+# when they are too large, half of it is tried, and after 2000 good steps twice as much (Micikevicius et al.
+# 2018, section 3.2, who leave the numbers open; these, and the largest, are MXNet's, contrib/amp).
+FIRST = 2.0**16
+LARGEST = 2.0**24
+SMALLEST = 1.0
+GOOD_STEPS = 2000
+
+
+class LossScale(NamedTuple):
+    """What the loss of a step is multiplied by, a power of two, and for how many steps that went well.
+
+    Both are (1,) float32 on the first context, where the next ones are computed: nobody waits for them.
+    """
+
+    value: Any
+    good: Any
+
+    @classmethod
+    def first(cls, context: Any) -> LossScale:
+        """That of the first step."""
+        return cls(mx.nd.full((1,), FIRST, ctx=context), mx.nd.zeros((1,), ctx=context))
+
+    def on(self, context: Any) -> Any:
+        """The value on a context, (1,)."""
+        return self.value.as_in_context(context)
+
+    def take_from(self, gradients: Sequence[Sequence[Any]]) -> None:
+        """Divide each context's gradients by the value, in place, which is exact."""
+        for arrays in gradients:
+            inverse = 1 / self.on(arrays[0].context)
+            for array in arrays:
+                mx.nd.broadcast_mul(array, inverse.reshape((1,) * array.ndim), out=array)
+
+    def after(self, usable: Any) -> LossScale:
+        """That of the next step; usable: (1,) a number, or NaN where this step's gradient is none."""
+        made = usable == usable  # NaN is not
+        good = (self.good + 1) * made
+        enough = good == GOOD_STEPS
+        value = self.value * (made * (1 + enough) + (1 - made) * 0.5)
+        return LossScale(value.clip(SMALLEST, LARGEST), good * (1 - enough))
+
+    def to_json(self) -> dict[str, float]:
+        """Plain values. Waits for the devices."""
+        return {"value": float(self.value.asscalar()), "good": float(self.good.asscalar())}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], context: Any) -> LossScale:
+        """The inverse of `to_json`; ValueError where it was not written by that."""
+        value, good = numbers([content["value"], content["good"]], 2).tolist()
+        if not (SMALLEST <= value <= LARGEST and good >= 0):
+            raise ValueError(f"{content!r} is no scale of a loss")
+        return cls(*(mx.nd.array([number], ctx=context, dtype=np.float32) for number in (value, good)))

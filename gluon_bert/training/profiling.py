@@ -1,0 +1,89 @@
+"""How evenly contexts are used: by what each is given, and by a profile of when it computed."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+from .device_batch import Shard
+
+
+class Evenness:
+    """What contexts are given to compute at once, in which the one with the most is waited for.
+
+    Counted are the tokens, without padding, and the predictions.
+    """
+
+    def __init__(self) -> None:
+        self._most, self._mean = np.zeros(2), np.zeros(2)
+
+    def add(self, shards: Sequence[Shard]) -> None:
+        """Count what the contexts compute at once, a shard each."""
+        given = np.array([(shard.num_tokens, shard.num_predictions) for shard in shards], dtype=float)
+        self._most += given.max(axis=0)
+        self._mean += given.mean(axis=0)
+
+    def shares(self) -> tuple[float, float]:
+        """The contexts' mean of tokens, and of predictions, as a share of the most; NaN of nothing."""
+        with np.errstate(invalid="ignore"):
+            tokens, predictions = (self._mean / self._most).tolist()
+        return tokens, predictions
+
+    def in_words(self) -> str:
+        """A line for a person."""
+        tokens, predictions = self.shares()
+        return (
+            f"work of the contexts: in the mean {tokens:.1%} of the tokens and {predictions:.1%} of the "
+            "predictions of the one with the most"
+        ).replace("%", " %")
+
+
+class TimeAtWork(NamedTuple):
+    """Seconds that each context computed, by name, and that any and all of them did at the same time."""
+
+    contexts: Mapping[str, float]
+    any: float
+    all: float
+
+    def in_words(self) -> str:
+        """A line for a person."""
+        each = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.contexts.items())
+        return f"at work: {each}; any of them {self.any:.2f} s, all at once {self.all:.2f} s of that"
+
+
+def time_at_work(trace: Path, contexts: Sequence[Any]) -> TimeAtWork:
+    """When these contexts computed, all of one kind, by the trace that MXNet's profiler has written."""
+    events = json.loads(trace.read_text("utf-8"))["traceEvents"]
+    names = {event["args"]["name"]: event["pid"] for event in events if event["ph"] == "M"}
+    # A CPU context's place is its number; behind the machine's last core its name there is another device's.
+    place_of = {
+        name: each.device_id if each.device_type == "cpu" else names[name]
+        for each in contexts
+        for name in [f"{each.device_type}/{each.device_id}"]
+    }
+    places = set(place_of.values())
+    changes = sorted(
+        (event["ts"], 1 if event["ph"] == "B" else -1, event["pid"])
+        for event in events
+        if event.get("cat") == "operator" and event["ph"] in "BE"
+    )
+    begun: dict[int, int] = defaultdict(int)
+    at_work: dict[int, float] = defaultdict(float)
+    together: dict[int, float] = defaultdict(float)  # by how many
+    before = 0.0
+    for now, change, place in changes:
+        busy = [each for each in places if begun[each]]
+        for each in busy:
+            at_work[each] += (now - before) / 1e6
+        together[len(busy)] += (now - before) / 1e6
+        begun[place] += change
+        before = now
+    return TimeAtWork(
+        {name: at_work[place] for name, place in place_of.items()},
+        sum(seconds for number, seconds in together.items() if number),
+        together[len(places)],
+    )

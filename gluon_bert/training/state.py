@@ -1,0 +1,198 @@
+"""Where a run stands between two steps, to and from plain values. Holds no weights and takes no step."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+
+from ..data.loader import Position
+from ..errors import BadInput
+from .loss_scale import LossScale
+from .metrics import Averages, Meter, Totals, numbers
+
+
+class Best(NamedTuple):
+    """The best evaluation so far, and how many were made in all and since."""
+
+    step: int
+    held_out: Averages
+    evaluations: int = 1
+    since: int = 0
+
+    def exhausts(self, patience: int) -> bool:
+        """Whether so many evaluations in a row were no better; never with a patience of 0."""
+        return 0 < patience <= self.since
+
+
+def best_of(before: Best | None, step: int, held_out: Averages) -> Best:
+    """The best evaluation, now that there is one more.
+
+    The lower MLM loss is the better. NSP has no say: it is easy, and a small text's pairs are soon learnt by
+    heart, while what is learnt of the words goes on improving.
+    """
+    if before is None:
+        return Best(step, held_out)
+    if held_out.mlm_loss < before.held_out.mlm_loss:
+        return Best(step, held_out, before.evaluations + 1)
+    return before._replace(evaluations=before.evaluations + 1, since=before.since + 1)
+
+
+class Progress(NamedTuple):
+    """Where a run stands: the window since the last report, and the run so far."""
+
+    step: int
+    planned_steps: float  # of the whole run, as far as one can tell
+    window: Averages
+    run: Averages
+    pairs_per_second: float  # of the window
+    run_pairs_per_second: float
+    seconds: float  # since the first step began, without evaluations
+    seconds_left: float  # of the whole run, with evaluations at the rate so far
+    lr: float  # of this step
+    gradient_norm: float  # of this step, before clipping
+    loss_scale: float | None = None  # of the next step, where it has one
+
+
+class Clock:
+    """The time and the totals of a run, from the making of its first batch on."""
+
+    def __init__(self) -> None:
+        self.start()
+        self._before = 0.0  # seconds that the run took until it was stopped and resumed
+        self._stopped = 0.0  # seconds that do not count as training
+        self._window_started = 0.0  # seconds that do, before the window
+        self._run = Totals.nothing()
+
+    def start(self) -> None:
+        """The run begins now, or goes on: time counts from now on, beside what counted already."""
+        self._started = time.perf_counter()
+
+    def catch_up(self, other: Clock) -> None:
+        """Count the time of another clock of the run as well, of which nothing else is left, as stopped."""
+        lost = other.elapsed() - self.elapsed()
+        self._before += lost
+        self._stopped += lost
+
+    def to_json(self) -> dict[str, Any]:
+        """The clock as plain values."""
+        run = {"sums": self._run.sums.tolist(), "counts": self._run.counts.tolist()}
+        times = {"stopped": self._stopped, "window_started": self._window_started}
+        return {"elapsed": self.elapsed(), **times, "run": run}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Clock:
+        """The inverse of `to_json`: a clock that goes on from there, now."""
+        clock = cls()
+        clock._before, clock._stopped, clock._window_started = numbers(
+            [content[name] for name in ("elapsed", "stopped", "window_started")], 3
+        ).tolist()
+        clock._run = Totals(numbers(content["run"]["sums"], 4), numbers(content["run"]["counts"], 4))
+        return clock
+
+    def elapsed(self) -> float:
+        """Seconds since the start, with those that do not count as training."""
+        return self._before + time.perf_counter() - self._started
+
+    def progress(
+        self,
+        step: int,
+        planned_steps: float,
+        window: Totals,
+        lr: float,
+        gradient_norm: float,
+        loss_scale: float | None = None,
+    ) -> Progress:
+        """How the run stands after a step with this learning rate, given what came since the last call."""
+        elapsed = self.elapsed()
+        self._run = self._run.plus(window)
+        seconds = elapsed - self._stopped
+        window_seconds, self._window_started = seconds - self._window_started, seconds
+        return Progress(
+            step,
+            planned_steps,
+            window.averages(),
+            self._run.averages(),
+            window.num_pairs / window_seconds,
+            self._run.num_pairs / seconds,
+            seconds,
+            elapsed / step * (planned_steps - step),
+            lr,
+            gradient_norm,
+            loss_scale,
+        )
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        before = self.elapsed()
+        yield
+        self._stopped += self.elapsed() - before
+
+
+@dataclass
+class Standing:
+    """All that the next step depends on beside the weights and the optimizer.
+
+    step: steps made. position: of the next batch. evaluating: whether the evaluation that is due after this
+    step is still to be made. skipped: steps that were skipped in a row, as their numbers were wrong.
+    log_bytes: of the log, when this was kept. meter: of the window that is not logged yet. scale: of the next
+    step's loss, None where it has none.
+    """
+
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    evaluating: bool = False
+    best: Best | None = None
+    skipped: int = 0
+    log_bytes: int = 0
+    meter: Meter = field(default_factory=Meter)
+    clock: Clock = field(default_factory=Clock)
+    scale: LossScale | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, exact to the last bit. Waits for the devices."""
+        return {
+            "step": self.step,
+            "position": self.position._asdict(),
+            "evaluating": self.evaluating,
+            "best": self.best and {**self.best._asdict(), "held_out": self.best.held_out._asdict()},
+            "skipped": self.skipped,
+            "log_bytes": self.log_bytes,
+            "meter": self.meter.to_json(),
+            "clock": self.clock.to_json(),
+            "loss_scale": None if self.scale is None else self.scale.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], contexts: Sequence[Any], where: str) -> Standing:
+        """The inverse of `to_json`; BadInput, which begins with `where`, if it was not written by that."""
+        try:
+            best, scale = content["best"], content.get("loss_scale")
+            return cls(
+                _count(content["step"]),
+                Position(_count(content["position"]["epoch"]), _count(content["position"]["batch"])),
+                content["evaluating"] is True,
+                None if best is None else _best(best),
+                _count(content["skipped"]),
+                _count(content["log_bytes"]),
+                Meter.from_json(content["meter"], contexts),
+                Clock.from_json(content["clock"]),
+                None if scale is None else LossScale.from_json(scale, contexts[0]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise BadInput(f"{where}: cannot be gone on from ({type(error).__name__}: {error})") from error
+
+
+def _best(content: Mapping[str, Any]) -> Best:
+    held_out = [content["held_out"][name] for name in Averages._fields]  # null, for JSON, is NaN
+    averages = Averages(*numbers(held_out, len(held_out)).tolist())
+    counts = [_count(content[name]) for name in ("step", "evaluations", "since")]
+    return Best(counts[0], averages, *counts[1:])
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value

@@ -1,0 +1,91 @@
+"""A contestant of `benchmark.py train`: this package, on the corpus named first, with the preset d2l."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Iterator
+
+import numpy as np
+from protocol import Step, serve
+
+from gluon_bert import devices, ops, runtime
+from gluon_bert.config import ModelConfig
+from gluon_bert.data.batch import Batch
+from gluon_bert.data.loader import Loader, load_data
+from gluon_bert.model.bert import BERTModel
+from gluon_bert.presets import preset
+from gluon_bert.runtime import mx
+from gluon_bert.training.metrics import Averages, Meter
+from gluon_bert.training.resources import flops_per_pair
+from gluon_bert.training.trainer import Trainer
+
+
+def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
+    """The steps, and with what they are made."""
+    config = preset("d2l").replace(corpus=(sys.argv[1],))
+    data = load_data(config.data, config.train.batch_size, config.train.seed)
+    contexts = devices.contexts(cpus=1)
+    net = BERTModel(len(data.vocab), config.model)
+    net.setup(contexts, config.train.seed)
+    trainer = Trainer(net, config.train, contexts)
+    facts = {
+        "with": f"{runtime.versions()['mxnet']}, operators: {ops.in_use(contexts)}",
+        "flop_per_pair": flop(next(data.train.epoch(0)), config.model, len(data.vocab))
+        / config.train.batch_size,
+        "fastest_products": best_rate_of_products(),
+    }
+    return steps(trainer, data.train), facts
+
+
+def steps(trainer: Any, batches: Loader) -> Iterator[Step]:
+    """A step after the other, each from the text to the new weights and to its losses on the host."""
+    for batch in batches.forever():
+        means = finished_step(trainer, batch)
+        yield len(batch), means.mlm_loss, means.nsp_loss
+
+
+def finished_step(trainer: Any, batch: Batch) -> Averages:
+    """A step to its new weights and to its losses on the host."""
+    shards, losses = trainer.step(batch)
+    meter = Meter()
+    meter.add(shards, losses, count_mlm_hits=False)
+    means = meter.totals().averages()
+    mx.nd.waitall()
+    return means
+
+
+def flop(batch: Batch, model: ModelConfig, vocab_size: int) -> float:
+    """Floating-point operations of the products that a step on this batch needs; none for padding."""
+    predictions = np.bincount(batch.predictions[0], minlength=len(batch))
+    of_rows = zip(batch.lengths.tolist(), predictions.tolist())
+    return sum(flops_per_pair(model, vocab_size, length, count) for length, count in of_rows)
+
+
+def best_rate_of_products() -> dict[str, float]:
+    """Floating-point operations of the fastest products that this process knows, by both clocks."""
+    size = 1024
+    array = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
+    on_device = mx.nd.array(array)
+
+    def by_numpy() -> float:
+        np.matmul(array, array)
+        return 2.0 * size**3
+
+    def by_mxnet() -> float:
+        mx.nd.dot(on_device, on_device).wait_to_read()
+        return 2.0 * size**3
+
+    best = {"flop_per_second": 0.0, "flop_per_cpu_second": 0.0}
+    for _ in range(8):
+        for product in (by_numpy, by_mxnet, lambda: ops.products(150)):
+            before, used = time.perf_counter(), time.process_time()
+            flop = product()
+            seconds, cpu_seconds = time.perf_counter() - before, time.process_time() - used
+            best["flop_per_second"] = max(best["flop_per_second"], flop / seconds)
+            best["flop_per_cpu_second"] = max(best["flop_per_cpu_second"], flop / cpu_seconds)
+    return best
+
+
+if __name__ == "__main__":
+    serve(prepare)

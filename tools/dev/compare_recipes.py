@@ -1,0 +1,309 @@
+"""Trains by several recipes for the same time and compares what they learnt: `--help` tells how."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Mapping, NamedTuple, Sequence
+
+from gluon_bert.cli import command, literal, parser_of, run
+from gluon_bert.config import Config, DataConfig, TrainConfig, flag
+from gluon_bert.errors import BadInput
+from gluon_bert.fileio import write_json
+from gluon_bert.presets import preset
+
+EXAMPLES = """\
+examples:
+  python tools/dev/compare_recipes.py --corpus wikitext-2 --minutes 30 --seeds 0,1,2 --recipes book,quick
+  python tools/dev/compare_recipes.py --corpus wikitext-2 --minutes 10 --output runs/what-matters
+
+Every recipe trains by tools/pretrain.py, one run after the other, each in a process of its own that has the
+whole machine. What was learnt is then measured on the same held-out examples, whatever a run was trained on:
+pairs of sentences of up to 64 tokens, 15 % of whose words are masked, <unk> not among them.
+
+FOLDER gets the runs, results.json and learning.png; the table is printed. A run that is there already is not
+made again, so a comparison that was stopped goes on.
+"""
+
+# Sentence pairs between two evaluations in a comparison of half an hour, and in proportion in others: some
+# ten points of a curve.
+PAIRS_BETWEEN = 50_000
+# Of the examples that all are measured on: their masks, and which pairs are random ones.
+EXAMPLES_SEED = 20_201
+
+
+class Recipe(NamedTuple):
+    """A way to train: a preset with changes, fields of the configuration by their names."""
+
+    title: str
+    preset: str
+    changes: Mapping[str, Any] = {}
+
+    def config(self) -> Config:
+        """The configuration, but for text, time and seed."""
+        return preset(self.preset).replace(**self.changes)
+
+    def but(self, title: str, **changes: Any) -> Recipe:
+        """This recipe with something changed."""
+        return Recipe(title, self.preset, {**self.changes, **changes})
+
+
+class Learnt(NamedTuple):
+    """What a run reached.
+
+    curve: minutes of training and the MLM loss on the common examples after them. steps, pairs: of the whole
+    run. mlm_accuracy, nsp_accuracy: at its end, on the common examples.
+    """
+
+    recipe: str
+    seed: int
+    curve: list[tuple[float, float]]
+    steps: int
+    pairs: int
+    mlm_accuracy: float
+    nsp_accuracy: float
+
+    @property
+    def loss(self) -> float:
+        """The MLM loss at the end, in nats."""
+        return self.curve[-1][1]
+
+
+QUICK = Recipe("the preset quick", "quick")
+RECIPES = {
+    "book": Recipe("the book's", "d2l"),
+    "quick": QUICK,
+    "mask-15": QUICK.but("quick, 15 % masked", mask_rate=0.15),
+    "mask-40": QUICK.but("quick, 40 % masked", mask_rate=0.4),
+    "lr-half": QUICK.but("quick, learning rate 0.001", lr=1e-3),
+    "lr-double": QUICK.but("quick, learning rate 0.004", lr=4e-3),
+    "batch-32": QUICK.but("quick, batches of 32", batch_size=32),
+    "batch-128": QUICK.but("quick, batches of 128", batch_size=128),
+    "dropout": QUICK.but("quick, dropout 0.1", dropout=0.1),
+    "pre-norm": QUICK.but("quick, LayerNorm before the sub-layers", norm="pre"),
+    "bias-zeros": QUICK.but("quick, decoder biases from zero", decoder_bias="zeros"),
+    "warm-up-2": QUICK.but("quick, warm-up over 2 % of the run", warmup=0.02),
+    "packed": QUICK.but("quick, packed pairs of 128", pairs="packed", max_len=128, batch_size=32),
+    "4-layers": QUICK.but("quick, 4 layers", num_layers=4),
+    "units-256": QUICK.but("quick, 256 units", units=256, num_heads=4, ffn_units=1024, lr=1e-3),
+    "untied": QUICK.but("quick, a decoder with weights of its own", tied_decoder=False),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = parser_of(
+        "compare_recipes",
+        "[flags]",
+        "Train by several recipes for the same time, and compare what they learnt.",
+        EXAMPLES,
+    )
+    p.add_argument(
+        "--corpus", default="wikitext-2", metavar="NAME", help="as tools/pretrain.py takes it (wikitext-2)"
+    )
+    p.add_argument("--minutes", type=float, default=30.0, metavar="X", help="of each run (30)")
+    p.add_argument("--seeds", default="0", metavar="N[,N...]", help="a run of each recipe for each seed (0)")
+    names = ", ".join(f"{name} ({recipe.title})" for name, recipe in RECIPES.items())
+    p.add_argument("--recipes", metavar="NAME[,NAME...]", help=literal(f"which ones: {names} (all)"))
+    p.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs", "recipes"),
+        metavar="FOLDER",
+        help="a new folder, or that of a comparison to go on with (runs/recipes)",
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return command(parser(), argv, compare_recipes)
+
+
+def compare_recipes(arguments: argparse.Namespace) -> int:
+    """Compare as the flags say."""
+    recipes, seeds = check(arguments)
+    runs = {(name, seed): arguments.output / f"{name}-{seed}" for seed in seeds for name in recipes}
+    for (name, seed), folder in runs.items():
+        train(folder, recipes[name], seed, arguments)
+    data = examples(arguments.corpus)
+    found = []
+    for (name, seed), folder in runs.items():
+        print(f"{folder}: measuring what was learnt", file=sys.stderr)
+        found.append(measure(folder, name, seed, data))
+    references = references_of(data)
+    write_json(
+        arguments.output / "results.json",
+        {
+            "minutes": arguments.minutes,
+            "machine": machine(),
+            "losses_for_comparison": references,
+            "runs": [each._asdict() for each in found],
+        },
+    )
+    draw(arguments.output / "learning.png", found, references["held_out_unigram"])
+    print(table(found))
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> tuple[dict[str, Recipe], list[int]]:
+    """The recipes and the seeds that the flags name; one BadInput tells everything that is wrong."""
+    problems = []
+    if not 0 < arguments.minutes < 1e6:
+        problems.append(f"--minutes {arguments.minutes}: must be above 0")
+    names = arguments.recipes.split(",") if arguments.recipes else list(RECIPES)
+    unknown = [name for name in names if name not in RECIPES]
+    if unknown:
+        problems.append(f"--recipes {','.join(unknown)}: the recipes are {', '.join(RECIPES)}")
+    seeds = arguments.seeds.split(",")
+    if not all(seed.isdecimal() for seed in seeds):
+        problems.append(f"--seeds {arguments.seeds}: numbers with commas between them, such as 0,1,2")
+    if problems:
+        raise BadInput("\n".join(problems))
+    return {name: RECIPES[name] for name in names}, [int(seed) for seed in seeds]
+
+
+# Training
+
+
+def train(folder: Path, recipe: Recipe, seed: int, arguments: argparse.Namespace) -> None:
+    """Make a run by this recipe in its folder, unless it is there; BadInput where that fails."""
+    if folder.exists():
+        return
+    unfinished = folder.with_name(f"{folder.name}.part")
+    if unfinished.exists():
+        raise BadInput(f"{unfinished}: is of a comparison that runs, or that was stopped; then remove it")
+    print(f"{folder}: training for {arguments.minutes:g} minutes", file=sys.stderr)
+    command = [sys.executable, str(Path(__file__).parent.parent / "pretrain.py")]
+    flags = ["--corpus", arguments.corpus, "--output", str(unfinished)]
+    flags += flags_of(recipe, arguments.minutes, seed)
+    status = subprocess.call([*command, *flags], stdout=subprocess.DEVNULL)
+    if status:
+        raise BadInput(f"{unfinished}: the training failed with exit status {status}")
+    unfinished.rename(folder)
+
+
+def flags_of(recipe: Recipe, minutes: float, seed: int) -> list[str]:
+    """What tools/pretrain.py is to be told: all evaluations' weights are kept, to be measured afterwards."""
+    between = round(PAIRS_BETWEEN * minutes / 30 / recipe.config().train.batch_size)
+    given = {"eval_every": max(1, between), "max_minutes": minutes, "seed": seed, "keep": 0}
+    flags = ["--preset", recipe.preset]
+    for name, value in {**recipe.changes, **given}.items():
+        flags += [flag(name), {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)]
+    return flags
+
+
+# What was learnt
+
+
+def measure(folder: Path, name: str, seed: int, data: Any) -> Learnt:
+    """What a run had learnt when each of its checkpoints was written; data: the common examples."""
+    from gluon_bert.checkpoint import CONFIG, steps
+    from gluon_bert.run import load_run, read_config
+
+    learnt = [(step, averages_of(load_run(folder, which=step), data)) for step in steps(folder)]
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+    minutes = {r["step"]: r["seconds"] / 60 for r in records if "seconds" in r}
+    last_step, last = learnt[-1]
+    return Learnt(
+        recipe=name,
+        seed=seed,
+        curve=[(minutes[step], averages.mlm_loss) for step, averages in learnt],
+        steps=last_step,
+        pairs=last_step * read_config(folder / CONFIG).train.batch_size,
+        mlm_accuracy=last.mlm_accuracy,
+        nsp_accuracy=last.nsp_accuracy,
+    )
+
+
+def averages_of(run: Any, data: Any) -> Any:
+    """The losses and accuracies of a network on the common examples."""
+    from gluon_bert.runtime import mx
+    from gluon_bert.training.trainer import Trainer
+
+    if run.vocab.tokens != data.vocab.tokens:
+        raise BadInput("the run has another vocabulary than the common examples: its recipe changes the text")
+    return Trainer(run.net, TrainConfig(), [mx.cpu()]).evaluate(data.held_out.epoch(0))
+
+
+def examples(corpus: str) -> Any:
+    """The text whose held-out batches all runs are measured on; BadInput where too little is held out."""
+    from gluon_bert.data.loader import load_data
+
+    data = load_data(DataConfig(corpus=(corpus,)), batch_size=256, seed=EXAMPLES_SEED)
+    if data.held_out is None:
+        raise BadInput(f"--corpus {corpus}: has too little held-out text to measure anything on")
+    return data
+
+
+def references_of(data: Any) -> dict[str, float]:
+    """Losses on the common examples of models that know less, as a run's config.json has them."""
+    from gluon_bert.training.plots import References
+
+    return References.of(data)._asdict()
+
+
+# What is told
+
+
+def table(found: Sequence[Learnt]) -> str:
+    """A row for each recipe, in Markdown: means over its seeds and, of the loss, the range."""
+    lines = [
+        "| recipe | runs | steps | pairs | MLM loss | MLM accuracy | NSP accuracy |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(each.recipe for each in found):
+        runs = [each for each in found if each.recipe == name]
+        losses = [each.loss for each in runs]
+        spread = f" ({min(losses):.3f} to {max(losses):.3f})" if len(runs) > 1 else ""
+        cells = [
+            RECIPES[name].title,
+            str(len(runs)),
+            f"{statistics.mean(each.steps for each in runs):,.0f}",
+            f"{statistics.mean(each.pairs for each in runs):,.0f}",
+            f"{statistics.mean(losses):.3f}{spread}",
+            f"{100 * statistics.mean(each.mlm_accuracy for each in runs):.1f} %",
+            f"{100 * statistics.mean(each.nsp_accuracy for each in runs):.1f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(path: Path, found: Sequence[Learnt], unigram: float) -> None:
+    """Draw the loss over the minutes, a curve for each run in its recipe's colour, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from gluon_bert.fileio import written_aside
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names = list(dict.fromkeys(each.recipe for each in found))
+    for each in found:
+        first = each.seed == next(run.seed for run in found if run.recipe == each.recipe)
+        label = RECIPES[each.recipe].title if first else None
+        color = f"C{names.index(each.recipe) % 10}"
+        axes.plot(*zip(*each.curve), "-o", ms=3, color=color, label=label)
+    axes.axhline(unigram, color="grey", ls="--", label=f"word frequencies alone = {unigram:.2f}")
+    axes.set(xlabel="minutes of training", ylabel="MLM loss on held-out text [nats]", xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    with written_aside(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def machine() -> dict[str, Any]:
+    """What the runs had to compute with."""
+    from gluon_bert.runtime import versions
+
+    return {"cores": os.cpu_count(), **versions()}
+
+
+if __name__ == "__main__":
+    run(main)
