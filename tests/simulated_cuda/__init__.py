@@ -1,0 +1,1 @@
+"""Tests on simulated GPUs: see README.md in this folder."""
