@@ -9,7 +9,7 @@ from typing import Any, List
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "BadInput": "errors",
+    "InputError": "errors",
     "BERTModel": "model.bert",
     "Config": "config",
     "DataConfig": "config",
@@ -17,14 +17,14 @@ _PUBLIC = {
     "PRESETS": "presets",
     "Predictor": "inference.predictor",
     "TrainConfig": "config",
-    "Report": "training.progress",
+    "ProgressLogger": "training.progress",
     "Trainer": "training.trainer",
     "Vocabulary": "data.vocab",
     "contexts": "devices",
     "create_run": "run",
     "encode": "inference.predictor",
     "export_mxnet": "export.exporter",
-    "load_data": "data.loader",
+    "load_pretraining_data": "data.loader",
     "load_exported": "export.exporter",
     "load_run": "run",
     "preset": "presets",

@@ -23,8 +23,8 @@ from typing import Any, Mapping, NamedTuple
 
 import numpy as np
 
-from .errors import BadInput
-from .fileio import digest, folder_aside, write_json
+from .errors import InputError
+from .fileio import atomic_folder, file_hash, write_json
 from .model.parameters import weights_of
 from .npz import read_arrays, write_arrays
 
@@ -69,7 +69,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, *, best: bool = False, ke
     latest and the best of before or of now: what gives way is deleted last, when the new one is on the disk.
     """
     path = _path(Path(folder), snapshot.step)
-    with folder_aside(path, replace=True) as aside:
+    with atomic_folder(path, replace=True) as aside:
         for name, arrays in ((WEIGHTS, snapshot.weights), (OPTIMIZER, snapshot.optimizer)):
             with (aside / name).open("wb") as file:
                 write_arrays(file, arrays)
@@ -85,7 +85,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, *, best: bool = False, ke
 
 
 def read_checkpoint(folder: Path, step: int, weights_only: bool = False) -> Snapshot:
-    """A checkpoint that `write_checkpoint` wrote, compared with its manifest; BadInput if it is damaged."""
+    """A checkpoint that `write_checkpoint` wrote, compared with its manifest; InputError if it is damaged."""
     path = _path(Path(folder), step)
     _check_files(path)
     weights = read_arrays(path / WEIGHTS)
@@ -95,22 +95,22 @@ def read_checkpoint(folder: Path, step: int, weights_only: bool = False) -> Snap
     return Snapshot(step, weights, read_arrays(path / OPTIMIZER), state)
 
 
-def latest_whole(folder: Path) -> Snapshot:
+def latest_valid(folder: Path) -> Snapshot:
     """The latest checkpoint that is whole and can be gone on from; each later one is told, and stays there.
 
-    Raises BadInput where there is none.
+    Raises InputError where there is none.
     """
     if not steps(folder):
-        raise BadInput(f"{folder}: has no checkpoint to go on from; begin the run anew with --config")
+        raise InputError(f"{folder}: has no checkpoint to go on from; begin the run anew with --config")
     for step in reversed(steps(folder)):
         try:
             snapshot = read_checkpoint(folder, step)
             if not snapshot.state:
-                raise BadInput(f"{_path(folder, step)}: has the weights only")
+                raise InputError(f"{_path(folder, step)}: has the weights only")
             return snapshot
-        except BadInput as problem:
+        except InputError as problem:
             log.warning("%s; the checkpoint before it is used", problem)
-    raise BadInput(f"{folder}: none of its checkpoints can be gone on from; begin anew with --config")
+    raise InputError(f"{folder}: none of its checkpoints can be gone on from; begin anew with --config")
 
 
 def steps(folder: Path) -> list[int]:
@@ -120,21 +120,21 @@ def steps(folder: Path) -> list[int]:
 
 
 def best_step(folder: Path) -> int | None:
-    """The step of the best checkpoint, None where no evaluation has told; BadInput where it is unreadable."""
+    """The step of the best checkpoint, None where no evaluation has told; InputError where it is unreadable."""
     path = Path(folder) / CHECKPOINTS / BEST
     try:
         return int(json.loads(path.read_text("utf-8"))["step"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise BadInput(f"{path}: cannot be read as the step of the best checkpoint ({error})") from error
+        raise InputError(f"{path}: cannot be read as the step of the best checkpoint ({error})") from error
 
 
 def find_checkpoint(folder: Path, which: str | int = "latest") -> int:
-    """The step of the checkpoint `latest`, `best` or of that step; BadInput tells which ones there are."""
+    """The step of the checkpoint `latest`, `best` or of that step; InputError tells which ones there are."""
     there = steps(folder)
     if not there:
-        raise BadInput(
+        raise InputError(
             f"{folder}: the run has no checkpoint yet: it keeps one with its first evaluation or at its end"
         )
     named = {"latest": there[-1], **{str(step): step for step in there}}
@@ -142,7 +142,7 @@ def find_checkpoint(folder: Path, which: str | int = "latest") -> int:
         best = best_step(folder)
         named.update({"best": best} if best in there else {})
     if str(which) not in named:
-        raise BadInput(f"--checkpoint {which}: {folder} has none of that name; it has {', '.join(named)}")
+        raise InputError(f"--checkpoint {which}: {folder} has none of that name; it has {', '.join(named)}")
     return named[str(which)]
 
 
@@ -151,38 +151,38 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def _described(path: Path) -> list[Any]:
-    return [path.stat().st_size, digest(path)]
+    return [path.stat().st_size, file_hash(path)]
 
 
 def _check_files(path: Path) -> None:
-    """Compare a checkpoint's files with its manifest; BadInput says which one is not what it says."""
+    """Compare a checkpoint's files with its manifest; InputError says which one is not what it says."""
     content = _object_in(path / MANIFEST)
     if content.get("format") != FORMAT:
-        raise BadInput(f"{path / MANIFEST}: format {content.get('format')}, where this reads {FORMAT}")
+        raise InputError(f"{path / MANIFEST}: format {content.get('format')}, where this reads {FORMAT}")
     described = content.get("files")
     if not isinstance(described, dict) or set(described) != {WEIGHTS, OPTIMIZER, STATE}:
-        raise BadInput(f"{path / MANIFEST}: does not describe the files {WEIGHTS}, {OPTIMIZER}, {STATE}")
+        raise InputError(f"{path / MANIFEST}: does not describe the files {WEIGHTS}, {OPTIMIZER}, {STATE}")
     for name, expected in described.items():
         # A link could lead out of the run's folder, and reading from a pipe would not end.
         if (path / name).is_symlink() or not (path / name).is_file():
-            raise BadInput(f"{path / name}: is missing, or no regular file")
+            raise InputError(f"{path / name}: is missing, or no regular file")
         try:
             found = _described(path / name)
         except OSError as error:
-            raise BadInput(f"{path / name}: cannot be read ({error.strerror or error})") from error
+            raise InputError(f"{path / name}: cannot be read ({error.strerror or error})") from error
         if found != expected:
-            raise BadInput(f"{path / name}: is damaged, it has not the content that {MANIFEST} says")
+            raise InputError(f"{path / name}: is damaged, it has not the content that {MANIFEST} says")
 
 
 def _object_in(path: Path) -> dict[str, Any]:
     if path.is_symlink() or not path.is_file():
-        raise BadInput(f"{path}: is missing, or no regular file")
+        raise InputError(f"{path}: is missing, or no regular file")
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from error
+        raise InputError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise BadInput(f"{path}: is no JSON object")
+        raise InputError(f"{path}: is no JSON object")
     return content
 
 

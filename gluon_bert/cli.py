@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, get_type_hints
 
 from . import devices
-from .config import GROUPS, Config, flag
-from .errors import BadInput, in_a_line
+from .config import GROUPS, Config, flag_name
+from .errors import InputError, one_line
 from .presets import PRESETS
 
 TITLES = {"model": "the network", "data": "the text and its masks", "train": "training"}
@@ -49,7 +49,7 @@ def add_field_flags(parser: Any, group: Any, default: Callable[[str], str]) -> N
     hints = get_type_hints(group)
     for field in dataclasses.fields(group):
         parser.add_argument(
-            flag(field.name),
+            flag_name(field.name),
             help=literal(f"{field.metadata['help']} ({default(field.name)})"),
             default=argparse.SUPPRESS,
             **_parsing(hints[field.name], field.metadata["choices"]),
@@ -71,7 +71,7 @@ def add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="latest",
         metavar="{latest,best,STEP}",
-        help="the network after the last step, the best one on held-out text, by the MLM loss or what a fine-"
+        help="the network after the last step, the best one on validation text, by the MLM loss or what a fine-"
         "tuned run chose it by, or that after a step (latest)",
     )
 
@@ -87,7 +87,7 @@ def device(arguments: argparse.Namespace) -> Any:
         return devices.contexts(cpus=1)[0]
     numbers = devices.parse_gpus(arguments.gpus)
     if len(numbers) > 1:
-        raise BadInput(f"--gpus {arguments.gpus}: this command computes on one device; name one GPU")
+        raise InputError(f"--gpus {arguments.gpus}: this command computes on one device; name one GPU")
     return devices.contexts(numbers)[0]
 
 
@@ -96,13 +96,13 @@ def run(main: Callable[[List[str]], int]) -> None:
     sys.exit(main(sys.argv[1:]))
 
 
-def command(
+def main_with_exit_status(
     parser: argparse.ArgumentParser,
     argv: List[str] | None,
     body: Callable[[argparse.Namespace], int],
     intermixed: bool = False,
 ) -> int:
-    """The exit status of a command: that of its body, which gets the flags, or as `guarded` has it.
+    """The exit status of a command: that of its body, which gets the flags, or as `run_command` has it.
 
     intermixed: arguments may stand between the flags.
     """
@@ -110,10 +110,10 @@ def command(
         arguments = (parser.parse_intermixed_args if intermixed else parser.parse_args)(argv)
     except SystemExit as stop:  # argparse has told what is wrong
         return int(stop.code or 0)
-    return guarded(lambda: body(arguments), parser.prog)
+    return run_command(lambda: body(arguments), parser.prog)
 
 
-def command_with_another(
+def main_with_inner_command(
     parser: argparse.ArgumentParser,
     argv: List[str] | None,
     body: Callable[[argparse.Namespace, List[str]], int],
@@ -121,14 +121,16 @@ def command_with_another(
     """As `command`, of a command line with another one behind --, which the body gets, too."""
     given = sys.argv[1:] if argv is None else list(argv)
     behind = given.index("--") if "--" in given else len(given)
-    return command(parser, given[:behind], lambda arguments: body(arguments, given[behind + 1 :]))
+    return main_with_exit_status(
+        parser, given[:behind], lambda arguments: body(arguments, given[behind + 1 :])
+    )
 
 
 class Terminated(BaseException):
     """SIGTERM, as KeyboardInterrupt is SIGINT."""
 
 
-def guarded(body: Callable[[], int], name: str) -> int:
+def run_command(body: Callable[[], int], name: str) -> int:
     """The exit status of a command: its own, 2 for bad input told in words, 130 or 143 if it was stopped."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr, force=True)
     try:
@@ -137,7 +139,7 @@ def guarded(body: Callable[[], int], name: str) -> int:
     except Terminated:
         print(f"{name}: stopped", file=sys.stderr)
         return 128 + signal.SIGTERM
-    except BadInput as error:
+    except InputError as error:
         for line in str(error).splitlines():
             print(f"{name}: {line}", file=sys.stderr)
         return 2
@@ -174,7 +176,7 @@ def _terminated_by_exception() -> Iterator[None]:
 def _failed(name: str, error: BaseException) -> int:
     """Tell in a line what went wrong outside the user's input; its origin only where the log asks for it."""
     logging.debug("where it went wrong", exc_info=error)
-    told = in_a_line(error)
+    told = one_line(error)
     if isinstance(error, OSError) and error.strerror:
         told = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if "Write incomplete" in told or "No space left" in told:
@@ -182,7 +184,7 @@ def _failed(name: str, error: BaseException) -> int:
             " (the disk is full, or a limit on the size of files is reached: make room, or write elsewhere)"
         )
     if isinstance(error, MemoryError) or "allocate" in told:
-        told += " (less memory: a smaller --batch-size, --max-len or network)"
+        told += " (less memory: a smaller --batch-size, --max-seq-length or network)"
     print(f"{name}: {type(error).__name__}: {told}", file=sys.stderr)
     return 1
 

@@ -1,6 +1,6 @@
 """What can be set: three frozen dataclasses, their presets and their JSON. Parses no command line.
 
-A field is the one place of its option: its name is the flag (`max_len` -> `--max-len`) and the JSON key,
+A field is the one place of its option: its name is the flag (`max_seq_length` -> `--max-seq-length`) and the JSON key,
 its metadata the help text and the bounds.
 """
 
@@ -11,10 +11,10 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Sequence, Tuple, get_type_hints
 
-from .errors import BadInput
+from .errors import InputError
 
 # [CLS] a [SEP] b [SEP] is 5 tokens; with fewer than 8 hardly a sentence keeps a second word.
-SHORTEST_MAX_LEN = 8
+SHORTEST_MAX_SEQ_LENGTH = 8
 
 
 def option(
@@ -70,7 +70,7 @@ class ModelConfig:
         "zeros",
         "the MLM decoder's biases begin at zero, or so that its first scores are the frequencies of the "
         "words, which then need not be learnt",
-        choices=("zeros", "frequencies"),
+        choices=("zeros", "unigram"),
     )
 
 
@@ -93,7 +93,7 @@ class DataConfig:
         choices=("auto", "wikitext", "articles", "sentences", "prose", "paragraphs"),
     )
     language: str = option("en", "of running text, as a two-letter code: the rules its sentences end by")
-    held_out: float = option(
+    validation_fraction: float = option(
         0.05,
         "share of the documents kept for evaluation, unless the corpus has a file of its own for that",
         at_least=0.0,
@@ -123,21 +123,21 @@ class DataConfig:
     min_freq: int = option(
         5, "of rarer pieces WordPiece makes no token; rarer words become <unk>", at_least=1
     )
-    max_len: int = option(
-        64, "T, the longest pair in tokens, with its <cls> and two <sep>", at_least=SHORTEST_MAX_LEN
+    max_seq_length: int = option(
+        64, "T, the longest pair in tokens, with its <cls> and two <sep>", at_least=SHORTEST_MAX_SEQ_LENGTH
     )
     pairs: str = option(
         "sentences",
-        "a segment is one sentence, or as many as fill --max-len in two segments (packed, as the original "
+        "a segment is one sentence, or as many as fill --max-seq-length in two segments (packed, as the original "
         "BERT has), truncated at either end",
         choices=("sentences", "packed"),
     )
     # Devlin et al. 2018's code, create_pretraining_data.py, as is its value.
-    short_pair_rate: float = option(
+    short_seq_prob: float = option(
         0.1, "share of packed pairs that aim at a random shorter length", at_least=0.0, at_most=1.0
     )
     long_pairs: str = option(
-        "truncate", "what to do with pairs of sentences above --max-len", choices=("truncate", "drop")
+        "truncate", "what to do with pairs of sentences above --max-seq-length", choices=("truncate", "drop")
     )
     negatives: str = option(
         "matched",
@@ -145,11 +145,11 @@ class DataConfig:
         "first sentence, like a true one; packed ones also as long as a true one)",
         choices=("matched", "any"),
     )
-    negative_rate: float = option(
+    random_next_prob: float = option(
         0.5, "share of pairs with a random second sentence", at_least=0.0, at_most=1.0
     )
-    redraw: bool = option(True, "draw pairs and masks anew each epoch, not once for all")
-    mask_rate: float = option(
+    dynamic_masking: bool = option(True, "draw pairs and masks anew each epoch, not once for all")
+    mlm_probability: float = option(
         0.15, "share of a pair's tokens to predict; one at least", at_least=0.001, at_most=1.0
     )
     mask_count: str = option(
@@ -174,9 +174,9 @@ class DataConfig:
     )
     predict_unknown: bool = option(False, "let <unk> be a word to predict")
     num_buckets: int = option(
-        1, "batches of like length, padded to this many lengths; 1: all to --max-len", at_least=1
+        1, "batches of like length, padded to this many lengths; 1: all to --max-seq-length", at_least=1
     )
-    num_workers: int = option(
+    preprocessing_workers: int = option(
         0,
         "processes that prepare the text; 0: this one; large texts want one for each core",
         at_least=0,
@@ -230,7 +230,7 @@ class TrainConfig:
         "as a cosine",
         choices=("constant", "linear", "cosine"),
     )
-    warmup: float = option(
+    warmup_ratio: float = option(
         0.0, "share of the run over which the learning rate rises to --lr", at_least=0.0, at_most=1.0
     )
     optimizer: str = option(
@@ -265,23 +265,23 @@ class TrainConfig:
     log_every: int = option(10, "steps between two lines of the log", at_least=1, may_change=True)
     eval_every: int = option(
         0,
-        "steps between two evaluations on held-out text; 0: at the end only",
+        "steps between two evaluations on validation text; 0: at the end only",
         at_least=0,
         may_change=True,
     )
     patience: int = option(
         0,
         "end the run after this many evaluations in a row that were no better than the best, by the MLM loss "
-        "on held-out text; 0: never",
+        "on validation text; 0: never",
         at_least=0,
         may_change=True,
     )
-    bad_numbers: str = option(
+    on_nonfinite: str = option(
         "stop",
         "what to do when a loss or a gradient is no number: stop, skip the step (the weights stay as they "
         "were; ten in a row stop the run), or go back to the latest checkpoint and on with other batches "
         "(three times from one checkpoint, then stop)",
-        choices=("stop", "skip", "back"),
+        choices=("stop", "skip", "rollback"),
         may_change=True,
     )
     max_loss: float = option(
@@ -290,13 +290,13 @@ class TrainConfig:
         at_least=0.0,
         may_change=True,
     )
-    debug_batch: bool = option(
-        False, "write the batch of a step whose numbers went wrong to RUN/bad-batches/", may_change=True
+    save_nonfinite_batch: bool = option(
+        False, "write the batch of a step whose numbers went wrong to RUN/nonfinite-batches/", may_change=True
     )
-    full_disk: str = option(
+    on_checkpoint_error: str = option(
         "stop",
         "what to do when a checkpoint cannot be written: stop, or go on and try again with the next one",
-        choices=("stop", "go-on"),
+        choices=("stop", "continue"),
         may_change=True,
     )
     checkpoint_every: int = option(
@@ -307,7 +307,7 @@ class TrainConfig:
         may_change=True,
     )
     # Two, so that there is one before the latest, should that be damaged.
-    keep: int = option(
+    keep_checkpoints: int = option(
         2, "how many of the latest checkpoints stay, beside the best; 0: all", at_least=0, may_change=True
     )
 
@@ -321,14 +321,16 @@ class FineTuneConfig:
     epochs: int = option(3, "how often each example is seen", at_least=1)
     batch_size: int = option(32, "examples an optimizer step", at_least=1)
     lr: float = option(5e-5, "the learning rate at its peak; small networks want up to 3e-4", at_least=0.0)
-    warmup: float = option(
+    warmup_ratio: float = option(
         0.1, "share of the steps over which the learning rate rises", at_least=0.0, at_most=0.99
     )
     weight_decay: float = option(0.01, "as in pretraining", at_least=0.0, at_most=1.0)
     clip_norm: float = option(1.0, "the largest norm of the gradient; 0: no limit", at_least=0.0, at_most=1e6)
     dropout: float = option(0.1, "dropout rate", at_least=0.0, at_most=0.9)
-    max_len: int = option(0, "tokens of a text that are read; 0: as many as in pretraining", at_least=0)
-    best_by: str = option(
+    max_seq_length: int = option(
+        0, "tokens of a text that are read; 0: as many as in pretraining", at_least=0
+    )
+    best_metric: str = option(
         "auto",
         "the metric by which the best epoch is chosen (accuracy of classes, Pearson's correlation of scores)",
         choices=("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse"),
@@ -350,15 +352,15 @@ class Config:
 
     @classmethod
     def from_json(cls, groups: Mapping[str, Any], where: str = "config") -> Config:
-        """The configuration that `to_json` gave; BadInput names an unknown or ill-typed key."""
+        """The configuration that `to_json` gave; InputError names an unknown or ill-typed key."""
         fields: Dict[str, Dict[str, Any]] = {name: {} for name in GROUPS}
         for group, values in groups.items():
             if group not in GROUPS or not isinstance(values, Mapping):
-                raise BadInput(f"{where}: {group!r} is no group; the groups are {', '.join(GROUPS)}")
+                raise InputError(f"{where}: {group!r} is no group; the groups are {', '.join(GROUPS)}")
             for name, value in values.items():
                 hint = get_type_hints(GROUPS[group]).get(name)
                 if hint is None:
-                    raise BadInput(f"{where}: unknown key {group}.{name}")
+                    raise InputError(f"{where}: unknown key {group}.{name}")
                 fields[group][name] = _typed(value, hint, f"{where}: {group}.{name}")
         return cls(**{name: group(**fields[name]) for name, group in GROUPS.items()})
 
@@ -379,39 +381,39 @@ class Config:
         for group_name, kind in GROUPS.items():
             hints = get_type_hints(kind)
             changes = {
-                name: _typed(values.pop(name), hints[name], flag(name))
+                name: _typed(values.pop(name), hints[name], flag_name(name))
                 for name in hints.keys() & values.keys()
             }
             groups[group_name] = dataclasses.replace(getattr(self, group_name), **changes)
         if values:
-            raise BadInput(f"unknown option {', '.join(sorted(values))}")
+            raise InputError(f"unknown option {', '.join(sorted(values))}")
         return Config(**groups)
 
     def check(self) -> None:
-        """Raise one BadInput that tells everything that is wrong, a line a problem, naming the flags."""
+        """Raise one InputError that tells everything that is wrong, a line a problem, naming the flags."""
         problems = [problem for group in GROUPS for problem in problems_of(getattr(self, group))]
-        if self.data.max_len > self.model.max_positions:
+        if self.data.max_seq_length > self.model.max_positions:
             problems.append(
-                f"--max-len {self.data.max_len}: must not exceed --max-positions {self.model.max_positions}"
+                f"--max-seq-length {self.data.max_seq_length}: must not exceed --max-positions {self.model.max_positions}"
             )
-        if self.data.extend_vocab and not self.data.vocab_file and self.model.init in DRAWN:
+        if self.data.extend_vocab and not self.data.vocab_file and self.model.init in RANDOM_INITS:
             problems.append(
                 f"--extend-vocab {self.data.extend_vocab}: has no effect, it needs --vocab-file or --init RUN"
             )
         if self.train.lr == 0:
             problems.append("--lr 0.0: must be above 0")
         if problems:
-            raise BadInput("\n".join(problems))
+            raise InputError("\n".join(problems))
 
 
 # Ways to draw the first weights; any other --init names a run.
-DRAWN = ("xavier", "normal")
+RANDOM_INITS = ("xavier", "normal")
 
 GROUPS: Dict[str, Any] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 
 
-def flag(name: str) -> str:
-    """The flag of a field: `max_len` -> `--max-len`."""
+def flag_name(name: str) -> str:
+    """The flag of a field: `max_seq_length` -> `--max-seq-length`."""
     return "--" + name.replace("_", "-")
 
 
@@ -424,35 +426,35 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     elif type(value) is hint:
         return value
     kind = "list of strings" if hint == Tuple[str, ...] else hint.__name__
-    raise BadInput(f"{where} is {value!r}, which is no {kind}")
+    raise InputError(f"{where} is {value!r}, which is no {kind}")
 
 
 def changeable() -> List[str]:
     """The flags that may change when a run is resumed."""
     fields = (f for group in GROUPS.values() for f in dataclasses.fields(group))
-    return [flag(f.name) for f in fields if f.metadata["may_change"]]
+    return [flag_name(f.name) for f in fields if f.metadata["may_change"]]
 
 
-def refuse_changes(before: Config, after: Config, where: str) -> None:
-    """Raise BadInput where a resumed run would be another one; names everything that may not change."""
+def check_changes(before: Config, after: Config, where: str) -> None:
+    """Raise InputError where a resumed run would be another one; names everything that may not change."""
     problems = []
     for group in GROUPS:
         for f in dataclasses.fields(getattr(before, group)):
             old, new = (getattr(getattr(config, group), f.name) for config in (before, after))
             if old != new and not f.metadata["may_change"]:
                 problems.append(
-                    f"{flag(f.name)} {new}: {where} was begun with {old}, which cannot change when it goes on"
+                    f"{flag_name(f.name)} {new}: {where} was begun with {old}, which cannot change when it goes on"
                 )
     if problems:
         may = f"what may change: {', '.join(changeable())}; another run begins with --config"
-        raise BadInput("\n".join([*problems, may]))
+        raise InputError("\n".join([*problems, may]))
 
 
 def check_group(group: Any) -> None:
-    """Raise BadInput where one group of the configuration cannot be used, whatever the others are."""
+    """Raise InputError where one group of the configuration cannot be used, whatever the others are."""
     problems = problems_of(group)
     if problems:
-        raise BadInput("\n".join(problems))
+        raise InputError("\n".join(problems))
 
 
 def problems_of(group: Any) -> List[str]:
@@ -463,11 +465,11 @@ def problems_of(group: Any) -> List[str]:
         low, high, choices = meta["at_least"], meta["at_most"], meta["choices"]
         # "not above" rather than "below", so that a NaN is refused too.
         if low is not None and not value >= low:
-            problems.append(f"{flag(f.name)} {value}: must be at least {low}")
+            problems.append(f"{flag_name(f.name)} {value}: must be at least {low}")
         elif high is not None and not value <= high:
-            problems.append(f"{flag(f.name)} {value}: must be at most {high}")
+            problems.append(f"{flag_name(f.name)} {value}: must be at most {high}")
         elif choices and value not in choices:
-            problems.append(f"{flag(f.name)} {value}: must be one of {', '.join(choices)}")
+            problems.append(f"{flag_name(f.name)} {value}: must be one of {', '.join(choices)}")
     return problems + _CONTRADICTIONS[type(group)](group)
 
 
@@ -475,8 +477,8 @@ def _model_contradictions(model: ModelConfig) -> List[str]:
     if model.num_heads > 0 and model.units % model.num_heads:
         return [f"--num-heads {model.num_heads}: must divide --units {model.units}"]
     if not model.init:
-        return [f"--init: must be {', '.join(DRAWN)} or the folder of a run"]
-    if model.init in DRAWN and model.init_checkpoint != "latest":
+        return [f"--init: must be {', '.join(RANDOM_INITS)} or the folder of a run"]
+    if model.init in RANDOM_INITS and model.init_checkpoint != "latest":
         return [f"--init-checkpoint {model.init_checkpoint}: has no effect, it needs --init RUN"]
     return []
 
@@ -488,8 +490,10 @@ def _data_contradictions(data: DataConfig) -> List[str]:
             f"--mask-token-rate {data.mask_token_rate} and --random-token-rate {data.random_token_rate}: "
             "must not exceed 1 together"
         )
-    if data.num_buckets > data.max_len:
-        problems.append(f"--num-buckets {data.num_buckets}: must not exceed --max-len {data.max_len}")
+    if data.num_buckets > data.max_seq_length:
+        problems.append(
+            f"--num-buckets {data.num_buckets}: must not exceed --max-seq-length {data.max_seq_length}"
+        )
     if data.masking == "ngrams" and data.max_ngram == 1:
         problems.append("--max-ngram 1: must be at least 2 for --masking ngrams; one word is --masking words")
     if data.pairs == "packed" and data.long_pairs == "drop":
@@ -508,12 +512,12 @@ def _without_effect(data: DataConfig) -> List[str]:
             "needs --tokenizer wordpiece; a vocabulary of words is the vocab.json of a run",
         ),
         "vocab_size": (makes_pieces, "needs --tokenizer wordpiece, and no --vocab-file, which has its size"),
-        "short_pair_rate": (data.pairs == "packed", "needs --pairs packed"),
+        "short_seq_prob": (data.pairs == "packed", "needs --pairs packed"),
         "max_ngram": (data.masking == "ngrams", "needs --masking ngrams"),
     }
     defaults = DataConfig()
     return [
-        f"{flag(name)} {getattr(data, name)}: has no effect, it {needs}"
+        f"{flag_name(name)} {getattr(data, name)}: has no effect, it {needs}"
         for name, (is_used, needs) in used.items()
         if not is_used and getattr(data, name) != getattr(defaults, name)
     ]
@@ -528,14 +532,14 @@ def _train_contradictions(train: TrainConfig) -> List[str]:
         )
     if train.num_steps == 0 and train.max_minutes == 0:
         problems.append("--num-steps 0: must be at least 1, or --max-minutes must end the run")
-    if train.warmup == 1 and train.schedule != "constant":
+    if train.warmup_ratio == 1 and train.schedule != "constant":
         problems.append(
-            f"--warmup 1.0: leaves nothing of the run for --schedule {train.schedule} to fall in; a smaller "
+            f"--warmup-ratio 1.0: leaves nothing of the run for --schedule {train.schedule} to fall in; a smaller "
             "share, or --schedule constant"
         )
-    if train.max_loss and train.bad_numbers == "skip":
+    if train.max_loss and train.on_nonfinite == "skip":
         problems.append(
-            f"--max-loss {train.max_loss}: is seen when its steps are made; --bad-numbers stop or back goes "
+            f"--max-loss {train.max_loss}: is seen when its steps are made; --on-nonfinite stop or back goes "
             "with it"
         )
     if train.patience and not train.eval_every:

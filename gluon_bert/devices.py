@@ -7,21 +7,21 @@ import re
 from typing import Any, Sequence
 
 from . import runtime
-from .errors import BadInput, in_words
+from .errors import InputError, join_words
 
 
 def parse_gpus(text: str) -> list[int]:
-    """The GPU numbers of a flag: "0,1" -> [0, 1]; raises BadInput for anything else."""
+    """The GPU numbers of a flag: "0,1" -> [0, 1]; raises InputError for anything else."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise BadInput(f"--gpus {text!r}: numbers with commas between them, such as 0 or 0,1")
+        raise InputError(f"--gpus {text!r}: numbers with commas between them, such as 0 or 0,1")
     numbers = [int(part) for part in parts]
-    refuse_repeated_gpus(numbers)
+    check_distinct_gpus(numbers)
     return numbers
 
 
 def parse_contexts(names: Sequence[str]) -> tuple[list[int] | None, int | None]:
-    """Contexts as a run records them, to what `contexts` takes; BadInput for what it cannot have recorded.
+    """Contexts as a run records them, to what `contexts` takes; InputError for what it cannot have recorded.
 
     >>> parse_contexts(["cpu(0)", "cpu(1)"]), parse_contexts(["gpu(3)"])
     ((None, 2), ([3], None))
@@ -29,85 +29,85 @@ def parse_contexts(names: Sequence[str]) -> tuple[list[int] | None, int | None]:
     found = [re.fullmatch(r"([cg]pu)\(([0-9]{1,4})\)", str(name)) for name in names]
     kinds = {match[1] for match in found if match}
     if not all(found) or len(kinds) != 1:
-        raise BadInput(f"the contexts of the run are {names!r}; say with --gpus or --cpus where it goes on")
+        raise InputError(f"the contexts of the run are {names!r}; say with --gpus or --cpus where it goes on")
     return ([int(match[2]) for match in found if match], None) if kinds == {"gpu"} else (None, len(names))
 
 
 def contexts(gpus: Sequence[int] | None = None, cpus: int | None = None) -> list[Any]:
     """The contexts to train on: the GPUs named, or `cpus` CPU contexts, or else every GPU, or else one CPU.
 
-    Never falls back to the CPU when GPUs were named. Raises BadInput for a GPU that is not there, is named
+    Never falls back to the CPU when GPUs were named. Raises InputError for a GPU that is not there, is named
     twice, or cannot run this MXNet.
     """
     if gpus is not None and cpus is not None:
-        raise BadInput("--gpus and --cpus exclude each other: give one of them")
+        raise InputError("--gpus and --cpus exclude each other: give one of them")
     mx = runtime.import_mxnet()
     if cpus is not None:
         if cpus < 1:
-            raise BadInput(f"--cpus {cpus}: at least 1")
+            raise InputError(f"--cpus {cpus}: at least 1")
         return [mx.cpu(number) for number in range(cpus)]
     # Asked beforehand, since mx.gpu(0) fails only where it is first used.
     count = gpu_count()
     capabilities = compute_capabilities(runtime.load_driver()) if runtime.has_cuda_wheel() else []
-    refuse_old_driver(count, capabilities)
+    check_driver(count, capabilities)
     if gpus is None:
         gpus = range(count)
     else:
-        refuse_absent_gpus(gpus, count)
+        check_gpus_exist(gpus, count)
     if not gpus:
         return [mx.cpu(0)]
-    refuse_foreign_gpus(gpus, capabilities)
+    check_gpu_architecture(gpus, capabilities)
     return [mx.gpu(number) for number in gpus]
 
 
 def gpu_count() -> int:
-    """The number of GPUs that MXNet sees, without touching one; raises BadInput if CUDA itself fails."""
+    """The number of GPUs that MXNet sees, without touching one; raises InputError if CUDA itself fails."""
     mx = runtime.import_mxnet()
     try:
         return int(mx.context.num_gpus())
     except mx.MXNetError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise BadInput(
+        raise InputError(
             f"CUDA cannot count the GPUs ({reason}): see whether nvidia-smi works, or use --cpus 1"
         ) from error
 
 
-def refuse_old_driver(count: int, capabilities: Sequence[tuple[int, int]]) -> None:
-    """Raises BadInput if the driver has GPUs of which MXNet sees none.
+def check_driver(count: int, capabilities: Sequence[tuple[int, int]]) -> None:
+    """Raises InputError if the driver has GPUs of which MXNet sees none.
 
     MXNet takes the error "driver too old" for "no GPU", and would train on the CPU without a word.
     """
     if capabilities and not count:
-        raise BadInput(
+        raise InputError(
             f"the NVIDIA driver lists {listed(range(len(capabilities)))} but is too old for CUDA 11: "
             "install version 450.80.02 or later, or use --cpus 1"
         )
 
 
-def refuse_repeated_gpus(gpus: Sequence[int]) -> None:
-    """Raises BadInput if a GPU is named twice: the two shards would only wait for each other."""
+def check_distinct_gpus(gpus: Sequence[int]) -> None:
+    """Raises InputError if a GPU is named twice: the two shards would only wait for each other."""
     repeated = sorted({number for number in gpus if list(gpus).count(number) > 1})
     if repeated:
-        raise BadInput(f"--gpus {flag(gpus)}: {listed(repeated)} named more than once")
+        raise InputError(f"--gpus {format_gpu_ids(gpus)}: {listed(repeated)} named more than once")
 
 
-def refuse_absent_gpus(gpus: Sequence[int], count: int) -> None:
-    """Raises BadInput, which says what is there, unless `gpus` are some of the numbers below `count`."""
+def check_gpus_exist(gpus: Sequence[int], count: int) -> None:
+    """Raises InputError, which says what is there, unless `gpus` are some of the numbers below `count`."""
     if not gpus:
-        raise BadInput("--gpus: at least one number, such as 0 or 0,1")
-    refuse_repeated_gpus(gpus)
+        raise InputError("--gpus: at least one number, such as 0 or 0,1")
+    check_distinct_gpus(gpus)
     if count and not all(0 <= number < count for number in gpus):
-        raise BadInput(f"--gpus {flag(gpus)}: this machine has {listed(range(count))}")
+        raise InputError(f"--gpus {format_gpu_ids(gpus)}: this machine has {listed(range(count))}")
     if not count and not built_with_cuda():
         wheel = runtime.the_only_wheel(runtime.installed_wheels())
-        raise BadInput(
-            f"--gpus {flag(gpus)}: this MXNet ({wheel or 'not from a wheel'}) is built without CUDA; "
+        raise InputError(
+            f"--gpus {format_gpu_ids(gpus)}: this MXNet ({wheel or 'not from a wheel'}) is built without CUDA; "
             f"pip uninstall -y {wheel.name if wheel else 'mxnet'}, then {runtime.INSTALL_CUDA}, "
             "or leave --gpus out to use the CPU"
         )
     if not count:
-        raise BadInput(
-            f"--gpus {flag(gpus)}: MXNet sees no GPU here; see whether nvidia-smi lists one "
+        raise InputError(
+            f"--gpus {format_gpu_ids(gpus)}: MXNet sees no GPU here; see whether nvidia-smi lists one "
             "and CUDA_VISIBLE_DEVICES does not hide it, or leave --gpus out to use the CPU"
         )
 
@@ -117,8 +117,8 @@ def built_with_cuda() -> bool:
     return bool(runtime.import_mxnet().runtime.Features().is_enabled("CUDA"))
 
 
-def refuse_foreign_gpus(gpus: Sequence[int], capabilities: Sequence[tuple[int, int]]) -> None:
-    """Raises BadInput if one of `gpus` cannot run the CUDA wheel's kernels.
+def check_gpu_architecture(gpus: Sequence[int], capabilities: Sequence[tuple[int, int]]) -> None:
+    """Raises InputError if one of `gpus` cannot run the CUDA wheel's kernels.
 
     `capabilities[number]` is the compute capability of GPU `number`. The wheel holds machine code for 5.0,
     6.0, 7.0, 8.0 and 8.6 and no PTX that the driver could translate: each serves the later minor versions of
@@ -131,10 +131,10 @@ def refuse_foreign_gpus(gpus: Sequence[int], capabilities: Sequence[tuple[int, i
     }
     if foreign:
         rest = [number for number in gpus if number not in foreign]
-        raise BadInput(
+        raise InputError(
             f"{listed(list(foreign))} cannot run {runtime.CUDA_WHEEL} (compute capability "
-            f"{in_words(list(foreign.values()))}; it is built for 5.0 to 8.9, Maxwell to Ada): "
-            + (f"use --gpus {flag(rest)}" if rest else "use another GPU, or --cpus 1")
+            f"{join_words(list(foreign.values()))}; it is built for 5.0 to 8.9, Maxwell to Ada): "
+            + (f"use --gpus {format_gpu_ids(rest)}" if rest else "use another GPU, or --cpus 1")
         )
 
 
@@ -148,7 +148,7 @@ def compute_capabilities(driver: ctypes.CDLL) -> list[tuple[int, int]]:
     def ask(function: str, *arguments: Any) -> None:
         code = driver[function](*arguments)
         if code:
-            raise BadInput(
+            raise InputError(
                 f"the NVIDIA driver answers {function} with error {code}: see whether nvidia-smi works, "
                 "or use --cpus 1"
             )
@@ -169,11 +169,11 @@ def compute_capabilities(driver: ctypes.CDLL) -> list[tuple[int, int]]:
     return capabilities
 
 
-def flag(gpus: Sequence[int]) -> str:
+def format_gpu_ids(gpus: Sequence[int]) -> str:
     """GPU numbers as --gpus takes them: [0, 1] -> "0,1"; the inverse of parse_gpus."""
     return ",".join(map(str, gpus))
 
 
 def listed(gpus: Sequence[int]) -> str:
     """GPU numbers in words: [0] -> "GPU 0", [0, 1, 2] -> "GPUs 0, 1 and 2"."""
-    return f"GPU{'s' if len(gpus) > 1 else ''} {in_words([str(number) for number in gpus])}"
+    return f"GPU{'s' if len(gpus) > 1 else ''} {join_words([str(number) for number in gpus])}"

@@ -15,19 +15,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Iterator, Mapping
 
-from .errors import BadInput
+from .errors import InputError
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def written_aside(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file open for writing that takes its name only when the block ends without an error.
 
     Until then the bytes are in a hidden neighbour, the file's `name`, so a reader of `path` sees the old
     content or the new, never a part. Text is UTF-8 with Unix line ends.
 
-    >>> with written_aside(Path("notes.txt")) as f:     # doctest: +SKIP
+    >>> with atomic_write(Path("notes.txt")) as f:     # doctest: +SKIP
     ...     f.write("whole or not at all")
     """
     path = Path(path)
@@ -50,7 +50,7 @@ def written_aside(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextmanager
-def folder_aside(path: Path, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """A new folder to fill, which takes its name only when the block ends without an error.
 
     Until then it is a hidden neighbour. A folder of that name gives way: an empty one, or, where `replace` is
@@ -78,8 +78,8 @@ def folder_aside(path: Path, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what `written_aside` and `folder_aside` left in a folder whose process was killed meanwhile."""
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what `atomic_write` and `atomic_folder` left in a folder whose process was killed meanwhile."""
     for path in folder.glob(".*.part"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -97,15 +97,15 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def held_alone(folder: Path, flag: str) -> Iterator[None]:
-    """The folder for this process alone; BadInput, which names the flag, where another one has it.
+def exclusive_lock(folder: Path, flag: str) -> Iterator[None]:
+    """The folder for this process alone; InputError, which names the flag, where another one has it.
 
     The lock is gone with the process that holds it, however that ends.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         if not lock(handle, folder, "train there", wait=False):
-            raise BadInput(
+            raise InputError(
                 f"{flag} {folder}: another process is training there; wait for its end, or stop it"
             )
         yield
@@ -128,13 +128,13 @@ def lock(handle: int, folder: Path, purpose: str, wait: bool) -> bool:
     return True
 
 
-def digest(path: Path, algorithm: str = "sha256") -> str:
+def file_hash(path: Path, algorithm: str = "sha256") -> str:
     """A file's hash in hexadecimal."""
     with path.open("rb") as file:
-        return stream_digest(file, algorithm)
+        return stream_hash(file, algorithm)
 
 
-def stream_digest(file: IO[bytes], algorithm: str) -> str:
+def stream_hash(file: IO[bytes], algorithm: str) -> str:
     """The hash, in hexadecimal, of what is still to be read of a file; read piece by piece."""
     content = hashlib.new(algorithm)
     for block in iter(lambda: file.read(1 << 20), b""):
@@ -150,13 +150,13 @@ def _umask() -> int:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    with written_aside(path) as file:
-        json.dump(without_nan(content), file, indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_write(path) as file:
+        json.dump(nan_to_null(content), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
 
 
-def without_nan(content: Any) -> Any:
+def nan_to_null(content: Any) -> Any:
     """Plain values with null for every number that JSON has no word for."""
     if isinstance(content, Mapping):
-        return {name: without_nan(value) for name, value in content.items()}
+        return {name: nan_to_null(value) for name, value in content.items()}
     return None if isinstance(content, float) and not math.isfinite(content) else content

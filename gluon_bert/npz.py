@@ -9,7 +9,7 @@ from typing import IO, Any, Mapping
 
 import numpy as np
 
-from .errors import BadInput
+from .errors import InputError
 
 # All that is written, and all that is read: what NumPy puts before an array's values, format 1.0.
 _DTYPES: dict[bytes, Any] = {name: np.dtype(name.decode()) for name in (b"<f4", b"<u2", b"<i4", b"<i8")}
@@ -30,7 +30,7 @@ def write_arrays(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays in a file that `write_arrays` wrote; BadInput where it is another, or damaged.
+    """The arrays in a file that `write_arrays` wrote; InputError where it is another, or damaged.
 
     A file takes no more memory than it has bytes, whatever it says of itself, and nothing in it is executed.
     """
@@ -38,22 +38,22 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             arrays: dict[str, np.ndarray] = {}
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise BadInput(f"{path}: says that it holds more than it does")
+                raise InputError(f"{path}: says that it holds more than it does")
             for entry in archive.infolist():
                 name, ending = entry.filename[:-4], entry.filename[-4:]
                 if ending != ".npy" or name in arrays or entry.compress_type != zipfile.ZIP_STORED:
-                    raise BadInput(f"{path}: {entry.filename!r} in it is not what this package writes")
+                    raise InputError(f"{path}: {entry.filename!r} in it is not what this package writes")
                 arrays[name] = _array(archive, entry)
             return arrays
-    except BadInput:
+    except InputError:
         raise
     # Of a damaged archive zipfile tells in many ways, of which not all are its own.
     except (OSError, EOFError, ValueError, OverflowError, RuntimeError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path}: cannot be read as arrays ({error or type(error).__name__})") from error
+        raise InputError(f"{path}: cannot be read as arrays ({error or type(error).__name__})") from error
     except Exception as error:
         if type(error).__module__ not in ("zlib", "struct"):
             raise
-        raise BadInput(f"{path}: cannot be read as arrays ({error})") from error
+        raise InputError(f"{path}: cannot be read as arrays ({error})") from error
 
 
 def mapped_array(path: Path) -> np.ndarray:

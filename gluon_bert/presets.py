@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .config import Config, DataConfig, ModelConfig, TrainConfig
-from .errors import BadInput
+from .errors import InputError
 
 
 def _bert(layers: int, units: int, batch_size: int) -> Config:
@@ -21,7 +21,7 @@ def _bert(layers: int, units: int, batch_size: int) -> Config:
         tied_decoder=True,
         init="normal",
     )
-    data = DataConfig(max_len=128, pairs="packed", num_buckets=4)
+    data = DataConfig(max_seq_length=128, pairs="packed", num_buckets=4)
     train = TrainConfig(
         batch_size=batch_size,
         num_steps=1000,
@@ -30,7 +30,7 @@ def _bert(layers: int, units: int, batch_size: int) -> Config:
         schedule="linear",
         # There 10,000 of 1,000,000 steps; in their code's defaults (run_pretraining.py) of 100,000. A short
         # run needs the larger share: the running means must settle before the steps are long.
-        warmup=0.1,
+        warmup_ratio=0.1,
         # In their code (optimization.py), not in the paper: no bias correction, this epsilon, clipping to 1.
         optimizer="bertadam",
         epsilon=1e-6,
@@ -48,7 +48,7 @@ PRESETS: dict[str, Config] = {
         DataConfig(
             long_pairs="drop",
             negatives="any",
-            redraw=False,
+            dynamic_masking=False,
             mask_count="round",
             random_token="any",
             predict_unknown=True,
@@ -57,11 +57,11 @@ PRESETS: dict[str, Config] = {
     ),
     # What learnt the most of WikiText-2 in half an hour on two cores: docs/learning.md has the comparison.
     "quick": _bert(2, 128, 64).replace(
-        max_len=64,
+        max_seq_length=64,
         pairs="sentences",
-        mask_rate=0.3,
+        mlm_probability=0.3,
         dropout=0.0,
-        decoder_bias="frequencies",
+        decoder_bias="unigram",
         optimizer="adamw",
         lr=2e-3,
         num_steps=6000,
@@ -76,7 +76,7 @@ PRESETS: dict[str, Config] = {
 
 
 def preset(name: str) -> Config:
-    """The configuration of that name; BadInput lists the names there are."""
+    """The configuration of that name; InputError lists the names there are."""
     if name not in PRESETS:
-        raise BadInput(f"--preset {name}: must be one of {', '.join(PRESETS)}")
+        raise InputError(f"--preset {name}: must be one of {', '.join(PRESETS)}")
     return PRESETS[name]

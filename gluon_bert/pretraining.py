@@ -13,10 +13,10 @@ from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 from . import devices, runtime
 from .cli import Terminated
 from .config import Config
-from .errors import BadInput
+from .errors import InputError
 
 
-class Given(NamedTuple):
+class RunContext(NamedTuple):
     """What the steps of a run are made with; `snapshot`: the checkpoint that they go on from."""
 
     config: Config
@@ -29,17 +29,17 @@ class Given(NamedTuple):
     snapshot: Any = None
 
 
-def train(given: Given) -> int:
+def train(given: RunContext) -> int:
     """The steps of a run, from the first or from a checkpoint on, and what they leave in its folder."""
     from . import ops
     from .system import machine_memory, peak_memory
-    from .training.checkpointer import CheckpointSaver, cost_in_words
-    from .training.progress import Report
-    from .training.resources import plan
+    from .training.checkpointer import AsyncCheckpointer, format_checkpoint_timing
+    from .training.progress import ProgressLogger
+    from .training.resources import estimate_resources
 
     config, contexts, output, snapshot = given.config.train, given.contexts, given.output, given.snapshot
-    print(f"{describe(given)}\noperators: {ops.in_use(contexts)}", file=sys.stderr)
-    planned = plan(
+    print(f"{describe(given)}\noperators: {ops.describe(contexts)}", file=sys.stderr)
+    planned = estimate_resources(
         given.config, len(given.data.vocab), len(contexts), ops.compiled(contexts), given.workers.count
     )
     print(planned.in_words(config.batch_size, machine_memory(contexts)), file=sys.stderr)
@@ -47,11 +47,11 @@ def train(given: Given) -> int:
     trainer = trainer_of(given)
     if snapshot is not None:
         print(f"going on after step {snapshot.step}", file=sys.stderr)
-    run = trainer.standing
-    report = Report(output, config, given.data, step=run.step, best=run.best, log_bytes=run.log_bytes)
-    saver = CheckpointSaver(output, config, report)
+    run = trainer.state
+    report = ProgressLogger(output, config, given.data, step=run.step, best=run.best, log_bytes=run.log_bytes)
+    saver = AsyncCheckpointer(output, config, report)
     try:
-        with signals_between_steps(trainer):
+        with stop_between_steps(trainer):
             try:
                 if not given.workers.alone and snapshot is None:
                     saver.save(trainer)  # so that the job can be restarted, whenever it fails
@@ -63,42 +63,42 @@ def train(given: Given) -> int:
             f"the weights after step {run.step} are kept in {output}; --resume {output} goes on from there",
             file=sys.stderr,
         )
-        part(trainer)
+        shut_down(trainer)
         raise
     finally:
         report.close()
-    finished_before = snapshot is not None and trainer.standing.step == snapshot.step
+    finished_before = snapshot is not None and trainer.state.step == snapshot.step
     if finished_before:
         print(f"{output} is finished, after step {snapshot.step}: --num-steps or --max-minutes asks for more")
     print("\n".join(report.summary(contexts)))
     if len(contexts) > 1 and not finished_before:
-        print(trainer.evenness.in_words())
+        print(trainer.load_balance.in_words())
     if saver.cost.written:
-        print(cost_in_words(saver.cost, trainer.standing.clock.elapsed()))
+        print(format_checkpoint_timing(saver.cost, trainer.state.clock.elapsed()))
     peak = peak_memory()
     if peak is not None:
         print(planned.outcome(peak), file=sys.stderr)
     return 0
 
 
-def train_beside(given: Given) -> int:
+def run_non_root_rank(given: RunContext) -> int:
     """The part that a worker other than the first has in a run: it writes nothing."""
     from .training.callbacks import Reporter
-    from .training.checkpointer import ReadOnlySaver
+    from .training.checkpointer import ReadOnlyCheckpointer
 
     trainer = trainer_of(given)
     try:
-        with signals_between_steps(trainer):
-            fit(trainer, given, Reporter(), ReadOnlySaver(given.output))
+        with stop_between_steps(trainer):
+            fit(trainer, given, Reporter(), ReadOnlyCheckpointer(given.output))
     except (KeyboardInterrupt, Terminated):
-        part(trainer)
+        shut_down(trainer)
         raise
     return 0
 
 
-def trainer_of(given: Given) -> Any:
+def trainer_of(given: RunContext) -> Any:
     """A trainer at the beginning, or where a checkpoint stands, with the same weights on all workers."""
-    from .distributed.communicator import digest_of_weights
+    from .distributed.communicator import weights_hash
     from .model.parameters import weights_of
     from .training.trainer import Trainer
 
@@ -108,18 +108,18 @@ def trainer_of(given: Given) -> Any:
         for arrays in (given.snapshot.weights, given.snapshot.optimizer):
             arrays.clear()  # they would stay in memory to the end of the run
     if given.workers.count > 1:
-        step, weights = trainer.standing.step, digest_of_weights(weights_of(given.net))
-        given.workers.refuse_differences({"the step of the checkpoint": step, "the first weights": weights})
+        step, weights = trainer.state.step, weights_hash(weights_of(given.net))
+        given.workers.check_same_on_all({"the step of the checkpoint": step, "the first weights": weights})
     return trainer
 
 
-def fit(trainer: Any, given: Given, report: Any, saver: Any) -> None:
+def fit(trainer: Any, given: RunContext, report: Any, saver: Any) -> None:
     """Take the steps of a run, between two of which signals stop it, and none of which takes too long."""
     from .training.watchdog import watched
 
     def end() -> None:
         print(
-            f"pretrain: --step-timeout {given.step_timeout:g}: step {trainer.standing.step} takes longer; "
+            f"pretrain: --step-timeout {given.step_timeout:g}: step {trainer.state.step} takes longer; "
             "another worker may be gone, or the time too short",
             file=sys.stderr,
             flush=True,
@@ -130,14 +130,14 @@ def fit(trainer: Any, given: Given, report: Any, saver: Any) -> None:
         trainer.fit(given.data, report, saver)
 
 
-def part(trainer: Any) -> None:
+def shut_down(trainer: Any) -> None:
     """Leave the other workers where all have come to an end, rather than this one alone."""
     if trainer.has_ended():
-        trainer.workers.leave()
+        trainer.workers.shutdown()
 
 
 @contextmanager
-def signals_between_steps(trainer: Any) -> Iterator[None]:
+def stop_between_steps(trainer: Any) -> Iterator[None]:
     """Let a first Ctrl-C or SIGTERM wait for the end of the step; a second one ends the process at once."""
     signals = (signal.SIGINT, signal.SIGTERM)
     came: list[int] = []
@@ -163,13 +163,13 @@ def signals_between_steps(trainer: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def describe(given: Given) -> str:
+def describe(given: RunContext) -> str:
     """A line on what is about to be trained."""
     data, contexts, workers = given.data, given.contexts, given.workers.count
     parameters = sum(p.data(contexts[0]).size for p in given.net.collect_params().values())
-    held_out = data.held_out.documents if data.held_out else ()
+    validation = data.validation.documents if data.validation else ()
     return (
-        f"{len(data.train.documents):,} documents to train on and {len(held_out):,} held out, "
+        f"{len(data.train.documents):,} documents to train on and {len(validation):,} held out, "
         f"{len(data.train.pairs(0)):,} sentence pairs, a vocabulary of {len(data.vocab):,}, "
         f"{parameters:,} parameters, on {contexts}{f' of each of {workers} workers' if workers > 1 else ''}"
     )
@@ -185,7 +185,7 @@ def profiled(path: Path | None, contexts: Sequence[Any]) -> Iterator[None]:
         yield
         return
     from .runtime import mx
-    from .training.profiling import time_at_work
+    from .training.profiling import device_utilization
 
     mx.profiler.set_config(
         profile_imperative=True, profile_symbolic=True, aggregate_stats=True, filename=str(path)
@@ -199,14 +199,14 @@ def profiled(path: Path | None, contexts: Sequence[Any]) -> Iterator[None]:
         print(mx.profiler.dumps(sort_by="total"))
         mx.profiler.dump()
         if len(contexts) > 1:
-            print(time_at_work(path, contexts).in_words())
+            print(device_utilization(path, contexts).in_words())
 
 
-class Place(NamedTuple):
+class RunPlacement(NamedTuple):
     """Where a run computes: which of how many workers this is, its contexts, what computes on them."""
 
     rank: int
-    num_workers: int
+    preprocessing_workers: int
     contexts: list[Any]
     operators: str
 
@@ -214,29 +214,29 @@ class Place(NamedTuple):
         """What a run records of it."""
         return {
             "contexts": [str(context) for context in self.contexts],
-            "workers": self.num_workers,
+            "workers": self.preprocessing_workers,
             "operators": self.operators,
             "versions": runtime.versions(),
         }
 
 
-def place(arguments: argparse.Namespace, config: Config, recorded: Mapping[str, Any]) -> Place:
+def place(arguments: argparse.Namespace, config: Config, recorded: Mapping[str, Any]) -> RunPlacement:
     """Where the flags let a run compute, else where it is recorded to have been begun.
 
-    BadInput where that cannot be had, or cannot do what the configuration asks for.
+    InputError where that cannot be had, or cannot do what the configuration asks for.
     """
     from . import ops
-    from .distributed.join import check_sharing, place_of
+    from .distributed.join import check_sharing, rank_and_size
     from .training import checks
 
     contexts = contexts_from(arguments, recorded.get("contexts") or ())
-    rank, num_workers = place_of(arguments.kvstore)
-    check_sharing(config, num_workers)
+    rank, preprocessing_workers = rank_and_size(arguments.kvstore)
+    check_sharing(config, preprocessing_workers)
     checks.check_micro_batch(config.train, len(contexts))
-    ops.choose(arguments.operators or ops.choice_of(recorded.get("operators", "")))
+    ops.select(arguments.operators or ops.parse_description(recorded.get("operators", "")))
     checks.check_precision(config.train, contexts)
-    here = Place(rank, num_workers, contexts, ops.in_use(contexts))
-    refuse_too_large(config, here)
+    here = RunPlacement(rank, preprocessing_workers, contexts, ops.describe(contexts))
+    check_fits_memory(config, here)
     return here
 
 
@@ -249,8 +249,8 @@ def contexts_from(arguments: argparse.Namespace, recorded: Sequence[str] = ()) -
     return devices.contexts(gpus, arguments.cpus)
 
 
-def refuse_too_large(config: Config, here: Place, vocab_size: int = 1) -> None:
-    """Raise BadInput where a worker cannot fit in its machine's memory, however small the vocabulary."""
+def check_fits_memory(config: Config, here: RunPlacement, vocab_size: int = 1) -> None:
+    """Raise InputError where a worker cannot fit in its machine's memory, however small the vocabulary."""
     from . import ops
     from .system import machine_memory
     from .training.resources import check_memory
@@ -258,19 +258,21 @@ def refuse_too_large(config: Config, here: Place, vocab_size: int = 1) -> None:
     contexts = here.contexts
     limit = machine_memory(contexts)
     if limit is not None:
-        check_memory(config, vocab_size, len(contexts), ops.compiled(contexts), limit, here.num_workers)
+        check_memory(
+            config, vocab_size, len(contexts), ops.compiled(contexts), limit, here.preprocessing_workers
+        )
 
 
-def text(config: Config, here: Place) -> Any:
-    """The text of a run; BadInput where it is too little, or its vocabulary too large for the memory."""
-    from .data.loader import load_data
+def text(config: Config, here: RunPlacement) -> Any:
+    """The text of a run; InputError where it is too little, or its vocabulary too large for the memory."""
+    from .data.loader import load_pretraining_data
     from .distributed.join import check_enough
     from .training.checks import check_evaluable
 
-    data = load_data(config.data, config.train.batch_size, config.train.seed)
-    refuse_too_large(config, here, len(data.vocab))
+    data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
+    check_fits_memory(config, here, len(data.vocab))
     check_evaluable(config.train, data)
-    check_enough(len(data.train.pairs(0)), here.num_workers)
+    check_enough(len(data.train.pairs(0)), here.preprocessing_workers)
     return data
 
 
@@ -283,31 +285,31 @@ def network(config: Config, data: Any, contexts: list[Any]) -> Any:
     return net
 
 
-def refuse_another_text(config: Config, data: Any, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Raise BadInput where a run would go on with another text, or another way to read it."""
+def check_same_text(config: Config, data: Any, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Raise InputError where a run would go on with another text, or another way to read it."""
     from .data.wordpiece import load_vocabulary
 
     if data.fingerprint != facts.get("text") or data.vocab.tokens != load_vocabulary(folder).tokens:
-        raise BadInput(
+        raise InputError(
             f"--corpus {' '.join(config.data.corpus)}: the text, or what reads it, is not what {folder} "
             "was begun with, and a run that goes on with another is another; begin one with --config"
         )
 
 
-def tell_another_place(facts: Mapping[str, Any], here: Place) -> None:
+def report_device_change(facts: Mapping[str, Any], here: RunPlacement) -> None:
     """A line for everything that makes numbers differ from those of the run that was recorded."""
     from . import ops
 
     now = here.facts()
-    tell_differences(facts.get("versions") or {}, now["versions"], "the last digits may differ")
+    report_config_changes(facts.get("versions") or {}, now["versions"], "the last digits may differ")
     dropout = "with dropout other numbers come, without it the last digits may differ"
-    tell_differences({"workers": facts.get("workers", 1)}, {"workers": now["workers"]}, dropout)
+    report_config_changes({"workers": facts.get("workers", 1)}, {"workers": now["workers"]}, dropout)
     recorded = facts.get("operators", "")
-    if recorded and ops.choice_of(recorded) != ops.choice_of(here.operators):
-        tell_differences({"operators": recorded}, {"operators": here.operators}, dropout)
+    if recorded and ops.parse_description(recorded) != ops.parse_description(here.operators):
+        report_config_changes({"operators": recorded}, {"operators": here.operators}, dropout)
 
 
-def tell_differences(before: Mapping[str, Any], now: Mapping[str, Any], so: str) -> None:
+def report_config_changes(before: Mapping[str, Any], now: Mapping[str, Any], so: str) -> None:
     """A line for everything that is not what it was when a resumed run was begun, and so changes it."""
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):

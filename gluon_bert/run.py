@@ -9,13 +9,13 @@ from typing import Any, Mapping, NamedTuple, Sequence
 
 from .checkpoint import CHECKPOINTS, CONFIG, FORMAT, WEIGHTS, _path, find_checkpoint, read_checkpoint
 from .config import GROUPS, Config
-from .data.tokenizer import TextReader
+from .data.tokenizer import Tokenizer
 from .data.vocab import Vocabulary
 from .data.wordpiece import load_vocabulary
-from .errors import BadInput
+from .errors import InputError
 from .fileio import write_json
 from .model.bert import BERTModel
-from .model.classifier import FineTunedModel
+from .model.classifier import BERTForTask
 from .model.parameters import set_weights
 from .model.task import Task
 from .runtime import mx
@@ -32,20 +32,20 @@ class Run(NamedTuple):
     step: int
 
     @property
-    def reader(self) -> TextReader:
+    def reader(self) -> Tokenizer:
         """What makes texts into the network's inputs, as it was trained on them."""
-        return TextReader(self.vocab, self.config.data.max_len, self.config.data.lowercase)
+        return Tokenizer(self.vocab, self.config.data.max_seq_length, self.config.data.lowercase)
 
 
-def check_new(folder: Path, flag: str = "--output") -> None:
-    """Raise BadInput where no new run can be written, naming the flag; writes nothing."""
+def check_new_run(folder: Path, flag: str = "--output") -> None:
+    """Raise InputError where no new run can be written, naming the flag; writes nothing."""
     if (folder / CONFIG).exists():
-        raise BadInput(f"{flag} {folder}: holds a run already; name a new folder")
+        raise InputError(f"{flag} {folder}: holds a run already; name a new folder")
     if folder.is_dir() and any(folder.iterdir()):
-        raise BadInput(f"{flag} {folder}: is not empty; name a new folder")
+        raise InputError(f"{flag} {folder}: is not empty; name a new folder")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise BadInput(f"{flag} {folder}: cannot be written, as {there} is no folder that can")
+        raise InputError(f"{flag} {folder}: cannot be written, as {there} is no folder that can")
 
 
 def create_run(
@@ -58,17 +58,17 @@ def create_run(
     """Make a run's folder with its configuration and vocabulary.
 
     facts: what else it takes to repeat the run, such as versions and contexts. task: what the network is
-    fine-tuned for. Raises BadInput where the
+    fine-tuned for. Raises InputError where the
     folder holds a run already or cannot be written.
     """
     folder = Path(folder)
-    check_new(folder)
+    check_new_run(folder)
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         vocab.save(folder / vocab.FILE)
         write_config(folder, config, facts or {}, task)
     except OSError as error:
-        raise BadInput(f"--output {folder}: cannot be written ({error.strerror or error})") from error
+        raise InputError(f"--output {folder}: cannot be written ({error.strerror or error})") from error
 
 
 def write_config(folder: Path, config: Config, facts: Mapping[str, Any], task: Task | None = None) -> None:
@@ -78,17 +78,17 @@ def write_config(folder: Path, config: Config, facts: Mapping[str, Any], task: T
 
 
 def read_config(path: Path) -> Config:
-    """The configuration in a run's config.json, which can be used; BadInput where it is none."""
+    """The configuration in a run's config.json, which can be used; InputError where it is none."""
     content = _config_in(path)
     config = Config.from_json({name: content.get(name) for name in GROUPS}, where=str(path))
     try:
         config.check()
-    except BadInput as problem:
-        raise BadInput(f"{path}: {problem}") from problem
+    except InputError as problem:
+        raise InputError(f"{path}: {problem}") from problem
     return config
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def read_environment(path: Path) -> dict[str, Any]:
     """What else a run's config.json says: contexts, versions, the text's fingerprint."""
     facts = _config_in(path).get("facts")
     return facts if isinstance(facts, dict) else {}
@@ -98,11 +98,11 @@ def _config_in(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: cannot be read as a run's configuration ({error})") from error
+        raise InputError(f"{path}: cannot be read as a run's configuration ({error})") from error
     if not isinstance(content, dict) or not GROUPS.keys() <= content.keys():
-        raise BadInput(f"{path}: cannot be read as a run's configuration: it has not {', '.join(GROUPS)}")
+        raise InputError(f"{path}: cannot be read as a run's configuration: it has not {', '.join(GROUPS)}")
     if content.get("format") != FORMAT:
-        raise BadInput(f"{path}: format {content.get('format')}, where this gluon_bert reads {FORMAT}")
+        raise InputError(f"{path}: format {content.get('format')}, where this gluon_bert reads {FORMAT}")
     return content
 
 
@@ -113,18 +113,18 @@ def read_task(path: Path) -> Task | None:
 
 
 def load_run(folder: Path, contexts: Sequence[Any] | None = None, which: str | int = "latest") -> Run:
-    """Read a run's checkpoint onto the contexts, by default one CPU; BadInput says what is missing.
+    """Read a run's checkpoint onto the contexts, by default one CPU; InputError says what is missing.
 
-    which: the latest, the best by the MLM loss on held-out text, or that of a step.
+    which: the latest, the best by the MLM loss on validation text, or that of a step.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
-        raise BadInput(f"{folder}: is no run: it has no {CONFIG}; name a folder that pretrain.py wrote")
+        raise InputError(f"{folder}: is no run: it has no {CONFIG}; name a folder that pretrain.py wrote")
     config = read_config(folder / CONFIG)
     vocab = load_vocabulary(folder)
     step = find_checkpoint(folder, which)
     task = read_task(folder / CONFIG)
-    net = FineTunedModel(len(vocab), config.model, task) if task else BERTModel(len(vocab), config.model)
+    net = BERTForTask(len(vocab), config.model, task) if task else BERTModel(len(vocab), config.model)
     net.initialize(mx.init.Zero(), ctx=list(contexts or [mx.cpu()]))
     set_weights(net, read_checkpoint(folder, step, weights_only=True).weights, _path(folder, step) / WEIGHTS)
     net.compile()

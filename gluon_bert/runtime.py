@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Mapping, NamedTuple, Sequence
 import numpy
 
 from . import __version__
-from .errors import BadInput, in_words
+from .errors import InputError, join_words
 from .system import usable_cores
 
 if TYPE_CHECKING:
@@ -56,13 +56,13 @@ def __getattr__(name: str) -> Any:
 def import_mxnet() -> Any:
     """The module mxnet, imported at the first call, once everything that it needs is there.
 
-    Raises BadInput, with the remedy, for whatever is missing or does not fit.
+    Raises InputError, with the remedy, for whatever is missing or does not fit.
     """
     if "mx" not in globals():
         wheel = the_only_wheel(installed_wheels())
-        refuse_numpy_2(numpy.__version__)
-        give_numpy_bool_back()
-        need_distutils()
+        check_numpy_version(numpy.__version__)
+        restore_numpy_bool()
+        check_distutils()
         # MXNet would use half the cores that it sees, taking them for hyper-threads, whatever they are.
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
         # It would tell of every bound graph that its CPU library is in use.
@@ -113,12 +113,12 @@ def describe_wheel(info: Path) -> Wheel | None:
 def the_only_wheel(wheels: Sequence[Wheel]) -> Wheel | None:
     """The one wheel that is installed and whole, or None for an MXNet that came without a wheel.
 
-    Raises BadInput if there is no MXNet; if two wheels share the folder `mxnet/`, which pip allows although
+    Raises InputError if there is no MXNet; if two wheels share the folder `mxnet/`, which pip allows although
     the second overwrites the first; and if the library on disk is not the one that the wheel brought.
     """
     if len(wheels) > 1:
-        both = in_words([str(wheel) for wheel in wheels])
-        raise BadInput(
+        both = join_words([str(wheel) for wheel in wheels])
+        raise InputError(
             f"{both} overwrite each other in {wheels[0].library.parent}: "
             f"pip uninstall -y {' '.join(wheel.name for wheel in wheels)}, "
             f"then {INSTALL_CPU} or {INSTALL_CUDA}"
@@ -127,7 +127,7 @@ def the_only_wheel(wheels: Sequence[Wheel]) -> Wheel | None:
         spec = importlib.util.find_spec("mxnet")
         # No origin: only a folder of that name, such as a removed MXNet can leave behind.
         if spec is None or spec.origin is None:
-            raise BadInput(f"MXNet is not installed: {INSTALL_CPU}, or {INSTALL_CUDA} for NVIDIA GPUs")
+            raise InputError(f"MXNet is not installed: {INSTALL_CPU}, or {INSTALL_CUDA} for NVIDIA GPUs")
         return None
     (wheel,) = wheels
     found = wheel.library.stat().st_size if wheel.library.exists() else None
@@ -135,42 +135,42 @@ def the_only_wheel(wheels: Sequence[Wheel]) -> Wheel | None:
     if found != wheel.size:
         what = "is gone" if found is None else f"has {found:,} bytes instead of {wheel.size:,}"
         install = INSTALL_CUDA if wheel.name == CUDA_WHEEL else INSTALL_CPU
-        raise BadInput(
+        raise InputError(
             f"{wheel.library} of {wheel} {what}, as after the removal of a second wheel of MXNet: "
             f"pip uninstall -y {wheel.name}, then {install}"
         )
     return wheel
 
 
-def refuse_numpy_2(version: str) -> None:
-    """Raises BadInput for NumPy 2 or later: MXNet uses names that it removed, and misprints its scalars."""
+def check_numpy_version(version: str) -> None:
+    """Raises InputError for NumPy 2 or later: MXNet uses names that it removed, and misprints its scalars."""
     if int(version.split(".")[0]) >= 2:
-        raise BadInput(f"MXNet does not work with NumPy {version}: pip install 'numpy<2'")
+        raise InputError(f"MXNet does not work with NumPy {version}: pip install 'numpy<2'")
 
 
-def give_numpy_bool_back() -> None:
+def restore_numpy_bool() -> None:
     """Puts `numpy.bool`, which NumPy 1.24 removed and MXNet reads while it is imported, back in its place."""
     # Through vars, since hasattr(numpy, "bool") prints a warning in the versions that announce a change.
     vars(numpy).setdefault("bool", bool)
 
 
-def need_distutils() -> None:
-    """Raises BadInput if `distutils`, which MXNet imports and Python 3.12 left to setuptools, is missing."""
+def check_distutils() -> None:
+    """Raises InputError if `distutils`, which MXNet imports and Python 3.12 left to setuptools, is missing."""
     try:
         importlib.import_module("distutils.version")
     except ImportError as error:
-        raise BadInput(
+        raise InputError(
             f"MXNet needs distutils, which on Python {platform.python_version()} comes with setuptools: "
             "pip install setuptools"
         ) from error
 
 
 def load_driver(library: str = DRIVER) -> ctypes.CDLL:
-    """The NVIDIA driver's library, loaded; raises BadInput if this machine has none."""
+    """The NVIDIA driver's library, loaded; raises InputError if this machine has none."""
     try:
         return ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
-        raise BadInput(
+        raise InputError(
             f"{CUDA_WHEEL} needs an NVIDIA driver ({error}): install the driver, "
             f"or for the CPU pip uninstall -y {CUDA_WHEEL}, then {INSTALL_CPU}"
         ) from error
@@ -184,7 +184,7 @@ def cuda_folders(path: Sequence[str]) -> list[Path]:
 def load_cuda_libraries(folders: Sequence[Path], libraries: Mapping[str, str] = CUDA_LIBRARIES) -> None:
     """Loads the libraries (soname -> package), from `folders` or else from where the system finds them.
 
-    After that libmxnet.so finds them by name, without LD_LIBRARY_PATH. Raises BadInput that names all that
+    After that libmxnet.so finds them by name, without LD_LIBRARY_PATH. Raises InputError that names all that
     are missing.
     """
     errors = {}
@@ -196,8 +196,8 @@ def load_cuda_libraries(folders: Sequence[Path], libraries: Mapping[str, str] = 
             errors[f"{soname} ({package})"] = error
     if errors:
         first = next(iter(errors.values()))
-        raise BadInput(
-            f"{CUDA_WHEEL} needs {in_words(list(errors))}, and the loader says: {first}; {INSTALL_CUDA}"
+        raise InputError(
+            f"{CUDA_WHEEL} needs {join_words(list(errors))}, and the loader says: {first}; {INSTALL_CUDA}"
         ) from first
 
 

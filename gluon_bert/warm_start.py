@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .config import DRAWN, Config, ModelConfig, flag
+from .config import RANDOM_INITS, Config, ModelConfig, flag_name
 from .data.vocab import Vocabulary
-from .errors import BadInput
+from .errors import InputError
 from .model.parameters import put_weights, weights_of
 from .run import Run, load_run
 
@@ -26,13 +26,13 @@ _BY_TOKEN = {"encoder.embeddings.tokens.weight", "mlm.decoder.weight", "mlm.deco
 
 def names_a_run(init: str) -> bool:
     """Whether an --init is a folder, rather than a way to draw weights."""
-    return init not in DRAWN
+    return init not in RANDOM_INITS
 
 
-def load_start(config: Config) -> Run | None:
+def load_init_run(config: Config) -> Run | None:
     """The run that a configuration begins with, None if it draws its weights.
 
-    Raises BadInput where there is none, or where it is asked for another network or tokenizer than it has.
+    Raises InputError where there is none, or where it is asked for another network or tokenizer than it has.
     """
     init = config.model.init
     if not names_a_run(init):
@@ -40,7 +40,7 @@ def load_start(config: Config) -> Run | None:
     run = _load(init, config.model.init_checkpoint)
     asked, has = _from_run(config), _from_run(run.config)
     problems = [
-        f"{flag(name)} {_shown(value)}: --init {init} has {_shown(has[name])}, which its weights are made for"
+        f"{flag_name(name)} {_shown(value)}: --init {init} has {_shown(has[name])}, which its weights are made for"
         for name, value in asked.items()
         if value != has[name]
     ]
@@ -51,14 +51,14 @@ def load_start(config: Config) -> Run | None:
             "adds words of the corpus"
         )
     if problems:
-        raise BadInput("\n".join(problems))
+        raise InputError("\n".join(problems))
     return run
 
 
-def beginning_with(init: str, checkpoint: str, recipe: Config | None) -> Config:
+def config_from_run(init: str, checkpoint: str, recipe: Config | None) -> Config:
     """A configuration for going on from a run: its network and tokenizer, and the recipe's all else.
 
-    recipe: how data are prepared and the network is trained; None: as in the run. BadInput where there is
+    recipe: how data are prepared and the network is trained; None: as in the run. InputError where there is
     no such run.
     """
     run = _load(init, checkpoint)
@@ -73,10 +73,12 @@ def beginning_with(init: str, checkpoint: str, recipe: Config | None) -> Config:
 
 def _load(init: str, checkpoint: str) -> Run:
     if not Path(init).is_dir():
-        raise BadInput(f"--init {init}: is no folder; it must be {', '.join(DRAWN)} or the folder of a run")
+        raise InputError(
+            f"--init {init}: is no folder; it must be {', '.join(RANDOM_INITS)} or the folder of a run"
+        )
     run = load_run(Path(init), which=checkpoint)
     if run.net.task:
-        raise BadInput(f"--init {init}: was fine-tuned, and has no heads to pretrain; name the run before")
+        raise InputError(f"--init {init}: was fine-tuned, and has no heads to pretrain; name the run before")
     return run
 
 
@@ -92,15 +94,15 @@ def _vocabulary_file(run: Run, init: str) -> str:
     return str(Path(init) / run.vocab.FILE)
 
 
-def start_from(net: Any, vocab: Vocabulary, run: Run) -> None:
+def load_initial_weights(net: Any, vocab: Vocabulary, run: Run) -> None:
     """Give a network the weights of a run; `vocab` begins with the run's tokens.
 
     The rows of a new token are the mean of those of the pieces that it was before, or those of <unk>: to the
-    network nothing has changed yet. BadInput where the vocabulary does not begin so.
+    network nothing has changed yet. InputError where the vocabulary does not begin so.
     """
     known = len(run.vocab)
     if vocab.tokens[:known] != run.vocab.tokens:
-        raise BadInput(f"--vocab-file: does not begin with the {known:,} tokens of the run to begin with")
+        raise InputError(f"--vocab-file: does not begin with the {known:,} tokens of the run to begin with")
     pieces = [run.vocab.ids(run.vocab.pieces(token)) for token in vocab.tokens[known:]]
     weights = weights_of(run.net)
     if pieces:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gluon_bert.data.prepared import prepare
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 WIKITEXT = ROOT.parent / "shared" / "wikitext-2"
@@ -59,7 +59,7 @@ def skip_without(format):
 
     try:
         CPU_CHECKS.get(format, lambda: None)()
-    except BadInput as error:
+    except InputError as error:
         pytest.skip(str(error))
 
 

@@ -14,8 +14,19 @@ from gluon_bert.runtime import mx
 from gluon_bert.training.optimizers import OPTIMIZERS, usable_on
 from gluon_bert.training.trainer import Trainer
 
-SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0.3"]
-SMALL += ["--num-steps", "12", "--log-every", "3", "--redraw", "yes"]
+SMALL = [
+    "--units",
+    "16",
+    "--ffn-units",
+    "32",
+    "--max-seq-length",
+    "16",
+    "--batch-size",
+    "64",
+    "--dropout",
+    "0.3",
+]
+SMALL += ["--num-steps", "12", "--log-every", "3", "--dynamic-masking", "yes"]
 NAME = "encoder.layers.1.attend.query.weight"
 
 
@@ -24,7 +35,7 @@ def breaking(monkeypatch):
     """Makes the gradients of these batches of epoch 0 no numbers, whenever they are used."""
 
     def break_batches(*bad, value=np.nan):
-        current, walk, gradients = [], Loader.walk, Trainer._gradients
+        current, walk, gradients = [], Loader.iter_from, Trainer._gradients
 
         def walking(self, start):
             for position, batch in walk(self, start):
@@ -38,7 +49,7 @@ def breaking(monkeypatch):
                     of_context[self._trained_names.index(NAME)][1, 2] = value
             return arrays
 
-        monkeypatch.setattr(Loader, "walk", walking)
+        monkeypatch.setattr(Loader, "iter_from", walking)
         monkeypatch.setattr(Trainer, "_gradients", broken)
 
     return break_batches
@@ -58,20 +69,20 @@ def weights(folder):
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
 def test_a_run_stops_at_a_bad_step_and_says_where_and_in_which_gradient(command, breaking, capsys, value):
     breaking(4, value=value)
-    status, folder = command("--checkpoint-every", "2", "--debug-batch", "yes")
+    status, folder = command("--checkpoint-every", "2", "--save-nonfinite-batch", "yes")
     assert status == 2
     err = capsys.readouterr().err
     assert "at step 5 (epoch 0, batch 4) the gradient is no number any more" in err
     assert f"largest gradients, by norm: {NAME} {'nan' if np.isnan(value) else 'inf'}, " in err
     assert "Traceback" not in err
     assert checkpoint.steps(folder) == [2, 4]  # never weights that the bad step has touched
-    (record,) = log_of(folder, "went_wrong")
-    assert record["step"] == 5 and record["went_wrong"]["position"] == {"epoch": 0, "batch": 4}
-    assert next(iter(record["went_wrong"]["largest_gradients"].items())) == (NAME, None)
-    batch = read_arrays(folder / "bad-batches" / "step-00000005.npz")
+    (record,) = log_of(folder, "non_finite")
+    assert record["step"] == 5 and record["non_finite"]["position"] == {"epoch": 0, "batch": 4}
+    assert next(iter(record["non_finite"]["largest_gradients"].items())) == (NAME, None)
+    batch = read_arrays(folder / "nonfinite-batches" / "step-00000005.npz")
     assert batch["tokens"].shape[1] == 16 and set(batch) >= {"predictions", "labels", "is_next"}
     # It goes on with another answer to the same step.
-    assert pretrain.main(["--resume", str(folder), "--bad-numbers", "skip"]) == 0
+    assert pretrain.main(["--resume", str(folder), "--on-nonfinite", "skip"]) == 0
     assert checkpoint.steps(folder)[-1] == 12
 
 
@@ -81,7 +92,7 @@ def test_a_bad_step_is_skipped_as_if_its_learning_rate_were_0(command, breaking,
     flags = ["--optimizer", optimizer, "--cpus", cpus, "--num-steps", "5", "--clip-norm", "1"]
     _, before = command(*flags, "--num-steps", "4", name="before")
     breaking(4)
-    status, skipped = command(*flags, "--bad-numbers", "skip", name="skipped")
+    status, skipped = command(*flags, "--on-nonfinite", "skip", name="skipped")
     assert status == 0
     assert "at step 5 (epoch 0, batch 4) the gradient is no number" in capsys.readouterr().err
     ours, theirs = weights(skipped), weights(before)
@@ -89,12 +100,12 @@ def test_a_bad_step_is_skipped_as_if_its_learning_rate_were_0(command, breaking,
         if not name.endswith("/updates"):
             np.testing.assert_array_equal(ours[name], array, err_msg=name)
     assert all(np.isfinite(array).all() for array in ours.values())
-    assert log_of(skipped, "went_wrong")[0]["step"] == 5
+    assert log_of(skipped, "non_finite")[0]["step"] == 5
 
 
 def test_what_was_skipped_is_not_in_the_losses_and_a_resumed_run_skips_it_too(command, breaking):
     breaking(3, 4)
-    flags = ["--bad-numbers", "skip", "--checkpoint-every", "4"]
+    flags = ["--on-nonfinite", "skip", "--checkpoint-every", "4"]
     status, folder = command(*flags)
     assert status == 0
     assert all(np.isfinite(record["mlm_loss"]) for record in log_of(folder, "mlm_loss"))
@@ -111,20 +122,20 @@ def test_what_was_skipped_is_not_in_the_losses_and_a_resumed_run_skips_it_too(co
 
 def test_ten_bad_steps_in_a_row_are_no_accident(command, breaking, capsys):
     breaking(*range(1, 100))
-    status, folder = command("--bad-numbers", "skip", "--num-steps", "60", "--batch-size", "8")
+    status, folder = command("--on-nonfinite", "skip", "--num-steps", "60", "--batch-size", "8")
     assert status == 2
     assert "at step 11 (epoch 0, batch 10)" in capsys.readouterr().err
-    assert len(log_of(folder, "went_wrong")) == 10
+    assert len(log_of(folder, "non_finite")) == 10
 
 
 def test_a_run_goes_back_and_on_with_other_batches(command, breaking, capsys):
     breaking(5)
-    flags = ["--bad-numbers", "back", "--checkpoint-every", "4", "--num-steps", "10"]
+    flags = ["--on-nonfinite", "rollback", "--checkpoint-every", "4", "--num-steps", "10"]
     status, folder = command(*flags)
     assert status == 0
     assert "back to the checkpoint after step 4, and on with other batches" in capsys.readouterr().err
-    (record,) = log_of(folder, "went_back")
-    assert record == {"step": 4, "went_back": {"from": 6, "why": "the gradient is no number any more"}}
+    (record,) = log_of(folder, "rollback")
+    assert record == {"step": 4, "rollback": {"from": 6, "why": "the gradient is no number any more"}}
     steps = [record["step"] for record in log_of(folder, "mlm_loss")]
     assert steps == [3, 6, 9, 10]
     # Of the ten steps the fifth was made with batch 6 or later: what was in the queue is behind it too.
@@ -135,7 +146,7 @@ def test_a_run_goes_back_and_on_with_other_batches(command, breaking, capsys):
 def test_whoever_goes_back_again_and_again_stops(command, breaking, capsys):
     breaking(*range(5, 100))
     status, folder = command(
-        "--bad-numbers", "back", "--checkpoint-every", "4", "--num-steps", "60", "--batch-size", "8"
+        "--on-nonfinite", "rollback", "--checkpoint-every", "4", "--num-steps", "60", "--batch-size", "8"
     )
     assert status == 2
     assert capsys.readouterr().err.count("back to the checkpoint after step 4") == 3
@@ -144,16 +155,16 @@ def test_whoever_goes_back_again_and_again_stops(command, breaking, capsys):
 
 def test_without_a_checkpoint_there_is_no_way_back(command, breaking, capsys):
     breaking(1)
-    assert command("--bad-numbers", "back")[0] == 2
+    assert command("--on-nonfinite", "rollback")[0] == 2
     assert "at step 2 (epoch 0, batch 1)" in capsys.readouterr().err
 
 
 def test_a_loss_that_explodes_counts_as_gone_wrong(command, capsys):
-    status, _ = command("--max-loss", "0.5", "--bad-numbers", "back", "--checkpoint-every", "2")
+    status, _ = command("--max-loss", "0.5", "--on-nonfinite", "rollback", "--checkpoint-every", "2")
     assert status == 2
     err = capsys.readouterr().err
     assert "above --max-loss" in err and err.count("back to the checkpoint after step 2") == 3
-    status, _ = command("--max-loss", "5", "--bad-numbers", "skip", name="no")
+    status, _ = command("--max-loss", "5", "--on-nonfinite", "skip", name="no")
     assert status == 2 and "--max-loss 5.0: is seen when its steps are made" in capsys.readouterr().err
 
 
@@ -174,4 +185,6 @@ def test_finding_bad_numbers_waits_for_no_step(monkeypatch):
 
 def test_the_answer_to_bad_numbers_may_change_when_a_run_goes_on():
     fields = type(preset("d2l").train).__dataclass_fields__
-    assert all(fields[name].metadata["may_change"] for name in ("bad_numbers", "max_loss", "debug_batch"))
+    assert all(
+        fields[name].metadata["may_change"] for name in ("on_nonfinite", "max_loss", "save_nonfinite_batch")
+    )

@@ -12,7 +12,7 @@ from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
 from gluon_bert.training.device_batch import split_and_load
 
-NO_MASK = DataConfig(mask_token_rate=0.0, random_token_rate=0.0, negative_rate=0.0)
+NO_MASK = DataConfig(mask_token_rate=0.0, random_token_rate=0.0, random_next_prob=0.0)
 
 
 def prepared():
@@ -87,7 +87,7 @@ def test_shards_hold_every_row_and_prediction_once(num_rows, num_contexts):
     sizes = [shard.num_pairs for shard in shards]
     assert sum(sizes) == num_rows and max(sizes) - min(sizes) <= 1
     assert sum(s.num_pairs * s.nsp_weight for s in shards) == pytest.approx(1)
-    assert sum(s.num_predictions * s.mlm_weight for s in shards) == pytest.approx(1)
+    assert sum(s.num_masked * s.mlm_weight for s in shards) == pytest.approx(1)
 
 
 def test_a_shard_without_rows_has_weight_zero_and_a_row_to_compute():

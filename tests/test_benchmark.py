@@ -14,9 +14,9 @@ from benchmarks import scale as scaling
 from benchmarks import train as trainers
 from conftest import ROOT, small_text, untrained_run
 
-from gluon_bert.data.loader import load_data
-from gluon_bert.errors import BadInput
-from gluon_bert.export.evaluation_texts import held_out_texts
+from gluon_bert.data.loader import load_pretraining_data
+from gluon_bert.errors import InputError
+from gluon_bert.export.evaluation_texts import validation_texts
 from gluon_bert.presets import preset
 from gluon_bert.run import load_run
 
@@ -24,9 +24,15 @@ from gluon_bert.run import load_run
 @pytest.fixture
 def run_folder(text_file, tmp_path):
     config = preset("bert-tiny").replace(
-        corpus=(str(text_file),), max_len=16, units=16, ffn_units=32, num_heads=2, held_out=0.3, num_buckets=1
+        corpus=(str(text_file),),
+        max_seq_length=16,
+        units=16,
+        ffn_units=32,
+        num_heads=2,
+        validation_fraction=0.3,
+        num_buckets=1,
     )
-    return untrained_run(tmp_path / "run", config, load_data(config.data, batch_size=8).vocab)
+    return untrained_run(tmp_path / "run", config, load_pretraining_data(config.data, batch_size=8).vocab)
 
 
 def test_contestants_take_turns_and_are_compared_round_by_round(monkeypatch):
@@ -55,10 +61,10 @@ def test_contestants_take_turns_and_are_compared_round_by_round(monkeypatch):
 
 def test_what_computes_something_else_is_refused():
     vectors = np.zeros((3, 4), np.float32)
-    encode.refuse_other_results({"plain": vectors, "same": vectors + 1e-6})
+    encode.check_same_results({"plain": vectors, "same": vectors + 1e-6})
     for wrong in (vectors + 0.01, vectors + np.nan):
-        with pytest.raises(BadInput, match=r"the vectors of quick differ by .* from those of plain"):
-            encode.refuse_other_results({"plain": vectors, "quick": wrong})
+        with pytest.raises(InputError, match=r"the vectors of quick differ by .* from those of plain"):
+            encode.check_same_results({"plain": vectors, "quick": wrong})
 
 
 def test_the_command(run_folder, tmp_path, capsys):
@@ -85,9 +91,9 @@ def test_every_engine_makes_the_same_vectors(run_folder, tmp_path, name):
     if encoders.missing(name):
         pytest.skip(f"{' and '.join(encoders.missing(name))} not installed")
     run = load_run(run_folder)
-    texts = held_out_texts(run, 12)
+    texts = validation_texts(run, 12)
     expected = encoders.plain(run, tmp_path, None)(texts)
-    np.testing.assert_allclose(encoders.CONTESTANTS[name][0](run, tmp_path, None)(texts), expected, atol=1e-4)
+    np.testing.assert_allclose(encoders.ENCODERS[name][0](run, tmp_path, None)(texts), expected, atol=1e-4)
 
 
 @pytest.fixture
@@ -119,7 +125,7 @@ def test_both_sides_train_in_turns(corpus, tmp_path, capsys):
 def test_the_batches_for_others_are_our_own(corpus, tmp_path):
     trainers.write_batches(corpus, 2, tmp_path / "batches.npz")
     config = preset("d2l").replace(corpus=(str(corpus),))
-    first = next(load_data(config.data, 512).train.epoch(0))
+    first = next(load_pretraining_data(config.data, 512).train.epoch(0))
     with np.load(tmp_path / "batches.npz") as arrays:
         for name, array in vars(first).items():
             np.testing.assert_array_equal(arrays[f"{name}-0"], array)
@@ -147,17 +153,17 @@ def test_rounds_of_training_are_compared_pair_by_pair():
 
 def test_a_faster_step_that_learns_less_does_not_count():
     answers = {"compiled": [answer(1, 5.0)], "seed": [answer(2, 4.9)]}
-    train.refuse_learning_less(answers)
+    train.check_losses(answers)
     for loss in (5.2, float("nan")):
         answers["compiled"] = [answer(1, loss)]
-        with pytest.raises(BadInput, match=r"compiled has learnt less than seed: MLM loss .*, not 4.900"):
-            train.refuse_learning_less(answers)
+        with pytest.raises(InputError, match=r"compiled has learnt less than seed: MLM loss .*, not 4.900"):
+            train.check_losses(answers)
 
 
 def test_a_contestant_that_ends_is_told_with_its_last_words(tmp_path):
-    with pytest.raises(BadInput, match=r"compiled ended with status 1: .*nowhere"):
-        trainers.Contestant("compiled", tmp_path / "nowhere", tmp_path, "1")
-    with pytest.raises(BadInput, match=r"the batches cannot be made: .*nowhere"):
+    with pytest.raises(InputError, match=r"compiled ended with status 1: .*nowhere"):
+        trainers.Baseline("compiled", tmp_path / "nowhere", tmp_path, "1")
+    with pytest.raises(InputError, match=r"the batches cannot be made: .*nowhere"):
         trainers.write_batches(tmp_path / "nowhere", 1, tmp_path / "batches.npz")
 
 
@@ -182,7 +188,7 @@ def test_what_is_refused(run_folder, monkeypatch, capsys):
     assert "--rounds 0: must be at least 1" in shown
     assert "--texts -1: must be at least 1" in shown
     assert "there is no folder /nowhere/at" in shown
-    monkeypatch.setitem(encoders.CONTESTANTS, "served", (encoders.served, ("no_such_package",)))
+    monkeypatch.setitem(encoders.ENCODERS, "served", (encoders.served, ("no_such_package",)))
     assert "--against served: needs no_such_package installed" in told("--against", "served")
     assert "served" not in encoders.installed()
 
@@ -210,10 +216,10 @@ def test_preparations_are_compared_round_by_round():
 
 def test_another_first_batch_is_refused():
     answers = {"workers-0": [{"made": "a"}], "seed": [{"made": "b"}]}
-    preparations.refuse_other_batches(answers)
+    preparations.check_same_batches(answers)
     answers["cached"] = [{"made": "c"}]
-    with pytest.raises(BadInput, match="not the same first batch was made by workers-0, cached"):
-        preparations.refuse_other_batches(answers)
+    with pytest.raises(InputError, match="not the same first batch was made by workers-0, cached"):
+        preparations.check_same_batches(answers)
 
 
 def test_a_larger_text_has_the_paragraphs_of_the_corpus_again_and_again(corpus, tmp_path):
@@ -237,7 +243,7 @@ def test_what_preparation_is_measured_with_is_checked(tmp_path, capsys):
     assert "--megabytes -1: must be at least 0" in told
     assert benchmark.main(["prepare", "--corpus", str(tmp_path)]) == 2
     assert "has no wiki.train.tokens and no wiki.valid.tokens" in capsys.readouterr().err
-    with pytest.raises(BadInput, match=r"workers-0 ended with status 1: .*nowhere"):
+    with pytest.raises(InputError, match=r"workers-0 ended with status 1: .*nowhere"):
         preparations.Preparation("workers-0", tmp_path / "nowhere", tmp_path).make()
 
 
@@ -336,13 +342,13 @@ def test_what_is_scaled_is_checked_before_anything_is_measured(corpus, monkeypat
     assert "--contexts 0: numbers from 1 on" in shown
     assert "--workers 1,,2: numbers from 1 on" in shown
     shown = told("--lengths", "128,600", "--batch-sizes", "16,3")
-    assert "--max-len 600: must not exceed --max-positions 512" in shown
+    assert "--max-seq-length 600: must not exceed --max-positions 512" in shown
     assert "--batch-size 3" not in shown  # as only the first row has two workers
     assert "--batch-size 3: 2 workers share each batch evenly; 2 or 4 would do" in told("--batch-sizes", "3")
     monkeypatch.setattr(scaling, "machine_memory", lambda contexts: 2e9)
     shown = told()
     assert (
-        "bert-base, 128 tokens, 16 pairs, 1 contexts, 1 workers: --batch-size 16, --max-len 128: the run is"
+        "bert-base, 128 tokens, 16 pairs, 1 contexts, 1 workers: --batch-size 16, --max-seq-length 128: the run is"
         in shown
     )
     assert "bert-tiny" not in shown
@@ -354,8 +360,8 @@ def test_what_is_scaled_is_checked_before_anything_is_measured(corpus, monkeypat
 
 
 def test_a_row_that_ends_is_told_with_its_last_words(tmp_path):
-    row = scaling.Row("bert-tiny", 24, 8, 1, 1)
-    with pytest.raises(BadInput, match=r"bert-tiny, 24 tokens, .* ended with status 1: .*nowhere"):
+    row = scaling.ScaleCase("bert-tiny", 24, 8, 1, 1)
+    with pytest.raises(InputError, match=r"bert-tiny, 24 tokens, .* ended with status 1: .*nowhere"):
         row.measure(tmp_path / "nowhere", 1)
 
 

@@ -113,12 +113,12 @@ def test_it_is_told_where_bf16_would_not_be_faster(monkeypatch):
     if processors.exists():
         here = "avx512_bf16" in processors.read_text("utf-8").split()
         lacking = "this processor has no products of bfloat16 (AVX512_BF16)"
-        assert ops.bf16_refusal() == ("" if here else lacking)
+        assert ops.bf16_unsupported_reason() == ("" if here else lacking)
     monkeypatch.setenv(ops.VARIABLE, "mxnet")
-    ops.choose()
+    ops.select()
     try:
         expected = "only compiled operators multiply bfloat16, and there are none (as asked for)"
-        assert ops.bf16_refusal() == expected
+        assert ops.bf16_unsupported_reason() == expected
     finally:
         monkeypatch.undo()
-        ops.choose()
+        ops.select()

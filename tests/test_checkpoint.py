@@ -11,14 +11,14 @@ import pytest
 from gluon_bert import checkpoint
 from gluon_bert.checkpoint import find_checkpoint, save_checkpoint, steps
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.inference.predictor import encode
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.presets import preset
 from gluon_bert.run import create_run, load_run
 from gluon_bert.runtime import mx
 
-CONFIG = preset("bert-tiny").replace(units=16, ffn_units=32, num_heads=2, max_positions=16, max_len=16)
+CONFIG = preset("bert-tiny").replace(units=16, ffn_units=32, num_heads=2, max_positions=16, max_seq_length=16)
 VOCAB = Vocabulary(["a", "crane", "is", "flying"])
 
 
@@ -68,18 +68,18 @@ def test_a_failing_write_leaves_the_checkpoint_before(run_folder, net, monkeypat
 
 
 def test_a_folder_with_a_run_is_not_written_over(run_folder):
-    with pytest.raises(BadInput, match="holds a run already"):
+    with pytest.raises(InputError, match="holds a run already"):
         create_run(run_folder, CONFIG, VOCAB, {})
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match=r"--output .*file/run: cannot be written"):
+    with pytest.raises(InputError, match=r"--output .*file/run: cannot be written"):
         create_run(tmp_path / "file" / "run", CONFIG, VOCAB, {})
 
 
 def test_what_is_no_run_is_told(tmp_path, run_folder):
-    with pytest.raises(BadInput, match=r"nowhere: is no run: it has no config\.json"):
+    with pytest.raises(InputError, match=r"nowhere: is no run: it has no config\.json"):
         load_run(tmp_path / "nowhere")
     config = json.loads((run_folder / "config.json").read_text())
     for change, told in (
@@ -87,7 +87,7 @@ def test_what_is_no_run_is_told(tmp_path, run_folder):
         ({"model": {"unitz": 1}}, r"config\.json: unknown key model\.unitz"),
     ):
         (run_folder / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(BadInput, match=told):
+        with pytest.raises(InputError, match=told):
             load_run(run_folder)
 
 
@@ -95,19 +95,19 @@ def test_what_is_no_run_is_told(tmp_path, run_folder):
 def test_damaged_weights_are_told(run_folder, content):
     path = run_folder / "checkpoints" / "step-00000100" / "weights.npz"
     path.write_bytes(path.read_bytes()[:2000] if content is None else content)
-    with pytest.raises(BadInput, match=r"step-00000100/weights\.npz: is damaged"):
+    with pytest.raises(InputError, match=r"step-00000100/weights\.npz: is damaged"):
         load_run(run_folder)
 
 
 def test_weights_of_another_size_are_told(run_folder):
     Vocabulary(["a"]).save(run_folder / "vocab.json")
-    with pytest.raises(BadInput, match="cannot be read as the weights"):
+    with pytest.raises(InputError, match="cannot be read as the weights"):
         load_run(run_folder)
 
 
 def test_a_run_without_a_checkpoint_is_told(tmp_path):
     create_run(tmp_path / "run", CONFIG, VOCAB, {})
-    with pytest.raises(BadInput, match="no checkpoint yet"):
+    with pytest.raises(InputError, match="no checkpoint yet"):
         load_run(tmp_path / "run")
 
 
@@ -202,18 +202,18 @@ def test_a_run_that_is_killed_at_any_moment_leaves_its_latest_and_its_best(tmp_p
 
 
 def test_checkpoints_that_are_not_there_are_told(run_folder, net):
-    with pytest.raises(BadInput, match=r"best: .*run has none of that name; it has latest, 9, 100$"):
+    with pytest.raises(InputError, match=r"best: .*run has none of that name; it has latest, 9, 100$"):
         load_run(run_folder, which="best")
     save(run_folder, net, 200, best=True)
     for name in ("best!", "10", "-9", "9.0", ""):
-        with pytest.raises(BadInput, match=rf"--checkpoint {name}: .* it has latest, 9, 100, 200, best$"):
+        with pytest.raises(InputError, match=rf"--checkpoint {name}: .* it has latest, 9, 100, 200, best$"):
             load_run(run_folder, which=name)
 
 
 def test_a_best_checkpoint_that_was_removed_is_told(run_folder, net):
     save(run_folder, net, 200, best=True)
     shutil.rmtree(run_folder / "checkpoints" / "step-00000200")
-    with pytest.raises(BadInput, match=r"--checkpoint best: .* it has latest, 9, 100$"):
+    with pytest.raises(InputError, match=r"--checkpoint best: .* it has latest, 9, 100$"):
         load_run(run_folder, which="best")
     assert load_run(run_folder).step == 100
 
@@ -221,6 +221,6 @@ def test_a_best_checkpoint_that_was_removed_is_told(run_folder, net):
 @pytest.mark.parametrize("content", ["", "{}", "[]", "3", '{"step": null}', '{"step": "x"}'])
 def test_a_damaged_note_of_the_best_is_told(run_folder, content):
     (run_folder / "checkpoints" / "best.json").write_text(content)
-    with pytest.raises(BadInput, match=r"best\.json: cannot be read as the step of the best checkpoint"):
+    with pytest.raises(InputError, match=r"best\.json: cannot be read as the step of the best checkpoint"):
         load_run(run_folder, which="best")
     assert load_run(run_folder).step == 100

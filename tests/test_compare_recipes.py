@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 from dev import compare_recipes
-from dev.compare_recipes import Learnt, Recipe, flags_of, table
+from dev.compare_recipes import Recipe, RunResult, flags_of, table
 
 SMALL = {"units": 16, "ffn_units": 16, "num_layers": 1, "num_heads": 1, "batch_size": 16, "log_every": 5}
 
@@ -55,12 +55,14 @@ def test_recipes_train_for_the_same_time_and_are_measured_on_the_same_text(
 
 def test_the_flags_are_the_recipes_and_keep_every_evaluation(recipes):
     flags = flags_of(Recipe("x", "bert-tiny", {"lowercase": False, "lr": 0.5}), minutes=3.0, seed=7)
-    told = "--preset bert-tiny --lowercase no --lr 0.5 --eval-every 20 --max-minutes 3.0 --seed 7 --keep 0"
+    told = "--preset bert-tiny --lowercase no --lr 0.5 --eval-every 20 --max-minutes 3.0 --seed 7 --keep-checkpoints 0"
     assert " ".join(flags) == told
 
 
 def test_the_table_has_the_mean_over_seeds_and_the_range(recipes):
-    runs = [Learnt("learns", seed, [(1.0, loss)], 10, 160, 0.25, 0.5) for seed, loss in ((0, 5.0), (1, 6.0))]
+    runs = [
+        RunResult("learns", seed, [(1.0, loss)], 10, 160, 0.25, 0.5) for seed, loss in ((0, 5.0), (1, 6.0))
+    ]
     row = "| one that learns | 2 | 10 | 160 | 5.500 (5.000 to 6.000) | 25.0 % | 50.0 % |"
     assert table(runs).splitlines()[-1] == row
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from gluon_bert.config import GROUPS, Config
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.fileio import write_json
 from gluon_bert.presets import PRESETS, preset
 
@@ -22,7 +22,7 @@ def test_the_book_preset_has_the_books_figures():
     d2l = preset("d2l")
     model = d2l.model
     assert (model.num_layers, model.units, model.ffn_units, model.num_heads) == (2, 128, 256, 2)
-    assert (model.dropout, d2l.data.max_len, d2l.data.min_freq) == (0.2, 64, 5)
+    assert (model.dropout, d2l.data.max_seq_length, d2l.data.min_freq) == (0.2, 64, 5)
     assert (d2l.train.batch_size, d2l.train.num_steps, d2l.train.lr) == (512, 50, 1e-3)
 
 
@@ -31,13 +31,18 @@ def test_the_presets_of_berts_train_as_the_original_bert(name):
     train = preset(name).train
     assert (train.optimizer, train.beta1, train.beta2, train.epsilon) == ("bertadam", 0.9, 0.999, 1e-6)
     assert (train.weight_decay, train.clip_norm) == (0.01, 1.0)
-    assert (train.lr, train.schedule, train.warmup) == (1e-4, "linear", 0.1)
+    assert (train.lr, train.schedule, train.warmup_ratio) == (1e-4, "linear", 0.1)
 
 
 def test_the_book_preset_is_plain_adam():
     train = preset("d2l").train
     assert (train.optimizer, train.beta1, train.beta2, train.epsilon) == ("adam", 0.9, 0.999, 1e-8)
-    assert (train.weight_decay, train.clip_norm, train.schedule, train.warmup) == (0.0, 0.0, "constant", 0.0)
+    assert (train.weight_decay, train.clip_norm, train.schedule, train.warmup_ratio) == (
+        0.0,
+        0.0,
+        "constant",
+        0.0,
+    )
 
 
 def test_no_two_options_share_a_name():
@@ -57,24 +62,26 @@ def test_json_files_hold_no_nan(tmp_path):
 
 
 def test_replace_refuses_other_types():
-    with pytest.raises(BadInput, match="--corpus is 'pydoc', which is no list of strings"):
+    with pytest.raises(InputError, match="--corpus is 'pydoc', which is no list of strings"):
         preset("d2l").replace(corpus="pydoc")
 
 
 def test_replace_reaches_every_group_and_refuses_other_names():
-    changed = preset("d2l").replace(units=64, max_len=32, seed=5)
-    assert (changed.model.units, changed.data.max_len, changed.train.seed) == (64, 32, 5)
-    with pytest.raises(BadInput, match="unitz"):
+    changed = preset("d2l").replace(units=64, max_seq_length=32, seed=5)
+    assert (changed.model.units, changed.data.max_seq_length, changed.train.seed) == (64, 32, 5)
+    with pytest.raises(InputError, match="unitz"):
         preset("d2l").replace(unitz=64)
 
 
 def test_all_problems_are_told_at_once():
-    config = preset("d2l").replace(num_heads=3, max_len=2, batch_size=0, long_pairs="burn", lr=float("nan"))
-    with pytest.raises(BadInput) as told:
+    config = preset("d2l").replace(
+        num_heads=3, max_seq_length=2, batch_size=0, long_pairs="burn", lr=float("nan")
+    )
+    with pytest.raises(InputError) as told:
         config.check()
     lines = str(told.value).splitlines()
     assert "--num-heads 3: must divide --units 128" in lines
-    assert "--max-len 2: must be at least 8" in lines
+    assert "--max-seq-length 2: must be at least 8" in lines
     assert "--batch-size 0: must be at least 1" in lines
     assert "--long-pairs burn: must be one of truncate, drop" in lines
     assert any(line.startswith("--lr nan") for line in lines)
@@ -83,18 +90,18 @@ def test_all_problems_are_told_at_once():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"max_len": 1001}, "--max-len 1001: must not exceed --max-positions 1000"),
+        ({"max_seq_length": 1001}, "--max-seq-length 1001: must not exceed --max-positions 1000"),
         ({"mask_token_rate": 0.9, "random_token_rate": 0.2}, "must not exceed 1 together"),
         ({"lr": 0.0}, "--lr 0.0: must be above 0"),
-        ({"num_buckets": 65}, "--num-buckets 65: must not exceed --max-len 64"),
+        ({"num_buckets": 65}, "--num-buckets 65: must not exceed --max-seq-length 64"),
         ({"seed": 2**31}, "--seed 2147483648: must be at most 2147483647"),
         ({"lr": float("inf")}, "--lr inf: must be at most"),
-        ({"held_out": 0.9}, "--held-out 0.9: must be at most 0.5"),
+        ({"validation_fraction": 0.9}, "--validation-fraction 0.9: must be at most 0.5"),
         ({"weight_decay": 0.01}, "--weight-decay 0.01: must be 0 with --optimizer adam; adamw, bertadam"),
         ({"weight_decay": -0.1}, "--weight-decay -0.1: must be at least 0.0"),
         ({"schedule": "cubic"}, "--schedule cubic: must be one of constant, linear, cosine"),
         ({"optimizer": "sgd"}, "--optimizer sgd: must be one of adam, adamw, bertadam, lamb"),
-        ({"warmup": 1.5}, "--warmup 1.5: must be at most 1.0"),
+        ({"warmup_ratio": 1.5}, "--warmup-ratio 1.5: must be at most 1.0"),
         ({"beta1": 1.0}, "--beta1 1.0: must be at most 0.9999"),
         ({"beta2": float("nan")}, "--beta2 nan: must be at least 0.0"),
         ({"epsilon": 0.0}, "--epsilon 0.0: must be at least 1e-12"),
@@ -113,7 +120,7 @@ def test_all_problems_are_told_at_once():
             {"tokenizer": "wordpiece", "vocab_file": "v.txt", "vocab_size": 8000},
             "--vocab-size 8000: has no effect, it needs --tokenizer wordpiece, and no --vocab-file",
         ),
-        ({"short_pair_rate": 0.2}, "--short-pair-rate 0.2: has no effect, it needs --pairs packed"),
+        ({"short_seq_prob": 0.2}, "--short-seq-prob 0.2: has no effect, it needs --pairs packed"),
         ({"max_ngram": 2}, "--max-ngram 2: has no effect, it needs --masking ngrams"),
         ({"masking": "ngrams", "max_ngram": 1}, "--max-ngram 1: must be at least 2 for --masking ngrams"),
         ({"pairs": "packed"}, "--long-pairs drop: packed pairs are truncated"),
@@ -121,7 +128,7 @@ def test_all_problems_are_told_at_once():
     ],
 )
 def test_contradictions_name_the_flags(changes, told):
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(InputError, match=told):
         preset("d2l").replace(**changes).check()
 
 
@@ -137,10 +144,10 @@ def test_contradictions_name_the_flags(changes, told):
     ],
 )
 def test_json_with_unknown_keys_or_types_is_refused_by_name(content, told):
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(InputError, match=told):
         Config.from_json(content)
 
 
 def test_an_unknown_preset_lists_the_known():
-    with pytest.raises(BadInput, match="--preset bert-huge: must be one of d2l, quick, bert-tiny"):
+    with pytest.raises(InputError, match="--preset bert-huge: must be one of d2l, quick, bert-tiny"):
         preset("bert-huge")

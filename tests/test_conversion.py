@@ -18,15 +18,15 @@ import tokenizers
 from conftest import ROOT
 
 from gluon_bert.checkpoint import save_checkpoint
-from gluon_bert.conversion.converter import foreign_arrays, network, shapes, translate
+from gluon_bert.conversion.converter import network, shapes, to_foreign_names, to_own_names
 from gluon_bert.conversion.huggingface import bert_config, read_huggingface
 from gluon_bert.conversion.mxnet_params import read_parameters
 from gluon_bert.conversion.torch_pickle import read_tensors
-from gluon_bert.conversion.weight_names import D2L, GLUONNLP, GOOGLE, HUGGINGFACE
+from gluon_bert.conversion.weight_names import D2L, GLUONNLP, HUGGINGFACE, TENSORFLOW
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
-from gluon_bert.errors import BadInput
-from gluon_bert.export.evaluation_texts import held_out_texts
+from gluon_bert.errors import InputError
+from gluon_bert.export.evaluation_texts import validation_texts
 from gluon_bert.inference.predictor import Predictor
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.model.parameters import weights_of
@@ -44,7 +44,7 @@ SIZES = {
 }
 LENGTHS = {"small": ([3, 12, 7, 5], 12), "larger": ([40, 9, 33], 40)}
 both_sizes = pytest.mark.parametrize("size", SIZES)
-LAYOUTS = {"huggingface": HUGGINGFACE, "google": GOOGLE, "gluonnlp": GLUONNLP, "d2l": D2L}
+LAYOUTS = {"huggingface": HUGGINGFACE, "google": TENSORFLOW, "gluonnlp": GLUONNLP, "d2l": D2L}
 
 
 def configured(size, like="bert-tiny", **changes):
@@ -106,7 +106,12 @@ def a_run(folder, config, vocab=None, seed=3, **data):
     like = preset("bert-tiny" if config.embedding_norm else "d2l")
     vocab = vocab or WordPieceVocabulary([*SPECIAL_TOKENS, *WORDS])
     tokenizer = "wordpiece" if isinstance(vocab, WordPieceVocabulary) else "words"
-    values = {**dataclasses.asdict(config), "max_len": config.max_positions, "tokenizer": tokenizer, **data}
+    values = {
+        **dataclasses.asdict(config),
+        "max_seq_length": config.max_positions,
+        "tokenizer": tokenizer,
+        **data,
+    }
     create_run(folder, like.replace(**values), vocab)
     save_checkpoint(folder, randomised(config, seed), step=7)
     return load_run(folder)
@@ -130,9 +135,9 @@ def assert_bits(one, other):
 def test_names_are_one_to_one_and_back_again(name):
     like = "d2l" if name == "d2l" else "bert-tiny"
     net = randomised(configured("small", like))
-    arrays = foreign_arrays(weights_of(net), LAYOUTS[name])
+    arrays = to_foreign_names(weights_of(net), LAYOUTS[name])
     assert len(arrays) == len(weights_of(net))
-    back = translate(arrays, LAYOUTS[name], net.vocab_size, net.config, "here")
+    back = to_own_names(arrays, LAYOUTS[name], net.vocab_size, net.config, "here")
     assert_bits(net, network(back, net.vocab_size, net.config))
 
 
@@ -212,7 +217,7 @@ def test_a_run_gives_the_same_numbers_in_transformers_and_comes_back_bit_for_bit
     back = load_run(tmp_path / "back")
     assert_bits(run.net, back.net)
     assert (back.net.config, back.vocab.tokens, back.step) == (run.net.config, run.vocab.tokens, 0)
-    assert (back.config.data.lowercase, back.config.data.max_len) == (True, 13)
+    assert (back.config.data.lowercase, back.config.data.max_seq_length) == (True, 13)
 
     torch = pytest.importorskip("torch", reason="needs the extra test-others")
     transformers = pytest.importorskip("transformers", reason="needs the extra test-others")
@@ -300,7 +305,7 @@ def test_the_vocabulary_may_stand_in_tokenizer_json(lowercase, tmp_path):
     tokenizer.save(str(folder / "tokenizer.json"))
     foreign = read_huggingface(folder)
     assert (foreign.vocab.tokens, foreign.lowercase, foreign.notes) == (run.vocab.tokens, lowercase, [])
-    with pytest.raises(BadInput, match=r"the tokenizer in .* says the contrary"):
+    with pytest.raises(InputError, match=r"the tokenizer in .* says the contrary"):
         read_huggingface(folder, lowercase=not lowercase)
     content = json.loads((folder / "tokenizer.json").read_text())
     for change, told in (
@@ -309,10 +314,10 @@ def test_the_vocabulary_may_stand_in_tokenizer_json(lowercase, tmp_path):
     ):
         changed = {**content, "model": {**content["model"], **change}}
         (folder / "tokenizer.json").write_text(json.dumps(changed))
-        with pytest.raises(BadInput, match=told):
+        with pytest.raises(InputError, match=told):
             read_huggingface(folder)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(BadInput, match=r"has neither vocab\.txt nor tokenizer\.json"):
+    with pytest.raises(InputError, match=r"has neither vocab\.txt nor tokenizer\.json"):
         read_huggingface(folder)
 
 
@@ -333,7 +338,7 @@ def with_other(**arrays):
         (
             without("cls.seq", "bert.pooler"),
             r"missing: bert\.pooler\.dense\.weight bert\.pooler\.dense\.bias "
-            r"cls\.seq_relationship\.weight cls\.seq_relationship\.bias; --new-heads yes",
+            r"cls\.seq_relationship\.weight cls\.seq_relationship\.bias; --init-missing-heads yes",
         ),
         (
             without("bert.encoder.layer.0.output.dense.bias"),
@@ -351,21 +356,21 @@ def with_other(**arrays):
 def test_weights_that_do_not_fit_are_all_listed(change, told, tmp_path):
     _, folder = huggingface_folder(tmp_path)
     rewrite(folder, change)
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(InputError, match=told):
         read_huggingface(folder)
 
 
 def test_heads_that_are_missing_as_a_whole_are_drawn_when_asked(tmp_path):
     run, folder = huggingface_folder(tmp_path)
     rewrite(folder, without("cls."))
-    converted("--from", "huggingface", folder, "--to", tmp_path / "back", "--new-heads", "yes")
+    converted("--from", "huggingface", folder, "--to", tmp_path / "back", "--init-missing-heads", "yes")
     before, after = weights_of(run.net), weights_of(load_run(tmp_path / "back").net)
     for name in before:
         drawn = name.split(".")[0] in ("mlm", "nsp")
         assert drawn != np.array_equal(before[name], after[name]) or "bias" in name
     rewrite(folder, without("bert.pooler.dense.bias"))
-    with pytest.raises(BadInput, match=r"missing: bert\.pooler\.dense\.bias$"):
-        read_huggingface(folder, new_heads=True)
+    with pytest.raises(InputError, match=r"missing: bert\.pooler\.dense\.bias$"):
+        read_huggingface(folder, init_missing_heads=True)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +389,7 @@ def test_another_architecture_is_refused_in_words(settings, told, tmp_path):
     _, folder = huggingface_folder(tmp_path)
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, **settings}))
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(InputError, match=told):
         read_huggingface(folder)
 
 
@@ -413,7 +418,7 @@ def test_a_damaged_safetensors_file_is_told(tmp_path):
     _, folder = huggingface_folder(tmp_path)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(BadInput, match=r"model\.safetensors: cannot be read as safetensors"):
+    with pytest.raises(InputError, match=r"model\.safetensors: cannot be read as safetensors"):
         read_huggingface(folder)
 
 
@@ -434,7 +439,7 @@ def a_bin(path, content):
 def test_a_bin_that_would_run_something_runs_nothing(tmp_path, capsys):
     a_bin(tmp_path / "x.bin", pickle.dumps({"a": Evil()}))
     with pytest.raises(
-        BadInput, match=r"it asks for (builtins|__builtin__)\.print, which weights do not need"
+        InputError, match=r"it asks for (builtins|__builtin__)\.print, which weights do not need"
     ):
         read_tensors(tmp_path / "x.bin")
     assert capsys.readouterr().out == ""
@@ -464,13 +469,13 @@ def test_tensors_of_a_bin_are_read_with_offset_and_stride(tmp_path):
 @pytest.mark.parametrize("offset, size, stride", [(3, (4,), (1,)), (-1, (2,), (1,)), (0, (2,), (-1,))])
 def test_a_tensor_outside_its_storage_is_refused(offset, size, stride, tmp_path):
     a_bin(tmp_path / "x.bin", tensor_pickle(offset, size, stride))
-    with pytest.raises(BadInput, match="reaches outside its storage"):
+    with pytest.raises(InputError, match="reaches outside its storage"):
         read_tensors(tmp_path / "x.bin")
 
 
 def test_what_is_no_bin_is_told(tmp_path):
     (tmp_path / "x.bin").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(BadInput, match=r"is not a file that torch\.save of PyTorch 1\.6 or later wrote"):
+    with pytest.raises(InputError, match=r"is not a file that torch\.save of PyTorch 1\.6 or later wrote"):
         read_tensors(tmp_path / "x.bin")
 
 
@@ -555,7 +560,7 @@ def books_model(config, batch, folder, load=""):
     sizes = {name: getattr(config, name) for name in SIZES["small"]}
     arrays = dataclasses.asdict(batch)
     np.savez(folder / "job.npz", load=str(load), vocab_size=VOCAB_SIZE, **sizes, **arrays)
-    command = [sys.executable, str(ROOT / "tests" / "book_model.py"), str(folder / "job.npz")]
+    command = [sys.executable, str(ROOT / "tests" / "d2l_model.py"), str(folder / "job.npz")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     given = np.load(folder / "given.npz")
@@ -592,10 +597,10 @@ def test_the_number_of_heads_must_be_said(tmp_path, capsys):
     paths = [str(tmp_path / "theirs" / name) for name in ("bert.params", "vocab.json")]
     assert convert.main(["--from", "d2l", *paths, "--to", str(tmp_path / "back")]) == 2
     assert "--num-heads" in capsys.readouterr().err
-    converted("--from", "d2l", *paths, "--num-heads", 2, "--to", tmp_path / "back", "--max-len", 9)
+    converted("--from", "d2l", *paths, "--num-heads", 2, "--to", tmp_path / "back", "--max-seq-length", 9)
     back = load_run(tmp_path / "back")
     assert_bits(load_run(tmp_path / "run").net, back.net)
-    assert (back.vocab.tokens, back.config.data.max_len) == (Vocabulary(WORDS).tokens, 9)
+    assert (back.vocab.tokens, back.config.data.max_seq_length) == (Vocabulary(WORDS).tokens, 9)
 
 
 def test_a_run_of_the_package_is_no_parameter_file_of_another(tmp_path):
@@ -604,7 +609,7 @@ def test_a_run_of_the_package_is_no_parameter_file_of_another(tmp_path):
     path = tmp_path / "ours.params"
     run.net.save_parameters(str(path))
     for kind in ("d2l", "gluonnlp"):
-        with pytest.raises(BadInput, match=r"it is another network's; it has encoder\.embeddings"):
+        with pytest.raises(InputError, match=r"it is another network's; it has encoder\.embeddings"):
             read_parameters(kind, path, tmp_path / "vocab.json", num_heads=2)
 
 
@@ -670,8 +675,11 @@ def _google_scores(tf, v, config, batch):
 
     rows, length = batch.tokens.shape
     e = "bert/embeddings"
-    x = tf.gather(v[f"{e}/word_embeddings"], batch.tokens)
-    x += tf.gather(v[f"{e}/token_type_embeddings"], batch.segments) + v[f"{e}/position_embeddings"][:length]
+    x = tf.all_gather(v[f"{e}/word_embeddings"], batch.tokens)
+    x += (
+        tf.all_gather(v[f"{e}/token_type_embeddings"], batch.segments)
+        + v[f"{e}/position_embeddings"][:length]
+    )
     x = norm(x, f"{e}/LayerNorm")
     padding = -1e4 * (np.arange(length) >= batch.lengths[:, None]).astype(float)[:, None, None]
     for i in range(config.num_layers):
@@ -742,7 +750,7 @@ def test_a_checkpoint_of_google_gives_the_same_numbers(size, tmp_path, capsys):
     run = load_run(tmp_path / "run")
     assert run.net.config == dataclasses.replace(config, dropout=0.1)
     found = google_forward(weights, config, batch)
-    assert_same(network(weights_of(run.net), VOCAB_SIZE, config), batch, *found, GOOGLE)
+    assert_same(network(weights_of(run.net), VOCAB_SIZE, config), batch, *found, TENSORFLOW)
     converted("--from", "google", folder, "--gelu", "exact", "--to", tmp_path / "exact")
     exact = load_run(tmp_path / "exact")
     assert exact.net.config.activation == "gelu"
@@ -817,5 +825,5 @@ def test_a_converted_run_answers_and_says_that_it_has_no_corpus(tmp_path):
     run = load_run(tmp_path / "run")
     (answer,) = Predictor.of(run).ask([run.reader.text("w3 [MASK]")])
     assert len(answer.fill_masks(run.vocab)[0]) == 5
-    with pytest.raises(BadInput, match="the run has no corpus: name a text"):
-        held_out_texts(run)
+    with pytest.raises(InputError, match="the run has no corpus: name a text"):
+        validation_texts(run)

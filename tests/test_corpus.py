@@ -9,9 +9,9 @@ from conftest import small_text
 from gluon_bert.config import DataConfig
 from gluon_bert.data.corpora import pydoc
 from gluon_bert.data.corpora.corpus import Corpus, text_files
-from gluon_bert.data.corpora.text_formats import Piece, guess_format, is_held_out, parse, pieces
+from gluon_bert.data.corpora.text_formats import TextChunk, guess_format, is_validation, parse, pieces
 from gluon_bert.data.prepared import prepare
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 
 PROSE = """The crane is flying over the city. It is
 a large bird, and nobody sees it.
@@ -24,7 +24,7 @@ def sides(*paths, **changes):
     """The documents of a corpus, each with whether it is held out."""
     config = DataConfig(corpus=tuple(map(str, paths)), **changes)
     parsed_pieces = [parse(piece, config) for piece in Corpus(config).pieces()]
-    return [side for piece in parsed_pieces for side in zip(piece.documents, piece.held_out)]
+    return [side for piece in parsed_pieces for side in zip(piece.documents, piece.validation)]
 
 
 def documents(path, **changes):
@@ -32,7 +32,7 @@ def documents(path, **changes):
 
 
 def parsed(text, text_format, **changes):
-    return parse(Piece(text, text_format), DataConfig(**changes)).documents
+    return parse(TextChunk(text, text_format), DataConfig(**changes)).documents
 
 
 def test_running_text_is_split_into_sentences_across_line_ends():
@@ -175,7 +175,7 @@ def test_the_valid_file_beside_wikitexts_train_file_is_held_out(tmp_path):
         (inner / f"wiki.{name}.tokens").write_text(f" {name} one . {name} two . \n" * 3, "utf-8")
     (inner / "README.md").write_text("No part of the corpus. Not a bit of it.\n", "utf-8")
     for path in (inner, inner / "wiki.train.tokens"):
-        read = [(d[0], held_out) for d, held_out in sides(path)]
+        read = [(d[0], validation) for d, validation in sides(path)]
         assert read == [("train one", False)] * 3 + [("valid one", True)] * 3
 
 
@@ -192,21 +192,21 @@ def test_no_text_is_read_twice_nor_held_out_and_trained_on(tmp_path):
     for name in ("train", "valid", "test"):
         (tmp_path / f"wiki.{name}.tokens").write_text(f" {name} one . {name} two . \n", "utf-8")
     read = sides(*sorted(tmp_path.iterdir()), tmp_path)
-    assert [(d[0], held_out) for d, held_out in read] == [("train one", False), ("valid one", True)]
+    assert [(d[0], validation) for d, validation in read] == [("train one", False), ("valid one", True)]
 
 
 def test_the_held_out_share_depends_on_the_text_alone(text_file):
-    read = sides(text_file, held_out=0.3)
-    share = sum(held_out for _, held_out in read) / len(read)
+    read = sides(text_file, validation_fraction=0.3)
+    share = sum(validation for _, validation in read) / len(read)
     assert 0.15 < share < 0.45
-    assert all(is_held_out(document, 0.3) == held_out for document, held_out in read)
-    assert not any(held for _, held in sides(text_file, held_out=0.0))
+    assert all(is_validation(document, 0.3) == validation for document, validation in read)
+    assert not any(held for _, held in sides(text_file, validation_fraction=0.0))
 
 
 def test_text_that_is_not_utf8_is_told_with_file_and_line(tmp_path):
     path = tmp_path / "latin.txt"
     path.write_bytes(b"first line\n" * 3 + "caf\xe9\n".encode("latin-1"))
-    with pytest.raises(BadInput, match=r"latin.txt, line 4: byte 0xe9 is not UTF-8"):
+    with pytest.raises(InputError, match=r"latin.txt, line 4: byte 0xe9 is not UTF-8"):
         documents(path)
 
 
@@ -214,14 +214,14 @@ def test_the_line_is_right_behind_the_first_block_too(tmp_path, monkeypatch):
     monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 64)
     path = tmp_path / "latin.txt"
     path.write_bytes(b"a line of text\n" * 50 + b"\xff\n")
-    with pytest.raises(BadInput, match="line 51"):
+    with pytest.raises(InputError, match="line 51"):
         documents(path)
 
 
 def test_a_damaged_gz_is_told(tmp_path):
     path = tmp_path / "cut.gz"
     path.write_bytes(gzip.compress(small_text().encode())[:-20])
-    with pytest.raises(BadInput, match=r"cut.gz: the .gz file is damaged"):
+    with pytest.raises(InputError, match=r"cut.gz: the .gz file is damaged"):
         documents(path)
 
 
@@ -232,7 +232,7 @@ def test_a_text_without_ends_of_documents_is_refused_before_it_fills_the_memory(
     path = tmp_path / "t.txt"
     path.write_text(f"first document\n\n{text}", "utf-8")
     told = r"t.txt, line 3: a document of more than .* begins here; put blank lines between documents"
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(InputError, match=told):
         list(pieces(path, "sentences"))
 
 
@@ -249,13 +249,13 @@ def test_pieces_tell_how_much_of_the_file_is_read(tmp_path, monkeypatch, name):
 
 
 def test_documents_of_one_sentence_are_counted_where_they_are_left_out():
-    piece = Piece("alone here\n\na b\nc d\n\nand alone\n", "sentences")
+    piece = TextChunk("alone here\n\na b\nc d\n\nand alone\n", "sentences")
     assert parse(piece, DataConfig()).dropped == (2, 4)
-    assert parse(Piece(" Only one . \n", "wikitext"), DataConfig()).dropped == (0, 0)
+    assert parse(TextChunk(" Only one . \n", "wikitext"), DataConfig()).dropped == (0, 0)
 
 
 def test_all_paths_that_cannot_be_read_are_told(tmp_path):
-    with pytest.raises(BadInput) as told:
+    with pytest.raises(InputError) as told:
         Corpus(DataConfig(corpus=("/no/where", "pydoc", "/not/there")))
     assert [line.split(":")[0] for line in str(told.value).splitlines()] == [
         "--corpus /no/where",
@@ -271,7 +271,9 @@ def test_a_paragraph_of_the_pydoc_prose_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(pydoc, "source_files", lambda: sources)
     other = tmp_path / "other.txt"
     other.write_text("One bird . It flies .\n" * 2, "utf-8")  # a user's text is taken as it is
-    config = DataConfig(corpus=("pydoc", str(other)), text_format="paragraphs", min_freq=1, held_out=0.0)
+    config = DataConfig(
+        corpus=("pydoc", str(other)), text_format="paragraphs", min_freq=1, validation_fraction=0.0
+    )
     prepared = prepare(config, tmp_path / "cache")
     train = prepared.train
     assert len(train) == 3
@@ -281,7 +283,7 @@ def test_a_paragraph_of_the_pydoc_prose_is_read_once(tmp_path, monkeypatch):
 
 def test_what_is_no_regular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(BadInput, match="pipe: is no regular file"):
+    with pytest.raises(InputError, match="pipe: is no regular file"):
         text_files(tmp_path / "pipe")
 
 
@@ -292,12 +294,12 @@ def test_only_text_is_taken_from_a_folder(tmp_path):
 
 
 def test_paths_that_cannot_be_read_are_told(tmp_path):
-    with pytest.raises(BadInput, match=r"--corpus .*nowhere: no such file or folder"):
+    with pytest.raises(InputError, match=r"--corpus .*nowhere: no such file or folder"):
         text_files(tmp_path / "nowhere")
-    with pytest.raises(BadInput, match=r"holds no file that ends in \.txt"):
+    with pytest.raises(InputError, match=r"holds no file that ends in \.txt"):
         text_files(tmp_path)
 
 
 def test_no_corpus_is_told():
-    with pytest.raises(BadInput, match="--corpus: must name a corpus, a file or a folder"):
+    with pytest.raises(InputError, match="--corpus: must name a corpus, a file or a folder"):
         Corpus(DataConfig(corpus=()))

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from gluon_bert.config import DataConfig
 from gluon_bert.data.prepared import number, prepare
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 
 
 def config_of(path, **changes):
@@ -34,7 +34,7 @@ def test_ids_spell_the_documents():
 def test_the_vocabulary_is_made_of_the_training_text_only():
     prepared = number([(["a a", "a"], False), (["b b", "b a"], True)], min_freq=1)
     assert "b" not in prepared.vocab
-    assert prepared.vocab.words(prepared.held_out.tokens) == ["<unk>"] * 3 + ["a"]
+    assert prepared.vocab.words(prepared.validation.tokens) == ["<unk>"] * 3 + ["a"]
 
 
 def test_special_tokens_in_the_text_are_unknown_words():
@@ -51,12 +51,12 @@ def test_the_unigram_loss_is_that_of_the_words_to_predict():
         p = np.array(counts) / sum(counts)
         return -(p * np.log(p)).sum()
 
-    train, held_out = prepared.train, prepared.held_out
+    train, validation = prepared.train, prepared.validation
     assert prepared.unigram_loss(train, predict_unknown=True) == pytest.approx(entropy(3, 3, 2))
     assert prepared.unigram_loss(train, predict_unknown=False) == pytest.approx(entropy(3, 2))
     both = -(np.log(2 / 8) + np.log(3 / 8)) / 2
-    assert prepared.unigram_loss(held_out, predict_unknown=True) == pytest.approx(both)
-    assert prepared.unigram_loss(held_out, predict_unknown=False) == pytest.approx(-np.log(2 / 5))
+    assert prepared.unigram_loss(validation, predict_unknown=True) == pytest.approx(both)
+    assert prepared.unigram_loss(validation, predict_unknown=False) == pytest.approx(-np.log(2 / 5))
 
 
 def test_the_cache_gives_the_same_and_spares_the_reading(text_file, tmp_path, monkeypatch):
@@ -65,14 +65,14 @@ def test_the_cache_gives_the_same_and_spares_the_reading(text_file, tmp_path, mo
     again = prepare(config_of(text_file), tmp_path / "cache")
     assert again.vocab.tokens == first.vocab.tokens
     assert again.statistics == first.statistics
-    for side in ("train", "held_out"):
+    for side in ("train", "validation"):
         for name in ("tokens", "sentences", "documents"):
             ours, theirs = (getattr(getattr(p, side), name) for p in (first, again))
             assert ours.dtype == theirs.dtype
             np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("changes", [{"min_freq": 2}, {"lowercase": False}, {"held_out": 0.2}])
+@pytest.mark.parametrize("changes", [{"min_freq": 2}, {"lowercase": False}, {"validation_fraction": 0.2}])
 def test_another_setting_is_another_cache(text_file, tmp_path, changes):
     prepare(config_of(text_file), tmp_path / "cache")
     prepare(config_of(text_file, **changes), tmp_path / "cache")
@@ -82,7 +82,7 @@ def test_another_setting_is_another_cache(text_file, tmp_path, changes):
 def test_another_text_under_the_same_name_is_another_cache(text_file, tmp_path):
     before = prepare(config_of(text_file, min_freq=1), tmp_path / "cache")
     text_file.write_text(text_file.read_text() + "\nzebra one\nzebra two\n", "utf-8")
-    after = prepare(config_of(text_file, min_freq=1, held_out=0.0), tmp_path / "cache")
+    after = prepare(config_of(text_file, min_freq=1, validation_fraction=0.0), tmp_path / "cache")
     assert "zebra" not in before.vocab
     assert "zebra" in after.vocab
 
@@ -101,17 +101,17 @@ def test_a_cache_that_cannot_be_written_is_told_and_does_without(text_file, tmp_
         ("one line only\n", {}, "0 of the documents to train on have two sentences"),
         (
             "one document\nof two lines\n",
-            {"held_out": 0.0},
+            {"validation_fraction": 0.0},
             "1 of the documents to train on have two sentences .* would be labelled wrongly",
         ),
-        ("a b\nc d\n\ne f\ng h\n", {"held_out": 0.0}, "--min-freq 5: no word of"),
+        ("a b\nc d\n\ne f\ng h\n", {"validation_fraction": 0.0}, "--min-freq 5: no word of"),
         ("", {}, "0 of the documents"),
     ],
 )
 def test_a_corpus_without_enough_text_is_refused(tmp_path, text, changes, told):
     path = tmp_path / "t.txt"
     path.write_text(text, "utf-8")
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(InputError, match=told):
         prepare(config_of(path, **changes), tmp_path / "cache")
     assert not list(tmp_path.glob("cache/*"))
 

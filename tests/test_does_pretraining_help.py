@@ -7,7 +7,7 @@ import pytest
 from dev import pretraining_vs_scratch as does_pretraining_help
 from dev.wikitext_sections import KINDS, sample, section_rows
 
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 
 LONG = " ".join(["word"] * 20)
 
@@ -50,7 +50,7 @@ def test_a_paragraph_has_the_kind_of_its_section(tmp_path):
 def test_a_text_without_sections_is_refused(tmp_path):
     (tmp_path / "x").write_text("nothing")
     for name in ("x", "gone"):
-        with pytest.raises(BadInput):
+        with pytest.raises(InputError):
             section_rows(tmp_path / name)
 
 
@@ -60,7 +60,7 @@ def test_smaller_samples_are_parts_of_larger_ones(corpus):
     assert small == large[:10]
     assert small != other
     assert len(set(large)) == 40
-    with pytest.raises(BadInput, match="--sizes 61: the training text has 60 labelled paragraphs"):
+    with pytest.raises(InputError, match="--sizes 61: the training text has 60 labelled paragraphs"):
         sample(rows, 61, 1)
 
 
@@ -77,7 +77,7 @@ def test_the_command(corpus, tmp_path, capsys):
         "16",
         "--ffn-units",
         "32",
-        "--max-len",
+        "--max-seq-length",
         "16",
         "--batch-size",
         "16",

@@ -28,7 +28,7 @@ WORDS = ["a", "crane", "is", "flying", "driver", "came", "he", "just", "left"]
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    config = preset("d2l").replace(max_len=16, units=16, ffn_units=32, max_positions=32)
+    config = preset("d2l").replace(max_seq_length=16, units=16, ffn_units=32, max_positions=32)
     return untrained_run(folder, config, Vocabulary(WORDS))
 
 
@@ -272,7 +272,7 @@ def test_a_vocabulary_that_does_not_fit(run_folder, tmp_path, capsys):
 
 
 def test_the_real_command_from_a_shell(run_folder):
-    ops.in_use()  # so that they are built, which is told once
+    ops.describe()  # so that they are built, which is told once
     command = [sys.executable, str(ROOT / "tools" / "encode.py"), str(run_folder), "a crane", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     (line,) = io.StringIO(done.stdout)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from gluon_bert.data.tokenizer import TextReader
+from gluon_bert.data.tokenizer import Tokenizer
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.inference import predictor as encoding
 from gluon_bert.inference.predictor import GluonNetwork, Predictor, encode
 from gluon_bert.model.bert import BERTModel
@@ -43,13 +43,13 @@ def test_encoding_draws_nothing(net):
 
 
 def test_a_text_that_was_not_split_is_refused(net):
-    with pytest.raises(BadInput, match="list of them: split"):
+    with pytest.raises(InputError, match="list of them: split"):
         encode(net, VOCAB, "a crane is flying")
 
 
 def test_what_is_too_long_is_refused(net):
     assert encode(net, VOCAB, ["a"] * 10).shape == (1, 12, 128)
-    with pytest.raises(BadInput, match=r"13 tokens .* the network takes 12"):
+    with pytest.raises(InputError, match=r"13 tokens .* the network takes 12"):
         encode(net, VOCAB, ["a"] * 11)
 
 
@@ -65,7 +65,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def predictor(net):
-    return Predictor(GluonNetwork(net), TextReader(VOCAB, 12, lowercase=True))
+    return Predictor(GluonNetwork(net), Tokenizer(VOCAB, 12, lowercase=True))
 
 
 def read(predictor, texts=TEXTS):
@@ -129,7 +129,7 @@ def test_the_next_sentence_is_a_probability(predictor):
 
 def test_what_a_text_cannot_be_asked_is_refused(predictor):
     single, pair = predictor.ask(read(predictor, ["a crane", ("a", "he")]))
-    with pytest.raises(BadInput, match="no <mask>"):
+    with pytest.raises(InputError, match="no <mask>"):
         pair.fill_masks(VOCAB)
-    with pytest.raises(BadInput, match="give a pair"):
+    with pytest.raises(InputError, match="give a pair"):
         _ = single.is_next

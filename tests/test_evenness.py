@@ -9,15 +9,15 @@ import pytest
 from test_trainer import batch, data, trainer_on  # noqa: F401 (fixtures)
 
 from gluon_bert.runtime import mx
-from gluon_bert.training.profiling import Evenness, time_at_work
+from gluon_bert.training.profiling import LoadBalance, device_utilization
 
 
 def shards(*given):
-    return [SimpleNamespace(num_tokens=tokens, num_predictions=count) for tokens, count in given]
+    return [SimpleNamespace(num_tokens=tokens, num_masked=count) for tokens, count in given]
 
 
 def test_the_one_with_the_most_is_waited_for_each_time():
-    evenness = Evenness()
+    evenness = LoadBalance()
     assert all(map(math.isnan, evenness.shares()))
     evenness.add(shards((10, 4), (30, 4)))
     evenness.add(shards((30, 4), (10, 2)))  # in all both have the same tokens, and yet wait half of the time
@@ -34,14 +34,14 @@ def test_a_trainer_counts_what_it_gives_to_its_contexts(data, batch, micro_batch
     tokens = batch.lengths.reshape(-1, 2, at_once // 2).sum(axis=2)  # by part and context
     predictions = np.bincount(batch.predictions[0]).reshape(tokens.shape + (-1,)).sum(axis=2)
     expected = [given.mean(axis=1).sum() / given.max(axis=1).sum() for given in (tokens, predictions)]
-    assert trainer.evenness.shares() == pytest.approx(tuple(expected))
+    assert trainer.load_balance.shares() == pytest.approx(tuple(expected))
     assert expected[0] < 1
 
 
 def test_a_context_without_rows_has_nothing_to_do(data, batch):  # noqa: F811
     trainer = trainer_on(3, data)
     trainer.step(batch.rows(0, 1))
-    assert trainer.evenness.shares() == pytest.approx((1 / 3, 1 / 3))
+    assert trainer.load_balance.shares() == pytest.approx((1 / 3, 1 / 3))
 
 
 def told_of(contexts, tmp_path, names, *spans):
@@ -55,7 +55,7 @@ def told_of(contexts, tmp_path, names, *spans):
         events += [{**common, "ph": "B", "ts": begin}, {**common, "ph": "E", "ts": end}]
     events.append({"cat": "MXNET_C_API", "ph": "b", "name": "MXInvoke", "pid": 99, "ts": 1})
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}), "utf-8")
-    return time_at_work(tmp_path / "trace.json", contexts)
+    return device_utilization(tmp_path / "trace.json", contexts)
 
 
 def test_a_profile_tells_how_long_each_was_at_work_and_how_long_all_at_once(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.export import exporter as formats
 from gluon_bert.export.exporter import export_mxnet, load_exported
 from gluon_bert.export.manifest import MANIFEST, OUTPUTS, Manifest
@@ -26,7 +26,7 @@ from gluon_bert.runtime import mx
 OF_PRETRAINED = ("encoder", "all")
 
 VOCAB = Vocabulary([f"w{i}" for i in range(50)])
-MAX_LEN = 24
+MAX_SEQ_LENGTH = 24
 
 # Every operator of the exported graphs: all are MXNet's own. One more is a decision, not an accident.
 OPERATORS = {
@@ -38,7 +38,9 @@ OPERATORS = {
 
 
 def run_of(seed=0, name="bert-tiny", **changes):
-    config = preset(name).replace(units=32, ffn_units=48, num_heads=2, max_len=MAX_LEN, **changes)
+    config = preset(name).replace(
+        units=32, ffn_units=48, num_heads=2, max_seq_length=MAX_SEQ_LENGTH, **changes
+    )
     net = BERTModel(len(VOCAB), config.model)
     net.setup([mx.cpu()], seed)
     return Run(net, VOCAB, config, step=7)
@@ -64,7 +66,7 @@ def test_any_batch_and_length_equals_the_network(run, exports, outputs, network)
     manifest = Manifest.load(exports / outputs)
     other = network(exports / outputs, manifest)
     rng = np.random.default_rng(1)
-    for shape in ((2, 3), (1, MAX_LEN), (5, 11), (9, 17)):
+    for shape in ((2, 3), (1, MAX_SEQ_LENGTH), (5, 11), (9, 17)):
         texts = random_texts(rng, *shape, VOCAB)
         found = differences(GluonNetwork(run.net), other, [texts])
         assert set(found) == set(OUTPUTS[outputs])
@@ -93,7 +95,7 @@ def test_differences_are_seen(run, tmp_path, monkeypatch):
     found = differences(GluonNetwork(run.net), GluonNetwork(other.net), [random_texts(rng, 2, 9, VOCAB)])
     assert min(found.values()) > 1e-2
     monkeypatch.setattr(formats, "GluonNetwork", lambda net: GluonNetwork(other.net))
-    with pytest.raises(BadInput, match="read back by SymbolBlock, the encoded of the export differ by"):
+    with pytest.raises(InputError, match="read back by SymbolBlock, the encoded of the export differ by"):
         export_mxnet(run, tmp_path / "export")
     assert not list(tmp_path.iterdir())
 
@@ -112,7 +114,7 @@ def test_no_number_is_a_difference(run):
 @pytest.mark.parametrize("network", [BlockNetwork, ModuleNetwork])
 def test_longer_than_max_len_is_an_error_of_the_graph(exports, network):
     other = network(exports / "all", Manifest.load(exports / "all"))
-    texts = random_texts(np.random.default_rng(0), 2, MAX_LEN + 1, VOCAB)
+    texts = random_texts(np.random.default_rng(0), 2, MAX_SEQ_LENGTH + 1, VOCAB)
     with pytest.raises(RuntimeError, match="Slice axis 1 with size 25"):
         other(texts)
 
@@ -228,17 +230,17 @@ def test_the_encoder_alone_says_what_it_lacks(exports):
     (answer,) = predictor.ask([exported.reader.text("w1 <mask>", "w3")])
     assert answer.vectors.shape == (6, 32)
     assert answer.pooled is None
-    with pytest.raises(BadInput, match="exported without masked words: export it with --outputs all"):
+    with pytest.raises(InputError, match="exported without masked words: export it with --outputs all"):
         answer.fill_masks(VOCAB)
-    with pytest.raises(BadInput, match="exported without the next sentence"):
+    with pytest.raises(InputError, match="exported without the next sentence"):
         _ = answer.is_next
 
 
 def test_a_taken_folder_is_left_alone(run, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(BadInput, match=r"--output .*: is there already; name a new folder"):
+    with pytest.raises(InputError, match=r"--output .*: is there already; name a new folder"):
         export_mxnet(run, tmp_path)
-    with pytest.raises(BadInput, match="is there already"):
+    with pytest.raises(InputError, match="is there already"):
         export_mxnet(run, tmp_path / "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     (tmp_path / "empty").mkdir()
@@ -258,10 +260,10 @@ def export(exports, tmp_path):
 def test_a_damaged_file_is_named(export, name):
     content = (export / name).read_bytes()
     (export / name).write_bytes(content[:-7])
-    with pytest.raises(BadInput, match=f"{name}: is not the file that was exported"):
+    with pytest.raises(InputError, match=f"{name}: is not the file that was exported"):
         load_exported(export)
     (export / name).unlink()
-    with pytest.raises(BadInput, match=f"{name} is missing"):
+    with pytest.raises(InputError, match=f"{name} is missing"):
         load_exported(export)
 
 
@@ -272,8 +274,8 @@ def test_a_damaged_file_is_named(export, name):
         ({"format": "tflite"}, "does not say what this gluon_bert knows"),
         ({"outputs": "some"}, "does not say what this gluon_bert knows"),
         ({"outputs": []}, "does not say what this gluon_bert knows"),
-        ({"max_len": "24"}, "does not say what this gluon_bert knows"),
-        ({"max_len": -1}, "does not say what this gluon_bert knows"),
+        ({"max_seq_length": "24"}, "does not say what this gluon_bert knows"),
+        ({"max_seq_length": -1}, "does not say what this gluon_bert knows"),
         ({"tokenizer": {"kind": "sentencepiece"}}, "does not say what"),
         ({"tokenizer": []}, "does not say what"),
         ({"files": []}, "does not say what"),
@@ -284,15 +286,15 @@ def test_a_damaged_file_is_named(export, name):
 def test_a_foreign_manifest_is_refused(export, change, what):
     content = json.loads((export / MANIFEST).read_text("utf-8"))
     (export / MANIFEST).write_text(json.dumps({**content, **change}), "utf-8")
-    with pytest.raises(BadInput, match=what):
+    with pytest.raises(InputError, match=what):
         load_exported(export)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"manifest": 1}'])
 def test_what_is_no_manifest_is_refused(export, content):
     (export / MANIFEST).write_bytes(content)
-    with pytest.raises(BadInput, match="cannot be read as an export's manifest"):
+    with pytest.raises(InputError, match="cannot be read as an export's manifest"):
         load_exported(export)
     (export / MANIFEST).unlink()
-    with pytest.raises(BadInput, match=r"holds no export: there is no manifest\.json"):
+    with pytest.raises(InputError, match=r"holds no export: there is no manifest\.json"):
         load_exported(export)

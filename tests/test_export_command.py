@@ -7,7 +7,7 @@ import pytest
 from conftest import skip_without, untrained_run
 
 from gluon_bert.checkpoint import save_checkpoint
-from gluon_bert.data.loader import load_data
+from gluon_bert.data.loader import load_pretraining_data
 from gluon_bert.export.exporter import load_exported
 from gluon_bert.inference.predictor import Predictor
 from gluon_bert.presets import preset
@@ -17,9 +17,15 @@ from gluon_bert.run import load_run
 @pytest.fixture
 def run_folder(text_file, tmp_path):
     config = preset("bert-tiny").replace(
-        corpus=(str(text_file),), max_len=16, units=32, ffn_units=64, num_heads=2, held_out=0.3, num_buckets=1
+        corpus=(str(text_file),),
+        max_seq_length=16,
+        units=32,
+        ffn_units=64,
+        num_heads=2,
+        validation_fraction=0.3,
+        num_buckets=1,
     )
-    return untrained_run(tmp_path / "run", config, load_data(config.data, batch_size=8).vocab)
+    return untrained_run(tmp_path / "run", config, load_pretraining_data(config.data, batch_size=8).vocab)
 
 
 def told(capsys, *arguments):

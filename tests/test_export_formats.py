@@ -10,11 +10,11 @@ import pytest
 from conftest import ROOT, skip_without, small_text
 
 from gluon_bert.data.prepared import prepare
-from gluon_bert.data.tokenizer import TextReader, padded
-from gluon_bert.errors import BadInput
+from gluon_bert.data.tokenizer import Tokenizer, pad
+from gluon_bert.errors import InputError
 from gluon_bert.export import low_precision as quantized
 from gluon_bert.export import onnx_graph
-from gluon_bert.export.evaluation_texts import LENGTH_SHARES, held_out_texts
+from gluon_bert.export.evaluation_texts import LENGTH_SHARES, validation_texts
 from gluon_bert.export.exporter import (
     BF16_ERROR,
     INT8_ERROR,
@@ -33,7 +33,7 @@ from gluon_bert.presets import preset
 from gluon_bert.run import Run
 from gluon_bert.runtime import mx
 
-MAX_LEN = 32
+MAX_SEQ_LENGTH = 32
 EXPORTS = {"onnx": export_onnx, "int8": export_int8, "bf16": export_bf16}
 # The largest difference of any single number, in units of the largest of its output.
 LARGEST = {"onnx": 1e-5, "int8": 0.1, "bf16": 0.02}
@@ -63,7 +63,7 @@ def run(corpus):
 
 @pytest.fixture(scope="module")
 def texts(run):
-    return held_out_texts(run, 48)
+    return validation_texts(run, 48)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def exports(run, texts, tmp_path_factory):
 
 def run_of(corpus, name="bert-tiny", **changes):
     """A run with a small network of large random weights, so that nothing is close to 0."""
-    small = {"max_len": MAX_LEN, "units": 32, "ffn_units": 48, "num_heads": 2, "min_freq": 1}
+    small = {"max_seq_length": MAX_SEQ_LENGTH, "units": 32, "ffn_units": 48, "num_heads": 2, "min_freq": 1}
     config = preset(name).replace(**{**small, "corpus": (str(corpus),), "init": "xavier", **changes})
     vocab = prepare(config.data).vocab
     net = BERTModel(len(vocab), config.model)
@@ -91,14 +91,14 @@ def run_of(corpus, name="bert-tiny", **changes):
 
 
 def reader_of(run):
-    return TextReader(run.vocab, MAX_LEN, run.config.data.lowercase)
+    return Tokenizer(run.vocab, MAX_SEQ_LENGTH, run.config.data.lowercase)
 
 
 @pytest.mark.parametrize("outputs", OF_PRETRAINED)
 def test_an_export_agrees_with_the_network_at_any_batch_and_length(run, exports, format, outputs):
     exported = load_exported(exports(format, outputs))
     rng = np.random.default_rng(1)
-    for shape in ((2, 3), (1, MAX_LEN), (5, 11), (9, 17)):
+    for shape in ((2, 3), (1, MAX_SEQ_LENGTH), (5, 11), (9, 17)):
         batch = random_texts(rng, *shape, run.vocab)
         found = differences(GluonNetwork(run.net), exported.network, [batch])
         assert set(found) == set(OUTPUTS[outputs])
@@ -133,9 +133,9 @@ def test_an_export_answers_as_the_run_does(run, exports, format):
 def test_more_tokens_than_positions_are_an_error_of_the_graph(run, exports, format):
     network = load_exported(exports(format, "encoder")).network
     rng = np.random.default_rng(0)
-    assert network(random_texts(rng, 2, MAX_LEN, run.vocab)).encoded.shape[1] == MAX_LEN
+    assert network(random_texts(rng, 2, MAX_SEQ_LENGTH, run.vocab)).encoded.shape[1] == MAX_SEQ_LENGTH
     with pytest.raises(Exception, match=r"slice_like|invalid expand shape"):
-        network(random_texts(rng, 2, MAX_LEN + 1, run.vocab))
+        network(random_texts(rng, 2, MAX_SEQ_LENGTH + 1, run.vocab))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_more_tokens_than_positions_are_an_error_of_the_graph(run, exports, form
 )
 def test_every_variant_of_the_network(corpus, tmp_path, format, changes):
     run = run_of(corpus, **changes)
-    texts = held_out_texts(run, 12)
+    texts = validation_texts(run, 12)
     for outputs in OF_PRETRAINED:
         manifest = EXPORTS[format](run, tmp_path / outputs, outputs, texts)
         assert load_exported(tmp_path / outputs).manifest == manifest
@@ -184,7 +184,7 @@ def test_the_manifest_tells_how_far_and_how_fast_by_length(texts, exports, forma
 
 
 def test_a_larger_error_than_asked_for_leaves_nothing(run, texts, tmp_path, format):
-    with pytest.raises(BadInput, match=r"on texts of \d+ to \d+ tokens .* --max-error allows 1\.0e-12"):
+    with pytest.raises(InputError, match=r"on texts of \d+ to \d+ tokens .* --max-error allows 1\.0e-12"):
         EXPORTS[format](run, tmp_path / "export", "all", texts, 1e-12)
     assert not list(tmp_path.iterdir())
 
@@ -201,14 +201,14 @@ def test_a_network_that_differs_is_refused_by_default(run, texts, tmp_path, form
         )
 
     monkeypatch.setattr(network, "__call__", wrong)
-    with pytest.raises(BadInput, match=r"the export's encoded differ .* by inf"):
+    with pytest.raises(InputError, match=r"the export's encoded differ .* by inf"):
         EXPORTS[format](run, tmp_path / "export", "encoder", texts)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_taken_stays_as_it_is(run, texts, tmp_path, format):
     (tmp_path / "mine.txt").write_text("mine", "utf-8")
-    with pytest.raises(BadInput, match="is there already"):
+    with pytest.raises(InputError, match="is there already"):
         EXPORTS[format](run, tmp_path, "all", texts)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -219,12 +219,12 @@ def test_a_damaged_file_is_refused(run, texts, tmp_path, format):
     content = bytearray((tmp_path / "export" / largest).read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "export" / largest).write_bytes(content)
-    with pytest.raises(BadInput, match=rf"{largest}: is not the file that was exported"):
+    with pytest.raises(InputError, match=rf"{largest}: is not the file that was exported"):
         load_exported(tmp_path / "export")
 
 
 def test_too_few_texts_are_refused(run, texts, tmp_path, format):
-    with pytest.raises(BadInput, match="--text: 2 texts are too few"):
+    with pytest.raises(InputError, match="--text: 2 texts are too few"):
         EXPORTS[format](run, tmp_path / "export", "all", texts[:2])
     assert not list(tmp_path.iterdir())
 
@@ -262,14 +262,14 @@ def test_a_text_without_a_mask_does_not_pay_for_the_scores_of_one(exports):
 def test_what_is_no_onnx_is_refused(tmp_path):
     skip_without("onnx")
     (tmp_path / onnx_graph.FILE).write_bytes(b"not ONNX")
-    with pytest.raises(BadInput, match=r"bert\.onnx: cannot be read as ONNX"):
-        onnx_graph.OnnxNetwork(tmp_path, Manifest("onnx", "all", MAX_LEN, 0, {}, 0, {}, {}))
+    with pytest.raises(InputError, match=r"bert\.onnx: cannot be read as ONNX"):
+        onnx_graph.OnnxNetwork(tmp_path, Manifest("onnx", "all", MAX_SEQ_LENGTH, 0, {}, 0, {}, {}))
 
 
 def test_more_weights_than_a_file_holds_are_refused(run, texts, tmp_path, monkeypatch):
     skip_without("onnx")
     monkeypatch.setattr(onnx_graph, "MAX_BYTES", 10_000)
-    with pytest.raises(BadInput, match=r"--format onnx: the weights take .* use --format mxnet"):
+    with pytest.raises(InputError, match=r"--format onnx: the weights take .* use --format mxnet"):
         export_onnx(run, tmp_path / "export", "all", texts)
     assert not list(tmp_path.iterdir())
 
@@ -278,7 +278,7 @@ def test_more_weights_than_a_file_holds_are_refused(run, texts, tmp_path, monkey
 def test_without_the_extra_the_remedy_is_told(run, texts, tmp_path, monkeypatch, missing):
     skip_without("onnx")
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(BadInput, match=rf"needs the package {missing} .*pip install -e '\.\[cpu,onnx\]'"):
+    with pytest.raises(InputError, match=rf"needs the package {missing} .*pip install -e '\.\[cpu,onnx\]'"):
         export_onnx(run, tmp_path / "export", "all", texts)
     assert not list(tmp_path.iterdir())
 
@@ -329,11 +329,11 @@ def test_a_cpu_that_cannot_is_told_so(low, told):
     limited = {**os.environ, "DNNL_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=limited, capture_output=True, text=True)
     assert done.returncode == 1
-    assert f"BadInput: {told}" in done.stderr
+    assert f"InputError: {told}" in done.stderr
 
 
 def test_only_the_symbol_runs_elsewhere_than_on_the_cpu(exports, format):
-    with pytest.raises(BadInput, match=rf"an export in {format} runs on the CPU only, not on gpu\(0\)"):
+    with pytest.raises(InputError, match=rf"an export in {format} runs on the CPU only, not on gpu\(0\)"):
         load_exported(exports(format, "encoder"), mx.gpu(0))
 
 
@@ -341,17 +341,17 @@ def test_only_the_symbol_runs_elsewhere_than_on_the_cpu(exports, format):
 
 
 def test_held_out_texts_are_of_all_lengths_and_of_the_held_out_text_alone(run, texts):
-    held_out = prepare(run.config.data).held_out.tokens.tolist()
+    validation = prepare(run.config.data).validation.tokens.tolist()
     lengths = np.array([len(text) for text in texts])
-    assert lengths.max() > 0.9 * MAX_LEN
+    assert lengths.max() > 0.9 * MAX_SEQ_LENGTH
     for third, (low, high) in enumerate(LENGTH_SHARES):
-        assert lengths[third::3].min() >= round(low * MAX_LEN)
-        assert lengths[third::3].max() <= round(high * MAX_LEN)
+        assert lengths[third::3].min() >= round(low * MAX_SEQ_LENGTH)
+        assert lengths[third::3].max() <= round(high * MAX_SEQ_LENGTH)
     for text in texts:
         words = [i for i in text.ids.tolist() if i not in (run.vocab.cls, run.vocab.sep)]
-        assert any(held_out[i : i + len(words)] == words for i in range(len(held_out)))
+        assert any(validation[i : i + len(words)] == words for i in range(len(validation)))
         assert text.is_pair
-    again = held_out_texts(run, 48)
+    again = validation_texts(run, 48)
     assert [text.tokens for text in again] == [text.tokens for text in texts]
 
 
@@ -359,17 +359,17 @@ def test_another_text_than_the_runs_is_refused(run, tmp_path):
     path = tmp_path / "other.txt"
     path.write_text(small_text().replace("crane", "heron"), "utf-8")
     other = run._replace(config=run.config.replace(corpus=(str(path),)))
-    with pytest.raises(BadInput, match=r"is not the text that the run was trained on; .*--text FILE"):
-        held_out_texts(other)
+    with pytest.raises(InputError, match=r"is not the text that the run was trained on; .*--text FILE"):
+        validation_texts(other)
     path.unlink()
-    with pytest.raises(BadInput, match=r"other\.txt.*; name a text of the same kind .*--text FILE"):
-        held_out_texts(other)
+    with pytest.raises(InputError, match=r"other\.txt.*; name a text of the same kind .*--text FILE"):
+        validation_texts(other)
 
 
 def test_a_run_without_held_out_text_is_told_the_remedy(corpus):
-    run = run_of(corpus, held_out=0.0)
-    with pytest.raises(BadInput, match=r"no held-out text: name a text .*--text FILE"):
-        held_out_texts(run)
+    run = run_of(corpus, validation_fraction=0.0)
+    with pytest.raises(InputError, match=r"no validation text: name a text .*--text FILE"):
+        validation_texts(run)
 
 
 def test_a_question_masks_known_words_and_keeps_what_stood_there(run):
@@ -434,7 +434,7 @@ def test_without_masks_neither_network_computes_their_scores(run, texts):
 def test_texts_of_unknown_words_alone_are_refused_where_masks_are_compared(run):
     network, unknown = GluonNetwork(run.net), [reader_of(run).text("xyzzy " * n) for n in (1, 2, 3)]
     assert len(compare(network, network, unknown, reader_of(run), with_masks=False)) == 3
-    with pytest.raises(BadInput, match="--text: no text of 3 to 3 tokens holds a word of the vocabulary"):
+    with pytest.raises(InputError, match="--text: no text of 3 to 3 tokens holds a word of the vocabulary"):
         compare(network, network, unknown, reader_of(run), with_masks=True)
 
 
@@ -447,6 +447,6 @@ def test_padding_is_not_compared(run):
         return outputs._replace(encoded=np.where(real[:, :, None], outputs.encoded, 7))
 
     mixed = [reader_of(run).text("the crane " * n) for n in (1, 3, 5, 7, 9, 11)]
-    assert padded(mixed, MAX_LEN).tokens.shape[1] > len(mixed[0])
+    assert pad(mixed, MAX_SEQ_LENGTH).tokens.shape[1] > len(mixed[0])
     for group in compare(network, noise_behind, mixed, reader_of(run), with_masks=False):
         assert group["errors"]["encoded"]["largest"] == 0

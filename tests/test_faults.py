@@ -19,11 +19,22 @@ from conftest import ROOT
 
 from gluon_bert import checkpoint
 from gluon_bert.training import checkpointer as saving
-from gluon_bert.training.progress import Report
+from gluon_bert.training.progress import ProgressLogger
 from gluon_bert.training.run_log import LogFile
 
-SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0.3"]
-SMALL += ["--num-steps", "12", "--log-every", "3", "--redraw", "yes", "--checkpoint-every", "2"]
+SMALL = [
+    "--units",
+    "16",
+    "--ffn-units",
+    "32",
+    "--max-seq-length",
+    "16",
+    "--batch-size",
+    "64",
+    "--dropout",
+    "0.3",
+]
+SMALL += ["--num-steps", "12", "--log-every", "3", "--dynamic-masking", "yes", "--checkpoint-every", "2"]
 
 
 @contextmanager
@@ -78,7 +89,7 @@ def test_a_full_disk_ends_a_run_that_keeps_its_last_checkpoint_and_goes_on_with_
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing_where_that_is_asked_for(command, capsys, monkeypatch):
     _, undisturbed = command(name="undisturbed")
-    stepped, real = Report.stepped, os.fsync
+    stepped, real = ProgressLogger.stepped, os.fsync
     full = [False]
 
     def filling(self, step):
@@ -90,9 +101,9 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_where_that_is_asked_for(c
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(handle)
 
-    monkeypatch.setattr(Report, "stepped", filling)
+    monkeypatch.setattr(ProgressLogger, "stepped", filling)
     monkeypatch.setattr(os, "fsync", syncing)
-    status, folder = command("--full-disk", "go-on")
+    status, folder = command("--on-checkpoint-error", "continue")
     assert status == 0
     assert capsys.readouterr().err.count("a checkpoint could not be written (No space left on device)") >= 3
     assert_same(undisturbed, folder)
@@ -101,7 +112,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_where_that_is_asked_for(c
 
 def test_a_last_checkpoint_that_cannot_be_written_is_a_failure_whatever_was_asked_for(command, capsys):
     with files_of_at_most(30_000):
-        status, folder = command("--full-disk", "go-on")
+        status, folder = command("--on-checkpoint-error", "continue")
     assert status == 1
     assert "a checkpoint could not be written (File too large); there is none yet" in capsys.readouterr().err
     assert checkpoint.steps(folder) == [] and not leftovers(folder)
@@ -132,7 +143,7 @@ def test_a_log_has_whole_lines_only_and_makes_up_for_those_that_had_no_room(tmp_
 
 def test_training_goes_on_while_a_checkpoint_is_written(command, monkeypatch):
     """The thread that writes waits for a step to come: none would, if the training waited for it."""
-    came, write, stepped = threading.Event(), saving.write_checkpoint, Report.stepped
+    came, write, stepped = threading.Event(), saving.write_checkpoint, ProgressLogger.stepped
 
     def writing(*args, **options):
         came.clear()
@@ -145,7 +156,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(command, monkeypatch):
         came.set()
 
     monkeypatch.setattr(saving, "write_checkpoint", writing)
-    monkeypatch.setattr(Report, "stepped", stepping)
+    monkeypatch.setattr(ProgressLogger, "stepped", stepping)
     status, folder = command()
     assert status == 0 and checkpoint.steps(folder)[-1] == 12
 
@@ -178,7 +189,14 @@ def alive(pid):
 def test_no_process_is_left_when_a_run_ends_while_it_reads_text(tmp_path, number):
     text = "\n".join(f"the crane number {i} lifts a tower . it leaves the city ." for i in range(400_000))
     (tmp_path / "text.txt").write_text(text, "utf-8")
-    flags = ["--corpus", str(tmp_path / "text.txt"), "--text-format", "paragraphs", "--num-workers", "2"]
+    flags = [
+        "--corpus",
+        str(tmp_path / "text.txt"),
+        "--text-format",
+        "paragraphs",
+        "--preprocessing-workers",
+        "2",
+    ]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tools/pretrain.py"), *flags, "--output", str(tmp_path / "run")],
         stdout=subprocess.DEVNULL,

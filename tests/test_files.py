@@ -4,13 +4,13 @@ import stat
 
 import pytest
 
-from gluon_bert.fileio import written_aside
+from gluon_bert.fileio import atomic_write
 
 
 def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), written_aside(path) as file:
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
         file.write("half")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -19,7 +19,7 @@ def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path):
 
 def test_the_file_appears_only_when_the_block_ends(tmp_path):
     path = tmp_path / "a.bin"
-    with written_aside(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         file.write(b"whole")
         file.flush()
         assert not path.exists()
@@ -28,7 +28,7 @@ def test_the_file_appears_only_when_the_block_ends(tmp_path):
 
 def test_the_file_is_as_readable_as_any_other(tmp_path):
     (tmp_path / "plain").write_text("")
-    with written_aside(tmp_path / "aside") as file:
+    with atomic_write(tmp_path / "aside") as file:
         file.write("ü\n")
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "aside")}
     assert len(modes) == 1

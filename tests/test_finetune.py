@@ -15,13 +15,13 @@ from conftest import ROOT, small_text
 
 from gluon_bert.config import FineTuneConfig
 from gluon_bert.conversion.converter import shapes
-from gluon_bert.data.tokenizer import padded
-from gluon_bert.errors import BadInput
+from gluon_bert.data.tokenizer import pad
+from gluon_bert.errors import InputError
 from gluon_bert.export.exporter import load_exported
 from gluon_bert.finetuning import metrics
-from gluon_bert.finetuning.dataset import Examples, examples, task_of
-from gluon_bert.finetuning.finetune import FineTuner, begin, task_loss
-from gluon_bert.finetuning.tables import Row
+from gluon_bert.finetuning.dataset import Examples, examples, infer_task
+from gluon_bert.finetuning.finetune import FineTuner, init_from_pretrained, task_loss
+from gluon_bert.finetuning.tables import TableRow
 from gluon_bert.inference.predictor import Predictor
 from gluon_bert.model.task import Task
 from gluon_bert.run import load_run
@@ -42,14 +42,14 @@ def before(tmp_path_factory):
         "32",
         "--ffn-units",
         "64",
-        "--max-len",
+        "--max-seq-length",
         "16",
         "--batch-size",
         "32",
         "--num-steps",
         "3",
     ]
-    corpus = ["--corpus", str(folder / "text.txt"), "--min-freq", "1", "--held-out", "0.3"]
+    corpus = ["--corpus", str(folder / "text.txt"), "--min-freq", "1", "--validation-fraction", "0.3"]
     assert pretrain.main([*flags, *corpus, "--output", str(folder / "run")]) == 0
     return folder / "run"
 
@@ -97,7 +97,7 @@ def test_metrics_of_classes_are_those_of_scikit_learn():
     for number in (2, 3, 7):
         for _ in range(20):
             labels, predicted = rng.integers(0, number, (2, 30))
-            found = metrics.of_classes(labels, predicted, number)
+            found = metrics.classification_metrics(labels, predicted, number)
             average = "binary" if number == 2 else "macro"
             assert found["accuracy"] == pytest.approx(sklearn.accuracy_score(labels, predicted))
             assert found["f1"] == pytest.approx(sklearn.f1_score(labels, predicted, average=average))
@@ -110,18 +110,18 @@ def test_metrics_of_scores_are_those_of_scipy():
     for _ in range(20):
         expected = rng.integers(0, 6, 30).astype(float)  # with ties
         predicted = expected + rng.normal(0, 2, 30).round()
-        found = metrics.of_scores(expected, predicted)
+        found = metrics.regression_metrics(expected, predicted)
         assert found["pearson"] == pytest.approx(stats.pearsonr(expected, predicted)[0])
         assert found["spearman"] == pytest.approx(stats.spearmanr(expected, predicted)[0])
 
 
 def test_metrics_at_their_ends():
     perfect, wrong = np.array([0, 1, 1]), np.array([1, 0, 0])
-    assert metrics.of_classes(perfect, perfect, 2) == {"accuracy": 1, "f1": 1, "matthews": 1}
-    assert metrics.of_classes(perfect, wrong, 2) == {"accuracy": 0, "f1": 0, "matthews": -1}
-    assert metrics.of_classes(perfect, np.zeros(3, int), 2)["matthews"] == 0
-    assert metrics.of_classes(np.zeros(3, int), np.zeros(3, int), 2)["f1"] == 0
-    scores = metrics.of_scores(np.array([1.0, 2.0]), np.array([3.0, 3.0]))
+    assert metrics.classification_metrics(perfect, perfect, 2) == {"accuracy": 1, "f1": 1, "matthews": 1}
+    assert metrics.classification_metrics(perfect, wrong, 2) == {"accuracy": 0, "f1": 0, "matthews": -1}
+    assert metrics.classification_metrics(perfect, np.zeros(3, int), 2)["matthews"] == 0
+    assert metrics.classification_metrics(np.zeros(3, int), np.zeros(3, int), 2)["f1"] == 0
+    scores = metrics.regression_metrics(np.array([1.0, 2.0]), np.array([3.0, 3.0]))
     assert np.isnan(scores["pearson"])
     assert scores["mse"] == 2.5
 
@@ -130,14 +130,14 @@ def test_metrics_at_their_ends():
 
 
 def some_rows(*labels, texts=("a",)):
-    return [Row(f"t.tsv, line {i + 2}", texts, label) for i, label in enumerate(labels)]
+    return [TableRow(f"t.tsv, line {i + 2}", texts, label) for i, label in enumerate(labels)]
 
 
 def test_the_task_is_told_by_the_labels():
-    assert task_of(some_rows("no", "yes", "no")) == Task("classification", False, ("no", "yes"))
-    assert task_of(some_rows("0", "1", texts=("a", "b"))) == Task("classification", True, ("0", "1"))
-    assert task_of(some_rows("1", "2.5", "1")).kind == "regression"
-    task = task_of(some_rows("0", "4"), "regression")
+    assert infer_task(some_rows("no", "yes", "no")) == Task("classification", False, ("no", "yes"))
+    assert infer_task(some_rows("0", "1", texts=("a", "b"))) == Task("classification", True, ("0", "1"))
+    assert infer_task(some_rows("1", "2.5", "1")).kind == "regression"
+    task = infer_task(some_rows("0", "4"), "regression")
     assert (task.mean, task.scale, task.outputs) == (2, 2, 1)
     assert Task.from_json(json.loads(json.dumps(task.to_json())), "here") == task
 
@@ -153,14 +153,14 @@ def test_the_task_is_told_by_the_labels():
     ],
 )
 def test_labels_that_make_no_task_are_refused(labels, kind, told):
-    with pytest.raises(BadInput, match=told):
-        task_of(some_rows(*labels), kind)
+    with pytest.raises(InputError, match=told):
+        infer_task(some_rows(*labels), kind)
 
 
 def test_a_label_that_is_unseen_in_training_is_told(before):
     reader, task = load_run(before).reader, Task("classification", False, ("no", "yes"))
     with pytest.raises(
-        BadInput, match=r"line 3: label 'maybe' does not occur in the training file, .* no, yes"
+        InputError, match=r"line 3: label 'maybe' does not occur in the training file, .* no, yes"
     ):
         examples(some_rows("no", "maybe"), task, reader, "--dev")
 
@@ -183,7 +183,7 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own(before):
 def test_it_begins_with_the_pretrained_encoder_and_the_loss_is_that_of_its_task(before):
     run = load_run(before)
     task = Task("classification", False, ("a", "b", "c"))
-    net = begin(run.net, task, FineTuneConfig(dropout=0.0), mx.cpu())
+    net = init_from_pretrained(run.net, task, FineTuneConfig(dropout=0.0), mx.cpu())
     own, old = net._collect_params_with_prefix(), run.net._collect_params_with_prefix()
     kept = [
         name for name in shapes(run.net.vocab_size, run.net.config) if name.startswith(("encoder", "pooler"))
@@ -191,7 +191,7 @@ def test_it_begins_with_the_pretrained_encoder_and_the_loss_is_that_of_its_task(
     assert set(own) == {*kept, "head.dense.weight", "head.dense.bias"}
     for name in kept:
         np.testing.assert_array_equal(own[name].data().asnumpy(), old[name].data().asnumpy())
-    scratch = begin(run.net, task, FineTuneConfig(seed=9), mx.cpu(), pretrained=False)
+    scratch = init_from_pretrained(run.net, task, FineTuneConfig(seed=9), mx.cpu(), pretrained=False)
     drawn = scratch._collect_params_with_prefix()["encoder.layers.0.attend.query.weight"].data().asnumpy()
     assert np.abs(drawn - own["encoder.layers.0.attend.query.weight"].data().asnumpy()).max() > 0.01
 
@@ -207,12 +207,14 @@ def test_it_begins_with_the_pretrained_encoder_and_the_loss_is_that_of_its_task(
 
 def test_padding_and_the_batch_change_no_score(before):
     run = load_run(before)
-    net = begin(run.net, Task("regression", False, mean=1.0, scale=3.0), FineTuneConfig(), mx.cpu())
+    net = init_from_pretrained(
+        run.net, Task("regression", False, mean=1.0, scale=3.0), FineTuneConfig(), mx.cpu()
+    )
     texts = [run.reader.text(text) for text in ("the crane", "the bird rises . it falls", "city")]
     tuner = FineTuner(net, run.reader, FineTuneConfig())
     together = tuner.predict(Examples(texts, None))
     for text, score in zip(texts, together):
-        batch = padded([text], 16)
+        batch = pad([text], 16)
         inputs = [mx.nd.array(a) for a in (batch.tokens, batch.segments, batch.lengths)]
         np.testing.assert_allclose(net(*inputs)[1].asnumpy()[0], score, atol=1e-5)
 
@@ -240,7 +242,7 @@ def test_classes_are_learnt_kept_and_told(command, kind, capsys):
 
 def test_a_score_is_learnt_in_its_own_unit(command, tmp_path, capsys):
     test = table(tmp_path / "test.jsonl", [{"text": "the crane rises"}, {"text": "the crane falls"}])
-    status, folder = command("score", "--epochs", "8", "--test", str(test), "--best-by", "mse")
+    status, folder = command("score", "--epochs", "8", "--test", str(test), "--best-metric", "mse")
     assert status == 0
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert max(epoch["dev"]["pearson"] for epoch in log) > 0.9
@@ -267,9 +269,9 @@ def test_it_is_exported_and_answers_as_the_run_does(command, format, capsys):
     run, exported = load_run(folder, which="best"), load_exported(folder / "export" / format)
     texts = [run.reader.text(text) for text in ("the crane rises", "the bird falls", "city")]
     for one, other in zip(Predictor.of(run).ask(texts), exported.predictor.ask(texts)):
-        assert one.verdict["label"] == other.verdict["label"]
-        for label, probability in one.verdict["probabilities"].items():
-            assert other.verdict["probabilities"][label] == pytest.approx(probability, abs=1e-5)
+        assert one.task_prediction["label"] == other.task_prediction["label"]
+        for label, probability in one.task_prediction["probabilities"].items():
+            assert other.task_prediction["probabilities"][label] == pytest.approx(probability, abs=1e-5)
     bodies = [b'{"text": "the crane rises"}', b'{"text": "a", "ask": "masks"}', b'{"text": "a", "pair": "b"}']
     (status, good), (masks, no_head), (pair, no_pair) = answer(exported.predictor, bodies)
     assert (status, masks, pair) == (200, 400, 400)
@@ -314,10 +316,10 @@ def test_encode_tells_labels_and_scores(command, tmp_path, capsys):
         (["--lr", "0"], "--lr 0.0: must be above 0"),
         (["--text", "a", "b", "c"], "--text a b c: must be one column, or two of pairs"),
         (["--text", "words"], "has no column 'words'; it has text, label"),
-        (["--max-len", "4"], "--max-len 4: must be from 8 to the run's 1000 positions"),
+        (["--max-seq-length", "4"], "--max-seq-length 4: must be from 8 to the run's 1000 positions"),
         (
-            ["--best-by", "pearson"],
-            "--best-by pearson: of a classification it must be accuracy, f1, matthews",
+            ["--best-metric", "pearson"],
+            "--best-metric pearson: of a classification it must be accuracy, f1, matthews",
         ),
         (["--lr", "1e30", "--clip-norm", "0"], "the loss is no number any more"),
         (["--test", "gone.tsv"], "--test gone.tsv: cannot be read"),
@@ -340,7 +342,7 @@ def test_a_fine_tuned_run_is_no_pretrained_one(command, before, tmp_path, capsys
     (folder / "config.json").write_text(
         (folder / "config.json").read_text().replace('"kind": "classification"', '"kind": "poetry"')
     )
-    with pytest.raises(BadInput, match="'task' is none that this gluon_bert knows"):
+    with pytest.raises(InputError, match="'task' is none that this gluon_bert knows"):
         load_run(folder)
 
 

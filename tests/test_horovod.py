@@ -43,10 +43,10 @@ def two(folder):
 def test_two_workers_train_what_one_does(alone, two):
     assert_close(two, alone, 1e-4)
     for ours, theirs in zip(log_of(two), log_of(alone)):
-        of_losses = (record.get("held_out", record) for record in (ours, theirs))
+        of_losses = (record.get("validation", record) for record in (ours, theirs))
         our_losses, their_losses = ([each[n] for n in ("mlm_loss", "nsp_loss")] for each in of_losses)
         assert our_losses == pytest.approx(their_losses, abs=1e-3)
-    assert run.read_facts(two / "config.json")["workers"] == 2
+    assert run.read_environment(two / "config.json")["workers"] == 2
 
 
 @needs_horovod

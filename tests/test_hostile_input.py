@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gluon_bert.checkpoint import Snapshot, read_checkpoint, write_checkpoint
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.npz import read_arrays, write_arrays
 
 QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck))
@@ -133,7 +133,7 @@ class Exploit:
 def test_nothing_in_a_file_of_arrays_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez("pickled.npz", a=np.array([Exploit()], dtype=object))
-    with pytest.raises(BadInput, match="it does not begin as an array does"):
+    with pytest.raises(InputError, match="it does not begin as an array does"):
         read_arrays(tmp_path / "pickled.npz")
     assert not (tmp_path / "executed").exists()
 
@@ -143,12 +143,12 @@ def test_a_file_takes_no_more_memory_than_it_has_bytes(tmp_path):
     np.lib.format.write_array(file, np.zeros((1 << 20,), np.float32), (1, 0))
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.npy", file.getvalue())
-    with pytest.raises(BadInput, match="says that it holds more than it does"):
+    with pytest.raises(InputError, match="says that it holds more than it does"):
         read_arrays(tmp_path / "bomb.npz")
     header = file.getvalue().replace(b"1048576", b"9" * 7)[:128]
     with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
         archive.writestr("a.npy", header)
-    with pytest.raises(BadInput, match="cannot be read as arrays"):
+    with pytest.raises(InputError, match="cannot be read as arrays"):
         read_arrays(tmp_path / "huge.npz")
 
 
@@ -162,7 +162,7 @@ def test_a_manifest_reads_nothing_outside_its_folder(tmp_path, name):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][name] = manifest["files"].pop("state.json")
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BadInput, match="does not describe the files"):
+    with pytest.raises(InputError, match="does not describe the files"):
         read_checkpoint(tmp_path / "run", 1)
     export = made(tmp_path / "run")
     content = json.loads(fuzz.TARGETS["export"].valid())
@@ -186,7 +186,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path, name, kind):
         os.mkfifo(path / name)  # reading it would wait for ever
     else:
         (path / name).mkdir()
-    with pytest.raises(BadInput, match=f"{name}: is missing, or no regular file"):
+    with pytest.raises(InputError, match=f"{name}: is missing, or no regular file"):
         read_checkpoint(tmp_path / "run", 1)
 
 
@@ -214,15 +214,23 @@ def test_a_corpus_of_anything_is_trained_on_or_refused_in_words(tmp_path_factory
 
 
 words = ["0", "-1", "1", "3", "64", "0.5", "1e9", "nan", "inf", "", "yes", "auto", "wordpiece"]
-flags = ["--units", "--num-heads", "--dropout", "--max-len", "--pairs", "--mask-rate", "--num-buckets"]
+flags = [
+    "--units",
+    "--num-heads",
+    "--dropout",
+    "--max-seq-length",
+    "--pairs",
+    "--mlm-probability",
+    "--num-buckets",
+]
 flags += [
     "--batch-size",
     "--num-steps",
     "--lr",
-    "--warmup",
-    "--keep",
+    "--warmup-ratio",
+    "--keep-checkpoints",
     "--patience",
-    "--bad-numbers",
+    "--on-nonfinite",
     "--cpus",
 ]
 flags += [
@@ -230,7 +238,7 @@ flags += [
     "--vocab-file",
     "--seed",
     "--checkpoint-every",
-    "--full-disk",
+    "--on-checkpoint-error",
     "--preset",
     "--max-loss",
 ]

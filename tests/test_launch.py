@@ -21,9 +21,20 @@ from conftest import ROOT, small_text
 from gluon_bert import checkpoint, run
 from gluon_bert.training.trainer import Trainer
 
-SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0"]
+SMALL = [
+    "--units",
+    "16",
+    "--ffn-units",
+    "32",
+    "--max-seq-length",
+    "16",
+    "--batch-size",
+    "64",
+    "--dropout",
+    "0",
+]
 SMALL += ["--num-steps", "20", "--log-every", "3", "--eval-every", "8", "--checkpoint-every", "2"]
-SMALL += ["--num-buckets", "2", "--redraw", "yes", "--clip-norm", "0.5"]
+SMALL += ["--num-buckets", "2", "--dynamic-masking", "yes", "--clip-norm", "0.5"]
 DIST = ["--step-timeout", "10", "--kvstore"]
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
@@ -40,13 +51,13 @@ step, update = Trainer.step, Trainer._update
 
 def disturbed(self, *arguments, **options):
     time.sleep(0.05)
-    if rank == "1" and self.standing.step == 7 and os.path.exists(fault):
+    if rank == "1" and self.state.step == 7 and os.path.exists(fault):
         os.remove(fault)
         raise RuntimeError("a worker's own error")
     return step(self, *arguments, **options)
 
 def broken(self, broke=[]):
-    if {nan!r} and rank == "1" and self.standing.step == 5 and not broke:
+    if {nan!r} and rank == "1" and self.state.step == 5 and not broke:
         broke.append(True)
         self._gradients()[0][3][:] = float("nan")
     update(self)
@@ -195,11 +206,11 @@ def test_two_workers_train_what_one_does(alone, two):
     assert_close(two, alone, 1e-4)
     for ours, theirs in zip(log_of(two), log_of(alone)):
         assert ours["step"] == theirs["step"]
-        of_losses = (record.get("held_out", record) for record in (ours, theirs))
+        of_losses = (record.get("validation", record) for record in (ours, theirs))
         our_losses, their_losses = ([each[n] for n in ("mlm_loss", "nsp_loss")] for each in of_losses)
         assert our_losses == pytest.approx(their_losses, abs=1e-3)
     assert checkpoint.best_step(two) == checkpoint.best_step(alone)
-    assert run.read_facts(two / "config.json")["workers"] == 2
+    assert run.read_environment(two / "config.json")["workers"] == 2
 
 
 def path_with_ssh(folder, prefix):
@@ -332,10 +343,10 @@ def test_workers_of_different_runs_are_refused_with_what_differs(folder):
 @pytest.mark.parametrize(
     ("flags", "told_once"),
     [
-        (["--bad-numbers", "skip"], "at step 6 (epoch 0, batch 5) the gradient is no number any more"),
+        (["--on-nonfinite", "skip"], "at step 6 (epoch 0, batch 5) the gradient is no number any more"),
         # In two parts on each worker, in four on one alone.
         (
-            ["--bad-numbers", "back", "--micro-batch", "16"],
+            ["--on-nonfinite", "rollback", "--micro-batch", "16"],
             "back to the checkpoint after step 4, and on with",
         ),
     ],
@@ -351,7 +362,7 @@ def test_a_gradient_that_is_no_number_on_one_worker_is_skipped_or_gone_back_from
     update, broke = Trainer._update, []
 
     def broken(self):
-        if self.standing.step == 5 and not broke:
+        if self.state.step == 5 and not broke:
             broke.append(True)
             self._gradients()[0][3][:] = np.nan
         update(self)

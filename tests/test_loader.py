@@ -12,10 +12,10 @@ import pytest
 
 from gluon_bert.config import DataConfig
 from gluon_bert.data.batch import make_batch
-from gluon_bert.data.loader import Loader, load_data
+from gluon_bert.data.loader import Loader, load_pretraining_data
 from gluon_bert.data.masking import pair_noise
 from gluon_bert.data.prepared import Documents, prepare
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.presets import preset
 
 
@@ -23,7 +23,7 @@ from gluon_bert.presets import preset
 def loader_of(text_file, tmp_path):
     def build(batch_size=32, seed=0, config=None, **changes):
         data = dataclasses.replace(
-            config or DataConfig(), **{"corpus": (str(text_file),), "max_len": 16, **changes}
+            config or DataConfig(), **{"corpus": (str(text_file),), "max_seq_length": 16, **changes}
         )
         prepared = prepare(data, tmp_path / "cache")
         return Loader(prepared.train, prepared.vocab, data, batch_size, seed)
@@ -80,7 +80,7 @@ def test_the_books_batches_stay_what_they_were(wikitext_prepared):
 
 def test_forever_goes_on_with_the_next_epoch(loader_of):
     loader = loader_of()
-    batches = loader.forever(2)
+    batches = loader.batches(2)
     per_epoch = sum(1 for _ in loader.epoch(2))
     first = [next(batches) for _ in range(per_epoch)]
     assert rows(first) == rows(loader.epoch(2))
@@ -98,7 +98,7 @@ def parted(text_file, tmp_path, monkeypatch):
     monkeypatch.setattr("gluon_bert.data.loader._PART_TOKENS", 1200)
 
     def build(seed=0, batch_size=8, **changes):
-        config = DataConfig(corpus=(str(text_file),), max_len=24, **changes)
+        config = DataConfig(corpus=(str(text_file),), max_seq_length=24, **changes)
         prepared = prepare(config, tmp_path / "cache")
         loader = Loader(prepared.train, prepared.vocab, config, batch_size, seed)
         assert len(prepared.train.sizes) >= 9
@@ -128,7 +128,7 @@ def test_shards_change_nothing_as_long_as_they_are_one_part(loader_of, monkeypat
 
 
 def test_the_parts_of_an_epoch_are_all_of_the_text(parted, monkeypatch):
-    loader = parted(negative_rate=0.0)
+    loader = parted(random_next_prob=0.0)
     epochs = [unmasked(loader.epoch(epoch)) for epoch in (0, 1)]
     about = loader.num_pairs()
     monkeypatch.setattr("gluon_bert.data.loader._PART_TOKENS", 10**9)
@@ -171,7 +171,7 @@ def test_one_part_at_a_time_is_in_memory(parted, monkeypatch):
         return counted
 
     monkeypatch.setattr(loader.documents, "part", part)
-    for _ in itertools.islice(loader.forever(), 300):
+    for _ in itertools.islice(loader.batches(), 300):
         pass
     assert most == 1
 
@@ -189,7 +189,7 @@ def test_pairs_of_different_parts_have_masks_of_their_own(parted, monkeypatch):
 
 
 def test_parts_that_are_not_drawn_anew_stay_what_they_were(parted):
-    loader = parted(redraw=False)
+    loader = parted(dynamic_masking=False)
     first, second = (rows(loader.epoch(epoch)) for epoch in (0, 1))
     assert first != second
     assert sorted(first) == sorted(second)
@@ -197,7 +197,7 @@ def test_parts_that_are_not_drawn_anew_stay_what_they_were(parted):
 
 @pytest.mark.parametrize("pairs", ["sentences", "packed"])
 def test_a_random_second_segment_is_never_the_true_one_in_parts_either(parted, pairs):
-    loader = parted(pairs=pairs, negative_rate=1.0)
+    loader = parted(pairs=pairs, random_next_prob=1.0)
     for epoch in range(2):
         for batch in loader.epoch(epoch):
             assert not batch.is_next.any()
@@ -218,7 +218,7 @@ def test_batches_that_are_skipped_are_not_made(parted, monkeypatch, skip):
     monkeypatch.setattr("gluon_bert.data.loader.make_batch", lambda *a: made.append(1) or make_batch(*a))
     assert [rows([batch]) for batch in parted(num_buckets=2).epoch(1, skip)] == whole[skip:]
     assert len(made) == len(whole) - skip
-    batches = list(itertools.islice(loader.forever(1, skip), len(whole) - skip + 1))
+    batches = list(itertools.islice(loader.batches(1, skip), len(whole) - skip + 1))
     assert rows(batches[:1]) == whole[skip]
     assert rows(batches[-1:]) == rows(itertools.islice(loader.epoch(2), 1))
 
@@ -227,15 +227,18 @@ def test_the_share_of_long_pairs_is_told(tmp_path, caplog):
     path = tmp_path / "t.txt"
     short, long = "a b c\nd e f", "a b c d e f g\na b c d e f g h"  # 9 and 18 tokens with the special ones
     path.write_text("\n\n".join([short] * 3 + [long]), "utf-8")
-    config = DataConfig(corpus=(str(path),), text_format="sentences", max_len=17, held_out=0.0, min_freq=1)
+    config = DataConfig(
+        corpus=(str(path),), text_format="sentences", max_seq_length=17, validation_fraction=0.0, min_freq=1
+    )
     with caplog.at_level(logging.INFO):
-        load_data(config, batch_size=2)
+        load_pretraining_data(config, batch_size=2)
         assert (
-            "25 % of the pairs of sentences are longer than --max-len 17: --long-pairs trunc" in caplog.text
+            "25 % of the pairs of sentences are longer than --max-seq-length 17: --long-pairs trunc"
+            in caplog.text
         )
         caplog.clear()
-        load_data(dataclasses.replace(config, max_len=18), batch_size=2)
-    told = "0 % of the pairs of sentences are longer than --max-len 18: --long-pairs truncate"
+        load_pretraining_data(dataclasses.replace(config, max_seq_length=18), batch_size=2)
+    told = "0 % of the pairs of sentences are longer than --max-seq-length 18: --long-pairs truncate"
     assert told in caplog.messages
 
 
@@ -255,14 +258,21 @@ def test_load_data_tells_when_no_pair_fits(tmp_path):
     sentence = "word " * 30
     path.write_text(f"{sentence}\n{sentence}\n\n" * 3, "utf-8")
     config = DataConfig(
-        corpus=(str(path),), text_format="sentences", max_len=16, long_pairs="drop", held_out=0.0
+        corpus=(str(path),),
+        text_format="sentences",
+        max_seq_length=16,
+        long_pairs="drop",
+        validation_fraction=0.0,
     )
-    with pytest.raises(BadInput, match="--max-len 16: no pair of sentences fits"):
-        load_data(config, batch_size=4)
+    with pytest.raises(InputError, match="--max-seq-length 16: no pair of sentences fits"):
+        load_pretraining_data(config, batch_size=4)
 
 
 def test_load_data_does_without_held_out_text_where_there_is_too_little(text_file):
-    config = DataConfig(corpus=(str(text_file),), max_len=16, held_out=0.0)
-    data = load_data(config, batch_size=4)
-    assert data.held_out is None
-    assert load_data(preset("bert-tiny").replace(corpus=(str(text_file),)).data, 4).held_out is not None
+    config = DataConfig(corpus=(str(text_file),), max_seq_length=16, validation_fraction=0.0)
+    data = load_pretraining_data(config, batch_size=4)
+    assert data.validation is None
+    assert (
+        load_pretraining_data(preset("bert-tiny").replace(corpus=(str(text_file),)).data, 4).validation
+        is not None
+    )

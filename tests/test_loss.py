@@ -10,7 +10,7 @@ from gluon_bert.config import ModelConfig
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
 from gluon_bert.training.device_batch import split_and_load
-from gluon_bert.training.losses import cross_entropy, hits, shard_loss
+from gluon_bert.training.losses import cross_entropy, num_correct, shard_loss
 
 VOCAB = 23
 CONFIG = ModelConfig(num_layers=1, units=8, ffn_units=12, num_heads=2, dropout=0.0, max_positions=16)
@@ -68,7 +68,7 @@ def test_extreme_scores_give_finite_losses_and_gradients(label, loss):
 @pytest.mark.parametrize(("rows", "classes"), [(1, 2), (300, 3)])
 def test_hits_are_the_rows_whose_highest_score_is_the_label(rows, classes):
     scores, labels = scores_and_labels(rows, classes)
-    ours = hits(mx.nd.array(scores), mx.nd.array(labels))
+    ours = num_correct(mx.nd.array(scores), mx.nd.array(labels))
     assert ours.shape == (1,)
     assert ours.asscalar() == reference.hits(scores, labels)
 
@@ -76,9 +76,9 @@ def test_hits_are_the_rows_whose_highest_score_is_the_label(rows, classes):
 @pytest.mark.parametrize("slice_size", [1, 3, 10_000])
 def test_shard_loss_equals_the_numpy_reference(net, batch, slice_size, monkeypatch):
     # Slices of which the last is smaller, and one slice for all.
-    monkeypatch.setattr("gluon_bert.training.losses.SLICE", slice_size)
+    monkeypatch.setattr("gluon_bert.training.losses.CHUNK", slice_size)
     (shard,) = split_and_load(batch, [mx.cpu()])
-    loss = shard_loss(net, shard, count_mlm_hits=True)
+    loss = shard_loss(net, shard, count_mlm_correct=True)
     values = reference.values(net)
     mlm, nsp, total = reference.losses(CONFIG, values, batch)
     assert loss.mlm.shape == loss.nsp.shape == loss.total.shape == (1,)
@@ -87,13 +87,13 @@ def test_shard_loss_equals_the_numpy_reference(net, batch, slice_size, monkeypat
     assert loss.total.asscalar() == pytest.approx(total, rel=1e-5)
     _, mlm_scores, nsp_scores = reference.forward(CONFIG, values, batch)
     right = [reference.hits(mlm_scores, batch.labels), reference.hits(nsp_scores, batch.is_next)]
-    assert loss.hits.asnumpy().tolist() == right
-    assert shard_loss(net, shard).hits.asnumpy().tolist() == [0, right[1]]
+    assert loss.correct.asnumpy().tolist() == right
+    assert shard_loss(net, shard).correct.asnumpy().tolist() == [0, right[1]]
 
 
 def test_slices_change_no_gradient(net, batch, monkeypatch):
     def gradients(slice_size):
-        monkeypatch.setattr("gluon_bert.training.losses.SLICE", slice_size)
+        monkeypatch.setattr("gluon_bert.training.losses.CHUNK", slice_size)
         with mx.autograd.record():
             loss = shard_loss(net, *split_and_load(batch, [mx.cpu()]))
         loss.total.backward()
@@ -126,4 +126,4 @@ def test_the_shards_of_a_batch_add_up_to_it(net, batch, num_rows, num_shards):
     assert sum(loss.mlm.asscalar() for _, loss in used) == pytest.approx(mlm, rel=1e-5)
     assert sum(loss.nsp.asscalar() for _, loss in used) == pytest.approx(nsp, rel=1e-5)
     assert sum(shard.num_pairs for shard in shards) == num_rows
-    assert sum(shard.num_predictions for shard in shards) == len(batch.labels)
+    assert sum(shard.num_masked for shard in shards) == len(batch.labels)

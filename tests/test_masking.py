@@ -66,9 +66,9 @@ def test_the_count_per_row_is_as_documented(config):
 
 def test_a_rate_of_1_masks_every_word_and_a_tiny_rate_exactly_one():
     tokens, lengths = rows()
-    everything = masked(DataConfig(mask_rate=1.0), tokens, lengths)
+    everything = masked(DataConfig(mlm_probability=1.0), tokens, lengths)
     assert len(everything.labels) == is_word(tokens, False).sum()
-    one_each = masked(DataConfig(mask_rate=0.001), tokens, lengths)
+    one_each = masked(DataConfig(mlm_probability=0.001), tokens, lengths)
     has_word = is_word(tokens, False).any(axis=1)
     np.testing.assert_array_equal(one_each.predictions[0], np.flatnonzero(has_word))
 
@@ -79,7 +79,9 @@ def test_a_rate_of_1_masks_every_word_and_a_tiny_rate_exactly_one():
     ids=["mask", "random", "keep"],
 )
 def test_replacement_rates_of_0_and_1_are_exact(mask_token_rate, random_token_rate):
-    config = DataConfig(mask_rate=1.0, mask_token_rate=mask_token_rate, random_token_rate=random_token_rate)
+    config = DataConfig(
+        mlm_probability=1.0, mask_token_rate=mask_token_rate, random_token_rate=random_token_rate
+    )
     result = masked(config, *rows())
     shown = result.tokens[tuple(result.predictions)]
     if mask_token_rate:
@@ -94,7 +96,7 @@ def test_replacement_rates_of_0_and_1_are_exact(mask_token_rate, random_token_ra
 
 def test_80_10_10():
     tokens, lengths = rows(4000)
-    result = masked(dataclasses.replace(DataConfig(), mask_rate=0.5), tokens, lengths)
+    result = masked(dataclasses.replace(DataConfig(), mlm_probability=0.5), tokens, lengths)
     shown = result.tokens[tuple(result.predictions)]
     n = len(shown)
     assert n > 20_000
@@ -107,7 +109,7 @@ def test_80_10_10():
 
 def test_random_tokens_may_be_special_only_in_the_books_preparation():
     tokens, lengths = rows(4000)
-    everything = {"mask_rate": 1.0, "mask_token_rate": 0.0, "random_token_rate": 1.0}
+    everything = {"mlm_probability": 1.0, "mask_token_rate": 0.0, "random_token_rate": 1.0}
     book = masked(dataclasses.replace(SEED, **everything), tokens, lengths)
     corrected = masked(DataConfig(**everything), tokens, lengths)
     assert (book.tokens[tuple(book.predictions)] < NUM_SPECIAL).any()
@@ -157,7 +159,7 @@ def rows_of_pieces(seed, num_rows=60, length=40):
         row[[0, n // 2, n - 1]] = PIECES.cls, PIECES.sep, PIECES.sep
     # after an unknown word a piece cannot follow
     after = np.roll(tokens == PIECES.unk, 1, axis=1)
-    tokens[after & PIECES.continues[tokens]] = 7
+    tokens[after & PIECES.is_continuation[tokens]] = 7
     return tokens, lengths
 
 
@@ -179,9 +181,9 @@ def chosen_slowly(row, length, noise, config):
     """What is masked of one row: whole words or n-grams by their noise, shortened or left out to fit."""
     words = words_slowly(row, length, config.predict_unknown)
     count = sum(len(positions) for positions, _ in words)
-    wanted = int(config.mask_rate * count + 1e-9)
+    wanted = int(config.mlm_probability * count + 1e-9)
     if config.mask_count == "round":
-        wanted = round(config.mask_rate * length)
+        wanted = round(config.mlm_probability * length)
     usable = [w for w, (_, may) in enumerate(words) if may]
     if not usable:
         return set()
@@ -222,7 +224,7 @@ def test_whole_words_and_ngrams_are_those_of_a_slow_reference(
 ):
     config = DataConfig(
         masking=masking,
-        mask_rate=rate,
+        mlm_probability=rate,
         max_ngram=max_ngram,
         mask_count=mask_count,
         predict_unknown=predict_unknown,

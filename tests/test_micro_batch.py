@@ -10,8 +10,8 @@ from test_trainer import BERT, MODEL, NOISY, assert_same, gradients_of, small_da
 
 from gluon_bert import ops
 from gluon_bert.data.batch import Batch, micro_batches
-from gluon_bert.errors import BadInput
-from gluon_bert.model.gradient_checkpointing import Stop, Tape
+from gluon_bert.errors import InputError
+from gluon_bert.model.gradient_checkpointing import CheckpointedForward, Segment
 from gluon_bert.runtime import mx
 from gluon_bert.training import trainer as trainers
 from gluon_bert.training.device_batch import split_and_load
@@ -30,9 +30,9 @@ def data():
 def operators(request, monkeypatch):
     """Either kind of operators; skips the compiled ones where there are none."""
     if request.param == "mxnet":
-        monkeypatch.setattr(ops, "compute", lambda *_: False)
-    elif ops.in_use() != "compiled for this processor":
-        pytest.skip(f"the operators are {ops.in_use()}")
+        monkeypatch.setattr(ops, "use_compiled", lambda *_: False)
+    elif ops.describe() != "compiled for this processor":
+        pytest.skip(f"the operators are {ops.describe()}")
     return request.param
 
 
@@ -65,7 +65,7 @@ def test_parts_are_the_batch_again_and_their_weights_those_of_the_whole():
         np.testing.assert_array_equal(together, getattr(batch, name), err_msg=name)
     shards = [s for part in parts for s in split_and_load(part, [mx.cpu(0), mx.cpu(1)], whole=batch)]
     assert sum(s.nsp_weight * s.num_pairs for s in shards) == pytest.approx(1)
-    assert sum(s.mlm_weight * s.num_predictions for s in shards) == pytest.approx(1)
+    assert sum(s.mlm_weight * s.num_masked for s in shards) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("num_contexts", [1, 2])
@@ -82,7 +82,7 @@ def test_the_gradient_of_the_parts_is_that_of_the_batch(data, operators, model, 
 
 @pytest.mark.parametrize("num_contexts", [1, 2])
 def test_clipped_steps_on_batches_of_two_lengths_give_the_same_weights(data, operators, num_contexts):
-    recipe = {"optimizer": "bertadam", "clip_norm": 0.1, "weight_decay": 0.01, "warmup": 0.3}
+    recipe = {"optimizer": "bertadam", "clip_norm": 0.1, "weight_decay": 0.01, "warmup_ratio": 0.3}
     whole = weights_after(data, 6, **recipe)
     parts = weights_after(data, 6, num_contexts, micro_batch=3, recompute=True, **recipe)
     for name, value in parts.items():
@@ -97,7 +97,7 @@ def test_a_step_in_parts_is_one_update(data):
         shards, losses = trainer.step(random_batch())
     assert len(shards) == len(losses) == 4
     updates = trainer.snapshot().optimizer["encoder.embeddings.tokens.weight/updates"]
-    assert (trainer.standing.step, int(updates[0])) == (3, 3)
+    assert (trainer.state.step, int(updates[0])) == (3, 3)
 
 
 def test_losses_of_the_parts_add_up_to_those_of_the_batch(data, operators):
@@ -110,7 +110,9 @@ def test_losses_of_the_parts_add_up_to_those_of_the_batch(data, operators):
 
 
 def test_evaluations_in_parts_find_the_same(data, operators):
-    whole, parts = (trainer_on(2, data, BERT, micro_batch=n).evaluate(data.held_out.epoch(0)) for n in (0, 3))
+    whole, parts = (
+        trainer_on(2, data, BERT, micro_batch=n).evaluate(data.validation.epoch(0)) for n in (0, 3)
+    )
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
@@ -135,13 +137,13 @@ def test_the_first_part_draws_what_the_whole_batch_would():
 
 @pytest.mark.parametrize("bad_part", [0, 2])
 def test_a_part_whose_numbers_are_wrong_skips_the_whole_step(data, monkeypatch, bad_part):
-    trainer = trainer_on(2, data, BERT, micro_batch=3, bad_numbers="skip")
+    trainer = trainer_on(2, data, BERT, micro_batch=3, on_nonfinite="skip")
     trainer.step(random_batch())
     before, right = reference.values(trainer.net), trainers.shard_loss
     numbers = iter(range(6))
 
-    def wrong(net, shard, count_mlm_hits):
-        loss = right(net, shard, count_mlm_hits)
+    def wrong(net, shard, count_mlm_correct):
+        loss = right(net, shard, count_mlm_correct)
         bad = next(numbers) == 2 * bad_part
         return loss._replace(total=loss.total * np.nan) if bad else loss
 
@@ -168,8 +170,8 @@ def test_another_trainer_of_the_network_need_not_add_up(data):
 
 @pytest.mark.parametrize("model", [*MODELS.values(), NOISY], ids=[*MODELS, "dropout"])
 def test_compiled_layers_that_are_computed_again_give_the_same_bits(data, model):
-    if ops.in_use() != "compiled for this processor":
-        pytest.skip(f"the operators are {ops.in_use()}")
+    if ops.describe() != "compiled for this processor":
+        pytest.skip(f"the operators are {ops.describe()}")
     kept, again = (
         trainer_on(2, data, model, lr=0.0, micro_batch=4, recompute=recompute) for recompute in (False, True)
     )
@@ -188,14 +190,14 @@ def test_layers_that_are_computed_again_give_the_same_gradients(data, operators,
     assert_same(gradients_of(again, random_batch(5, seed=1), batch), kept, 1e-5)
 
 
-class WholeGraph(Tape):
+class WholeGraph(CheckpointedForward):
     """A tape that records everything in one graph, with the same dropout."""
 
     def forward(self, blocks):
         seeds = self._seeds.spawn(1)[0].generate_state(len(blocks)) >> 1
         result = None
         for (block, inputs), seed in zip(blocks, seeds.tolist()):
-            result = Stop(block, result, inputs, seed).compute()
+            result = Segment(block, result, inputs, seed).compute()
         return result
 
     def backward(self):
@@ -205,12 +207,12 @@ class WholeGraph(Tape):
 @pytest.mark.parametrize("num_contexts", [1, 2])
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_dropout_is_the_same_when_a_layer_is_computed_again(data, monkeypatch, norm, num_contexts):
-    monkeypatch.setattr(ops, "compute", lambda *_: False)
+    monkeypatch.setattr(ops, "use_compiled", lambda *_: False)
     model = dataclasses.replace(NOISY, num_layers=3, norm=norm)
     batch = random_batch()
     again, plain = (trainer_on(num_contexts, data, model, lr=0.0, recompute=True) for _ in range(2))
     with monkeypatch.context() as patch:
-        patch.setattr("gluon_bert.model.encoder.Tape", WholeGraph)
+        patch.setattr("gluon_bert.model.encoder.CheckpointedForward", WholeGraph)
         expected = gradients_of(plain, batch)
     assert_same(gradients_of(again, batch), expected, 1e-6)
 
@@ -227,7 +229,7 @@ def test_dropout_is_the_same_when_a_layer_is_computed_again(data, monkeypatch, n
     ],
 )
 def test_parts_that_cannot_be_are_refused_with_what_would_do(data, micro_batch, num_contexts, told):
-    with pytest.raises(BadInput) as refused:
+    with pytest.raises(InputError) as refused:
         trainer_on(num_contexts, data, micro_batch=micro_batch)
     assert str(refused.value) == told
 

@@ -7,7 +7,7 @@ import pytest
 import reference
 
 from gluon_bert.config import ModelConfig
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.model.attention import SelfAttention, padding_scores
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.presets import PRESETS, preset
@@ -438,7 +438,7 @@ def test_the_whole_network_is_a_symbol_of_free_batch_length_and_predictions(conf
 def test_mxnets_numpy_mode_is_refused_with_the_remedy():
     mx.npx.set_np()
     try:
-        with pytest.raises(BadInput, match=r"reset_np\(\)"):
+        with pytest.raises(InputError, match=r"reset_np\(\)"):
             BERTModel(VOCAB, D2L)
     finally:
         mx.npx.reset_np()
@@ -459,11 +459,11 @@ def test_setting_up_again_draws_the_weights_anew():
 
 
 def test_the_decoders_first_scores_are_the_words_frequencies():
-    config = dataclasses.replace(BERT, decoder_bias="frequencies")
+    config = dataclasses.replace(BERT, decoder_bias="unigram")
     net = BERTModel(VOCAB, config)
     counts = np.arange(VOCAB)
     net.setup(mx.cpu(), word_counts=counts)
     shares = np.exp(net.mlm.decoder.bias.data().asnumpy())
     np.testing.assert_allclose(shares, (counts + 1) / (counts + 1).sum(), rtol=1e-5)
-    with pytest.raises(BadInput, match="--decoder-bias frequencies: the words' counts"):
+    with pytest.raises(InputError, match="--decoder-bias unigram: the words' counts"):
         net.setup(mx.cpu())

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from gluon_bert import ops
 from gluon_bert.config import ModelConfig
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.ops import build
 from gluon_bert.runtime import mx
@@ -38,8 +38,8 @@ VARIANTS = {
 @pytest.fixture(autouse=True)
 def compiled():
     """Skips where this process has no compiled operators, unless they were asked for."""
-    if ops.in_use() != "compiled for this processor":
-        pytest.skip(f"the operators are {ops.in_use()}")
+    if ops.describe() != "compiled for this processor":
+        pytest.skip(f"the operators are {ops.describe()}")
 
 
 def network(config, vocab_size=50, seed=0):
@@ -53,12 +53,12 @@ def step(net, batch, by_mxnet=False, bf16=False):
     """The shard's losses and hits, and all gradients, by one side; bf16: by the compiled one, in bfloat16."""
     with pytest.MonkeyPatch.context() as patch:
         if by_mxnet:
-            patch.setattr(ops, "compute", lambda *_: False)
+            patch.setattr(ops, "use_compiled", lambda *_: False)
         if bf16:
             multiply_bf16(patch)
         (shard,) = split_and_load(batch, [mx.cpu()])
         with mx.autograd.record():
-            found = shard_loss(net, shard, count_mlm_hits=True)
+            found = shard_loss(net, shard, count_mlm_correct=True)
         found.total.backward()
         return [each.asnumpy() for each in found], reference.gradients(net)
 
@@ -207,7 +207,7 @@ def test_a_seed_repeats_dropout_on_any_number_of_threads():
 
 
 def test_products_are_counted():
-    assert ops.products(2) == 2 * ops.products(1) > 1e6
+    assert ops.peak_matmul_flops(2) == 2 * ops.peak_matmul_flops(1) > 1e6
 
 
 @pytest.mark.slow
@@ -251,7 +251,7 @@ def test_passes_of_one_graph_are_added_up():
 def test_gradients_are_all_added_up_or_none():
     net, batch = network(SMALL), reference.random_batch([3, 12], 12, 50)
     net.encoder.layers[0].collect_params().setattr("grad_req", "add")
-    with pytest.raises(BadInput, match="grad_req add and others write"):
+    with pytest.raises(InputError, match="grad_req add and others write"):
         step(net, batch)
 
 
@@ -329,14 +329,14 @@ def test_graphs_and_exports_have_mxnets_operators_only(tmp_path):
 def test_blocks_that_are_not_hybridized_compute_with_mxnets_operators():
     net = network(SMALL)
     array = mx.nd.zeros((1, 3))
-    assert ops.compute(net.encoder, array)
+    assert ops.use_compiled(net.encoder, array)
     net.hybridize(active=False)
-    assert not ops.compute(net.encoder, array)
-    assert not ops.compute(net.encoder, mx.sym.var("tokens"))
+    assert not ops.use_compiled(net.encoder, array)
+    assert not ops.use_compiled(net.encoder, mx.sym.var("tokens"))
 
 
 def told(**variables):
-    code = "import json; from gluon_bert import ops; print(json.dumps(ops.choose()))"
+    code = "import json; from gluon_bert import ops; print(json.dumps(ops.select()))"
     return run(code, **variables)
 
 
@@ -358,20 +358,20 @@ def test_without_a_compiler_mxnet_computes_and_the_reason_is_told(tmp_path):
 
 def test_operators_can_be_chosen(monkeypatch):
     assert told(GLUON_BERT_OPERATORS="mxnet") == "MXNet's own (as asked for)"
-    with pytest.raises(BadInput, match="--operators quick: must be one of auto, compiled, mxnet"):
-        ops.choose("quick")
+    with pytest.raises(InputError, match="--operators quick: must be one of auto, compiled, mxnet"):
+        ops.select("quick")
     monkeypatch.setenv(ops.VARIABLE, "quick")
-    with pytest.raises(BadInput, match="GLUON_BERT_OPERATORS quick: must be one of"):
-        ops.choose()
+    with pytest.raises(InputError, match="GLUON_BERT_OPERATORS quick: must be one of"):
+        ops.select()
     monkeypatch.undo()
-    assert ops.choose() == "compiled for this processor"
+    assert ops.select() == "compiled for this processor"
 
 
 def test_compiled_operators_that_are_asked_for_and_missing_are_an_error(tmp_path):
-    code = "from gluon_bert import ops; ops.choose('compiled')"
+    code = "from gluon_bert import ops; ops.select('compiled')"
     environment = {**os.environ, "CXX": "no-such-compiler", "MXNET_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
-    assert b"BadInput: the compiled operators cannot be had: there is no C++ compiler" in done.stderr
+    assert b"InputError: the compiled operators cannot be had: there is no C++ compiler" in done.stderr
 
 
 def test_the_library_is_built_once_and_anew_for_other_sources(monkeypatch, tmp_path):

@@ -91,7 +91,7 @@ def test_negatives_of_a_large_document_are_not_always_the_same():
     documents = np.concatenate([[0], np.cumsum(sizes)])
     sentences = np.arange(0, 3 * documents[-1] + 1, 3)
     text = Documents(np.arange(5, 5 + sentences[-1], dtype=np.int32), sentences, documents)
-    pairs = draw_pairs(text, DataConfig(negative_rate=1.0), np.random.default_rng(0), UNK)
+    pairs = draw_pairs(text, DataConfig(random_next_prob=1.0), np.random.default_rng(0), UNK)
     of_large = pairs.take(document_of(text, sentence_of(text, pairs.first)) == 0)
     times = np.bincount(sentence_of(text, of_large.second))
     times = times[times > 0]
@@ -101,30 +101,32 @@ def test_negatives_of_a_large_document_are_not_always_the_same():
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_rates_of_0_and_1_are_exact(rate):
-    pairs = draw_pairs(random_documents(), DataConfig(negative_rate=rate), np.random.default_rng(0), UNK)
+    pairs = draw_pairs(random_documents(), DataConfig(random_next_prob=rate), np.random.default_rng(0), UNK)
     assert (pairs.is_next == (rate == 0.0)).all()
 
 
 def test_dropping_keeps_exactly_the_pairs_that_fit():
     documents = random_documents()
-    whole = draw_pairs(documents, DataConfig(max_len=64), np.random.default_rng(0), UNK)
-    short = draw_pairs(documents, DataConfig(max_len=16, long_pairs="drop"), np.random.default_rng(0), UNK)
+    whole = draw_pairs(documents, DataConfig(max_seq_length=64), np.random.default_rng(0), UNK)
+    short = draw_pairs(
+        documents, DataConfig(max_seq_length=16, long_pairs="drop"), np.random.default_rng(0), UNK
+    )
     fitting = whole.take(whole.lengths() <= 16)
     np.testing.assert_array_equal(short.first, fitting.first)
     np.testing.assert_array_equal(short.second, fitting.second)
     assert 0 < len(short) < len(whole)
 
 
-@pytest.mark.parametrize("max_len", [8, 9, 16])
-def test_truncation_cuts_the_longer_segment_as_the_original_does(max_len):
+@pytest.mark.parametrize("max_seq_length", [8, 9, 16])
+def test_truncation_cuts_the_longer_segment_as_the_original_does(max_seq_length):
     rng = np.random.default_rng(0)
     a, b = rng.integers(1, 30, (2, 500))
     zeros = np.zeros(500, dtype=int)
     pairs = Pairs(np.stack([zeros, a], 1), np.stack([zeros, b], 1), zeros == 0)
-    cut = _truncated(pairs, max_len)
+    cut = _truncated(pairs, max_seq_length)
     for i in range(500):
         kept_a, kept_b = a[i], b[i]
-        while kept_a + kept_b > max_len - NUM_SPECIAL_IN_PAIR:  # truncate_seq_pair of the original
+        while kept_a + kept_b > max_seq_length - NUM_SPECIAL_IN_PAIR:  # truncate_seq_pair of the original
             if kept_a > kept_b:
                 kept_a -= 1
             else:
@@ -136,16 +138,16 @@ def test_a_pair_of_unknown_words_only_is_left_out_unless_they_are_predicted():
     text = [["<unk> <unk>", "<unk>"], ["a b", "<unk>", "b"], ["<unk>", "a a"]]
     documents = number([(d, False) for d in text], min_freq=1).train
     rng = np.random.default_rng(0)
-    kept = draw_pairs(documents, DataConfig(negative_rate=0.0), rng, UNK)
+    kept = draw_pairs(documents, DataConfig(random_next_prob=0.0), rng, UNK)
     assert len(kept) == 3
-    assert len(draw_pairs(documents, DataConfig(negative_rate=0.0, predict_unknown=True), rng, UNK)) == 4
+    assert len(draw_pairs(documents, DataConfig(random_next_prob=0.0, predict_unknown=True), rng, UNK)) == 4
 
 
 def test_words_to_predict_are_found_wherever_they_stand():
     tokens = np.zeros(40, dtype=np.int32)
     tokens[[3, 12, 19]] = 7
     documents = Documents(tokens, np.arange(0, 41, 5), np.array([0, 6, 8]))
-    pairs = draw_pairs(documents, DataConfig(negative_rate=0.0), np.random.default_rng(0), UNK)
+    pairs = draw_pairs(documents, DataConfig(random_next_prob=0.0), np.random.default_rng(0), UNK)
     # <unk> is 0: of the sentences 0 to 7 only 0, 2 and 3 have another token
     assert (pairs.first[:, 0] // 5).tolist() == [0, 1, 2, 3]
 
@@ -157,13 +159,13 @@ def spans(segments):
 def test_packed_pairs_fill_up_with_whole_sentences_of_one_document():
     documents = Documents(np.arange(5, 45), np.arange(0, 41, 4), np.array([0, 7, 10]))
     config = DataConfig(
-        pairs="packed", max_len=8 + NUM_SPECIAL_IN_PAIR, short_pair_rate=0.0, negative_rate=0.0
+        pairs="packed", max_seq_length=8 + NUM_SPECIAL_IN_PAIR, short_seq_prob=0.0, random_next_prob=0.0
     )
     pairs = draw_pairs(documents, config, np.random.default_rng(0), UNK)
     # two sentences of four tokens a pair; the odd last ones are left out
     assert pairs.first.tolist() == [[0, 4], [8, 12], [16, 20], [28, 32]]
     assert pairs.second.tolist() == [[4, 8], [12, 16], [20, 24], [32, 36]]
-    negative = DataConfig(pairs="packed", max_len=11, short_pair_rate=0.0, negative_rate=1.0)
+    negative = DataConfig(pairs="packed", max_seq_length=11, short_seq_prob=0.0, random_next_prob=1.0)
     pairs = draw_pairs(documents, negative, np.random.default_rng(0), UNK)
     # what the second segment would have been is put back: each sentence but the last begins a pair
     assert (pairs.first[:, 0] // 4).tolist() == [0, 1, 2, 3, 4, 5, 7, 8]
@@ -183,17 +185,19 @@ def any_documents(draw):
 @settings(max_examples=200, deadline=None)
 @given(
     documents=any_documents(),
-    max_len=st.integers(8, 40),
+    max_seq_length=st.integers(8, 40),
     short=st.sampled_from([0.0, 0.3, 1.0]),
     negative=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 9),
 )
-def test_packed_pairs_of_any_documents_are_sound(documents, max_len, short, negative, seed):
-    config = DataConfig(pairs="packed", max_len=max_len, short_pair_rate=short, negative_rate=negative)
+def test_packed_pairs_of_any_documents_are_sound(documents, max_seq_length, short, negative, seed):
+    config = DataConfig(
+        pairs="packed", max_seq_length=max_seq_length, short_seq_prob=short, random_next_prob=negative
+    )
     pairs = draw_pairs(documents, config, np.random.default_rng(seed), UNK)
     assert len(pairs)
     assert (np.diff(pairs.first) > 0).all() and (np.diff(pairs.second) > 0).all()
-    assert pairs.lengths().max() <= max_len
+    assert pairs.lengths().max() <= max_seq_length
     bounds = documents.sentences[documents.documents]
     owners = [np.searchsorted(bounds, segment, side="right") for segment in (pairs.first, pairs.second)]
     ends = [np.searchsorted(bounds, segment - 1, side="right") for segment in (pairs.first, pairs.second)]
@@ -206,7 +210,7 @@ def test_packed_pairs_of_any_documents_are_sound(documents, max_len, short, nega
         assert (pairs.is_next == (negative == 0.0)).all()
 
 
-def packed_slowly(sizes, room, rng, short_rate, negative_rate):
+def packed_slowly(sizes, room, rng, short_rate, random_next_prob):
     """google-research/bert's create_instances_from_document, told as numbers of sentences.
 
     sizes: tokens of each sentence of one document. Gives (start, middle, stop, is_next). Other than there,
@@ -223,7 +227,7 @@ def packed_slowly(sizes, room, rng, short_rate, negative_rate):
         if i == len(sizes) - 1 or full:
             if len(chunk) >= 2:
                 parted = rng.randint(1, len(chunk) - 1)
-                is_next = rng.random() >= negative_rate
+                is_next = rng.random() >= random_next_prob
                 yield chunk[0], chunk[parted], chunk[-1] + 1, is_next
                 if not is_next:
                     i -= len(chunk) - parted
@@ -232,12 +236,12 @@ def packed_slowly(sizes, room, rng, short_rate, negative_rate):
 
 
 @pytest.mark.parametrize(
-    ("room", "short_rate", "negative_rate"), [(40, 0.1, 0.5), (90, 0.5, 0.3), (20, 0.0, 0.9)]
+    ("room", "short_rate", "random_next_prob"), [(40, 0.1, 0.5), (90, 0.5, 0.3), (20, 0.0, 0.9)]
 )
-def test_packed_pairs_are_distributed_as_those_of_the_original(room, short_rate, negative_rate):
+def test_packed_pairs_are_distributed_as_those_of_the_original(room, short_rate, random_next_prob):
     documents = random_documents(400)
     sizes, starts = np.diff(documents.sentences).tolist(), documents.documents.tolist()
-    config = DataConfig(pairs="packed", short_pair_rate=short_rate, negative_rate=negative_rate)
+    config = DataConfig(pairs="packed", short_seq_prob=short_rate, random_next_prob=random_next_prob)
     ours, theirs = [], []
     for seed in range(40):
         drawn = _packed(documents, config, room, np.random.default_rng(seed))
@@ -246,7 +250,7 @@ def test_packed_pairs_are_distributed_as_those_of_the_original(room, short_rate,
         slow = [
             (begin + a, begin + b, begin + c, is_next)
             for begin, end in zip(starts, starts[1:])
-            for a, b, c, is_next in packed_slowly(sizes[begin:end], room, rng, short_rate, negative_rate)
+            for a, b, c, is_next in packed_slowly(sizes[begin:end], room, rng, short_rate, random_next_prob)
         ]
         theirs.append(figures_of_pairs(documents, *map(np.array, zip(*slow))))
     ours, theirs = np.array(ours), np.array(theirs)
@@ -327,7 +331,7 @@ def giveaways(documents, pairs):
 
 def original_negatives(documents, config, seed):
     """Packed pairs whose random segments are the original's: a random document from a random sentence on."""
-    room, rng = config.max_len - NUM_SPECIAL_IN_PAIR, np.random.default_rng(seed)
+    room, rng = config.max_seq_length - NUM_SPECIAL_IN_PAIR, np.random.default_rng(seed)
     start, middle, stop, is_next = _packed(documents, config, room, rng)
     tokens, bounds = documents.sentences, documents.documents
     owner = rng.integers(0, len(documents), len(start))
@@ -341,10 +345,10 @@ def original_negatives(documents, config, seed):
     return _truncated_at_random_ends(pairs.take(np.diff(second.T)[:, 0] > 0), room, rng)
 
 
-@pytest.mark.parametrize("max_len", [64, 128])
-def test_place_and_length_of_packed_segments_tell_nothing(wikitext_prepared, max_len):
+@pytest.mark.parametrize("max_seq_length", [64, 128])
+def test_place_and_length_of_packed_segments_tell_nothing(wikitext_prepared, max_seq_length):
     documents = wikitext_prepared.train
-    config = DataConfig(pairs="packed", max_len=max_len)
+    config = DataConfig(pairs="packed", max_seq_length=max_seq_length)
     drawn = [draw_pairs(documents, config, np.random.default_rng(seed), UNK) for seed in range(3)]
     pairs = joined(drawn)
     chance = 2 / np.sqrt(len(pairs) / 2)  # four standard errors

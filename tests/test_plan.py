@@ -15,21 +15,32 @@ from conftest import ROOT
 from test_ops import VARIANTS
 
 from gluon_bert import checkpoint, run, system
-from gluon_bert.data.loader import load_data
-from gluon_bert.errors import BadInput
+from gluon_bert.data.loader import load_pretraining_data
+from gluon_bert.errors import InputError
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.presets import PRESETS, preset
 from gluon_bert.system import machine_memory
 from gluon_bert.training import resources as plans
-from gluon_bert.training.resources import check_memory, flops_per_pair, most_predictions, plan
+from gluon_bert.training.resources import check_memory, estimate_resources, flops_per_pair, max_masked
 
-SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--num-steps", "2"]
-LARGE = preset("bert-large").replace(max_len=512)
+SMALL = [
+    "--units",
+    "16",
+    "--ffn-units",
+    "32",
+    "--max-seq-length",
+    "16",
+    "--batch-size",
+    "64",
+    "--num-steps",
+    "2",
+]
+LARGE = preset("bert-large").replace(max_seq_length=512)
 CPU = [SimpleNamespace(device_type="cpu")]
 
 
 def memory(config, num_contexts=1, compiled=True, vocab_size=30522, **changes):
-    return plan(config.replace(**changes), vocab_size, num_contexts, compiled).memory
+    return estimate_resources(config.replace(**changes), vocab_size, num_contexts, compiled).memory
 
 
 @pytest.mark.parametrize("model", VARIANTS.values(), ids=VARIANTS)
@@ -59,11 +70,11 @@ def test_the_flops_are_the_published_ones():
 @pytest.mark.parametrize("count", ["floor", "round"])
 def test_no_pair_has_more_predictions_than_planned_and_some_have_as_many(text_file, count):
     config = preset("bert-tiny").replace(
-        corpus=(str(text_file),), max_len=24, mask_count=count, min_freq=1, num_buckets=1
+        corpus=(str(text_file),), max_seq_length=24, mask_count=count, min_freq=1, num_buckets=1
     )
-    data = load_data(config.data, 16)
+    data = load_pretraining_data(config.data, 16)
     counts = [n for batch in data.train.epoch(0) for n in np.bincount(batch.predictions[0])]
-    assert max(counts) == most_predictions(config)
+    assert max(counts) == max_masked(config)
 
 
 # Memory
@@ -76,14 +87,20 @@ def test_less_at_once_and_layers_computed_twice_take_less():
         assert sizes == sorted(sizes) and twice == sorted(twice)
         assert all(less < more for less, more in zip(twice, sizes))
         assert memory(LARGE, 2, compiled) > memory(LARGE, 1, compiled)
-    assert plan(LARGE, 30522, 1, True).model == 16 * plans.parameter_count(LARGE.model, 30522)
+    assert estimate_resources(LARGE, 30522, 1, True).model == 16 * plans.parameter_count(LARGE.model, 30522)
 
 
 def test_float16_takes_part_of_what_is_kept_of_a_batch_and_copies_of_the_weights():
-    kept = [plan(LARGE.replace(precision=p, batch_size=64), 30522, 1, False) for p in ("fp32", "fp16")]
+    kept = [
+        estimate_resources(LARGE.replace(precision=p, batch_size=64), 30522, 1, False)
+        for p in ("fp32", "fp16")
+    ]
     assert 0.6 * kept[0].activations < kept[1].activations < 0.9 * kept[0].activations
     assert kept[0].model == kept[1].model
-    one = [plan(LARGE.replace(precision=p, batch_size=1), 30522, 1, False) for p in ("fp32", "fp16")]
+    one = [
+        estimate_resources(LARGE.replace(precision=p, batch_size=1), 30522, 1, False)
+        for p in ("fp32", "fp16")
+    ]
     assert one[1].activations > one[0].activations
 
 
@@ -100,7 +117,7 @@ from gluon_bert.system import peak_memory
 from gluon_bert.training.resources import plan
 from gluon_bert.training.trainer import Trainer
 
-config = preset("bert-mini").replace(batch_size=16, micro_batch=8, max_len=128, recompute={recompute})
+config = preset("bert-mini").replace(batch_size=16, micro_batch=8, max_seq_length=128, recompute={recompute})
 before = peak_memory()
 net = BERTModel(30522, config.model)
 net.setup([mx.cpu()])
@@ -130,10 +147,10 @@ def test_steps_take_about_the_memory_that_is_expected(operators, recompute):
 
 
 def test_what_cannot_fit_is_refused_with_what_would():
-    with pytest.raises(BadInput) as refused:
+    with pytest.raises(InputError) as refused:
         check_memory(LARGE, 30522, 1, True, 24 * 2**30)
     told = str(refused.value)
-    assert told.startswith("--batch-size 256, --max-len 512: the run is expected to take ")
+    assert told.startswith("--batch-size 256, --max-seq-length 512: the run is expected to take ")
     assert "of memory, and there are 25.8 GB; what would do: --micro-batch " in told
     assert len(told.splitlines()) == 1
     alone, twice = told.split("what would do: ")[1].split(", or ")
@@ -145,11 +162,13 @@ def test_what_cannot_fit_is_refused_with_what_would():
 
 def test_recompute_alone_may_do_and_nothing_may():
     needed = memory(LARGE, batch_size=16, recompute=True)
-    with pytest.raises(BadInput, match=r"what would do: --micro-batch \d+, or --recompute yes$"):
+    with pytest.raises(InputError, match=r"what would do: --micro-batch \d+, or --recompute yes$"):
         check_memory(LARGE.replace(batch_size=16), 30522, 1, True, needed / plans.SAFE + 1)
-    with pytest.raises(BadInput, match="no --micro-batch would do, nor --recompute: take a smaller network"):
+    with pytest.raises(
+        InputError, match="no --micro-batch would do, nor --recompute: take a smaller network"
+    ):
         check_memory(LARGE, 30522, 2, True, 4e9)
-    with pytest.raises(BadInput, match=r"what would do: --micro-batch \d+$"):
+    with pytest.raises(InputError, match=r"what would do: --micro-batch \d+$"):
         check_memory(LARGE.replace(recompute=True), 30522, 1, True, 12e9)
 
 
@@ -158,7 +177,7 @@ def test_the_command_refuses_before_it_reads_or_writes(tmp_path, capsys, monkeyp
     flags = ["--corpus", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--preset", "bert-large"]
     assert pretrain.main(flags) == 2
     err = capsys.readouterr().err
-    assert "pretrain: --batch-size 256, --max-len 128: the run is expected to take" in err
+    assert "pretrain: --batch-size 256, --max-seq-length 128: the run is expected to take" in err
     assert not (tmp_path / "run").exists() and "none" not in err
 
 
@@ -246,7 +265,7 @@ def test_the_peak_is_what_the_system_tells():
     assert system.peak_memory(files(**status)) == 2048 * 1024
     assert system.peak_memory(files()) is None
     assert system.peak_memory(files(**{"/proc/7/status": "VmHWM: 1 kB\n"}), process=7) == 1024
-    one = plan(preset("d2l"), 100, 1, True)
+    one = estimate_resources(preset("d2l"), 100, 1, True)
     assert one.outcome(2e9).startswith("memory taken: 2.0 GB at the peak, ")
 
 

@@ -11,14 +11,14 @@ import pretrain
 import pytest
 import reference
 from conftest import ROOT
-from simulated_half import simulate
+from simulated_fp16 import simulate
 from test_launch import Launched, ended  # noqa: F401
 from test_micro_batch import random_batch
 from test_trainer import BERT, MODEL, NOISY, gradients_of, small_data, trainer_on
 
 from gluon_bert import checkpoint, ops, run
 from gluon_bert.config import TrainConfig
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.export.mxnet_symbol import trace
 from gluon_bert.model import parameters
 from gluon_bert.model.bert import BERTModel
@@ -27,8 +27,19 @@ from gluon_bert.training import checks, loss_scale, trainer
 from gluon_bert.training.loss_scale import FIRST, LARGEST, SMALLEST, LossScale
 from gluon_bert.training.optimizers import OPTIMIZERS
 
-SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0.3"]
-SMALL += ["--num-steps", "12", "--log-every", "3", "--redraw", "yes"]
+SMALL = [
+    "--units",
+    "16",
+    "--ffn-units",
+    "32",
+    "--max-seq-length",
+    "16",
+    "--batch-size",
+    "64",
+    "--dropout",
+    "0.3",
+]
+SMALL += ["--num-steps", "12", "--log-every", "3", "--dynamic-masking", "yes"]
 HALF = {"precision": "fp16"}
 
 # A pretrain.py that simulates float16, and begins with that scale.
@@ -36,7 +47,7 @@ SCALED = """\
 import sys
 sys.path.insert(0, {tests!r})
 import pytest
-from simulated_half import pretrain, simulate
+from simulated_fp16 import pretrain, simulate
 from gluon_bert.training import loss_scale
 
 loss_scale.FIRST = {first}
@@ -60,14 +71,14 @@ def half(monkeypatch):
 @pytest.fixture
 def brain(monkeypatch):
     """Lets the compiled operators multiply in bfloat16 where they have to emulate it, too."""
-    if ops.in_use() != "compiled for this processor":
-        pytest.skip(f"the operators are {ops.in_use()}")
-    monkeypatch.setattr(ops, "bf16_refusal", lambda: "")
+    if ops.describe() != "compiled for this processor":
+        pytest.skip(f"the operators are {ops.describe()}")
+    monkeypatch.setattr(ops, "bf16_unsupported_reason", lambda: "")
 
 
 def scaled(made, value, good=0):
     """The trainer, at that scale."""
-    made.standing.scale = LossScale.from_json({"value": value, "good": good}, made.contexts[0])
+    made.state.scale = LossScale.from_json({"value": value, "good": good}, made.contexts[0])
     return made
 
 
@@ -107,9 +118,9 @@ def test_only_products_and_what_enters_them_is_float16(model):
     net = BERTModel(30, model)
     inputs = [mx.sym.var(name) for name in ("tokens", "segments", "lengths", "predictions")]
     plain = mx.sym.Group(net(*inputs))
-    net.compute_in("fp16")
+    net.set_matmul_precision("fp16")
     graph = mx.sym.Group(net(*inputs))
-    net.compute_in("fp32")
+    net.set_matmul_precision("fp32")
     operators = {node["name"]: node["op"] for node in json.loads(graph.tojson())["nodes"]}
     inner = graph.get_internals()
     _, types, _ = inner.infer_type(**{each.name: np.float32 for each in inputs})
@@ -178,14 +189,14 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(data, half, optimizer, 
     ours.step(random_batch())
     before = state_of(ours)
     scaled(ours, LARGEST, good=7).step(random_batch(seed=1))
-    assert ours.standing.scale.to_json() == {"value": LARGEST / 2, "good": 0}
+    assert ours.state.scale.to_json() == {"value": LARGEST / 2, "good": 0}
     after = state_of(ours)
     for name, array in before.items():
         # How often an array was updated is counted by the host, which has not heard of it yet.
         if not name.endswith("/updates"):
             np.testing.assert_array_equal(after[name], array, err_msg=name)
     scaled(ours, 1024, good=7).step(random_batch(seed=1))
-    assert ours.standing.scale.to_json() == {"value": 1024, "good": 8}
+    assert ours.state.scale.to_json() == {"value": 1024, "good": 8}
     assert any((array != before[name]).any() for name, array in state_of(ours).items())
 
 
@@ -193,7 +204,7 @@ def test_a_trainer_finds_the_scale_that_float16_bears(data, half):
     ours = scaled(trainer_on(1, data, BERT, **HALF, lr=0.0), LARGEST)
     for _ in range(16):
         ours.step(random_batch())
-    found, good = ours.standing.scale.to_json().values()
+    found, good = ours.state.scale.to_json().values()
     largest = max(np.abs(gradient).max() for gradient in reference.gradients(ours.net).values())
     assert 0 < good < 16 and 65504 / 64 < largest * found < 65504 * 2
 
@@ -232,7 +243,7 @@ def test_a_step_waits_for_nothing(data, half, monkeypatch):
 )
 def test_clipped_steps_are_those_of_one_context_and_near_those_of_float32(data, half, num_contexts, changes):
     def moved(count, **others):
-        recipe = {"optimizer": "bertadam", "clip_norm": 0.1, "weight_decay": 0.01, "warmup": 0.3}
+        recipe = {"optimizer": "bertadam", "clip_norm": 0.1, "weight_decay": 0.01, "warmup_ratio": 0.3}
         made = trainer_on(count, data, BERT, **recipe, **others)
         start = reference.values(made.net)
         for batch, _ in zip(data.train.epoch(0), range(6)):
@@ -338,17 +349,17 @@ def test_float16_is_refused_on_a_cpu_before_the_text_is_read(tmp_path, data, cap
     assert told in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert pretrain.main([*flags, "--precision", "fp8"]) == 2
     assert "--precision fp8: must be one of fp32, fp16, bf16" in capsys.readouterr().err
-    with pytest.raises(BadInput, match="--precision fp16: MXNet multiplies"):
+    with pytest.raises(InputError, match="--precision fp16: MXNet multiplies"):
         trainer_on(1, data, **HALF)
 
 
 def test_bfloat16_is_refused_where_nothing_multiplies_it(command, monkeypatch, capsys):
     status, folder = command("--precision", "bf16", "--num-steps", "2")
-    assert (status == 0) == (not ops.bf16_refusal()) == (folder / "config.json").exists()
-    monkeypatch.setattr(ops, "bf16_refusal", lambda: "this processor cannot")
+    assert (status == 0) == (not ops.bf16_unsupported_reason()) == (folder / "config.json").exists()
+    monkeypatch.setattr(ops, "bf16_unsupported_reason", lambda: "this processor cannot")
     assert command("--precision", "bf16", name="refused")[0] == 2
     assert "--precision bf16: this processor cannot; fp32 would do" in capsys.readouterr().err
-    with pytest.raises(BadInput, match="no products of bfloat16 on GPUs; fp16 or fp32 would do"):
+    with pytest.raises(InputError, match="no products of bfloat16 on GPUs; fp16 or fp32 would do"):
         checks.check_precision(TrainConfig(precision="bf16"), [SimpleNamespace(device_type="gpu")])
 
 
@@ -358,7 +369,7 @@ def test_mxnets_own_operators_do_not_multiply_in_bfloat16(command, monkeypatch, 
         assert command("--precision", "bf16", "--operators", "mxnet")[0] == 2
     finally:
         monkeypatch.undo()
-        ops.choose()
+        ops.select()
     told = "--precision bf16: only compiled operators multiply bfloat16, and there are none (as asked for)"
     assert told in capsys.readouterr().err
 
@@ -372,11 +383,11 @@ def test_a_run_goes_on_in_its_precision(command, half, data, capsys):
     assert snapshot.state["loss_scale"] == {"value": FIRST, "good": 2}
     ours, plain = trainer_on(1, data, **HALF), trainer_on(1, data)
     plain.step(random_batch())
-    with pytest.raises(BadInput, match="cannot be gone on from with --precision fp16"):
+    with pytest.raises(InputError, match="cannot be gone on from with --precision fp16"):
         ours.restore(plain.snapshot())
     state = plain.snapshot().state
     for scale in ({"value": 0.0, "good": 1}, {"value": 8.0}, {"value": "x", "good": 0}):
-        with pytest.raises(BadInput, match="cannot be gone on from"):
+        with pytest.raises(InputError, match="cannot be gone on from"):
             ours.restore(plain.snapshot()._replace(state={**state, "loss_scale": scale}))
 
 
@@ -386,5 +397,5 @@ def test_a_run_in_float16_is_read_and_exported_in_float32(command, half, monkeyp
     monkeypatch.undo()
     found = run.load_run(folder)
     assert {weight.dtype for weight in parameters.weights_of(found.net).values()} == {np.dtype(np.float32)}
-    found.net.compute_in("fp16")
+    found.net.set_matmul_precision("fp16")
     assert "Cast" not in trace(found.net, "all", 16).symbol.tojson()

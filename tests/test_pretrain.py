@@ -22,12 +22,12 @@ from gluon_bert.run import load_run
 from gluon_bert.runtime import mx
 from gluon_bert.training import checkpointer as saving
 from gluon_bert.training import state
-from gluon_bert.training.metrics import Averages
-from gluon_bert.training.progress import Report
+from gluon_bert.training.metrics import Metrics
+from gluon_bert.training.progress import ProgressLogger
 
 MXNetError = mx.MXNetError
 
-SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "16"]
+SMALL = ["--units", "16", "--ffn-units", "32", "--max-seq-length", "16", "--batch-size", "16"]
 SMALL += ["--num-steps", "6", "--log-every", "2"]
 
 
@@ -54,13 +54,13 @@ def test_a_run_leaves_all_that_it_promises(command, capsys):
         "losses.png",
         "checkpoints",
     }
-    steps = [(record["step"], "held_out" in record) for record in log_of(folder)]
+    steps = [(record["step"], "validation" in record) for record in log_of(folder)]
     assert steps == [(2, False), (4, False), (4, True), (6, False), (6, True)]
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert re.fullmatch(r"MLM loss \d\.\d{3}, NSP loss \d\.\d{3} \(means of 6 steps\)", lines[0])
     assert re.fullmatch(r"\d+\.\d sentence pairs/sec on \[cpu\(0\)\]", lines[1])
-    assert "ln V" in out and "held-out text" in out
+    assert "ln V" in out and "validation text" in out
     assert f"run folder: {folder}" in err
     content = json.loads((folder / "config.json").read_text())
     assert content["train"]["seed"] == 0
@@ -73,11 +73,11 @@ def test_a_run_tells_which_operators_compute(command, capsys, monkeypatch, name,
     monkeypatch.setenv(ops.VARIABLE, "auto")  # and back to what it was
     status, folder = command("--operators", name)
     assert status == 0
-    told = told or ops.in_use()
+    told = told or ops.describe()
     assert f"\noperators: {told}\n" in capsys.readouterr().err
     assert json.loads((folder / "config.json").read_text())["facts"]["operators"] == told
     monkeypatch.undo()
-    ops.choose()
+    ops.select()
 
 
 def test_a_profile_shows_the_operators_of_a_run(command, tmp_path, capsys):
@@ -124,10 +124,10 @@ def test_a_runs_own_configuration_repeats_it(command, tmp_path):
 def test_two_contexts_give_the_result_of_one(command):
     one, two = (command("--cpus", n, "--dropout", "0", name=n)[1] for n in ("1", "2"))
     for ours, theirs in zip(log_of(one), log_of(two)):
-        for group in (ours, ours.get("held_out", {})):
+        for group in (ours, ours.get("validation", {})):
             for name in ("mlm_loss", "nsp_loss"):
                 if name in group:
-                    other = theirs if group is ours else theirs["held_out"]
+                    other = theirs if group is ours else theirs["validation"]
                     assert group[name] == pytest.approx(other[name], abs=1e-4)
 
 
@@ -142,7 +142,7 @@ def test_losses_fall(command):
     [
         (["--preset", "bert-huge"], "pretrain: --preset bert-huge: must be one of d2l,"),
         (["--corpus", "/no/where"], "pretrain: --corpus /no/where: no such file or folder"),
-        (["--max-len", "2"], "pretrain: --max-len 2: must be at least 8"),
+        (["--max-seq-length", "2"], "pretrain: --max-seq-length 2: must be at least 8"),
         (["--num-heads", "3"], "pretrain: --num-heads 3: must divide --units 16"),
         (["--batch-size", "0"], "pretrain: --batch-size 0: must be at least 1"),
         (["--num-steps", "0"], "--num-steps 0: must be at least 1, or --max-minutes must end the run"),
@@ -150,14 +150,14 @@ def test_losses_fall(command):
         (["--max-minutes", "nan"], "pretrain: --max-minutes nan: must be at least 0.0"),
         (["--patience", "2"], "--patience 2: counts evaluations; ask for some with --eval-every"),
         (
-            ["--patience", "2", "--eval-every", "1", "--held-out", "0"],
-            "pretrain: --patience 2: there is too little held-out text to evaluate on",
+            ["--patience", "2", "--eval-every", "1", "--validation-fraction", "0"],
+            "pretrain: --patience 2: there is too little validation text to evaluate on",
         ),
         (
-            ["--warmup", "1", "--schedule", "linear"],
-            "pretrain: --warmup 1.0: leaves nothing of the run for --schedule linear to fall in",
+            ["--warmup-ratio", "1", "--schedule", "linear"],
+            "pretrain: --warmup-ratio 1.0: leaves nothing of the run for --schedule linear to fall in",
         ),
-        (["--keep", "-1"], "pretrain: --keep -1: must be at least 0"),
+        (["--keep-checkpoints", "-1"], "pretrain: --keep-checkpoints -1: must be at least 0"),
         (["--gpus", "x"], "--gpus 'x'"),
         (["--gpus", "7"], "--gpus 7"),
         (["--cpus", "0"], "--cpus 0"),
@@ -185,7 +185,7 @@ def test_bad_input_ends_with_one_sentence_and_status_2(command, capsys, tmp_path
 
 
 def test_all_problems_are_told_at_once(command, capsys):
-    status, _ = command("--max-len", "2", "--batch-size", "0", "--num-heads", "3")
+    status, _ = command("--max-seq-length", "2", "--batch-size", "0", "--num-heads", "3")
     assert status == 2
     assert (
         len([line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain: --")]) == 3
@@ -210,7 +210,7 @@ def test_a_folder_with_something_else_is_refused(command, capsys, tmp_path):
 
 
 def test_a_run_without_held_out_text_says_so_and_writes_valid_json(command, capsys):
-    status, folder = command("--held-out", "0")
+    status, folder = command("--validation-fraction", "0")
     assert status == 0
     assert "too little text is held out" in capsys.readouterr().err
     (folder / "config.json").read_text().index('"held_out_unigram": null')
@@ -224,7 +224,7 @@ def test_the_weights_of_every_evaluation_are_kept_if_asked_and_each_written_once
         return checkpoint.write_checkpoint(folder, snapshot, **options)
 
     monkeypatch.setattr(saving, "write_checkpoint", noting)
-    _, folder = command("--eval-every", "2", "--keep", "0")
+    _, folder = command("--eval-every", "2", "--keep-checkpoints", "0")
     assert checkpoint.steps(folder) == written == [2, 4, 6]
 
 
@@ -233,7 +233,7 @@ def held_out_losses(monkeypatch):
     """Sets what the evaluations of the next run give."""
 
     def script(*mlm_losses):
-        left = [Averages(loss, 0.7, 0.1, 0.5) for loss in mlm_losses]
+        left = [Metrics(loss, 0.7, 0.1, 0.5) for loss in mlm_losses]
         monkeypatch.setattr("gluon_bert.training.trainer.Trainer.evaluate", lambda *_: left.pop(0))
 
     return script
@@ -241,7 +241,7 @@ def held_out_losses(monkeypatch):
 
 def test_the_latest_and_the_best_weights_stay(command, held_out_losses, capsys):
     held_out_losses(4.0, 3.0, 5.0, 3.5)
-    status, folder = command("--num-steps", "7", "--eval-every", "2", "--keep", "1")
+    status, folder = command("--num-steps", "7", "--eval-every", "2", "--keep-checkpoints", "1")
     assert status == 0
     assert checkpoint.steps(folder) == [4, 7]
     assert (load_run(folder, which="best").step, load_run(folder).step) == (4, 7)
@@ -250,23 +250,25 @@ def test_the_latest_and_the_best_weights_stay(command, held_out_losses, capsys):
 
 def test_patience_ends_the_run_and_the_log_has_its_last_step(command, held_out_losses, capsys):
     held_out_losses(4.0, 3.0, 5.0, 3.5)
-    status, folder = command("--num-steps", "1000", "--eval-every", "3", "--patience", "2", "--keep", "1")
+    status, folder = command(
+        "--num-steps", "1000", "--eval-every", "3", "--patience", "2", "--keep-checkpoints", "1"
+    )
     assert status == 0
     assert "The run ended after step 12: 2 evaluations in a row were no better" in capsys.readouterr().out
-    steps = [(record["step"], "held_out" in record) for record in log_of(folder)]
+    steps = [(record["step"], "validation" in record) for record in log_of(folder)]
     assert steps[-2:] == [(12, False), (12, True)]
     assert checkpoint.steps(folder) == [6, 12]
 
 
 def test_an_interrupt_after_an_evaluation_keeps_the_best_and_the_latest(command, monkeypatch, capsys):
-    stepped = Report.stepped
+    stepped = ProgressLogger.stepped
 
     def interrupting(self, step):
         stepped(self, step)
         if step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Report, "stepped", interrupting)
+    monkeypatch.setattr(ProgressLogger, "stepped", interrupting)
     status, folder = command("--eval-every", "4")
     assert status == 130
     assert f"the weights after step 5 are kept in {folder}" in capsys.readouterr().err
@@ -298,7 +300,7 @@ def test_minutes_alone_end_a_run_that_its_steps_repeat(text_file, tmp_path, tick
 
 
 def test_by_the_clock_a_falling_learning_rate_ends_near_0_and_is_logged(command, ticking):
-    flags = ["--max-minutes", "0.5", "--num-steps", "0", "--schedule", "linear", "--warmup", "0.2"]
+    flags = ["--max-minutes", "0.5", "--num-steps", "0", "--schedule", "linear", "--warmup-ratio", "0.2"]
     _, folder = command(*flags, "--log-every", "1")
     rates = [record["lr"] for record in log_of(folder) if "lr" in record]
     assert max(rates) == pytest.approx(1e-3, rel=0.1)
@@ -352,14 +354,14 @@ def test_without_output_every_run_gets_a_new_folder(text_file, tmp_path, monkeyp
 def test_help_explains_every_field(capsys):
     import dataclasses
 
-    from gluon_bert.config import GROUPS, flag
+    from gluon_bert.config import GROUPS, flag_name
     from gluon_bert.presets import PRESETS
 
     assert pretrain.main(["--help"]) == 0
     text = capsys.readouterr().out
     for group in GROUPS.values():
         for field in dataclasses.fields(group):
-            assert flag(field.name) in text
+            assert flag_name(field.name) in text
     joined = " ".join(text.split())
     assert "the learning rate at its peak (d2l: 0.001, quick: 0.002, bert-*: 0.0001)" in joined
     assert "encoder layers (d2l and quick: 2, bert-*: by size)" in joined
@@ -414,10 +416,19 @@ def test_ctrl_c_leaves_a_usable_run_and_status_130(text_file, tmp_path):
 
 
 def test_a_run_may_begin_with_the_words_frequencies(command):
-    flags = ["--preset", "bert-tiny", "--decoder-bias", "frequencies", "--lr", "1e-9", "--held-out", "0.5"]
+    flags = [
+        "--preset",
+        "bert-tiny",
+        "--decoder-bias",
+        "unigram",
+        "--lr",
+        "1e-9",
+        "--validation-fraction",
+        "0.5",
+    ]
     status, folder = command(*flags)
     assert status == 0
-    compared = json.loads((folder / "config.json").read_text())["facts"]["losses_for_comparison"]
-    reached = log_of(folder)[-1]["held_out"]["mlm_loss"]
+    compared = json.loads((folder / "config.json").read_text())["facts"]["reference_losses"]
+    reached = log_of(folder)[-1]["validation"]["mlm_loss"]
     assert reached == pytest.approx(compared["held_out_unigram"], abs=0.2)
     assert reached < compared["uniform"] - 0.4

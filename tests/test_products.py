@@ -21,8 +21,8 @@ SMALLEST = 2.0**-126
 @pytest.fixture(scope="module", params=["as here", "avx512"])
 def library(request, tmp_path_factory):
     """gemm.h, compiled as the operators are, or with the sizes for AVX-512."""
-    if ops.in_use() != "compiled for this processor":
-        pytest.skip(f"the operators are {ops.in_use()}")
+    if ops.describe() != "compiled for this processor":
+        pytest.skip(f"the operators are {ops.describe()}")
     path = tmp_path_factory.mktemp("products") / "products.so"
     # -O1, since it takes long to make short vectors of longer ones well.
     wider = ["-D__AVX512F__=1", "-O1"] if request.param == "avx512" else []

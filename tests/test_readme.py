@@ -180,7 +180,7 @@ def test_the_table_of_presets_is_true(name):
         str(config.model.num_layers),
         str(config.model.units),
         str(config.model.num_heads),
-        str(config.data.max_len),
+        str(config.data.max_seq_length),
         str(config.train.batch_size),
         f"{config.train.lr:.4f}".rstrip("0"),
     ]

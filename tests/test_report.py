@@ -9,16 +9,16 @@ import pytest
 from matplotlib.figure import Figure
 
 from gluon_bert.config import TrainConfig
-from gluon_bert.training.metrics import Averages
-from gluon_bert.training.progress import Report, in_words
-from gluon_bert.training.state import Progress, best_of
+from gluon_bert.training.metrics import Metrics
+from gluon_bert.training.progress import ProgressLogger, in_words
+from gluon_bert.training.state import StepReport, best_of
 
-DATA = SimpleNamespace(vocab=range(100), unigram_loss=4.0, held_out_unigram_loss=3.5)
+DATA = SimpleNamespace(vocab=range(100), unigram_loss=4.0, validation_unigram_loss=3.5)
 
 
 def progress(step, mlm_loss):
-    window = Averages(mlm_loss, 0.7, 0.05, 0.5)
-    return Progress(step, 10, window, window, 100.0, 90.0, float(step), 10.0 - step, 1e-3 / step, 2.5)
+    window = Metrics(mlm_loss, 0.7, 0.05, 0.5)
+    return StepReport(step, 10, window, window, 100.0, 90.0, float(step), 10.0 - step, 1e-3 / step, 2.5)
 
 
 class Terminal(io.StringIO):
@@ -26,16 +26,18 @@ class Terminal(io.StringIO):
         return True
 
 
-def told(folder, mlm_losses, held_out=None, screen=None, **changes):
+def told(folder, mlm_losses, validation=None, screen=None, **changes):
     screen = screen or io.StringIO()
-    report = Report(folder, TrainConfig(**{"num_steps": 10, "lr": 1e-3, **changes}), DATA, screen=screen)
+    report = ProgressLogger(
+        folder, TrainConfig(**{"num_steps": 10, "lr": 1e-3, **changes}), DATA, screen=screen
+    )
     for step, loss in enumerate(mlm_losses, 1):
         report.stepped(step)
         report.progressed(progress(step, loss))
-    evaluations = [held_out] if isinstance(held_out, float) else held_out or []
+    evaluations = [validation] if isinstance(validation, float) else validation or []
     best = None
     for step, loss in enumerate(evaluations, len(mlm_losses) - len(evaluations) + 1):
-        averages = Averages(loss, 0.69, 0.1, 0.5)
+        averages = Metrics(loss, 0.69, 0.1, 0.5)
         best = best_of(best, step, averages)
         report.evaluated(step, averages, best)
     report.close()
@@ -43,14 +45,14 @@ def told(folder, mlm_losses, held_out=None, screen=None, **changes):
 
 
 def test_without_a_terminal_there_is_a_plain_line_per_window(tmp_path):
-    _, screen = told(tmp_path, [5.0, 4.5], held_out=4.4)
+    _, screen = told(tmp_path, [5.0, 4.5], validation=4.4)
     lines = screen.splitlines()
     assert lines[0].startswith(
         "step 1/10: MLM loss 5.000 (5.0 % right), NSP loss 0.700 (50.0 % right), lr 0.001"
     )
     assert lines[0].endswith("100.0 pairs/s, 00:09 left")
     assert lines[2] == (
-        "held-out text after step 2: MLM loss 4.400 (10.0 % right), NSP loss 0.690 (50.0 % right), "
+        "validation text after step 2: MLM loss 4.400 (10.0 % right), NSP loss 0.690 (50.0 % right), "
         "perplexity 81.5"
     )
     assert "\r" not in screen
@@ -64,7 +66,7 @@ def test_on_a_terminal_there_is_a_bar(tmp_path):
 
 
 def test_the_log_has_an_object_a_line(tmp_path):
-    told(tmp_path, [5.0, float("nan")], held_out=4.4)
+    told(tmp_path, [5.0, float("nan")], validation=4.4)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert records[0] == {
         "step": 1,
@@ -80,7 +82,7 @@ def test_the_log_has_an_object_a_line(tmp_path):
     assert (records[1]["mlm_loss"], records[1]["lr"]) == (None, 5e-4)
     assert records[2] == {
         "step": 2,
-        "held_out": {
+        "validation": {
             "mlm_loss": 4.4,
             "nsp_loss": 0.69,
             "mlm_accuracy": 0.1,
@@ -91,23 +93,23 @@ def test_the_log_has_an_object_a_line(tmp_path):
 
 
 def test_an_evaluation_that_is_not_the_best_names_the_best(tmp_path):
-    _, screen = told(tmp_path, [5.0] * 3, held_out=[4.4, 4.6, 4.3])
-    first, second, third = (line for line in screen.splitlines() if line.startswith("held-out"))
+    _, screen = told(tmp_path, [5.0] * 3, validation=[4.4, 4.6, 4.3])
+    first, second, third = (line for line in screen.splitlines() if line.startswith("validation"))
     assert second.endswith("; the best was MLM loss 4.400 after step 1")
     assert "best" not in first + third
 
 
 def test_the_best_of_several_evaluations_is_told_at_the_end(tmp_path):
-    report, _ = told(tmp_path / "a", [5.0] * 3, held_out=[4.4, 3.0, 4.6])
+    report, _ = told(tmp_path / "a", [5.0] * 3, validation=[4.4, 3.0, 4.6])
     assert (
         "the best of 3 evaluations, after step 2: MLM loss 3.000 (10.0 % right), NSP loss 0.690 "
         "(50.0 % right), perplexity 20.1 (--checkpoint best)"
     ) in report.summary([])
     # Its loss is below that of the words' frequencies, though the last one's is not.
     assert "is still above" not in report.summary([])[-1]
-    report, _ = told(tmp_path / "b", [5.0] * 3, held_out=[4.4, 4.3, 4.2])
+    report, _ = told(tmp_path / "b", [5.0] * 3, validation=[4.4, 4.3, 4.2])
     assert "This was the best of 3 evaluations." in report.summary([])
-    report, _ = told(tmp_path / "c", [5.0] * 3, held_out=4.2)
+    report, _ = told(tmp_path / "c", [5.0] * 3, validation=4.2)
     assert not [line for line in report.summary([]) if "best of" in line]
 
 
@@ -129,26 +131,26 @@ def test_a_run_by_the_clock_tells_about_how_many_steps_it_will_have(tmp_path, sc
 
 
 def test_the_summary_begins_with_the_books_two_lines_and_names_the_references(tmp_path):
-    report, _ = told(tmp_path, [5.0], held_out=3.0)
+    report, _ = told(tmp_path, [5.0], validation=3.0)
     lines = report.summary(["cpu(0)"])
     assert lines[0] == "MLM loss 5.000, NSP loss 0.700 (means of 1 steps)"
     assert lines[1] == "90.0 sentence pairs/sec on ['cpu(0)']"
     assert "4.605 = ln V" in lines[-1] and "0.693 = ln 2" in lines[-1]
-    assert "4.000 = entropy of the words' frequencies (3.500 on the held-out text)" in lines[-1]
+    assert "4.000 = entropy of the words' frequencies (3.500 on the validation text)" in lines[-1]
 
 
 @pytest.mark.parametrize(
-    ("training", "held_out", "line"),
+    ("training", "validation", "line"),
     [(5.0, None, "4.000"), (3.9, None, None), (3.0, 3.6, "3.500"), (5.0, 3.4, None)],
 )
-def test_a_loss_above_that_of_the_words_frequencies_is_explained(tmp_path, training, held_out, line):
-    report, _ = told(tmp_path, [training], held_out)
+def test_a_loss_above_that_of_the_words_frequencies_is_explained(tmp_path, training, validation, line):
+    report, _ = told(tmp_path, [training], validation)
     last = report.summary([])[-1]
     assert (f"is still above {line}" in last) if line else ("is still above" not in last)
 
 
 def test_the_picture_is_a_png_of_a_readable_size(tmp_path):
-    told(tmp_path, [5.0, 4.5, 4.2], held_out=4.4)
+    told(tmp_path, [5.0, 4.5, 4.2], validation=4.4)
     content = (tmp_path / "losses.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
@@ -156,7 +158,7 @@ def test_the_picture_is_a_png_of_a_readable_size(tmp_path):
 
 
 def test_accuracies_are_percentages():
-    assert in_words(Averages(7.0, 0.7, 0.051, 1.0)).endswith("NSP loss 0.700 (100.0 % right)")
+    assert in_words(Metrics(7.0, 0.7, 0.051, 1.0)).endswith("NSP loss 0.700 (100.0 % right)")
 
 
 @pytest.fixture
@@ -174,11 +176,11 @@ def figures(monkeypatch):
 
 
 def test_the_picture_names_every_reference(tmp_path, figures):
-    told(tmp_path, [5.0, 4.5], held_out=4.4)
+    told(tmp_path, [5.0, 4.5], validation=4.4)
     labels = {text.get_text() for axes in figures[0].axes for text in axes.get_legend().get_texts()}
     assert labels == {
         "training",
-        "held-out text",
+        "validation text",
         "ln V = 4.61",
         "word frequencies alone = 4.00",
         "word frequencies alone, held out = 3.50",
@@ -187,9 +189,9 @@ def test_the_picture_names_every_reference(tmp_path, figures):
 
 
 def test_the_picture_marks_the_best_of_several_evaluations(tmp_path, figures):
-    told(tmp_path, [5.0] * 4, held_out=[4.4, 3.9, 4.1, 4.0])
+    told(tmp_path, [5.0] * 4, validation=[4.4, 3.9, 4.1, 4.0])
     for axes, value in zip(figures[0].axes, (3.9, 0.69)):
         (star,) = (line for line in axes.lines if line.get_label() == "best checkpoint, step 2")
         assert star.get_xydata().tolist() == [[2, value]]
-        (curve,) = (line for line in axes.lines if line.get_label() == "held-out text")
+        (curve,) = (line for line in axes.lines if line.get_label() == "validation text")
         assert len(curve.get_xydata()) == 4

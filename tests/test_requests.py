@@ -30,7 +30,7 @@ GOOD = b'{"text": "a crane is flying"}'
 @pytest.fixture(scope="module")
 def predictor():
     config = preset("d2l").replace(
-        max_len=12, max_positions=12, units=8, ffn_units=8, num_heads=2, num_layers=1
+        max_seq_length=12, max_positions=12, units=8, ffn_units=8, num_heads=2, num_layers=1
     )
     net = BERTModel(len(VOCAB), config.model)
     net.setup([mx.cpu()], seed=0)

@@ -17,12 +17,23 @@ from conftest import ROOT, small_text
 
 from gluon_bert import checkpoint, ops, run
 from gluon_bert.npz import read_arrays
-from gluon_bert.training.progress import Report
+from gluon_bert.training.progress import ProgressLogger
 from gluon_bert.training.trainer import Trainer, dropout_seed
 
-SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "64", "--dropout", "0.3"]
+SMALL = [
+    "--units",
+    "16",
+    "--ffn-units",
+    "32",
+    "--max-seq-length",
+    "16",
+    "--batch-size",
+    "64",
+    "--dropout",
+    "0.3",
+]
 SMALL += ["--num-steps", "12", "--log-every", "3", "--eval-every", "5", "--num-buckets", "2"]
-SMALL += ["--redraw", "yes"]
+SMALL += ["--dynamic-masking", "yes"]
 
 
 def log_of(folder):
@@ -61,7 +72,7 @@ def stopping(monkeypatch):
 
     def stop_after(*steps, number=signal.SIGINT):
         waiting = list(steps)
-        stepped = Report.stepped
+        stepped = ProgressLogger.stepped
 
         def interrupting(self, step):
             stepped(self, step)
@@ -69,7 +80,7 @@ def stopping(monkeypatch):
                 os.kill(os.getpid(), number)
                 waiting.pop(0)
 
-        monkeypatch.setattr(Report, "stepped", interrupting)
+        monkeypatch.setattr(ProgressLogger, "stepped", interrupting)
 
     return stop_after
 
@@ -78,7 +89,7 @@ def stopping(monkeypatch):
     "flags",
     [
         [],
-        ["--optimizer", "bertadam", "--schedule", "linear", "--warmup", "0.3", "--clip-norm", "0.1"],
+        ["--optimizer", "bertadam", "--schedule", "linear", "--warmup-ratio", "0.3", "--clip-norm", "0.1"],
         ["--optimizer", "lamb", "--tied-decoder", "yes", "--embedding-norm", "yes", "--cpus", "2"],
         ["--micro-batch", "24", "--recompute", "yes", "--tied-decoder", "yes"],
     ],
@@ -119,10 +130,10 @@ def test_a_run_goes_on_with_the_operators_that_it_was_begun_with(command, stoppi
     assert_same_run(undisturbed, stopped)
 
     assert pretrain.main(["--resume", str(stopped), "--operators", "auto"]) == 0
-    changed = f"operators is {ops.in_use()} and was MXNet's own (as asked for): with dropout other numbers"
-    assert (changed in capsys.readouterr().err) == (ops.choice_of(ops.in_use()) is None)
+    changed = f"operators is {ops.describe()} and was MXNet's own (as asked for): with dropout other numbers"
+    assert (changed in capsys.readouterr().err) == (ops.parse_description(ops.describe()) is None)
     monkeypatch.undo()
-    ops.choose()
+    ops.select()
 
 
 def test_a_stop_inside_an_evaluation_is_made_up_for(command, monkeypatch):
@@ -136,7 +147,7 @@ def test_a_stop_inside_an_evaluation_is_made_up_for(command, monkeypatch):
     monkeypatch.setattr(Trainer, "evaluate", interrupted_at_first)
     status, stopped = command(name="stopped")
     assert status == 130 and checkpoint.best_step(stopped) is None
-    assert log_of(stopped)[-1]["step"] == 5 and "held_out" not in log_of(stopped)[-1]
+    assert log_of(stopped)[-1]["step"] == 5 and "validation" not in log_of(stopped)[-1]
     assert pretrain.main(["--resume", str(stopped)]) == 0
     assert_same_run(undisturbed, stopped)
 
@@ -161,7 +172,7 @@ def test_on_another_number_of_contexts_a_run_goes_on_to_1e_5(command, stopping, 
     assert_same_run(undisturbed, stopped, 1e-5)
     for ours, theirs in zip(log_of(undisturbed), log_of(stopped)):
         assert ours.get("mlm_loss") == pytest.approx(theirs.get("mlm_loss"), abs=1e-4)
-    facts = run.read_facts(stopped / "config.json")
+    facts = run.read_environment(stopped / "config.json")
     assert facts["contexts"] == [f"cpu({i})" for i in range(int(after))]
 
 
@@ -283,7 +294,7 @@ def test_weights_alone_are_no_run_to_go_on_with(damaged_run, capsys):
         (["--units", "32", "--seed", "4"], "--seed 4: {run} was begun with 0, which cannot change"),
         (
             ["--units", "32"],
-            "what may change: --corpus, --vocab-file, --num-workers, --micro-batch, --recompute,",
+            "what may change: --corpus, --vocab-file, --preprocessing-workers, --micro-batch, --recompute,",
         ),
         (["--preset", "d2l"], "--preset: has no place beside --resume"),
         (["--output", "x"], "--output: has no place beside --resume"),
@@ -319,7 +330,7 @@ def test_what_is_no_run_is_not_resumed(tmp_path, capsys):
         lambda state: state.update(step=-1),
         lambda state: state.update(step=True),
         lambda state: state["meter"].update(counts=[1, 2]),
-        lambda state: state["best"].update(held_out={}),
+        lambda state: state["best"].update(validation={}),
         lambda state: state["position"].update(epoch="0"),
         lambda state: state.update(log_bytes="many"),
         lambda state: state["position"].pop("batch"),
@@ -337,7 +348,7 @@ def test_a_state_that_was_made_up_is_told(damaged_run, capsys, change):
 
 def test_two_processes_do_not_train_in_one_folder(command, text_file, capsys):
     # A signal is what starts the second one, in the middle of the first one's steps.
-    statuses, stepped = [], Report.stepped
+    statuses, stepped = [], ProgressLogger.stepped
 
     def starting_another(self, step):
         stepped(self, step)
@@ -351,7 +362,7 @@ def test_two_processes_do_not_train_in_one_folder(command, text_file, capsys):
             )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Report, "stepped", starting_another)
+        patch.setattr(ProgressLogger, "stepped", starting_another)
         status, _ = command()
     assert status == 0 and statuses[0].returncode == 2
     assert b"another process is training there" in statuses[0].stderr
@@ -425,5 +436,5 @@ def test_a_run_killed_at_random_moments_is_the_undisturbed_one(text_file, tmp_pa
     print(f"killed {killed} times, {leftovers} of them in the middle of a checkpoint")
     assert killed == kills
     assert_same_run(undisturbed, folder)
-    windows = [record["step"] for record in log_of(folder) if "held_out" not in record]
+    windows = [record["step"] for record in log_of(folder) if "validation" not in record]
     assert len(windows) == len(set(windows)) and windows == sorted(windows)

@@ -15,7 +15,7 @@ import pytest
 from stub_libcuda import build_stub
 
 from gluon_bert import __version__, devices, runtime, system
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_WHEEL = runtime.Wheel("mxnet", "1.9.1", Path("mxnet/libmxnet.so"), 5)
@@ -40,7 +40,7 @@ def install(site: Path, name: str, version: str = "1.9.1", library: Optional[byt
     return site / "mxnet" / "libmxnet.so"
 
 
-def one_sentence(refused: "pytest.ExceptionInfo[BadInput]") -> str:
+def one_sentence(refused: "pytest.ExceptionInfo[InputError]") -> str:
     text = str(refused.value)
     assert "\n" not in text
     assert not text.endswith(".")
@@ -79,7 +79,7 @@ def test_a_refusal_reaches_whoever_imports_mx() -> None:
     done = run("import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p] + ['none']\n"
                "sys.modules['numpy'] = type(sys)('numpy'); sys.modules['numpy'].__version__ = '1.26.4'\n"
                "from gluon_bert.runtime import mx")  # fmt: skip
-    assert "BadInput: MXNet is not installed" in done.stderr
+    assert "InputError: MXNet is not installed" in done.stderr
 
 
 # The wheels
@@ -109,7 +109,7 @@ def test_a_wheel_in_a_later_folder_is_hidden_and_harmless(tmp_path: Path) -> Non
 def test_two_wheels_in_one_folder_are_refused_by_name(tmp_path: Path, other: str) -> None:
     install(tmp_path, "mxnet")
     install(tmp_path, other, library=b"longer than the other")
-    with pytest.raises(BadInput, match="overwrite each other") as refused:
+    with pytest.raises(InputError, match="overwrite each other") as refused:
         runtime.the_only_wheel(runtime.installed_wheels([str(tmp_path)]))
     text = one_sentence(refused)
     other = other.replace("_", "-")
@@ -122,7 +122,7 @@ def test_two_wheels_in_one_folder_are_refused_by_name(tmp_path: Path, other: str
 )
 def test_a_library_that_another_wheel_overwrote_is_refused(tmp_path: Path, name: str, remedy: str) -> None:
     install(tmp_path, name).write_bytes(b"of the other")
-    with pytest.raises(BadInput, match="has 12 bytes instead of 5") as refused:
+    with pytest.raises(InputError, match="has 12 bytes instead of 5") as refused:
         runtime.the_only_wheel(runtime.installed_wheels([str(tmp_path)]))
     assert one_sentence(refused).endswith(f"pip uninstall -y {name}, then {remedy}")
 
@@ -130,7 +130,7 @@ def test_a_library_that_another_wheel_overwrote_is_refused(tmp_path: Path, name:
 def test_a_library_that_went_with_another_wheel_is_refused(tmp_path: Path) -> None:
     install(tmp_path, "mxnet-cu112")
     shutil.rmtree(str(tmp_path / "mxnet"))
-    with pytest.raises(BadInput, match=r"of mxnet-cu112 1\.9\.1 is gone") as refused:
+    with pytest.raises(InputError, match=r"of mxnet-cu112 1\.9\.1 is gone") as refused:
         runtime.the_only_wheel(runtime.installed_wheels([str(tmp_path)]))
     assert "pip uninstall -y mxnet-cu112" in one_sentence(refused)
 
@@ -139,7 +139,7 @@ def test_no_mxnet_is_refused_with_both_ways_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BadInput, match="not installed") as refused:
+    with pytest.raises(InputError, match="not installed") as refused:
         runtime.the_only_wheel([])
     assert runtime.INSTALL_CPU in one_sentence(refused)
     assert runtime.INSTALL_CUDA in one_sentence(refused)
@@ -151,7 +151,7 @@ def test_an_empty_folder_named_mxnet_is_not_taken_for_it(
     (tmp_path / "mxnet").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "mxnet", raising=False)
-    with pytest.raises(BadInput, match="not installed"):
+    with pytest.raises(InputError, match="not installed"):
         runtime.the_only_wheel([])
 
 
@@ -168,33 +168,33 @@ def test_an_mxnet_without_a_wheel_is_let_through(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("version", ["2.0.0", "2.1.0rc1", "3.0"])
 def test_numpy_2_is_refused_with_the_remedy(version: str) -> None:
-    with pytest.raises(BadInput, match=f"NumPy {version}: pip install 'numpy<2'") as refused:
-        runtime.refuse_numpy_2(version)
+    with pytest.raises(InputError, match=f"NumPy {version}: pip install 'numpy<2'") as refused:
+        runtime.check_numpy_version(version)
     one_sentence(refused)
 
 
 @pytest.mark.parametrize("version", ["1.17.0", "1.26.4"])
 def test_numpy_1_is_accepted(version: str) -> None:
-    runtime.refuse_numpy_2(version)
+    runtime.check_numpy_version(version)
 
 
 def test_numpy_bool_is_given_back_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(vars(numpy), "bool", raising=False)
-    runtime.give_numpy_bool_back()
+    runtime.restore_numpy_bool()
     assert vars(numpy)["bool"] is bool
 
 
 def test_numpy_bool_is_left_alone_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vars(numpy), "bool", "its own")
-    runtime.give_numpy_bool_back()
+    runtime.restore_numpy_bool()
     assert vars(numpy)["bool"] == "its own"
 
 
 def test_missing_distutils_is_a_sentence_about_setuptools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distutils", None)
     monkeypatch.delitem(sys.modules, "distutils.version", raising=False)
-    with pytest.raises(BadInput, match="pip install setuptools") as refused:
-        runtime.need_distutils()
+    with pytest.raises(InputError, match="pip install setuptools") as refused:
+        runtime.check_distutils()
     assert platform.python_version() in one_sentence(refused)
 
 
@@ -202,7 +202,7 @@ def test_missing_distutils_is_a_sentence_about_setuptools(monkeypatch: pytest.Mo
 
 
 def test_a_missing_driver_is_a_sentence_with_both_remedies() -> None:
-    with pytest.raises(BadInput, match="needs an NVIDIA driver") as refused:
+    with pytest.raises(InputError, match="needs an NVIDIA driver") as refused:
         runtime.load_driver("libcuda-of-no-machine.so.1")
     text = one_sentence(refused)
     assert "libcuda-of-no-machine.so.1" in text
@@ -212,7 +212,7 @@ def test_a_missing_driver_is_a_sentence_with_both_remedies() -> None:
 
 def test_missing_cuda_libraries_are_all_named_with_their_packages(tmp_path: Path) -> None:
     libraries = {"libnone1.so.8": "nvidia-one-cu11", "libnone2.so.2": "nvidia-two-cu11"}
-    with pytest.raises(BadInput, match="needs") as refused:
+    with pytest.raises(InputError, match="needs") as refused:
         runtime.load_cuda_libraries([tmp_path], libraries)
     text = one_sentence(refused)
     assert "libnone1.so.8 (nvidia-one-cu11) and libnone2.so.2 (nvidia-two-cu11)" in text
@@ -221,7 +221,7 @@ def test_missing_cuda_libraries_are_all_named_with_their_packages(tmp_path: Path
 
 def test_a_damaged_cuda_library_is_refused_in_the_loaders_words(tmp_path: Path) -> None:
     (tmp_path / "libdamaged.so.1").write_bytes(b"not a library")
-    with pytest.raises(BadInput, match="libdamaged") as refused:
+    with pytest.raises(InputError, match="libdamaged") as refused:
         runtime.load_cuda_libraries([tmp_path], {"libdamaged.so.1": "nvidia-damaged-cu11"})
     assert "the loader says: " + str(tmp_path) in one_sentence(refused)
 
@@ -258,18 +258,18 @@ def test_a_cuda_library_stands_after_those_that_it_needs() -> None:
 @pytest.mark.parametrize(("text", "numbers"), [("0", [0]), ("0,1", [0, 1]), ("3, 1", [3, 1]), ("10", [10])])
 def test_gpus_are_parsed_in_their_order(text: str, numbers: List[int]) -> None:
     assert devices.parse_gpus(text) == numbers
-    assert devices.parse_gpus(devices.flag(numbers)) == numbers
+    assert devices.parse_gpus(devices.format_gpu_ids(numbers)) == numbers
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "0,", ",", "0;1", "1.0", "0 1", "²"])
 def test_anything_but_numbers_is_refused_by_the_flags_name(text: str) -> None:
-    with pytest.raises(BadInput, match=r"^--gpus ") as refused:
+    with pytest.raises(InputError, match=r"^--gpus ") as refused:
         devices.parse_gpus(text)
     assert repr(text) in one_sentence(refused)
 
 
 def test_a_gpu_named_twice_is_refused() -> None:
-    with pytest.raises(BadInput, match=r"^--gpus 1,0,1: GPU 1 named more than once$"):
+    with pytest.raises(InputError, match=r"^--gpus 1,0,1: GPU 1 named more than once$"):
         devices.parse_gpus("1,0,1")
 
 
@@ -325,12 +325,12 @@ def test_cpus_are_counted_from_zero_even_where_there_are_gpus(machine: Any) -> N
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_cpus_are_refused(machine: Any, count: int) -> None:
-    with pytest.raises(BadInput, match=f"^--cpus {count}: at least 1$"):
+    with pytest.raises(InputError, match=f"^--cpus {count}: at least 1$"):
         devices.contexts(cpus=count)
 
 
 def test_gpus_and_cpus_exclude_each_other() -> None:
-    with pytest.raises(BadInput, match="--gpus and --cpus exclude each other"):
+    with pytest.raises(InputError, match="--gpus and --cpus exclude each other"):
         devices.contexts(gpus=[0], cpus=1)
 
 
@@ -348,14 +348,14 @@ def test_a_wrong_choice_of_gpus_is_answered_with_what_is_there(
     machine: Any, gpus: List[int], count: int, message: str
 ) -> None:
     machine(*[(7, 0)] * count)
-    with pytest.raises(BadInput) as refused:
+    with pytest.raises(InputError) as refused:
         devices.contexts(gpus=gpus)
     assert one_sentence(refused) == message
 
 
 def test_a_gpu_wish_never_falls_back_to_the_cpu(machine: Any) -> None:
     machine()
-    with pytest.raises(BadInput, match=r"^--gpus 0: MXNet sees no GPU here") as refused:
+    with pytest.raises(InputError, match=r"^--gpus 0: MXNet sees no GPU here") as refused:
         devices.contexts(gpus=[0])
     assert "CUDA_VISIBLE_DEVICES" in one_sentence(refused)
 
@@ -366,7 +366,7 @@ def test_a_gpu_wish_with_the_cpu_wheel_is_told_which_wheel_it_takes(monkeypatch:
     monkeypatch.setattr(devices, "built_with_cuda", lambda: False)
     monkeypatch.setattr(runtime, "installed_wheels", lambda: [CPU_WHEEL])
     monkeypatch.setattr(runtime, "the_only_wheel", lambda wheels: wheels[0])
-    with pytest.raises(BadInput, match=r"^--gpus 0: this MXNet \(mxnet 1\.9\.1\) is built with") as refused:
+    with pytest.raises(InputError, match=r"^--gpus 0: this MXNet \(mxnet 1\.9\.1\) is built with") as refused:
         devices.contexts(gpus=[0])
     assert f"without CUDA; pip uninstall -y mxnet, then {runtime.INSTALL_CUDA}" in one_sentence(refused)
 
@@ -374,7 +374,7 @@ def test_a_gpu_wish_with_the_cpu_wheel_is_told_which_wheel_it_takes(monkeypatch:
 def test_a_driver_that_is_too_old_does_not_become_a_silent_cpu(machine: Any) -> None:
     machine((8, 6), (8, 6), count=0)
     for gpus in None, [0]:
-        with pytest.raises(BadInput, match="lists GPUs 0 and 1 but is too old for CUDA 11") as refused:
+        with pytest.raises(InputError, match="lists GPUs 0 and 1 but is too old for CUDA 11") as refused:
             devices.contexts(gpus=gpus)
         one_sentence(refused)
     assert names(cpus=1) == ["cpu(0)"]
@@ -389,7 +389,7 @@ def test_a_cuda_error_while_counting_is_a_sentence(monkeypatch: pytest.MonkeyPat
 
     fake = types.SimpleNamespace(MXNetError=Failure, context=types.SimpleNamespace(num_gpus=fail))
     monkeypatch.setattr(runtime, "import_mxnet", lambda: fake)
-    with pytest.raises(BadInput, match=r"cannot count the GPUs \(CUDA: unknown error\)") as refused:
+    with pytest.raises(InputError, match=r"cannot count the GPUs \(CUDA: unknown error\)") as refused:
         devices.gpu_count()
     one_sentence(refused)
 
@@ -399,7 +399,7 @@ def test_a_cuda_error_while_counting_is_a_sentence(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("capability", [(5, 0), (5, 2), (6, 1), (7, 5), (8, 0), (8, 6), (8, 9)])
 def test_maxwell_to_ada_are_accepted(capability: Tuple[int, int]) -> None:
-    devices.refuse_foreign_gpus([0], [capability])
+    devices.check_gpu_architecture([0], [capability])
 
 
 @pytest.mark.parametrize("capability", [(3, 7), (9, 0), (10, 0), (12, 0)])
@@ -408,7 +408,7 @@ def test_older_and_newer_gpus_are_refused_before_a_kernel_runs(
 ) -> None:
     machine(capability)
     for gpus in None, [0]:
-        with pytest.raises(BadInput, match=r"^GPU 0 cannot run mxnet-cu112") as refused:
+        with pytest.raises(InputError, match=r"^GPU 0 cannot run mxnet-cu112") as refused:
             devices.contexts(gpus=gpus)
         assert "compute capability {}.{};".format(*capability) in one_sentence(refused)
         assert "--cpus 1" in one_sentence(refused)
@@ -418,7 +418,7 @@ def test_only_the_named_gpus_have_to_fit_and_the_others_are_proposed(machine: An
     machine((8, 6), (9, 0))
     assert names(gpus=[0]) == ["gpu(0)"]
     for gpus in None, [0, 1]:
-        with pytest.raises(BadInput, match=r"^GPU 1 cannot run .* 9.0; .*: use --gpus 0$"):
+        with pytest.raises(InputError, match=r"^GPU 1 cannot run .* 9.0; .*: use --gpus 0$"):
             devices.contexts(gpus=gpus)
 
 
@@ -435,7 +435,7 @@ def test_the_driver_is_asked_for_the_capabilities(
 
 def test_a_driver_that_fails_is_a_sentence(tmp_path: Path) -> None:
     driver = runtime.load_driver(str(build_stub(tmp_path, "-DCAPABILITIES={8,6},", "-DINIT=999")))
-    with pytest.raises(BadInput, match="answers cuInit with error 999") as refused:
+    with pytest.raises(InputError, match="answers cuInit with error 999") as refused:
         devices.compute_capabilities(driver)
     one_sentence(refused)
 

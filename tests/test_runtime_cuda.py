@@ -35,11 +35,11 @@ def run(code: str, driver: Path) -> Dict[str, Any]:
 
 
 REFUSAL = """
-from gluon_bert.runtime import BadInput, contexts
+from gluon_bert.runtime import InputError, contexts
 for gpus in None, [0]:
     try:
         found[str(gpus)] = str(contexts(gpus=gpus))
-    except BadInput as refusal:
+    except InputError as refusal:
         found[str(gpus)] = str(refusal)
 found["cpus"] = str(contexts(cpus=2))
 """
@@ -90,10 +90,10 @@ def test_a_cuda_that_fails_is_a_sentence_and_not_the_cpu(tmp_path: Path) -> None
 def test_a_missing_driver_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "libcuda.so.1").write_bytes(b"no driver")  # stands before the machine's own, if it has one
     code = """
-from gluon_bert.runtime import BadInput
+from gluon_bert.runtime import InputError
 try:
     from gluon_bert.runtime import mx
-except BadInput as refusal:
+except InputError as refusal:
     found["refusal"] = str(refusal)
 """
     found = run(code, tmp_path / "libcuda.so.1")

@@ -28,7 +28,7 @@ import serve
 from conftest import ROOT, untrained_run
 
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.export.exporter import export_mxnet
 from gluon_bert.export.manifest import Manifest
 from gluon_bert.export.model_archive import ARCHIVE, check_archive, export_archive, pack
@@ -39,7 +39,7 @@ from gluon_bert.run import Run, load_run
 from gluon_bert.runtime import mx
 from gluon_bert.serving import handler
 from gluon_bert.serving import server as module
-from gluon_bert.serving.server import MAX_REQUEST, ServerFailed, Settings, free_ports, need_server, serving
+from gluon_bert.serving.server import MAX_REQUEST, ServerFailed, Settings, check_server, free_ports, serving
 
 WORDS = ["a", "crane", "is", "flying", "driver", "came", "he", "just", "left"]
 
@@ -49,7 +49,7 @@ def run_folder(tmp_path_factory):
     """A run of a small network with the weights that it began with."""
     pytest.importorskip("model_archiver", reason="needs the extra serve")
     folder = tmp_path_factory.mktemp("serving") / "run"
-    config = preset("d2l").replace(max_len=24, max_positions=24, units=16, ffn_units=16)
+    config = preset("d2l").replace(max_seq_length=24, max_positions=24, units=16, ffn_units=16)
     return untrained_run(folder, config, Vocabulary(WORDS))
 
 
@@ -154,7 +154,7 @@ print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"
         run = load_run(run_folder)
         (tmp_path / "taken").mkdir()
         (tmp_path / "taken" / "file").touch()
-        with pytest.raises(BadInput, match="is there already"):
+        with pytest.raises(InputError, match="is there already"):
             export_archive(run, tmp_path / "taken")
         monkeypatch.setattr("gluon_bert.export.model_archive.HANDLER", "--nonsense")
         with pytest.raises(OSError, match=r"(?s)model-archiver failed: .*expected one argument"):
@@ -165,7 +165,7 @@ print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"
         manifest = export_mxnet(load_run(run_folder), tmp_path / "export")
         other = json.loads((tmp_path / "export" / "manifest.json").read_text("utf-8"))
         (tmp_path / "export" / "manifest.json").write_text(json.dumps({**other, "format": "onnx"}), "utf-8")
-        with pytest.raises(BadInput, match="is an export as onnx"):
+        with pytest.raises(InputError, match="is an export as onnx"):
             pack(tmp_path / "export", tmp_path)
         manifest.save(tmp_path / "export")
         check_archive(pack(tmp_path / "export", tmp_path))
@@ -173,32 +173,32 @@ print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"
     def test_a_missing_extra_is_told_of(self, monkeypatch, tmp_path):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(
-            BadInput, match=r"model-archiver is not installed: pip install -e '\.\[cpu,serve\]'"
+            InputError, match=r"model-archiver is not installed: pip install -e '\.\[cpu,serve\]'"
         ):
             export_archive(None, tmp_path / "new")
 
     def test_what_is_no_archive_is_refused(self, archive, tmp_path):
         path = tmp_path / "bad.mar"
-        with pytest.raises(BadInput, match="cannot be read as a model archive"):
+        with pytest.raises(InputError, match="cannot be read as a model archive"):
             check_archive(path)
         content = bytearray(archive.read_bytes())
         path.write_bytes(b"no archive at all")
-        with pytest.raises(BadInput, match="not a zip file"):
+        with pytest.raises(InputError, match="not a zip file"):
             check_archive(path)
         path.write_bytes(content[: len(content) // 2])
-        with pytest.raises(BadInput, match="not a zip file"):
+        with pytest.raises(InputError, match="not a zip file"):
             check_archive(path)
         content[len(content) // 2] ^= 0xFF
         path.write_bytes(content)
-        with pytest.raises(BadInput, match=r"damaged|cannot be read"):
+        with pytest.raises(InputError, match=r"damaged|cannot be read"):
             check_archive(path)
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("something", "else")
-        with pytest.raises(BadInput, match="cannot be read as a model archive"):
+        with pytest.raises(InputError, match="cannot be read as a model archive"):
             check_archive(path)
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("MAR-INF/MANIFEST.json", '{"model": {"handler": "service:handle"}}')
-        with pytest.raises(BadInput, match="its handler is service:handle"):
+        with pytest.raises(InputError, match="its handler is service:handle"):
             check_archive(path)
 
 
@@ -235,8 +235,8 @@ class TestBadInput:
         assert serve.main(["x.mar", *port_flags(settings)]) == 2
         assert "needs Java 8 or later, and there is none in PATH: install one" in capsys.readouterr().err
         monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-        with pytest.raises(BadInput, match="none in JAVA_HOME"):
-            need_server()
+        with pytest.raises(InputError, match="none in JAVA_HOME"):
+            check_server()
 
     @pytest.mark.parametrize(
         ("script", "why"),
@@ -251,8 +251,8 @@ class TestBadInput:
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin" / "java").write_text(f"#!/bin/sh\n{script}\n", "utf-8")
         (tmp_path / "bin" / "java").chmod(0o755)
-        with pytest.raises(BadInput, match=why):
-            need_server()
+        with pytest.raises(InputError, match=why):
+            check_server()
 
     def test_a_missing_extra(self, settings, monkeypatch, capsys):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -262,14 +262,14 @@ class TestBadInput:
     def test_a_folder_for_temporary_files_whose_name_is_too_long(
         self, archive, settings, monkeypatch, tmp_path
     ):
-        monkeypatch.setattr(module, "need_server", lambda: None)
+        monkeypatch.setattr(module, "check_server", lambda: None)
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 80)))
         (tmp_path / ("x" * 80)).mkdir()
-        with pytest.raises(BadInput, match=r"TMPDIR: .* is too long"), serving(archive, settings):
+        with pytest.raises(InputError, match=r"TMPDIR: .* is too long"), serving(archive, settings):
             pass
 
     def test_nothing_to_serve(self, settings, monkeypatch, capsys, tmp_path):
-        monkeypatch.setattr("serve.need_server", lambda: None)
+        monkeypatch.setattr("serve.check_server", lambda: None)
         assert serve.main([str(tmp_path), *port_flags(settings)]) == 2
         assert "is neither an archive (bert.mar), nor an export, nor a run" in capsys.readouterr().err
 
@@ -297,7 +297,7 @@ class TestServer:
 
     def test_answers_of_megabytes_fail_no_batch(self, tmp_path):
         """The frontend reads them in many pieces; a torn status would fail a whole batch."""
-        config = preset("d2l").replace(max_len=64, units=256, ffn_units=16, num_heads=2, num_layers=1)
+        config = preset("d2l").replace(max_seq_length=64, units=256, ffn_units=16, num_heads=2, num_layers=1)
         vocab = Vocabulary(WORDS)
         net = BERTModel(len(vocab), config.model)
         net.setup([mx.cpu()], seed=0)

@@ -17,7 +17,7 @@ from conftest import ROOT, small_text
 from gluon_bert.config import DataConfig
 from gluon_bert.data import build_shards as preparation
 from gluon_bert.data.prepared import prepare
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def folder_in(cache: Path) -> Path:
 def assert_same(ours, theirs):
     assert ours.vocab.tokens == theirs.vocab.tokens
     assert ours.statistics == theirs.statistics
-    for side in ("train", "held_out"):
+    for side in ("train", "validation"):
         for name in ("tokens", "sentences", "documents"):
             a, b = (getattr(getattr(p, side), name) for p in (ours, theirs))
             np.testing.assert_array_equal(a, b)
@@ -48,7 +48,7 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize("tokenizer", ["words", "wordpiece"])
 def test_shards_together_hold_what_one_would(text_file, tmp_path, monkeypatch, tokenizer):
-    config = config_of(text_file, tokenizer=tokenizer, held_out=0.2)
+    config = config_of(text_file, tokenizer=tokenizer, validation_fraction=0.2)
     whole = prepare(config, tmp_path / "one")
     assert len(whole.train.sizes) == 1
     monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
@@ -56,7 +56,7 @@ def test_shards_together_hold_what_one_would(text_file, tmp_path, monkeypatch, t
     parted = prepare(config, tmp_path / "many")
     assert len(parted.train.sizes) > 5
     assert_same(parted, whole)
-    for side in ("train", "held_out"):
+    for side in ("train", "validation"):
         ours, theirs = getattr(parted, side), getattr(whole, side)
         assert len(ours) == len(theirs.documents) - 1
         assert ours.with_pairs() == np.count_nonzero(np.diff(theirs.documents) >= 2)
@@ -96,7 +96,7 @@ def test_the_files_are_as_their_description_says(text_file, tmp_path, many_shard
 def test_ids_that_need_more_than_16_bits_have_them(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("\n\n".join(f"a{i} b{i}\nc{i} d{i}" for i in range(17_000)), "utf-8")
-    prepared = prepare(config_of(path, min_freq=1, held_out=0.0), tmp_path / "cache")
+    prepared = prepare(config_of(path, min_freq=1, validation_fraction=0.0), tmp_path / "cache")
     assert len(prepared.vocab) == 5 + 4 * 17_000
     assert prepared.train.tokens.dtype == np.int32
     assert len(np.unique(prepared.train.tokens)) == 4 * 17_000
@@ -107,7 +107,7 @@ def test_any_number_of_processes_gives_the_same_shards(tmp_path, monkeypatch):
     path.write_text(small_text(24_000), "utf-8")
     assert path.stat().st_size > 2 << 20  # workers cannot be told to cut smaller pieces
     monkeypatch.setattr(preparation, "_SHARD_WORDS", 100_000)
-    alone, spread = (prepare(config_of(path, num_workers=n), tmp_path / str(n)) for n in (0, 3))
+    alone, spread = (prepare(config_of(path, preprocessing_workers=n), tmp_path / str(n)) for n in (0, 3))
     assert len(alone.train.sizes) > 2
     assert_same(spread, alone)
     crcs = [
@@ -134,9 +134,9 @@ def different(count):
 
 def test_statistics_count_what_is_there(tmp_path, caplog):
     documents = [*different(18), "a1 b\nc1 d", "a1 b\nnew d", "alone with four words"]
-    statistics = told_of(tmp_path, caplog, "\n\n".join(documents), held_out=0.0)
+    statistics = told_of(tmp_path, caplog, "\n\n".join(documents), validation_fraction=0.0)
     assert statistics["train"] == {"tokens": 80, "sentences": 40, "documents": 20}
-    assert statistics["held_out"] == {"tokens": 0, "sentences": 0, "documents": 0}
+    assert statistics["validation"] == {"tokens": 0, "sentences": 0, "documents": 0}
     assert statistics["repeated_documents"] == pytest.approx(1 / 20)
     assert statistics["repeated_sentences"] == pytest.approx(3 / 40)
     assert statistics["dropped_documents"] == 1
@@ -157,7 +157,7 @@ def test_statistics_count_what_is_there(tmp_path, caplog):
 def test_what_is_a_reason_to_look_at_the_text_is_told(tmp_path, caplog, documents, changes, told):
     path = tmp_path / "t.txt"
     path.write_text("\n\n".join(documents), "utf-8")
-    config = config_of(path, **{"min_freq": 1, "held_out": 0.0, **changes})
+    config = config_of(path, **{"min_freq": 1, "validation_fraction": 0.0, **changes})
     prepare(config, tmp_path / "cache")
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1
@@ -172,7 +172,7 @@ def test_repetitions_are_found_in_other_shards_and_estimated_where_they_are_many
     monkeypatch.setattr(preparation, "_SHARD_WORDS", 3000)
     path = tmp_path / "t.txt"
     path.write_text("\n\n".join(different(2000) * 2), "utf-8")
-    config = config_of(path, min_freq=1, held_out=0.0)
+    config = config_of(path, min_freq=1, validation_fraction=0.0)
     exact = prepare(config, tmp_path / "exact").statistics
     assert exact["repeated_sentences"] == exact["repeated_documents"] == 0.5
     monkeypatch.setattr(preparation, "_COMPARED", 2000)
@@ -264,7 +264,7 @@ KILLED = """if __name__ == "__main__":
     from gluon_bert.data import build_shards
     from gluon_bert.data.prepared import prepare
     build_shards._SHARD_WORDS = 10_000
-    config = DataConfig(corpus=(sys.argv[1],), text_format="prose", num_workers=2)
+    config = DataConfig(corpus=(sys.argv[1],), text_format="prose", preprocessing_workers=2)
     prepare(config, pathlib.Path(sys.argv[2]))
 """
 
@@ -323,7 +323,7 @@ FILES = [
     "vocabulary.txt",
     "counts.npy",
     "shard-00001/train.tokens.npy",
-    "shard-00000/held_out.documents.npy",
+    "shard-00000/validation.documents.npy",
 ]
 
 
@@ -347,7 +347,7 @@ def test_a_damaged_cache_is_made_anew(text_file, tmp_path, caplog, many_shards, 
 def test_shards_of_another_configuration_are_refused(text_file, tmp_path, caplog, many_shards):
     config = config_of(text_file)
     first = prepare(config, tmp_path / "cache")
-    prepare(config_of(text_file, held_out=0.3), tmp_path / "other")
+    prepare(config_of(text_file, validation_fraction=0.3), tmp_path / "other")
     ours, theirs = folder_in(tmp_path / "cache"), folder_in(tmp_path / "other")
     shutil.rmtree(ours / "shard-00001")
     shutil.copytree(theirs / "shard-00001", ours / "shard-00001")
@@ -371,11 +371,11 @@ def test_a_shard_of_the_right_size_and_wrong_content_is_refused_when_it_is_read(
     train = prepare(config_of(text_file), tmp_path / "cache").train
     assert len(train.part([0, 1]))
     with pytest.raises(
-        BadInput, match=r"is damaged \(shard-00002/train\.tokens\.npy has not .*; delete it, and"
+        InputError, match=r"is damaged \(shard-00002/train\.tokens\.npy has not .*; delete it, and"
     ):
         train.part([1, 2])
     path.unlink()
-    with pytest.raises(BadInput, match=r"shard-00002/train\.tokens\.npy"):
+    with pytest.raises(InputError, match=r"shard-00002/train\.tokens\.npy"):
         train.part([1, 2])
 
 
@@ -418,7 +418,7 @@ from gluon_bert.config import DataConfig
 from gluon_bert.data import preparation
 from gluon_bert.data.prepared import prepare
 preparation._SHARD_WORDS = 1 << 20  # so that a small text has many
-config = DataConfig(corpus=({path!r},), text_format="wikitext", num_workers=2)
+config = DataConfig(corpus=({path!r},), text_format="wikitext", preprocessing_workers=2)
 prepare(config, pathlib.Path({cache!r}))
 """
 

@@ -9,7 +9,7 @@ from dev import soak
 @pytest.mark.slow
 def test_a_run_is_watched(text_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(soak, "EVERY", 0.2)
-    flags = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "16"]
+    flags = ["--units", "16", "--ffn-units", "32", "--max-seq-length", "16", "--batch-size", "16"]
     folder = tmp_path / "soak"
     assert soak.main([str(folder), "--minutes", "0.05", "--", *flags, "--corpus", str(text_file)]) == 0
     with (folder / "samples.csv").open() as file:

@@ -10,14 +10,25 @@ from conftest import small_text
 from gluon_bert.data.prepared import prepare
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.inference.predictor import Predictor, encode
 from gluon_bert.model.parameters import weights_of
 from gluon_bert.presets import preset
 from gluon_bert.run import load_run
-from gluon_bert.warm_start import start_from
+from gluon_bert.warm_start import load_initial_weights
 
-SMALL = ["--units", "16", "--ffn-units", "32", "--max-len", "16", "--batch-size", "16", "--num-steps", "3"]
+SMALL = [
+    "--units",
+    "16",
+    "--ffn-units",
+    "32",
+    "--max-seq-length",
+    "16",
+    "--batch-size",
+    "16",
+    "--num-steps",
+    "3",
+]
 # So small that a step changes nothing that float32 can hold.
 STILL = ["--lr", "1e-12", "--num-steps", "1", "--weight-decay", "0"]
 
@@ -55,11 +66,11 @@ def test_it_goes_on_with_the_weights_the_network_and_the_vocabulary(before, name
     old, new = load_run(before / name), load_run(tmp_path / "run")
     assert new.vocab.tokens == old.vocab.tokens
     assert new.config.model == old.config.replace(init=str(before / name)).model
-    assert new.config.data.max_len == old.config.data.max_len
+    assert new.config.data.max_seq_length == old.config.data.max_seq_length
     after = weights_of(new.net)
     for parameter, array in weights_of(old.net).items():
         np.testing.assert_allclose(after[parameter], array, atol=1e-7)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["facts"]["began_with_step"] == 3
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["facts"]["init_step"] == 3
 
 
 @both
@@ -104,7 +115,10 @@ def test_it_is_resumed_like_any_run(before, tmp_path):
 
 
 def test_a_preset_gives_the_recipe_and_the_run_the_network(before, tmp_path):
-    assert go_on(before, "words", tmp_path / "run", "--preset", "bert-base", *STILL, "--max-len", "16") == 0
+    assert (
+        go_on(before, "words", tmp_path / "run", "--preset", "bert-base", *STILL, "--max-seq-length", "16")
+        == 0
+    )
     config = load_run(tmp_path / "run").config
     assert (config.model.units, config.model.activation) == (16, "relu")
     assert (config.train.optimizer, config.data.pairs) == ("bertadam", "packed")
@@ -119,7 +133,7 @@ def test_a_preset_gives_the_recipe_and_the_run_the_network(before, tmp_path):
         (["--lowercase", "no"], "--lowercase no: --init {0} has yes"),
         (["--vocab-file", "x.json"], "--vocab-file x.json: --init {0} has its own, {0}/vocab.json"),
         (["--vocab-size", "100"], "--vocab-size 100: has no effect"),
-        (["--max-len", "2000"], "--max-len 2000: must not exceed --max-positions 1000"),
+        (["--max-seq-length", "2000"], "--max-seq-length 2000: must not exceed --max-positions 1000"),
         (["--init-checkpoint", "9"], "--checkpoint 9: {0} has none of that name"),
     ],
 )
@@ -136,8 +150,8 @@ def test_what_is_no_run_is_told(before, tmp_path, capsys):
 
 def test_another_vocabulary_is_refused(before):
     run = load_run(before / "words")
-    with pytest.raises(BadInput, match="does not begin with the"):
-        start_from(run.net, Vocabulary(["crane"]), run)
+    with pytest.raises(InputError, match="does not begin with the"):
+        load_initial_weights(run.net, Vocabulary(["crane"]), run)
 
 
 # The vocabulary alone

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.finetuning.tables import Columns, choose_columns, read_table
 
 ROWS = [('a "quoted" word, and a comma', "ein Wörtchen", "yes"), ("it rained", "she left", "0.5")]
@@ -78,7 +78,9 @@ def test_rows_to_predict_need_no_label(tmp_path):
     columns = Columns(("text",), "label")
     path = write(tmp_path / "test.tsv", "text\tother\na\tb\n")
     assert read_table(path, "--test", True, columns, labels_needed=False)[0].label is None
-    with pytest.raises(BadInput, match=r"--dev .*test\.tsv: has no column 'label', as the training file has"):
+    with pytest.raises(
+        InputError, match=r"--dev .*test\.tsv: has no column 'label', as the training file has"
+    ):
         read_table(path, "--dev", True, columns)
 
 
@@ -102,7 +104,7 @@ def test_rows_to_predict_need_no_label(tmp_path):
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_with_its_line(name, content, told, tmp_path):
-    with pytest.raises(BadInput) as raised:
+    with pytest.raises(InputError) as raised:
         read(write(tmp_path / name, content))
     for sentence in told:
         assert sentence in str(raised.value)
@@ -110,7 +112,7 @@ def test_what_is_wrong_is_told_with_its_line(name, content, told, tmp_path):
 
 def test_of_many_broken_lines_ten_are_told(tmp_path):
     path = write(tmp_path / "t.tsv", "text\tlabel\n" + "broken\n" * 25)
-    with pytest.raises(BadInput) as raised:
+    with pytest.raises(InputError) as raised:
         read(path)
     lines = str(raised.value).splitlines()
     assert len(lines) == 11
@@ -119,10 +121,12 @@ def test_of_many_broken_lines_ten_are_told(tmp_path):
 
 def test_unknown_columns_bytes_and_files_are_told(tmp_path):
     path = write(tmp_path / "t.tsv", "text\tlabel\na\tb\n")
-    with pytest.raises(BadInput, match=r"has no column 'texts'; it has text, label\n.*has no column 'class'"):
+    with pytest.raises(
+        InputError, match=r"has no column 'texts'; it has text, label\n.*has no column 'class'"
+    ):
         read(path, texts=["texts"], label="class")
     path.write_bytes(b"text\tlabel\na\t\xff\n")
-    with pytest.raises(BadInput, match="line 2: byte 0xff is not UTF-8"):
+    with pytest.raises(InputError, match="line 2: byte 0xff is not UTF-8"):
         read(path)
-    with pytest.raises(BadInput, match=r"--train .*gone\.tsv: cannot be read"):
+    with pytest.raises(InputError, match=r"--train .*gone\.tsv: cannot be read"):
         read(tmp_path / "gone.tsv")

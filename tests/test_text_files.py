@@ -5,13 +5,13 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from gluon_bert.data.tokenizer import TextReader
+from gluon_bert.data.tokenizer import Tokenizer
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.errors import BadInput
-from gluon_bert.inference.predictor import Answer
+from gluon_bert.errors import InputError
+from gluon_bert.inference.predictor import Prediction
 from gluon_bert.inference.text_files import count_lines, parse_line, read_lines, vector_file
 
-READER = TextReader(Vocabulary(["a", "crane"]), max_len=8, lowercase=True)
+READER = Tokenizer(Vocabulary(["a", "crane"]), max_seq_length=8, lowercase=True)
 
 
 def answers(count, units=4, pooled=True):
@@ -19,7 +19,7 @@ def answers(count, units=4, pooled=True):
     for i in range(count):
         text = READER.text("a crane " * (1 + i % 5), truncate=True)
         vectors = rng.standard_normal((len(text), units)).astype(np.float32)
-        yield Answer(text, vectors, vectors[0] * 2 if pooled else None, None, None)
+        yield Prediction(text, vectors, vectors[0] * 2 if pooled else None, None, None)
 
 
 def test_a_line_is_a_text_or_a_pair():
@@ -37,7 +37,7 @@ def test_a_line_is_a_text_or_a_pair():
     ],
 )
 def test_a_line_that_is_neither_is_refused(line, what):
-    with pytest.raises(BadInput, match=what):
+    with pytest.raises(InputError, match=what):
         parse_line("here", line)
 
 
@@ -52,15 +52,15 @@ def test_a_file_is_read_line_by_line(tmp_path):
 def test_a_bad_line_is_named(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_bytes(b"a crane\n\xff\n")
-    with pytest.raises(BadInput, match=r"texts.txt, line 2: byte 0xff is not UTF-8"):
+    with pytest.raises(InputError, match=r"texts.txt, line 2: byte 0xff is not UTF-8"):
         count_lines(path)
     path.write_bytes(b"a crane\n\nagain\n")
-    with pytest.raises(BadInput, match=r"texts.txt, line 2: is empty"):
+    with pytest.raises(InputError, match=r"texts.txt, line 2: is empty"):
         count_lines(path)
     path.write_bytes(b"")
-    with pytest.raises(BadInput, match=r"--input .*texts.txt: is empty"):
+    with pytest.raises(InputError, match=r"--input .*texts.txt: is empty"):
         count_lines(path)
-    with pytest.raises(BadInput, match=r"--input .*nothing.*: cannot be read"):
+    with pytest.raises(InputError, match=r"--input .*nothing.*: cannot be read"):
         count_lines(tmp_path / "nothing")
 
 

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from gluon_bert.data.tokenizer import TextReader, by_length, chunks, padded
+from gluon_bert.data.tokenizer import Tokenizer, bucket_by_length, chunks, pad
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 
 VOCAB = Vocabulary(["a", "crane", "is", "flying", "@-@", "don", "'t", "he", "left", "A"])
 
 
-def reader(max_len=16, lowercase=True):
-    return TextReader(VOCAB, max_len, lowercase)
+def reader(max_seq_length=16, lowercase=True):
+    return Tokenizer(VOCAB, max_seq_length, lowercase)
 
 
 def test_a_single_text():
@@ -61,10 +61,10 @@ def test_an_unknown_word_is_told_once_and_unk_itself_is_none():
 
 def test_the_longest_text_fits_and_one_more_does_not():
     assert len(reader(8).text("a " * 6)) == 8
-    with pytest.raises(BadInput, match=r"9 tokens .* the network takes 8"):
+    with pytest.raises(InputError, match=r"9 tokens .* the network takes 8"):
         reader(8).text("a " * 7)
     assert len(reader(8).text("a a a", "a a")) == 8
-    with pytest.raises(BadInput, match=r"9 tokens .* the network takes 8"):
+    with pytest.raises(InputError, match=r"9 tokens .* the network takes 8"):
         reader(8).text("a a a", "a a a")
 
 
@@ -81,7 +81,7 @@ def test_what_is_too_long_is_cut_from_the_longer_text(first, second, kept):
 
 @pytest.mark.parametrize("texts", [("",), (" \n",), ("a", ""), ("", "a")])
 def test_an_empty_text_is_refused(texts):
-    with pytest.raises(BadInput, match="is empty"):
+    with pytest.raises(InputError, match="is empty"):
         reader().text(*texts)
 
 
@@ -92,7 +92,7 @@ def test_an_empty_text_is_refused(texts):
 )  # fmt: skip
 def test_ids_that_no_text_has_are_refused(number, what):
     assert len(VOCAB) == 15
-    with pytest.raises(BadInput, match=what):
+    with pytest.raises(InputError, match=what):
         reader().ids([5, number])
 
 
@@ -102,7 +102,7 @@ def test_padding():
         reader(20).text("a", "he <mask>"),
         reader(20).text("a"),
     ]
-    batch = padded(texts, 20)
+    batch = pad(texts, 20)
     assert batch.tokens.shape == batch.segments.shape == (3, 8)
     assert batch.lengths.tolist() == [6, 6, 3]
     assert batch.predictions.tolist() == [[0, 0, 1], [2, 4, 4]]
@@ -115,14 +115,16 @@ def test_padding():
 
 @pytest.mark.parametrize("length, width", [(3, 8), (8, 8), (9, 16), (17, 18)])
 def test_padded_lengths_are_few_and_never_above_max_len(length, width):
-    assert padded([reader(18).text("a " * (length - 2))], 18).tokens.shape == (1, width)
+    assert pad([reader(18).text("a " * (length - 2))], 18).tokens.shape == (1, width)
 
 
-def random_texts(count=300, max_len=40):
+def random_texts(count=300, max_seq_length=40):
     rng = np.random.default_rng(0)
     for _ in range(count):
-        words = rng.choice(["a", "crane", "<mask>"], size=rng.integers(1, max_len - 2), p=[0.6, 0.39, 0.01])
-        yield TextReader(VOCAB, max_len, True).tokens(list(words))
+        words = rng.choice(
+            ["a", "crane", "<mask>"], size=rng.integers(1, max_seq_length - 2), p=[0.6, 0.39, 0.01]
+        )
+        yield Tokenizer(VOCAB, max_seq_length, True).tokens(list(words))
 
 
 def test_chunks_keep_the_order_and_their_bounds():
@@ -148,7 +150,7 @@ def test_chunks_read_no_further_than_they_must():
 
 def test_batches_are_of_like_length_and_within_bounds():
     texts = list(random_texts())
-    batches = list(by_length(texts, max_tokens=400, max_masks=5))
+    batches = list(bucket_by_length(texts, max_tokens=400, max_masks=5))
     assert sorted(i for batch in batches for i in batch) == list(range(len(texts)))
     wasted = total = 0
     for batch in batches:

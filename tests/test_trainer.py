@@ -10,33 +10,33 @@ import pytest
 import reference
 
 from gluon_bert.config import DataConfig, ModelConfig, TrainConfig
-from gluon_bert.data.loader import Data, Loader
+from gluon_bert.data.loader import Loader, PretrainingData
 from gluon_bert.data.prepared import number
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
 from gluon_bert.training import state
 from gluon_bert.training.callbacks import Reporter
 from gluon_bert.training.device_batch import split_and_load
 from gluon_bert.training.losses import shard_loss
-from gluon_bert.training.metrics import Averages, Meter, Totals
+from gluon_bert.training.metrics import Meter, Metrics, MetricSums
 from gluon_bert.training.state import Clock, best_of
 from gluon_bert.training.trainer import Trainer
 
 MODEL = ModelConfig(num_layers=1, units=16, ffn_units=32, num_heads=2, dropout=0.0, max_positions=16)
 BERT = dataclasses.replace(MODEL, activation="gelu", embedding_norm=True, tied_decoder=True, init="normal")
 NOISY = dataclasses.replace(BERT, dropout=0.3)
-TEXT = DataConfig(max_len=16, num_buckets=2)
+TEXT = DataConfig(max_seq_length=16, num_buckets=2)
 TRAIN = TrainConfig(batch_size=8, num_steps=7, lr=1e-3, log_every=3)
 
 
-def documents(how_many, seed, held_out=False):
+def documents(how_many, seed, validation=False):
     """Documents of two to five sentences of two to six words."""
     rng = random.Random(seed)
     words = [f"w{i}" for i in range(30)]
     for _ in range(how_many):
         sentences = [rng.choices(words, k=rng.randint(2, 6)) for _ in range(rng.randint(2, 5))]
-        yield [" ".join(sentence) for sentence in sentences], held_out
+        yield [" ".join(sentence) for sentence in sentences], validation
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,14 @@ def data():
 
 
 def small_data():
-    prepared = number([*documents(20, 0), *documents(6, 1, held_out=True)], min_freq=1)
-    train, held_out = (
+    prepared = number([*documents(20, 0), *documents(6, 1, validation=True)], min_freq=1)
+    train, validation = (
         Loader(side, prepared.vocab, TEXT, TRAIN.batch_size, seed=0)
-        for side in (prepared.train, prepared.held_out)
+        for side in (prepared.train, prepared.validation)
     )
-    return Data(train, held_out, prepared.vocab, 3.0, 3.0, prepared.word_counts(prepared.train, False), "")
+    return PretrainingData(
+        train, validation, prepared.vocab, 3.0, 3.0, prepared.word_counts(prepared.train, False), ""
+    )
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ RECIPE = {"optimizer": "bertadam", "epsilon": 1e-6, "weight_decay": 0.1, "clip_n
 @pytest.mark.parametrize("num_contexts", [1, 2])
 def test_a_step_of_the_original_recipe_warms_up_clips_and_decays(data, batch, num_contexts):
     plain = gradients_of(trainer_on(1, data, BERT, lr=0.0), batch)
-    trainer = trainer_on(num_contexts, data, BERT, lr=1e-2, num_steps=10, warmup=0.4, **RECIPE)
+    trainer = trainer_on(num_contexts, data, BERT, lr=1e-2, num_steps=10, warmup_ratio=0.4, **RECIPE)
     before = reference.values(trainer.net)
     clipped = gradients_of(trainer, batch)
     norm = norm_of(plain)
@@ -190,7 +192,7 @@ def test_a_step_does_not_wait_for_the_devices(data, batch, monkeypatch):
 def run(trainer, data, num_steps):
     """The mean losses of each step."""
     totals = []
-    for batch in islice(data.train.forever(), num_steps):
+    for batch in islice(data.train.batches(), num_steps):
         _, losses = trainer.step(batch)
         totals.append(sum(loss.total.asscalar() for loss in losses))
     return totals
@@ -264,7 +266,7 @@ def test_one_seed_repeats_a_run_bit_for_bit(data, model):
 def test_evaluation_is_the_mean_over_everything_without_dropout(data, num_contexts):
     trainer = trainer_on(num_contexts, data, NOISY)
     reference.randomise(trainer.net)
-    values, batches = reference.values(trainer.net), list(data.held_out.epoch(0))
+    values, batches = reference.values(trainer.net), list(data.validation.epoch(0))
     assert len({len(b) for b in batches}) > 1  # or a mean of the batches' means would do as well
     sums = np.zeros(4)
     for batch in batches:
@@ -286,7 +288,7 @@ class Recorder(Reporter):
     """A reporter that notes what it is told, in order."""
 
     def __init__(self):
-        self.calls, self.progresses, self.held_out, self.best = [], [], [], None
+        self.calls, self.progresses, self.validation, self.best = [], [], [], None
 
     def stepped(self, step):
         self.calls.append(("stepped", step))
@@ -295,9 +297,9 @@ class Recorder(Reporter):
         self.calls.append(("progressed", progress.step))
         self.progresses.append(progress)
 
-    def evaluated(self, step, held_out, best):
+    def evaluated(self, step, validation, best):
         self.calls.append(("evaluated", step))
-        self.held_out.append(held_out)
+        self.validation.append(validation)
         self.best = best
 
     def steps(self, name):
@@ -326,12 +328,12 @@ def test_the_reporter_is_told_of_every_step_window_and_evaluation(
     assert recorder.calls == sorted(recorder.calls, key=lambda call: (call[1], order.index(call[0])))
     assert last == recorder.progresses[-1]
     # The last evaluation is that of the network as it is left.
-    assert recorder.held_out[-1] == trainer.evaluate(data.held_out.epoch(0))
+    assert recorder.validation[-1] == trainer.evaluate(data.validation.epoch(0))
 
 
 def test_without_held_out_text_nothing_is_evaluated(data):
     recorder = Recorder()
-    trainer_on(1, data, eval_every=3).fit(data._replace(held_out=None), recorder)
+    trainer_on(1, data, eval_every=3).fit(data._replace(validation=None), recorder)
     assert recorder.steps("progressed") == [3, 6, 7]
     assert recorder.steps("evaluated") == []
 
@@ -354,12 +356,12 @@ class Remembering(Trainer):
         super().__init__(*args)
         self.sums, self.counts = [], []
 
-    def step(self, batch, count_mlm_hits=False):
-        shards, losses = super().step(batch, count_mlm_hits)
+    def step(self, batch, count_mlm_correct=False):
+        shards, losses = super().step(batch, count_mlm_correct)
         sums = np.zeros(4)
         for shard, loss in zip(shards, losses):
             if shard.num_pairs:
-                sums += [loss.mlm.asscalar(), loss.nsp.asscalar(), *loss.hits.asnumpy()]
+                sums += [loss.mlm.asscalar(), loss.nsp.asscalar(), *loss.correct.asnumpy()]
         self.sums.append(sums)
         self.counts.append(np.array([len(batch.labels), len(batch)] * 2))
         return shards, losses
@@ -417,7 +419,7 @@ def test_a_meter_counts_mlm_hits_only_where_it_is_asked_to(data, batch):
 
 def test_what_was_not_counted_is_nan_and_no_warning(recwarn):
     assert np.isnan(Meter().totals().averages()).all()
-    losses_only = Totals(np.array([6.0, 1.0, 0.0, 0.0]), np.array([3.0, 2.0, 0.0, 0.0])).averages()
+    losses_only = MetricSums(np.array([6.0, 1.0, 0.0, 0.0]), np.array([3.0, 2.0, 0.0, 0.0])).averages()
     assert losses_only[:2] == (2.0, 0.5)
     assert np.isnan(losses_only[2:]).all()
     assert not recwarn.list
@@ -428,7 +430,7 @@ def test_the_clock_leaves_out_the_time_it_is_stopped(monkeypatch):
     monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
 
     def window(num_pairs):
-        return Totals(np.zeros(4), np.array([9, num_pairs, 0, 0]))
+        return MetricSums(np.zeros(4), np.array([9, num_pairs, 0, 0]))
 
     clock = Clock()
     now.seconds += 10
@@ -452,9 +454,9 @@ def test_fit_does_not_count_evaluations_as_training_time(data, monkeypatch):
     monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
 
     class Slow(Trainer):
-        def step(self, batch, count_mlm_hits=False):
+        def step(self, batch, count_mlm_correct=False):
             now.seconds += 1
-            return super().step(batch, count_mlm_hits)
+            return super().step(batch, count_mlm_correct)
 
         def evaluate(self, batches):
             now.seconds += 100
@@ -476,9 +478,9 @@ def test_time_of_queued_steps_is_training_time_though_an_evaluation_waits_for_th
         now.queued = 0
 
     class Queueing(Trainer):
-        def step(self, batch, count_mlm_hits=False):
+        def step(self, batch, count_mlm_correct=False):
             now.queued += 1
-            return super().step(batch, count_mlm_hits)
+            return super().step(batch, count_mlm_correct)
 
         def evaluate(self, batches):
             wait_for_all()
@@ -496,7 +498,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_words(data):
     trainer, recorder = trainer_on(1, data, lr=1e3, log_every=1), Recorder()
     bias = trainer.net.nsp.dense.bias
     bias.set_data(mx.nd.array([np.nan, 0]))
-    with pytest.raises(BadInput, match=r"--lr 1000: at step 1 \(epoch 0, batch 0\) the gradient is no"):
+    with pytest.raises(InputError, match=r"--lr 1000: at step 1 \(epoch 0, batch 0\) the gradient is no"):
         trainer.fit(data, recorder)
     assert recorder.steps("progressed") == []
 
@@ -510,16 +512,18 @@ def test_a_gradient_that_is_no_number_ends_the_run_in_words(data):
 
     plain = trainer_on(1, data, BERT, log_every=1, **RECIPE)
     trainer = Overflowing(plain.net, plain.config, plain.contexts)
-    with pytest.raises(BadInput, match=r"at step 1 \(epoch 0, batch 0\) the gradient is no number any more"):
+    with pytest.raises(
+        InputError, match=r"at step 1 \(epoch 0, batch 0\) the gradient is no number any more"
+    ):
         trainer.fit(data)
 
 
 def test_a_run_tells_the_learning_rate_and_the_gradient_of_its_steps(data):
-    changes = {**RECIPE, "schedule": "linear", "warmup": 0.5, "num_steps": 8, "log_every": 2}
+    changes = {**RECIPE, "schedule": "linear", "warmup_ratio": 0.5, "num_steps": 8, "log_every": 2}
     trainer, recorder = trainer_on(2, data, BERT, **changes), Recorder()
     trainer.fit(data, recorder)
     assert [p.lr for p in recorder.progresses] == pytest.approx([5e-4, 1e-3, 6e-4, 2e-4])
-    batches = list(islice(data.train.forever(), 2))
+    batches = list(islice(data.train.batches(), 2))
     again = trainer_on(1, data, BERT, **changes)
     again.step(batches[0])
     frozen = Trainer(again.net, dataclasses.replace(TRAIN, lr=0.0), again.contexts)
@@ -532,7 +536,7 @@ def test_steps_after_the_end_of_a_falling_schedule_are_refused(data, batch):
     trainer = trainer_on(1, data, num_steps=2, schedule="linear")
     trainer.step(batch)
     trainer.step(batch)
-    with pytest.raises(BadInput, match="--num-steps 2: --schedule linear ends there, before step 3"):
+    with pytest.raises(InputError, match="--num-steps 2: --schedule linear ends there, before step 3"):
         trainer.step(batch)
 
 
@@ -546,9 +550,9 @@ class Ticking(Trainer):
         super().__init__(plain.net, plain.config, plain.contexts)
         self.now, self.step_seconds, self.evaluation_seconds = now, step_seconds, evaluation_seconds
 
-    def step(self, batch, count_mlm_hits=False):
+    def step(self, batch, count_mlm_correct=False):
         self.now.seconds += self.step_seconds
-        return super().step(batch, count_mlm_hits)
+        return super().step(batch, count_mlm_correct)
 
     def evaluate(self, batches):
         self.now.seconds += self.evaluation_seconds
@@ -563,7 +567,7 @@ def now(monkeypatch):
     return now
 
 
-BY_THE_CLOCK = {"num_steps": 0, "max_minutes": 0.5, "log_every": 1, "schedule": "linear", "warmup": 0.2}
+BY_THE_CLOCK = {"num_steps": 0, "max_minutes": 0.5, "log_every": 1, "schedule": "linear", "warmup_ratio": 0.2}
 
 
 @pytest.mark.parametrize(("step_seconds", "num_steps"), [(1.0, 30), (3.0, 10), (0.5, 60)])
@@ -606,7 +610,7 @@ def test_a_loop_of_ones_own_without_a_limit_has_a_constant_rate_or_none(data, ba
         trainer.step(batch)
     assert trainer._optimizer.learning_rate == 1e-3
     trainer = trainer_on(1, data, num_steps=0, max_minutes=1.0, schedule="linear")
-    with pytest.raises(BadInput, match="--num-steps 0: --schedule linear ends there, before step 1"):
+    with pytest.raises(InputError, match="--num-steps 0: --schedule linear ends there, before step 1"):
         trainer.step(batch)
 
 
@@ -623,9 +627,9 @@ def test_steps_that_are_queued_count_when_they_are_done(data, now, monkeypatch):
         queue.clear()
 
     class Queueing(Trainer):
-        def step(self, batch, count_mlm_hits=False):
+        def step(self, batch, count_mlm_correct=False):
             queue.append(1.0)
-            return super().step(batch, count_mlm_hits)
+            return super().step(batch, count_mlm_correct)
 
     monkeypatch.setattr(mx.nd.NDArray, "wait_to_read", wait_for_one)
     monkeypatch.setattr(mx.nd, "waitall", wait_for_all)
@@ -637,7 +641,7 @@ def test_steps_that_are_queued_count_when_they_are_done(data, now, monkeypatch):
 def evaluating_to(plain, *mlm_losses):
     """A trainer whose evaluations give these MLM losses, and better and better NSP losses."""
 
-    script = [Averages(loss, 0.7 / number, 0.1, 0.5) for number, loss in enumerate(mlm_losses, 1)]
+    script = [Metrics(loss, 0.7 / number, 0.1, 0.5) for number, loss in enumerate(mlm_losses, 1)]
 
     class Scripted(Trainer):
         def evaluate(self, batches):
@@ -661,30 +665,30 @@ def test_patience_ends_a_run_when_the_held_out_loss_gets_no_better(data, patienc
     if told:
         assert recorder.steps("stepped") == list(range(1, ended + 1))
         assert (recorder.best.step, recorder.best.evaluations) == (best, ended // 2)
-        assert recorder.best.held_out == Averages(min(losses[: ended // 2]), 0.7 / (best / 2), 0.1, 0.5)
+        assert recorder.best.validation == Metrics(min(losses[: ended // 2]), 0.7 / (best / 2), 0.1, 0.5)
         assert recorder.best.since == (ended - best) // 2
 
 
 def test_the_best_evaluation_is_that_of_the_lowest_mlm_loss():
-    first = best_of(None, 10, Averages(5.0, 0.1, 0.9, 0.9))
-    assert first == (10, Averages(5.0, 0.1, 0.9, 0.9), 1, 0)
-    second = best_of(first, 20, Averages(4.9, 0.9, 0.1, 0.1))
-    assert second == (20, Averages(4.9, 0.9, 0.1, 0.1), 2, 0)
-    third = best_of(second, 30, Averages(4.9, 0.0, 1.0, 1.0))
+    first = best_of(None, 10, Metrics(5.0, 0.1, 0.9, 0.9))
+    assert first == (10, Metrics(5.0, 0.1, 0.9, 0.9), 1, 0)
+    second = best_of(first, 20, Metrics(4.9, 0.9, 0.1, 0.1))
+    assert second == (20, Metrics(4.9, 0.9, 0.1, 0.1), 2, 0)
+    third = best_of(second, 30, Metrics(4.9, 0.0, 1.0, 1.0))
     assert third == second._replace(evaluations=3, since=1)
-    assert not first.exhausts(0) and not third.exhausts(2) and third.exhausts(1)
+    assert not first.out_of_patience(0) and not third.out_of_patience(2) and third.out_of_patience(1)
 
 
 def test_patience_without_held_out_text_is_refused(data):
     trainer = trainer_on(1, data, eval_every=2, patience=1)
-    with pytest.raises(BadInput, match="--patience 1: there is too little held-out text to evaluate on"):
-        trainer.fit(data._replace(held_out=None))
-    assert trainer.standing.step == 0
+    with pytest.raises(InputError, match="--patience 1: there is too little validation text to evaluate on"):
+        trainer.fit(data._replace(validation=None))
+    assert trainer.state.step == 0
 
 
 def test_an_evaluation_that_is_no_number_ends_the_run_and_is_not_told(data):
     trainer, recorder = evaluating_to(trainer_on(1, data), float("nan")), Recorder()
-    with pytest.raises(BadInput, match=r"--lr 0\.001: at step 7 the loss on held-out text is no number"):
+    with pytest.raises(InputError, match=r"--lr 0\.001: at step 7 the loss on validation text is no number"):
         trainer.fit(data, recorder)
     assert recorder.steps("evaluated") == []
 
@@ -692,7 +696,7 @@ def test_an_evaluation_that_is_no_number_ends_the_run_and_is_not_told(data):
 def test_held_out_text_without_a_word_to_predict_is_no_divergence(data):
     class Wordless(Trainer):
         def evaluate(self, batches):
-            return Averages(np.nan, 0.7, np.nan, 0.5)
+            return Metrics(np.nan, 0.7, np.nan, 0.5)
 
     plain, recorder = trainer_on(1, data), Recorder()
     Wordless(plain.net, plain.config, plain.contexts).fit(data, recorder)
@@ -700,8 +704,8 @@ def test_held_out_text_without_a_word_to_predict_is_no_divergence(data):
 
 
 def test_the_perplexity_is_e_to_the_mlm_loss(recwarn):
-    assert Averages(np.log(50.0), 9.0, 0.1, 0.5).perplexity == pytest.approx(50)
-    assert Averages(1e4, 9.0, 0.1, 0.5).perplexity == np.inf
+    assert Metrics(np.log(50.0), 9.0, 0.1, 0.5).perplexity == pytest.approx(50)
+    assert Metrics(1e4, 9.0, 0.1, 0.5).perplexity == np.inf
     assert not recwarn.list
 
 
@@ -720,11 +724,11 @@ def test_an_interrupt_ends_between_steps_and_inside_an_evaluation(data):
     trainer.interrupted = True
     seen = []
     with pytest.raises(KeyboardInterrupt):
-        trainer.evaluate(seen.append(batch) or batch for batch in data.held_out.epoch(0))
+        trainer.evaluate(seen.append(batch) or batch for batch in data.validation.epoch(0))
     assert len(seen) == 1
 
 
 def test_contexts_that_the_network_is_not_on_are_refused(data):
     net = trainer_on(1, data).net
-    with pytest.raises(BadInput, match=r"the network is on \[cpu\(0\)\], not on \[cpu\(0\), cpu\(1\)\]"):
+    with pytest.raises(InputError, match=r"the network is on \[cpu\(0\)\], not on \[cpu\(0\), cpu\(1\)\]"):
         Trainer(net, TRAIN, [mx.cpu(0), mx.cpu(1)])

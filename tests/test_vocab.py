@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gluon_bert.data.vocab import SPECIAL_TOKENS, Vocabulary, split_words
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 
 
 def test_words_are_ordered_by_frequency_then_alphabet():
@@ -52,9 +52,9 @@ def test_gluonnlp_reads_the_file_with_the_same_ids(tmp_path):
 def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, content, told):
     path = tmp_path / "vocab.json"
     path.write_text(content, "utf-8")
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(InputError, match=told):
         Vocabulary.load(path)
-    with pytest.raises(BadInput, match=r"none\.json"):
+    with pytest.raises(InputError, match=r"none\.json"):
         Vocabulary.load(tmp_path / "none.json")
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from gluon_bert.data.corpora import wikitext2 as wikitext
 from gluon_bert.data.corpora.wikitext2 import data_folder, wikitext2_folder
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 
 TRAIN, VALID = b" = A small corpus = \n" * 9000, b" = Held out = \n"
 XML = b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>PermanentRedirect</Code>'.ljust(243)
@@ -153,7 +153,7 @@ FAILURES = {
 @pytest.mark.parametrize("name", FAILURES)
 def test_failure_is_told_and_leaves_nothing(server, tmp_path, name):
     address = f"{server.address}/{name}"
-    with pytest.raises(BadInput) as told:
+    with pytest.raises(InputError) as told:
         wikitext2_folder([address], tmp_path, timeout=0.3)
     message = str(told.value)
     assert f"({address}: " in message and FAILURES[name] in message
@@ -163,21 +163,21 @@ def test_failure_is_told_and_leaves_nothing(server, tmp_path, name):
 
 
 def test_no_server(tmp_path):
-    with pytest.raises(BadInput, match="could not connect"):
+    with pytest.raises(InputError, match="could not connect"):
         wikitext2_folder([f"{closed_port()}/good.zip"], tmp_path)
     assert files_below(tmp_path) == []
 
 
 def test_too_long_an_answer(server, tmp_path, monkeypatch):
     monkeypatch.setattr(wikitext, "_MAX_BYTES", 100)
-    with pytest.raises(BadInput, match="more than 100 bytes"):
+    with pytest.raises(InputError, match="more than 100 bytes"):
         wikitext2_folder([f"{server.address}/good.zip"], tmp_path)
     assert files_below(tmp_path) == []
 
 
 def test_too_slow_an_answer(server, tmp_path, monkeypatch):
     monkeypatch.setattr(wikitext, "_LONGEST", 0.0)
-    with pytest.raises(BadInput, match="timed out after 0 s"):
+    with pytest.raises(InputError, match="timed out after 0 s"):
         wikitext2_folder([f"{server.address}/good.zip"], tmp_path)
 
 
@@ -192,7 +192,7 @@ def test_goes_on_to_the_next_address(server, tmp_path):
 
 def test_all_failures_in_one_sentence(server, tmp_path):
     addresses = [f"{server.address}/missing.zip", f"{server.address}/xml.zip"]
-    with pytest.raises(BadInput) as told:
+    with pytest.raises(InputError) as told:
         wikitext2_folder(addresses, tmp_path)
     for address in addresses:
         assert f"{address}: " in str(told.value)
@@ -210,14 +210,14 @@ def test_a_wrong_file_is_fetched_again(server, tmp_path, content):
 def test_archive_without_a_file(server, tmp_path, monkeypatch):
     monkeypatch.setattr(wikitext, "ARCHIVE_SHA1", sha1(OTHER_ARCHIVE))
     monkeypatch.setattr(wikitext, "FILES", {"wiki.valid.tokens": sha1(VALID)})
-    with pytest.raises(BadInput, match=r"the archive holds no wiki\.valid\.tokens"):
+    with pytest.raises(InputError, match=r"the archive holds no wiki\.valid\.tokens"):
         wikitext2_folder([f"{server.address}/other.zip"], tmp_path)
     assert files_below(tmp_path) == []
 
 
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "datasets").write_text("a file where a folder should be", "utf-8")
-    with pytest.raises(BadInput, match="MXNET_HOME"):
+    with pytest.raises(InputError, match="MXNET_HOME"):
         wikitext2_folder([], tmp_path)
 
 

@@ -15,10 +15,10 @@ from gluon_bert import run
 from gluon_bert.config import DataConfig
 from gluon_bert.data.loader import Loader
 from gluon_bert.data.prepared import numbered, prepare
-from gluon_bert.data.tokenizer import TextReader, padded
+from gluon_bert.data.tokenizer import Tokenizer, pad
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary, load_vocabulary, split_words
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.presets import preset
 
 # As in the published vocabularies: [PAD] at 0, the other special tokens at 100 to 103, free places between.
@@ -128,9 +128,9 @@ def test_special_tokens_stand_where_the_file_has_them():
     vocab = vocabulary()
     assert (vocab.pad, vocab.unk, vocab.cls, vocab.sep, vocab.mask) == (0, 100, 101, 102, 103)
     assert vocab.special[:105].all() and not vocab.special[105:].any()
-    np.testing.assert_array_equal(vocab.ordinary, np.arange(105, len(PUBLISHED)))
+    np.testing.assert_array_equal(vocab.ordinary_ids, np.arange(105, len(PUBLISHED)))
     marked = {"##s", "##ing", "##fly", "##able", "##é", "##te"}
-    assert {vocab.tokens[i] for i in np.flatnonzero(vocab.continues)} == marked
+    assert {vocab.tokens[i] for i in np.flatnonzero(vocab.is_continuation)} == marked
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):
@@ -139,14 +139,14 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     again = load_vocabulary(tmp_path)
     assert type(again) is WordPieceVocabulary
     assert again.tokens == vocab.tokens
-    np.testing.assert_array_equal(again.continues, vocab.continues)
-    assert again.continues[-3:].tolist() == [False, False, True]
+    np.testing.assert_array_equal(again.is_continuation, vocab.is_continuation)
+    assert again.is_continuation[-3:].tolist() == [False, False, True]
 
 
 def test_a_folder_with_a_word_vocabulary_gives_that(tmp_path):
     Vocabulary(["crane"]).save(tmp_path / "vocab.json")
     assert type(load_vocabulary(tmp_path)) is Vocabulary
-    with pytest.raises(BadInput, match=r"none.*vocab\.json"):
+    with pytest.raises(InputError, match=r"none.*vocab\.json"):
         load_vocabulary(tmp_path / "none")
 
 
@@ -162,9 +162,9 @@ def test_a_file_that_is_no_vocabulary_is_refused_with_all_that_is_wrong(tmp_path
     path = tmp_path / "vocab.txt"
     path.write_bytes(content)
     for problem in told:
-        with pytest.raises(BadInput, match=problem):
+        with pytest.raises(InputError, match=problem):
             WordPieceVocabulary.load(path)
-    with pytest.raises(BadInput, match=r"none\.txt: cannot be read as a vocabulary \(No such file"):
+    with pytest.raises(InputError, match=r"none\.txt: cannot be read as a vocabulary \(No such file"):
         WordPieceVocabulary.load(tmp_path / "none.txt")
 
 
@@ -186,7 +186,7 @@ def test_a_vocabulary_is_made_of_frequent_pieces():
 def test_size_is_a_bound_and_too_small_a_one_is_refused():
     counts = small_counts()
     assert len(WordPieceVocabulary.from_counts(counts, min_freq=1, size=60)) == 60
-    with pytest.raises(BadInput, match="--vocab-size 20: must be at least 4"):
+    with pytest.raises(InputError, match="--vocab-size 20: must be at least 4"):
         WordPieceVocabulary.from_counts(counts, min_freq=1, size=20)
     needed = 5 + len({c for w in counts for c in w}) + len({c for w in counts for c in w[1:]})
     assert len(WordPieceVocabulary.from_counts(counts, min_freq=1, size=needed)) == needed
@@ -195,7 +195,7 @@ def test_size_is_a_bound_and_too_small_a_one_is_refused():
 def test_only_the_most_frequent_characters_get_tokens():
     counts = {chr(0x4E00 + i): 1 + i // 500 for i in range(1500)}
     vocab = WordPieceVocabulary.from_counts(counts, min_freq=1)
-    assert len(vocab.ordinary) == 1000
+    assert len(vocab.ordinary_ids) == 1000
     # of the equally frequent ones, those that come first
     assert chr(0x4E00) not in vocab.tokens[5:505]
     assert {ord(token) - 0x4E00 for token in vocab.tokens[5:]} == set(range(500, 1500))
@@ -235,7 +235,7 @@ def test_the_vocabulary_is_made_of_the_training_text_only():
 
     documents = [(["cranes crane", "crane"], False), (["zebra zebra", "cranes"], True)]
     prepared = numbered(documents, build)
-    assert prepared.vocab.words(prepared.held_out.tokens) == ["[UNK]", "[UNK]", "cranes"]
+    assert prepared.vocab.words(prepared.validation.tokens) == ["[UNK]", "[UNK]", "cranes"]
 
 
 def test_documents_hold_the_pieces_sentence_by_sentence():
@@ -272,7 +272,9 @@ def config_of(path, **changes):
 
 
 def test_batches_of_a_published_vocabulary_have_its_ids(text_file, vocab_file, tmp_path):
-    config = config_of(text_file, vocab_file=str(vocab_file), max_len=16, mask_rate=0.9, pairs="packed")
+    config = config_of(
+        text_file, vocab_file=str(vocab_file), max_seq_length=16, mlm_probability=0.9, pairs="packed"
+    )
     prepared = prepare(config, tmp_path / "cache")
     vocab = prepared.vocab
     shown = []
@@ -288,7 +290,7 @@ def test_batches_of_a_published_vocabulary_have_its_ids(text_file, vocab_file, t
     assert (shown == 103).mean() > 0.7
     random_or_kept = shown[shown != 103]
     assert not vocab.special[random_or_kept].any()
-    assert len(np.unique(random_or_kept)) == len(vocab.ordinary)
+    assert len(np.unique(random_or_kept)) == len(vocab.ordinary_ids)
 
 
 def test_the_cache_tells_vocabularies_apart(text_file, vocab_file, tmp_path):
@@ -310,11 +312,12 @@ def test_any_number_of_processes_gives_the_same(tmp_path):
     path.write_text(small_text(12_000), "utf-8")
     assert path.stat().st_size > 1 << 20  # more than one piece of text
     one, two = (
-        prepare(config_of(path, num_workers=n, vocab_size=80), tmp_path / f"cache{n}") for n in (0, 2)
+        prepare(config_of(path, preprocessing_workers=n, vocab_size=80), tmp_path / f"cache{n}")
+        for n in (0, 2)
     )
     assert one.vocab.tokens == two.vocab.tokens
     np.testing.assert_array_equal(one.train.tokens, two.train.tokens)
-    np.testing.assert_array_equal(one.held_out.sentences, two.held_out.sentences)
+    np.testing.assert_array_equal(one.validation.sentences, two.validation.sentences)
 
 
 def test_unk_of_wikitext_is_an_unknown_word(tmp_path):
@@ -323,7 +326,11 @@ def test_unk_of_wikitext_is_an_unknown_word(tmp_path):
     vocab_file = tmp_path / "vocab.txt"
     vocabulary().save(vocab_file)
     config = DataConfig(
-        corpus=(str(path),), tokenizer="wordpiece", vocab_file=str(vocab_file), held_out=0.0, min_freq=1
+        corpus=(str(path),),
+        tokenizer="wordpiece",
+        vocab_file=str(vocab_file),
+        validation_fraction=0.0,
+        min_freq=1,
     )
     prepared = prepare(config, tmp_path / "cache")
     assert prepared.vocab.words(prepared.train.tokens[:6]) == ["the", "[UNK]", "crane", "crane", "##s", "fly"]
@@ -339,14 +346,14 @@ def test_unk_of_wikitext_is_an_unknown_word(tmp_path):
 )
 def test_a_vocabulary_for_other_text_is_refused(text_file, tmp_path, tokens, lowercase, told):
     vocabulary(tokens).save(tmp_path / "v.txt")
-    with pytest.raises(BadInput, match=f"--vocab-file .*v.txt: {told}"):
+    with pytest.raises(InputError, match=f"--vocab-file .*v.txt: {told}"):
         prepare(config_of(text_file, vocab_file=str(tmp_path / "v.txt"), lowercase=lowercase), tmp_path / "c")
 
 
 def test_without_the_package_it_is_told_before_any_text_is_read(text_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     monkeypatch.setattr("gluon_bert.data.prepared.Corpus", None)
-    with pytest.raises(BadInput, match=r"needs the package tokenizers .*pip install -e '\.\[wordpiece\]'"):
+    with pytest.raises(InputError, match=r"needs the package tokenizers .*pip install -e '\.\[wordpiece\]'"):
         prepare(config_of(text_file), tmp_path / "cache")
 
 
@@ -366,15 +373,15 @@ def test_tokens_that_are_not_in_the_training_text_count_as_met_once():
     vocab = vocabulary()
     prepared = numbered([(["the the crane", "the"], False), (["the bird", "bird"], True)], lambda _: vocab)
     # the 3 times, crane once, and bird as if once
-    assert prepared.unigram_loss(prepared.held_out, False) == pytest.approx(
+    assert prepared.unigram_loss(prepared.validation, False) == pytest.approx(
         -(np.log(3 / 5) + 2 * np.log(1 / 5)) / 3
     )
     train = -(3 * np.log(3 / 4) + np.log(1 / 4)) / 4
     assert prepared.unigram_loss(prepared.train, False) == pytest.approx(train)
 
 
-def reader(max_len=20):
-    return TextReader(vocabulary(), max_len, lowercase=True)
+def reader(max_seq_length=20):
+    return Tokenizer(vocabulary(), max_seq_length, lowercase=True)
 
 
 def test_a_text_is_read_in_pieces_with_the_words_they_belong_to():
@@ -402,13 +409,13 @@ def test_tokens_and_ids_say_the_same_as_text():
         np.testing.assert_array_equal(other.ids, by_text.ids)
     assert by_ids.tokens == by_text.tokens
     for special in (0, 101, 102):
-        with pytest.raises(BadInput, match=f"id {special} is .*, which no text holds"):
+        with pytest.raises(InputError, match=f"id {special} is .*, which no text holds"):
             reader().ids([105, special])
     assert reader().tokens(["[unused3]", "[PAD]"]).ids.tolist() == [101, 100, 100, 102]
 
 
 def test_texts_are_padded_with_the_vocabularys_own_token():
-    batch = padded([reader().text("the cranes"), reader().text("the <mask> cranes fly , a bird sees")], 20)
+    batch = pad([reader().text("the cranes"), reader().text("the <mask> cranes fly , a bird sees")], 20)
     assert batch.tokens[0].tolist() == [101, 105, 106, 107, 102] + [0] * 11
     assert batch.predictions.tolist() == [[1], [2]]
 
@@ -420,7 +427,7 @@ def test_a_run_keeps_and_finds_its_vocabulary(text_file, vocab_file, tmp_path, m
     size = ["--vocab-size", "90"] if made else ["--vocab-file", str(vocab_file)]
     flags = [
         *("--tokenizer", "wordpiece", *size, "--pairs", "packed", "--long-pairs", "truncate"),
-        *("--negatives", "matched", "--masking", "ngrams", "--max-len", "32"),
+        *("--negatives", "matched", "--masking", "ngrams", "--max-seq-length", "32"),
         *("--corpus", str(text_file), "--output", str(tmp_path / "run"), "--num-steps", "2"),
         *("--batch-size", "16", "--units", "16", "--ffn-units", "16", "--cpus", "1"),
     ]
@@ -441,6 +448,6 @@ def test_wikitext2_in_pieces(wikitext):
     vocab, train = prepared.vocab, prepared.train
     assert len(vocab) <= 30_522
     # a word in twenty is in pieces, fewer than with words are unknown
-    assert 0.01 < vocab.continues[train.tokens].mean() < 0.1
+    assert 0.01 < vocab.is_continuation[train.tokens].mean() < 0.1
     assert (train.tokens == vocab.unk).mean() < 0.03
-    assert set(np.unique(train.tokens)) <= {*vocab.ordinary.tolist(), vocab.unk}
+    assert set(np.unique(train.tokens)) <= {*vocab.ordinary_ids.tolist(), vocab.unk}

@@ -9,20 +9,20 @@ import pytest
 import reference
 from test_trainer import assert_same, batch, data, trainer_on  # noqa: F401 (fixtures)
 
-from gluon_bert.distributed.communicator import Workers, digest_of_weights
-from gluon_bert.distributed.join import check_enough, check_sharing, facts_of, place_of
-from gluon_bert.errors import BadInput
+from gluon_bert.distributed.communicator import Communicator, weights_hash
+from gluon_bert.distributed.join import check_enough, check_sharing, rank_and_size, run_environment
+from gluon_bert.errors import InputError
 from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
 from gluon_bert.training.device_batch import split_and_load
-from gluon_bert.training.metrics import Meter, Totals
+from gluon_bert.training.metrics import Meter, MetricSums
 from gluon_bert.training.trainer import dropout_seed
 from gluon_bert.training.watchdog import watched
 
 
 def worker(rank, count):
     """A worker whose gradients nobody adds to others'."""
-    workers = Workers()
+    workers = Communicator()
     workers.rank, workers.count = rank, count
     return workers
 
@@ -53,7 +53,7 @@ def test_the_shares_of_a_batch_are_the_batch(batch, count):  # noqa: F811
         np.testing.assert_array_equal(together, getattr(batch, name), err_msg=name)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     shards = [s for share in shares for s in split_and_load(share, [mx.cpu(0), mx.cpu(1)], whole=batch)]
-    assert sum(shard.num_predictions * shard.mlm_weight for shard in shards) == pytest.approx(1)
+    assert sum(shard.num_masked * shard.mlm_weight for shard in shards) == pytest.approx(1)
     assert sum(shard.num_pairs * shard.nsp_weight for shard in shards) == pytest.approx(1)
 
 
@@ -63,7 +63,7 @@ def test_each_worker_has_a_dropout_of_its_own_and_the_first_that_of_a_run_alone(
 
 
 def test_the_meter_that_the_first_worker_gets_has_all_totals():
-    totals = Totals(np.array([5.5, 2.0, 3.0, 1.0]), np.array([7.0, 4.0, 7.0, 4.0]))
+    totals = MetricSums(np.array([5.5, 2.0, 3.0, 1.0]), np.array([7.0, 4.0, 7.0, 4.0]))
     got = Meter.of(totals, mx.cpu(1)).totals()
     np.testing.assert_array_equal(got.sums, totals.sums)
     np.testing.assert_array_equal(got.counts, totals.counts)
@@ -72,7 +72,7 @@ def test_the_meter_that_the_first_worker_gets_has_all_totals():
 # Comparing
 
 
-class Beside(Workers):
+class Beside(Communicator):
     """A worker that sees what another one gathers at the same place."""
 
     count = 2
@@ -80,7 +80,7 @@ class Beside(Workers):
     def __init__(self, other=None):
         self.other, self.gathered = other, []
 
-    def gather(self, content):
+    def all_gather(self, content):
         self.gathered.append(content)
         if self.other is None:
             return [content, content]
@@ -92,27 +92,29 @@ def test_what_differs_is_named_and_what_may_differ_is_not_compared(tmp_path):
     elsewhere = config.replace(corpus=["/elsewhere"], vocab_file="other.txt")
     other = config.replace(lr=0.5, clip_norm=1.0)
     first = Beside()
-    first.refuse_differences(facts_of(config, "a"))
-    Beside(first).refuse_differences(facts_of(elsewhere, "a"))
-    with pytest.raises(BadInput, match="worker 0 in --clip-norm, --lr and the text of --corpus: all workers"):
-        Beside(first).refuse_differences(facts_of(other, "b"))
-    with pytest.raises(BadInput, match="different versions of gluon_bert"):
-        Beside(first).refuse_differences({**facts_of(config, "a"), "--new": 1})
+    first.check_same_on_all(run_environment(config, "a"))
+    Beside(first).check_same_on_all(run_environment(elsewhere, "a"))
+    with pytest.raises(
+        InputError, match="worker 0 in --clip-norm, --lr and the text of --corpus: all workers"
+    ):
+        Beside(first).check_same_on_all(run_environment(other, "b"))
+    with pytest.raises(InputError, match="different versions of gluon_bert"):
+        Beside(first).check_same_on_all({**run_environment(config, "a"), "--new": 1})
 
 
 def test_weights_that_differ_in_a_bit_have_another_digest():
     weights = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
     changed = {**weights, "b": np.array([0, 0, 0, 1e-45], np.float32)}
-    assert digest_of_weights(weights) == digest_of_weights(dict(reversed(list(weights.items()))))
-    assert digest_of_weights(weights) != digest_of_weights(changed)
+    assert weights_hash(weights) == weights_hash(dict(reversed(list(weights.items()))))
+    assert weights_hash(weights) != weights_hash(changed)
 
 
 def test_the_workers_that_are_unlike_the_first_are_told():
     first = Beside()
-    assert first.unlike_the_first("a") == []
-    assert Beside(first).unlike_the_first("a") == []
-    assert Beside(first).unlike_the_first("b") == [1]
-    assert Workers().unlike_the_first("a") == []
+    assert first.ranks_differing_from_root("a") == []
+    assert Beside(first).ranks_differing_from_root("a") == []
+    assert Beside(first).ranks_differing_from_root("b") == [1]
+    assert Communicator().ranks_differing_from_root("a") == []
 
 
 # Bad input
@@ -131,9 +133,9 @@ def place(monkeypatch):
 
 
 def test_the_place_of_a_worker_is_in_the_environment(place):
-    assert place_of("device") == (0, 1)
+    assert rank_and_size("device") == (0, 1)
     place(ROLE="worker", TASK_ID="2", NUM_WORKER="4")
-    assert place_of("dist_sync") == (2, 4)
+    assert rank_and_size("dist_sync") == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_all_workers_must_know_the_folder(place, capsys):
 
 def test_less_text_than_workers_is_refused():
     check_enough(4, 4)
-    with pytest.raises(BadInput, match="has 3 sentence pairs, which is less than the 4 workers"):
+    with pytest.raises(InputError, match="has 3 sentence pairs, which is less than the 4 workers"):
         check_enough(3, 4)
 
 
@@ -212,7 +214,7 @@ def test_the_watchdog_lets_live_what_is_heard_and_is_gone_afterwards():
 
 def test_every_step_and_every_batch_of_an_evaluation_are_heard(data):  # noqa: F811
     trainer, heard = trainer_on(1, data, num_steps=3), []
-    trainer.alive = lambda: heard.append(trainer.standing.step)
+    trainer.alive = lambda: heard.append(trainer.state.step)
     trainer.fit(data)
-    batches = len(list(data.held_out.epoch(0)))
+    batches = len(list(data.validation.epoch(0)))
     assert [heard.count(step) for step in (1, 2, 3)] == [1, 1, batches + 1]

@@ -10,8 +10,8 @@ from benchmarks.prepare import prepare
 from benchmarks.scale import COUNTS, scale
 from benchmarks.train import train
 
-from gluon_bert.cli import command, parser_of, run
-from gluon_bert.errors import BadInput
+from gluon_bert.cli import main_with_exit_status, parser_of, run
+from gluon_bert.errors import InputError
 from gluon_bert.presets import PRESETS
 
 EXAMPLES = """\
@@ -40,7 +40,7 @@ train: optimizer steps of the book's model, 512 pairs each, from text in memory 
   that has learnt less than another is an error.
 
 prepare: from files of text to the first batch of the preset d2l, a new process each time
-  workers-N     this package with --num-workers N, for each N of --workers
+  workers-N     this package with --preprocessing-workers N, for each N of --workers
   cached        this package, from what it has kept of an earlier time
   seed          the book's own code
   Told are seconds without the start of Python, MB a second, and the memory of the process that took the
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--texts", type=int, default=512, metavar="N", help="encode: texts a round (512)")
     p.add_argument(
-        "--text", type=Path, metavar="FILE", help="encode: a text a line (the run's own held-out text)"
+        "--text", type=Path, metavar="FILE", help="encode: a text a line (the run's own validation text)"
     )
     p.add_argument("--steps", type=int, default=3, metavar="N", help="scale, train: steps a round (3)")
     p.add_argument(
@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    return command(parser(), argv, benchmark)
+    return main_with_exit_status(parser(), argv, benchmark)
 
 
 def benchmark(arguments: argparse.Namespace) -> int:
@@ -148,7 +148,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raise one BadInput that tells everything that is wrong with the flags."""
+    """Raise one InputError that tells everything that is wrong with the flags."""
     problems = [
         f"--{name} {getattr(arguments, name)}: must be at least 1"
         for name in ("rounds", "texts", "steps")
@@ -179,7 +179,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         problems.append(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
     if problems:
-        raise BadInput("\n".join(problems))
+        raise InputError("\n".join(problems))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gluon_bert.cli import add_checkpoint_flag, command, parser_of, run, yes_or_no
-from gluon_bert.errors import BadInput
+from gluon_bert.cli import add_checkpoint_flag, main_with_exit_status, parser_of, run, yes_or_no
+from gluon_bert.errors import InputError
 
 EXAMPLES = """\
 examples:
@@ -35,7 +35,7 @@ is refused, and missing and unexpected weights are listed.
 """
 
 
-class Place(NamedTuple):
+class Format(NamedTuple):
     """What --from or --to names: a kind of package and its paths; a run is the kind "run"."""
 
     kind: str
@@ -50,7 +50,7 @@ KINDS = {
     "d2l": ("PARAMS VOCAB", "DIR"),
 }
 # The length of the pairs that the book trains on; its model has position embeddings for 1,000.
-BOOK_MAX_LEN = 64
+D2L_MAX_LEN = 64
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         "--num-heads", type=int, metavar="N", help="attention heads a layer, of gluonnlp and d2l"
     )
     reading.add_argument(
-        "--max-len",
+        "--max-seq-length",
         type=int,
         metavar="N",
         help="the longest text that the run takes, in tokens (its position embeddings, or the book's 64)",
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         help='what "gelu" of google means: tanh as in its code today, exact as in transformers (tanh)',
     )
     reading.add_argument(
-        "--new-heads",
+        "--init-missing-heads",
         type=yes_or_no,
         metavar="{yes,no}",
         default=False,
@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    return command(parser(), argv, convert)
+    return main_with_exit_status(parser(), argv, convert)
 
 
 def convert(arguments: argparse.Namespace) -> int:
@@ -109,24 +109,26 @@ def convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def place(flag: str, words: list[str]) -> Place:
-    """What a flag names; BadInput where it is no kind with its paths and no run."""
+def place(flag: str, words: list[str]) -> Format:
+    """What a flag names; InputError where it is no kind with its paths and no run."""
     kind, *paths = words
     told = f"{flag} {' '.join(words)}"
     if kind not in KINDS:
         if paths:
-            raise BadInput(f"{told}: {kind} is no kind; they are {', '.join(KINDS)}, and a run is one folder")
-        return Place("run", [Path(kind)])
+            raise InputError(
+                f"{told}: {kind} is no kind; they are {', '.join(KINDS)}, and a run is one folder"
+            )
+        return Format("run", [Path(kind)])
     behind = KINDS[kind][flag == "--to"]
     if not behind:
-        raise BadInput(f"{told}: {kind} can only be read; --to huggingface is what most others read")
+        raise InputError(f"{told}: {kind} can only be read; --to huggingface is what most others read")
     if len(paths) != len(behind.split()):
-        raise BadInput(f"{told}: must be {kind} {behind}")
-    return Place(kind, [Path(path) for path in paths])
+        raise InputError(f"{told}: must be {kind} {behind}")
+    return Format(kind, [Path(path) for path in paths])
 
 
-def check(arguments: argparse.Namespace, source: Place, target: Place) -> None:
-    """Raise one BadInput that tells everything that is wrong with the flags."""
+def check(arguments: argparse.Namespace, source: Format, target: Format) -> None:
+    """Raise one InputError that tells everything that is wrong with the flags."""
     problems = []
     if (source.kind == "run") == (target.kind == "run"):
         what = (
@@ -137,69 +139,69 @@ def check(arguments: argparse.Namespace, source: Place, target: Place) -> None:
         value = getattr(arguments, name)
         if value is not None and source.kind not in kinds:
             problems.append(f"--{name.replace('_', '-')} {value}: is for --from {' and '.join(kinds)}")
-    for name in ("max_len", "lowercase"):
+    for name in ("max_seq_length", "lowercase"):
         if source.kind == "run" and getattr(arguments, name) is not None:
             problems.append(f"--{name.replace('_', '-')}: a run has its own; it is for --from a kind")
-    if source.kind == "run" and arguments.new_heads:
-        problems.append("--new-heads yes: a run has all heads")
+    if source.kind == "run" and arguments.init_missing_heads:
+        problems.append("--init-missing-heads yes: a run has all heads")
     if source.kind != "run" and arguments.checkpoint != "latest":
         problems.append(f"--checkpoint {arguments.checkpoint}: is for --from a run")
     if problems:
-        raise BadInput("\n".join(problems))
+        raise InputError("\n".join(problems))
 
 
-def read(arguments: argparse.Namespace, source: Place, target: Place) -> list[str]:
+def read(arguments: argparse.Namespace, source: Format, target: Format) -> list[str]:
     """From another package to a run; returns what a user should know."""
     from gluon_bert.conversion.converter import save_run
-    from gluon_bert.run import check_new
+    from gluon_bert.run import check_new_run
 
     (folder,) = target.paths
-    check_new(folder, "--to")
+    check_new_run(folder, "--to")
     foreign = foreign_of(arguments, source)
     positions = foreign.model.max_positions
-    longest = min(positions, BOOK_MAX_LEN) if source.kind == "d2l" else positions
-    max_len = longest if arguments.max_len is None else arguments.max_len
+    longest = min(positions, D2L_MAX_LEN) if source.kind == "d2l" else positions
+    max_seq_length = longest if arguments.max_seq_length is None else arguments.max_seq_length
     came_from = {"kind": source.kind, "paths": [str(path) for path in source.paths]}
-    config = save_run(foreign, folder, max_len, came_from)
+    config = save_run(foreign, folder, max_seq_length, came_from)
     model = config.model
     return [
         f"{folder}: {model.num_layers} layers of {model.units}, {model.num_heads} heads, {model.activation}, "
         f"LayerNorm epsilon {model.norm_epsilon:g}, a vocabulary of {len(foreign.vocab):,}, "
-        f"{positions} positions, max_len {max_len}, text {'lower-cased' if foreign.lowercase else 'cased'}",
+        f"{positions} positions, max_seq_length {max_seq_length}, text {'lower-cased' if foreign.lowercase else 'cased'}",
         *foreign.notes,
     ]
 
 
-def foreign_of(arguments: argparse.Namespace, source: Place) -> Any:
+def foreign_of(arguments: argparse.Namespace, source: Format) -> Any:
     """The network of another package."""
-    case, new_heads = arguments.lowercase, arguments.new_heads
+    case, init_missing_heads = arguments.lowercase, arguments.init_missing_heads
     if source.kind == "huggingface":
         from gluon_bert.conversion.huggingface import read_huggingface
 
-        return read_huggingface(source.paths[0], case, new_heads)
+        return read_huggingface(source.paths[0], case, init_missing_heads)
     if source.kind == "google":
-        from gluon_bert.conversion.tensorflow import read_google
+        from gluon_bert.conversion.tensorflow import read_tensorflow
 
         gelu = "gelu" if arguments.gelu == "exact" else "gelu_tanh"
-        return read_google(source.paths[0], gelu, case, new_heads)
+        return read_tensorflow(source.paths[0], gelu, case, init_missing_heads)
     from gluon_bert.conversion.mxnet_params import read_parameters
 
     parameters, vocab = source.paths
-    return read_parameters(source.kind, parameters, vocab, arguments.num_heads, case, new_heads)
+    return read_parameters(source.kind, parameters, vocab, arguments.num_heads, case, init_missing_heads)
 
 
-def write(arguments: argparse.Namespace, source: Place, target: Place) -> list[str]:
+def write(arguments: argparse.Namespace, source: Format, target: Format) -> list[str]:
     """From a run to another package; returns what a user should know."""
     from gluon_bert.conversion.huggingface import write_huggingface
     from gluon_bert.conversion.mxnet_params import write_parameters
-    from gluon_bert.export.exporter import check_free
+    from gluon_bert.export.exporter import check_new_folder
     from gluon_bert.run import load_run
 
     (folder,) = target.paths
-    check_free(folder, "--to")
+    check_new_folder(folder, "--to")
     loaded = load_run(source.paths[0], which=arguments.checkpoint)
     if loaded.net.task:
-        raise BadInput(f"--from {source.paths[0]}: was fine-tuned; name the run that it began with")
+        raise InputError(f"--from {source.paths[0]}: was fine-tuned; name the run that it began with")
     if target.kind == "huggingface":
         notes = write_huggingface(loaded, folder)
     else:

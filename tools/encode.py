@@ -14,9 +14,9 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from gluon_bert.cli import add_checkpoint_flag, add_device_flag, command, device, parser_of, run
-from gluon_bert.errors import BadInput
-from gluon_bert.fileio import written_aside
+from gluon_bert.cli import add_checkpoint_flag, add_device_flag, device, main_with_exit_status, parser_of, run
+from gluon_bert.errors import InputError
+from gluon_bert.fileio import atomic_write
 
 # Words that are told for a <mask> where nobody says how many.
 TOP = 5
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         "--too-long",
         choices=("cut", "refuse"),
         default="cut",
-        help="what to do with texts above max_len (cut)",
+        help="what to do with texts above max_seq_length (cut)",
     )
     add_checkpoint_flag(p)
     add_device_flag(p)
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     # Intermixed, since texts may stand before and behind the flags.
-    return command(parser(), argv, encode, intermixed=True)
+    return main_with_exit_status(parser(), argv, encode, intermixed=True)
 
 
 def encode(arguments: argparse.Namespace) -> int:
@@ -108,7 +108,7 @@ def encode(arguments: argparse.Namespace) -> int:
             seen.add(line, answer)
             bar.update(1)
         bar.close()
-    print("".join(seen.report(predictor.reader.max_len)), end="", file=sys.stderr)
+    print("".join(seen.report(predictor.reader.max_seq_length)), end="", file=sys.stderr)
     if arguments.output:
         print(f"{arguments.output}: {total} texts")
     return 0
@@ -133,7 +133,7 @@ def wants_vectors(arguments: argparse.Namespace) -> bool:
 
 
 def check(arguments: argparse.Namespace, ask: str, texts: list[str]) -> None:
-    """Raise one BadInput that tells everything that is wrong with the flags."""
+    """Raise one InputError that tells everything that is wrong with the flags."""
     problems = []
     if arguments.input and texts:
         problems.append("--input: texts on the command line too; give one or the other")
@@ -156,7 +156,7 @@ def check(arguments: argparse.Namespace, ask: str, texts: list[str]) -> None:
     if output and arguments.json:
         problems.append("--json: is for the screen, --output writes a file; give one of them")
     if problems:
-        raise BadInput("\n".join(problems))
+        raise InputError("\n".join(problems))
 
 
 def same_file(one: Path, other: Path) -> bool:
@@ -173,23 +173,25 @@ def predictor_of(folder: Path, context: Any, checkpoint: str = "latest") -> Any:
 
     if (folder / MANIFEST).exists():
         if checkpoint != "latest":
-            raise BadInput(f"--checkpoint {checkpoint}: {folder} is an export, of one network; name its run")
+            raise InputError(
+                f"--checkpoint {checkpoint}: {folder} is an export, of one network; name its run"
+            )
         return load_exported(folder, context).predictor
     return Predictor.of(load_run(folder, [context], checkpoint))
 
 
 def readable(reader: Any, lines: Iterable[Any], ask: str, truncate: bool) -> Iterator[Any]:
-    """The texts as the network reads them; BadInput says which cannot be asked that."""
+    """The texts as the network reads them; InputError says which cannot be asked that."""
     for line in lines:
         try:
             text = reader.text(*line.given, truncate=truncate)
-        except BadInput as problem:
-            raise BadInput(f"{line.where}: {problem}") from problem
+        except InputError as problem:
+            raise InputError(f"{line.where}: {problem}") from problem
         if ask == "masks" and not len(text.masks):
-            cut = f" in its first {reader.max_len} tokens" if text.truncated else ""
-            raise BadInput(f"{line.where}: there is no <mask>{cut}; put one where a word is to be found")
+            cut = f" in its first {reader.max_seq_length} tokens" if text.truncated else ""
+            raise InputError(f"{line.where}: there is no <mask>{cut}; put one where a word is to be found")
         if ask == "next" and not text.is_pair:
-            raise BadInput(f'{line.where}: is a single text; a pair is "a text || another"')
+            raise InputError(f'{line.where}: is a single text; a pair is "a text || another"')
         yield text
 
 
@@ -210,7 +212,7 @@ def sink(arguments: argparse.Namespace, ask: str, vocab: Any, stack: ExitStack) 
     if arguments.output.suffix == ".npz":
         vectors = stack.enter_context(vector_file(arguments.output, arguments.token_vectors))
         return lambda line, answer: vectors.add(answer)
-    file = stack.enter_context(written_aside(arguments.output))
+    file = stack.enter_context(atomic_write(arguments.output))
     return lambda line, answer: print(as_line(line, answer), file=file)
 
 
@@ -223,7 +225,7 @@ def in_words(line: Any, answer: Any, ask: str, vocab: Any, arguments: argparse.N
             told += [f"  <mask> {number} of {len(filled)}"] if len(filled) > 1 else []
             told += [f"  {probability:8.4f}  {word}" for word, probability in words]
     elif ask == "task":
-        told += verdict_in_words(answer.verdict)
+        told += verdict_in_words(answer.task_prediction)
     elif ask == "next":
         told.append(f"  {answer.is_next:.4f}  is the probability that the second follows the first")
     else:
@@ -280,7 +282,7 @@ class Seen:
             self._num_cut += 1
             self._cut += [line.where] * (len(self._cut) < 3)
 
-    def report(self, max_len: int) -> Iterator[str]:
+    def report(self, max_seq_length: int) -> Iterator[str]:
         """Lines on unknown words and on texts that were cut."""
         if self._num_unknown:
             words = " ".join(word for word, _ in self._unknown.most_common(10))
@@ -289,7 +291,7 @@ class Seen:
             yield f"not in the vocabulary, read as <unk> ({share}): {words}{more}\n"
         if self._num_cut:
             where = "; ".join(self._cut) + (" ..." if self._num_cut > len(self._cut) else "")
-            yield f"longer than {max_len} tokens and cut ({self._num_cut} of {self._texts} texts): {where}\n"
+            yield f"longer than {max_seq_length} tokens and cut ({self._num_cut} of {self._texts} texts): {where}\n"
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any, Sequence
 
-from gluon_bert.cli import add_checkpoint_flag, command, parser_of, run
-from gluon_bert.errors import BadInput
+from gluon_bert.cli import add_checkpoint_flag, main_with_exit_status, parser_of, run
+from gluon_bert.errors import InputError
 
 EXAMPLES = """\
 examples:
@@ -22,9 +22,9 @@ formats:
   int8    as mxnet, with matrix products in 8 bits, for CPUs
   bf16    as mxnet, with matrix products in bfloat16, for CPUs that have it
 
-Beside the network stand vocab.json and manifest.json: inputs and outputs with their meaning, max_len, hashes,
+Beside the network stand vocab.json and manifest.json: inputs and outputs with their meaning, max_seq_length, hashes,
 versions, and how far the results are from the run's own. Each export is read back from its files and compared
-with the run; where they differ too much the command fails and leaves nothing. A text longer than max_len is
+with the run; where they differ too much the command fails and leaves nothing. A text longer than max_seq_length is
 an error of the exported network, never cut in silence.
 """
 
@@ -44,17 +44,17 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output", type=Path, metavar="FOLDER", help="a new folder (RUN/export/FORMAT)")
     add_checkpoint_flag(p)
-    held_out = p.add_argument_group("onnx, int8 and bf16 are compared on text")
-    held_out.add_argument(
-        "--text", type=Path, metavar="FILE", help="a text a line (the held-out text of the run's corpus)"
+    validation = p.add_argument_group("onnx, int8 and bf16 are compared on text")
+    validation.add_argument(
+        "--text", type=Path, metavar="FILE", help="a text a line (the validation text of the run's corpus)"
     )
-    held_out.add_argument("--max-error", type=float, metavar="X", help="fail above this error (by format)")
+    validation.add_argument("--max-error", type=float, metavar="X", help="fail above this error (by format)")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    return command(parser(), argv, export)
+    return main_with_exit_status(parser(), argv, export)
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -65,7 +65,7 @@ def export(arguments: argparse.Namespace) -> int:
 
     check(arguments)
     folder = arguments.output or arguments.run / "export" / arguments.format
-    formats.check_free(folder)
+    formats.check_new_folder(folder)
     run = load_run(arguments.run, which=arguments.checkpoint)
     if arguments.format == "mar":
         path = archive.export_archive(run, folder, arguments.outputs)
@@ -96,7 +96,7 @@ def told(manifest: Any) -> str:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raise one BadInput that tells everything that is wrong with the flags."""
+    """Raise one InputError that tells everything that is wrong with the flags."""
     problems = []
     if arguments.format in ("mxnet", "mar"):
         problems += [
@@ -107,16 +107,16 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.max_error is not None and not arguments.max_error > 0:
         problems.append(f"--max-error {arguments.max_error}: must be above 0")
     if problems:
-        raise BadInput("\n".join(problems))
+        raise InputError("\n".join(problems))
 
 
 def texts_of(run: Any, path: Path | None) -> Sequence[Any]:
     """The texts to compare on: those of a file, cut where they are too long, or held out by the run."""
-    from gluon_bert.export.evaluation_texts import held_out_texts
+    from gluon_bert.export.evaluation_texts import validation_texts
     from gluon_bert.inference.text_files import count_lines, read_lines
 
     if path is None:
-        return held_out_texts(run)
+        return validation_texts(run)
     count_lines(path, "--text")
     return [run.reader.text(*line.given, truncate=True) for line in read_lines(path, "--text")]
 

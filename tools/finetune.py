@@ -13,16 +13,16 @@ from gluon_bert.cli import (
     add_checkpoint_flag,
     add_device_flag,
     add_field_flags,
-    command,
     device,
+    main_with_exit_status,
     parser_of,
     run,
     shown,
     yes_or_no,
 )
 from gluon_bert.config import FineTuneConfig, check_group
-from gluon_bert.errors import BadInput
-from gluon_bert.fileio import without_nan, written_aside
+from gluon_bert.errors import InputError
+from gluon_bert.fileio import atomic_write, nan_to_null
 
 EXAMPLES = """\
 examples:
@@ -89,29 +89,29 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    return command(parser(), argv, finetune)
+    return main_with_exit_status(parser(), argv, finetune)
 
 
 def finetune(arguments: argparse.Namespace) -> int:
     """Fine-tune as the flags say."""
-    from gluon_bert.data.tokenizer import TextReader
-    from gluon_bert.finetuning.dataset import examples, task_of
-    from gluon_bert.finetuning.finetune import FineTuner, begin
-    from gluon_bert.run import check_new, load_run
+    from gluon_bert.data.tokenizer import Tokenizer
+    from gluon_bert.finetuning.dataset import examples, infer_task
+    from gluon_bert.finetuning.finetune import FineTuner, init_from_pretrained
+    from gluon_bert.run import check_new_run, load_run
 
     config = config_from(arguments)
     output = arguments.output or free_folder(arguments.run)
-    check_new(output)
+    check_new_run(output)
     rows = read_rows(arguments)
     context = device(arguments)
     before = load_run(arguments.run, [context], arguments.checkpoint)
     check(arguments, before, config)
-    task = task_of(rows["--train"], arguments.task)
+    task = infer_task(rows["--train"], arguments.task)
     check_metric(config, task)
-    max_len = config.max_len or before.config.data.max_len
-    reader = TextReader(before.vocab, max_len, before.config.data.lowercase)
+    max_seq_length = config.max_seq_length or before.config.data.max_seq_length
+    reader = Tokenizer(before.vocab, max_seq_length, before.config.data.lowercase)
     data = {flag: examples(its_rows, task, reader, flag) for flag, its_rows in rows.items()}
-    tuner = FineTuner(begin(before.net, task, config, context), reader, config)
+    tuner = FineTuner(init_from_pretrained(before.net, task, config, context), reader, config)
     create(output, before, arguments, tuner, len(rows["--train"]))
     print(f"{describe(task, data)}\nrun folder: {output}", file=sys.stderr)
     best = fit(output, tuner, data["--train"], data["--dev"])
@@ -144,29 +144,31 @@ def config_from(arguments: argparse.Namespace) -> FineTuneConfig:
         problems.append(f"--text {' '.join(arguments.text)}: must be one column, or two of pairs")
     try:
         check_group(config)
-    except BadInput as error:
+    except InputError as error:
         problems.append(str(error))
     if problems:
-        raise BadInput("\n".join(problems))
+        raise InputError("\n".join(problems))
     return config
 
 
 def check(arguments: argparse.Namespace, before: Any, config: FineTuneConfig) -> None:
-    """Raise BadInput where the run cannot be fine-tuned as the flags say."""
+    """Raise InputError where the run cannot be fine-tuned as the flags say."""
     if before.net.task:
-        raise BadInput(f"{arguments.run}: was fine-tuned already; name the run that it began with")
+        raise InputError(f"{arguments.run}: was fine-tuned already; name the run that it began with")
     positions = before.config.model.max_positions
-    if config.max_len and not 8 <= config.max_len <= positions:
-        raise BadInput(f"--max-len {config.max_len}: must be from 8 to the run's {positions} positions")
+    if config.max_seq_length and not 8 <= config.max_seq_length <= positions:
+        raise InputError(
+            f"--max-seq-length {config.max_seq_length}: must be from 8 to the run's {positions} positions"
+        )
 
 
 def check_metric(config: FineTuneConfig, task: Any) -> None:
-    """Raise BadInput where the best epoch is to be chosen by what this task does not have."""
-    from gluon_bert.finetuning.metrics import OF_KIND
+    """Raise InputError where the best epoch is to be chosen by what this task does not have."""
+    from gluon_bert.finetuning.metrics import METRICS_BY_TASK
 
-    if config.best_by not in ("auto", *OF_KIND[task.kind]):
-        raise BadInput(
-            f"--best-by {config.best_by}: of a {task.kind} it must be {', '.join(OF_KIND[task.kind])}"
+    if config.best_metric not in ("auto", *METRICS_BY_TASK[task.kind]):
+        raise InputError(
+            f"--best-metric {config.best_metric}: of a {task.kind} it must be {', '.join(METRICS_BY_TASK[task.kind])}"
         )
 
 
@@ -177,13 +179,13 @@ def create(output: Path, before: Any, arguments: argparse.Namespace, tuner: Any,
     from gluon_bert.run import create_run
 
     config = dataclasses.replace(
-        before.config.replace(max_len=tuner.reader.max_len, dropout=tuner.config.dropout),
+        before.config.replace(max_seq_length=tuner.reader.max_seq_length, dropout=tuner.config.dropout),
         train=train_config(tuner.config, num_examples),
     )
     given = {name: getattr(arguments, name) for name in ("run", "train", "dev", "test")}
     files = {name: None if path is None else str(path) for name, path in given.items()}
     facts = {
-        "finetuned": {**files, "began_with_step": before.step, **dataclasses.asdict(tuner.config)},
+        "finetuned": {**files, "init_step": before.step, **dataclasses.asdict(tuner.config)},
         "versions": runtime.versions(),
     }
     create_run(output, config, before.vocab, facts, tuner.net.task)
@@ -197,7 +199,7 @@ def fit(output: Path, tuner: Any, train: Any, dev: Any) -> Any:
 
         def tell(epoch: Any) -> None:
             print(f"epoch {epoch.number}: loss {epoch.loss:.4f}, dev {in_words(epoch.dev)}", file=sys.stderr)
-            json.dump(without_nan(epoch._asdict()), log)
+            json.dump(nan_to_null(epoch._asdict()), log)
             log.write("\n")
             log.flush()
             save_checkpoint(output, tuner.net, epoch.step, best=epoch.best, keep=1)
@@ -214,11 +216,13 @@ def predict(output: Path, flag: str, rows: Any, data: Any, reader: Any) -> str:
     net = load_run(output, which="best").net
     answers = list(Predictor(GluonNetwork(net), reader, net.task).ask(data[flag].texts))
     path = output / "predictions.jsonl"
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         for row, answer in zip(rows[flag], answers):
             given = {"label": row.label} if row.label is not None else {}
             json.dump(
-                {"texts": row.texts, "given": given, "predicted": answer.verdict}, file, ensure_ascii=False
+                {"texts": row.texts, "given": given, "predicted": answer.task_prediction},
+                file,
+                ensure_ascii=False,
             )
             file.write("\n")
     told = f"{path}: {len(answers)} predictions for {flag}"

@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Iterator, NamedTuple, Sequence
 
-from gluon_bert.cli import command_with_another, parser_of, run
-from gluon_bert.distributed.processes import LOOPBACK, MEETING_POINTS, Host, Job, Role, roles_of
-from gluon_bert.errors import BadInput
+from gluon_bert.cli import main_with_inner_command, parser_of, run
+from gluon_bert.distributed.processes import ENDPOINTS, LOOPBACK, Host, Job, ProcessSpec, process_specs
+from gluon_bert.errors import InputError
 
 EXAMPLES = """\
 examples:
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    return command_with_another(parser(), argv, launch)
+    return main_with_inner_command(parser(), argv, launch)
 
 
 def launch(arguments: argparse.Namespace, command: list[str]) -> int:
@@ -113,7 +113,7 @@ def launch(arguments: argparse.Namespace, command: list[str]) -> int:
 
 
 def job_of(arguments: argparse.Namespace, command: list[str]) -> Job:
-    """What the flags ask for; BadInput says all that cannot be."""
+    """What the flags ask for; InputError says all that cannot be."""
     problems = []
     by_horovod = value_of("--kvstore", command) == "horovod"
     if by_horovod and arguments.servers is not None:
@@ -131,7 +131,7 @@ def job_of(arguments: argparse.Namespace, command: list[str]) -> Job:
             "checkpoints are"
         )
     if problems:
-        raise BadInput("\n".join(problems))
+        raise InputError("\n".join(problems))
     hosts = [Host(None, LOOPBACK)] if arguments.hostfile is None else hosts_in(arguments.hostfile)
     if arguments.port is not None:
         check_port(arguments.port, hosts[0])
@@ -139,11 +139,11 @@ def job_of(arguments: argparse.Namespace, command: list[str]) -> Job:
 
 
 def hosts_in(path: Path) -> list[Host]:
-    """The machines that a hostfile names, with their addresses; BadInput names those that are not known."""
+    """The machines that a hostfile names, with their addresses; InputError names those that are not known."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--hostfile {path}: cannot be read ({error})") from error
+        raise InputError(f"--hostfile {path}: cannot be read ({error})") from error
     hosts, problems = [], []
     for number, line in enumerate(lines, 1):
         name = line.split("#")[0].strip()
@@ -164,20 +164,20 @@ def hosts_in(path: Path) -> list[Host]:
             f"--hostfile {path}: {loops[0]} is a loopback address, which the other hosts do not reach"
         )
     if problems:
-        raise BadInput("\n".join(problems))
+        raise InputError("\n".join(problems))
     return hosts
 
 
 def check_port(port: int, host: Host) -> None:
-    """Raise BadInput where a port is none, or, on this machine, another process has it."""
+    """Raise InputError where a port is none, or, on this machine, another process has it."""
     if not 1 <= port <= 65535:
-        raise BadInput(f"--port {port}: from 1 to 65535")
+        raise InputError(f"--port {port}: from 1 to 65535")
     if host.name is None:
         with socket.socket() as probe:
             try:
                 probe.bind((host.address, port))
             except OSError as error:
-                raise BadInput(
+                raise InputError(
                     f"--port {port}: cannot be taken ({error.strerror}); choose another, or leave it out"
                 ) from error
 
@@ -211,10 +211,10 @@ def tell(text: str) -> None:
 # The processes of a job
 
 
-class Member:
+class JobProcess:
     """A process of the job with its minder, maybe on another host; its output is passed on with a prefix."""
 
-    def __init__(self, role: Role) -> None:
+    def __init__(self, role: ProcessSpec) -> None:
         self.name, self.host, self.trains, self.stays = role.name, role.host, role.trains, role.stays
         self.status: int | None = None  # when it has ended
         minded = [sys.executable, "-m", "gluon_bert.distributed.supervisor", *role.command]
@@ -278,7 +278,7 @@ class Member:
         how = f"exit status {self.status}" if self.status <= 128 else f"signal {self.status - 128}"
         if self.status == 255 and self.host.name is not None:
             how = "ssh's exit status 255: the host cannot be reached, or its connection broke"
-        if self.name in MEETING_POINTS and self.status != 128 + signal.SIGKILL:
+        if self.name in ENDPOINTS and self.status != 128 + signal.SIGKILL:
             how += ": if its port is in use, choose another with --port"
         return f"{self.name} ended with {how}"
 
@@ -321,20 +321,20 @@ def run_job(job: Job, signals: queue.SimpleQueue[Any]) -> Outcome:
             member.wait()
 
 
-def start(job: Job) -> list[Member]:
+def start(job: Job) -> list[JobProcess]:
     """All processes of a job, started."""
-    members: list[Member] = []
+    members: list[JobProcess] = []
     try:
-        for role in roles_of(job):
-            members.append(Member(role))
+        for role in process_specs(job):
+            members.append(JobProcess(role))
     except OSError as error:
         for member in members:
             member.end()
-        raise BadInput(f"{error.filename}: cannot be started ({error.strerror})") from error
+        raise InputError(f"{error.filename}: cannot be started ({error.strerror})") from error
     return members
 
 
-def wait_for(members: Sequence[Member], events: queue.SimpleQueue[Any]) -> Outcome:
+def wait_for(members: Sequence[JobProcess], events: queue.SimpleQueue[Any]) -> Outcome:
     """Wait until all have ended, the first has failed, or a second signal has come."""
     running, outcome, deadline = set(members), Outcome(0, ""), float("inf")
     while not all(member.stays for member in running):

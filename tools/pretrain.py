@@ -11,21 +11,21 @@ from itertools import count
 from pathlib import Path
 from typing import Callable
 
-from gluon_bert.cli import add_config_flags, command, config_from, parser_of
-from gluon_bert.config import DRAWN, Config, changeable, refuse_changes
-from gluon_bert.errors import BadInput
-from gluon_bert.fileio import held_alone, remove_leftovers
+from gluon_bert.cli import add_config_flags, config_from, main_with_exit_status, parser_of
+from gluon_bert.config import RANDOM_INITS, Config, changeable, check_changes
+from gluon_bert.errors import InputError
+from gluon_bert.fileio import exclusive_lock, remove_temporary_files
 from gluon_bert.presets import PRESETS, preset
 from gluon_bert.pretraining import (
-    Given,
+    RunContext,
+    check_same_text,
     network,
     place,
     profiled,
-    refuse_another_text,
-    tell_another_place,
+    report_device_change,
+    run_non_root_rank,
     text,
     train,
-    train_beside,
 )
 
 EXAMPLES = """\
@@ -108,29 +108,29 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    return command(parser(), argv, pretrain)
+    return main_with_exit_status(parser(), argv, pretrain)
 
 
 def pretrain(arguments: argparse.Namespace) -> int:
     """Pretrain as the flags say: a new run, or one that goes on."""
     if not arguments.step_timeout >= 0:
-        raise BadInput(f"--step-timeout {arguments.step_timeout}: must be at least 0")
+        raise InputError(f"--step-timeout {arguments.step_timeout}: must be at least 0")
     profile = arguments.profile
     if profile and (profile.is_dir() or not profile.absolute().parent.is_dir()):
-        raise BadInput(f"--profile {profile}: is no file that can be written")
+        raise InputError(f"--profile {profile}: is no file that can be written")
     return begin(arguments) if arguments.resume is None else resume(arguments)
 
 
-def starting_point(arguments: argparse.Namespace) -> Config:
+def init_run(arguments: argparse.Namespace) -> Config:
     """The configuration that the flags change: a preset's, or an earlier run's."""
     if arguments.config is not None and arguments.preset is not None:
-        raise BadInput("--config and --preset exclude each other: give one of them")
-    init = getattr(arguments, "init", DRAWN[0])
-    if init not in DRAWN:
-        from gluon_bert.warm_start import beginning_with
+        raise InputError("--config and --preset exclude each other: give one of them")
+    init = getattr(arguments, "init", RANDOM_INITS[0])
+    if init not in RANDOM_INITS:
+        from gluon_bert.warm_start import config_from_run
 
         recipe = None if arguments.config is None and arguments.preset is None else recipe_of(arguments)
-        return beginning_with(init, getattr(arguments, "init_checkpoint", "latest"), recipe)
+        return config_from_run(init, getattr(arguments, "init_checkpoint", "latest"), recipe)
     return recipe_of(arguments)
 
 
@@ -148,7 +148,7 @@ def new_folder(arguments: argparse.Namespace) -> Path:
     if arguments.output is not None:
         return Path(arguments.output)
     if arguments.kvstore != "device":
-        raise BadInput(
+        raise InputError(
             f"--kvstore {arguments.kvstore}: --output has to name the run's folder for all workers"
         )
     name = arguments.preset or ("d2l" if arguments.config is None else "repeat")
@@ -158,69 +158,73 @@ def new_folder(arguments: argparse.Namespace) -> Path:
 
 def begin(arguments: argparse.Namespace) -> int:
     """A new run, in a folder of its own."""
-    from gluon_bert.distributed.join import facts_of, joined
-    from gluon_bert.run import check_new, create_run
+    from gluon_bert.distributed.join import init_distributed, run_environment
+    from gluon_bert.run import check_new_run, create_run
     from gluon_bert.training.plots import References
-    from gluon_bert.warm_start import load_start, start_from
+    from gluon_bert.warm_start import load_init_run, load_initial_weights
 
-    config = config_from(arguments, starting_point(arguments))
+    config = config_from(arguments, init_run(arguments))
     output = new_folder(arguments)
     here = place(arguments, config, recorded={})
     if not here.rank:
-        check_new(output)
-    start = load_start(config)
+        check_new_run(output)
+    start = load_init_run(config)
     data = text(config, here)
-    began_with_step = start.step if start else None
-    with joined(arguments.kvstore) as workers:
-        workers.refuse_differences(facts_of(config, data.fingerprint))
+    init_step = start.step if start else None
+    with init_distributed(arguments.kvstore) as workers:
+        workers.check_same_on_all(run_environment(config, data.fingerprint))
         net = network(config, data, here.contexts)
         if start:
-            start_from(net, data.vocab, start)
+            load_initial_weights(net, data.vocab, start)
         del start  # its weights would stay in memory to the end of the run
-        given = Given(config, data, net, here.contexts, output, workers, arguments.step_timeout)
+        given = RunContext(config, data, net, here.contexts, output, workers, arguments.step_timeout)
         if here.rank:
-            return train_beside(given)
+            return run_non_root_rank(given)
         facts = {
             **here.facts(),
             "text": data.fingerprint,
-            "began_with_step": began_with_step,
-            "losses_for_comparison": References.of(data)._asdict(),
+            "init_step": init_step,
+            "reference_losses": References.of(data)._asdict(),
         }
         create_run(output, config, data.vocab, facts)
-        with held_alone(output, "--output"), profiled(arguments.profile, here.contexts):
+        with exclusive_lock(output, "--output"), profiled(arguments.profile, here.contexts):
             return train(given)
 
 
 def resume(arguments: argparse.Namespace) -> int:
     """Go on with a run from its latest checkpoint, as if it had not been stopped."""
-    from gluon_bert.checkpoint import CONFIG, latest_whole
-    from gluon_bert.distributed.join import facts_of, joined
-    from gluon_bert.run import read_config, read_facts, write_config
+    from gluon_bert.checkpoint import CONFIG, latest_valid
+    from gluon_bert.distributed.join import init_distributed, run_environment
+    from gluon_bert.run import read_config, read_environment, write_config
 
     folder = arguments.resume
     for name in ("preset", "config", "output"):
         if getattr(arguments, name) is not None:
-            raise BadInput(f"--{name}: has no place beside --resume, which goes on as {folder} was begun")
+            raise InputError(f"--{name}: has no place beside --resume, which goes on as {folder} was begun")
     if not (folder / CONFIG).is_file():
-        raise BadInput(f"--resume {folder}: is no run: it has no {CONFIG}; name a folder that pretrain wrote")
-    before, facts = read_config(folder / CONFIG), read_facts(folder / CONFIG)
+        raise InputError(
+            f"--resume {folder}: is no run: it has no {CONFIG}; name a folder that pretrain wrote"
+        )
+    before, facts = read_config(folder / CONFIG), read_environment(folder / CONFIG)
     config = config_from(arguments, before)
-    refuse_changes(before, config, str(folder))
+    check_changes(before, config, str(folder))
     here = place(arguments, config, facts)
-    with nullcontext() if here.rank else held_alone(folder, "--resume"):
+    with nullcontext() if here.rank else exclusive_lock(folder, "--resume"):
         if not here.rank:
-            remove_leftovers(folder)
-            remove_leftovers(folder / "checkpoints")
-        snapshot = latest_whole(folder)
+            remove_temporary_files(folder)
+            remove_temporary_files(folder / "checkpoints")
+        snapshot = latest_valid(folder)
         data = text(config, here)
-        refuse_another_text(config, data, folder, facts)
-        with joined(arguments.kvstore) as workers:
-            workers.refuse_differences(facts_of(config, data.fingerprint))
+        check_same_text(config, data, folder, facts)
+        with init_distributed(arguments.kvstore) as workers:
+            workers.check_same_on_all(run_environment(config, data.fingerprint))
             net = network(config, data, here.contexts)
-            given = Given(config, data, net, here.contexts, folder, workers, arguments.step_timeout, snapshot)
+            given = RunContext(
+                config, data, net, here.contexts, folder, workers, arguments.step_timeout, snapshot
+            )
             if here.rank:
-                return train_beside(given)
-            tell_another_place(facts, here)
+                return run_non_root_rank(given)
+            report_device_change(facts, here)
             now = {**facts, **here.facts()}
             if (config, now) != (before, facts):
                 write_config(folder, config, now)

@@ -10,9 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gluon_bert.cli import Terminated, guarded, parser_of, run
-from gluon_bert.errors import BadInput
-from gluon_bert.serving.server import ServerFailed, Settings, need_server, serving
+from gluon_bert.cli import Terminated, parser_of, run, run_command
+from gluon_bert.errors import InputError
+from gluon_bert.serving.server import ServerFailed, Settings, check_server, serving
 
 EXAMPLES = """\
 examples:
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(stop.code or 0)
     before = {number: signal.signal(number, _stop_once) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return guarded(lambda: serve(arguments), "serve")
+        return run_command(lambda: serve(arguments), "serve")
     except Terminated:
         print("serve: stopped", file=sys.stderr)
         return 128 + signal.SIGTERM
@@ -87,7 +87,7 @@ def serve(arguments: argparse.Namespace) -> int:
     settings = Settings(**{name: value for name, value in vars(arguments).items() if name != "what"})
     try:
         settings.check()
-        need_server()
+        check_server()
         with ExitStack() as stack:
             archive = archive_of(arguments.what, stack)
             print(f"starting the server with {archive}", file=sys.stderr)
@@ -116,7 +116,7 @@ def archive_of(what: Path, stack: ExitStack) -> Path:
         from gluon_bert.run import load_run
 
         return export_archive(load_run(what), folder / "archive")
-    raise BadInput(f"{what}: is neither an archive ({ARCHIVE}), nor an export, nor a run")
+    raise InputError(f"{what}: is neither an archive ({ARCHIVE}), nor an export, nor a run")
 
 
 def example(address: str) -> str:

@@ -12,24 +12,24 @@ from ..checkpoint import save_checkpoint
 from ..config import Config, DataConfig, ModelConfig
 from ..data.vocab import Vocabulary
 from ..data.wordpiece import WordPieceVocabulary
-from ..errors import BadInput
-from ..fileio import folder_aside
+from ..errors import InputError
+from ..fileio import atomic_folder
 from ..model.bert import BERTModel
 from ..model.parameters import named_parameters, put_weights
 from ..presets import preset
-from ..run import check_new, create_run, load_run
+from ..run import check_new_run, create_run, load_run
 from ..runtime import mx, versions
-from .weight_names import Layout
+from .weight_names import WeightNames
 
 # What stands on the encoder; a published file may lack one as a whole.
 HEADS = ("pooler", "mlm", "nsp")
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ConvertedModel:
     """A network from elsewhere in our terms.
 
-    weights: float32 arrays by our names. max_len: the longest text it is to take. notes: what a user should
+    weights: float32 arrays by our names. max_seq_length: the longest text it is to take. notes: what a user should
     know of the conversion, a sentence each.
     """
 
@@ -57,29 +57,29 @@ def network(weights: Mapping[str, np.ndarray], vocab_size: int, config: ModelCon
     return net
 
 
-def translate(
+def to_own_names(
     arrays: Mapping[str, np.ndarray],
-    layout: Layout,
+    layout: WeightNames,
     vocab_size: int,
     config: ModelConfig,
     where: object,
-    new_heads: bool = False,
+    init_missing_heads: bool = False,
 ) -> dict[str, np.ndarray]:
     """Another package's arrays as our weights, in float32.
 
-    new_heads: leave out the heads that are missing as a whole. Raises one BadInput that lists every missing
+    init_missing_heads: leave out the heads that are missing as a whole. Raises one InputError that lists every missing
     and every unexpected name and every other shape.
     """
     wanted = {layout.name(name): (name, shape) for name, shape in shapes(vocab_size, config).items()}
     missing = [name for name in wanted if name not in arrays]
     unexpected = sorted(name for name in arrays if name not in wanted)
     problems = [f"missing: {' '.join(missing)}"] if missing else []
-    if new_heads:
+    if init_missing_heads:
         whole = [head for head in HEADS if _lacks_whole(head, wanted, missing)]
         missing = [name for name in missing if wanted[name][0].split(".")[0] not in whole]
         problems = [f"missing: {' '.join(missing)}"] if missing else []
     elif missing and all(wanted[name][0].split(".")[0] in HEADS for name in missing):
-        problems = [f"{problems[0]}; --new-heads yes draws heads that are missing as a whole anew"]
+        problems = [f"{problems[0]}; --init-missing-heads yes draws heads that are missing as a whole anew"]
     problems += [f"unexpected: {' '.join(unexpected)}"] if unexpected else []
     weights = {}
     for theirs, (ours, shape) in wanted.items():
@@ -93,7 +93,7 @@ def translate(
         else:
             weights[ours] = np.ascontiguousarray(layout.to_ours(ours, array), dtype=np.float32)
     if problems:
-        raise BadInput("\n".join(f"{where}: {problem}" for problem in problems))
+        raise InputError("\n".join(f"{where}: {problem}" for problem in problems))
     return weights
 
 
@@ -102,7 +102,7 @@ def _lacks_whole(head: str, wanted: Mapping[str, Any], missing: list[str]) -> bo
     return all(name in missing for name in own)
 
 
-def foreign_arrays(weights: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
+def to_foreign_names(weights: Mapping[str, np.ndarray], layout: WeightNames) -> dict[str, np.ndarray]:
     """Our weights under another package's names; the inverse of `translate`."""
     return {
         layout.name(name): np.ascontiguousarray(layout.to_theirs(name, array))
@@ -110,23 +110,23 @@ def foreign_arrays(weights: Mapping[str, np.ndarray], layout: Layout) -> dict[st
     }
 
 
-def save_run(foreign: Foreign, folder: Path, max_len: int, source: Mapping[str, Any]) -> Config:
+def save_run(foreign: ConvertedModel, folder: Path, max_seq_length: int, source: Mapping[str, Any]) -> Config:
     """Write a network from elsewhere as a run whose only checkpoint is step 0, whole or not at all.
 
     source: where it came from, for config.json. The run's settings of data and training are those of the
     preset that is like it; it has no corpus.
     """
-    check_new(folder)
-    config = _config(foreign, max_len)
+    check_new_run(folder)
+    config = _config(foreign, max_seq_length)
     net = network(foreign.weights, len(foreign.vocab), foreign.model)
-    with folder_aside(folder) as aside:
+    with atomic_folder(folder) as aside:
         create_run(aside, config, foreign.vocab, {"converted_from": source, "versions": versions()})
         save_checkpoint(aside, net, step=0)
         load_run(aside)
     return config
 
 
-def _config(foreign: Foreign, max_len: int) -> Config:
+def _config(foreign: ConvertedModel, max_seq_length: int) -> Config:
     like: Config = preset("bert-tiny" if foreign.model.embedding_norm else "d2l")
     defaults = DataConfig()
     wordpiece = isinstance(foreign.vocab, WordPieceVocabulary)
@@ -134,8 +134,8 @@ def _config(foreign: Foreign, max_len: int) -> Config:
     config = base.replace(
         tokenizer="wordpiece" if wordpiece else defaults.tokenizer,
         lowercase=foreign.lowercase,
-        max_len=max_len,
-        num_buckets=min(like.data.num_buckets, max_len),
+        max_seq_length=max_seq_length,
+        num_buckets=min(like.data.num_buckets, max_seq_length),
     )
     config.check()
     return config.replace(corpus=())

@@ -12,11 +12,11 @@ import numpy as np
 from ..config import ModelConfig, check_group
 from ..data.vocab import Vocabulary
 from ..data.wordpiece import WordPieceVocabulary
-from ..errors import BadInput
-from ..fileio import folder_aside, write_json, written_aside
+from ..errors import InputError
+from ..fileio import atomic_folder, atomic_write, write_json
 from ..model.parameters import weights_of
 from ..run import Run
-from .converter import Foreign, foreign_arrays, translate
+from .converter import ConvertedModel, to_foreign_names, to_own_names
 from .torch_pickle import read_tensors
 from .vocabularies import read_vocabulary
 from .weight_names import HUGGINGFACE
@@ -70,12 +70,14 @@ _BIAS, _BIAS_COPY = "cls.predictions.bias", "cls.predictions.decoder.bias"
 _DECODER, _EMBEDDING = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
 
 
-def read_huggingface(folder: Path, lowercase: bool | None = None, new_heads: bool = False) -> Foreign:
+def read_huggingface(
+    folder: Path, lowercase: bool | None = None, init_missing_heads: bool = False
+) -> ConvertedModel:
     """The network in a folder with config.json, vocab.txt or tokenizer.json, and model.safetensors or
     pytorch_model.bin.
 
-    lowercase: whether its text is lower-cased, where the tokenizer's files do not say it. new_heads: heads
-    that are missing as a whole are drawn anew. BadInput says what cannot be used, all at once.
+    lowercase: whether its text is lower-cased, where the tokenizer's files do not say it. init_missing_heads: heads
+    that are missing as a whole are drawn anew. InputError says what cannot be used, all at once.
     """
     folder = Path(folder)
     notes: list[str] = []
@@ -83,33 +85,33 @@ def read_huggingface(folder: Path, lowercase: bool | None = None, new_heads: boo
     model = model_config(settings, folder / "config.json", notes)
     vocab_size = settings.get("vocab_size", _DEFAULTS["vocab_size"])
     arrays = _renamed(_read_weights(folder, notes), model, notes)
-    weights = translate(arrays, HUGGINGFACE, vocab_size, model, folder, new_heads)
+    weights = to_own_names(arrays, HUGGINGFACE, vocab_size, model, folder, init_missing_heads)
     vocab = read_vocabulary(_vocabulary_file(folder), vocab_size, notes)
-    return Foreign(weights, model, vocab, _lowercase(folder, vocab, lowercase, notes), notes)
+    return ConvertedModel(weights, model, vocab, _lowercase(folder, vocab, lowercase, notes), notes)
 
 
 def write_huggingface(run: Run, folder: Path) -> list[str]:
     """Write a run for transformers, the inverse of `read_huggingface`; returns what a user should know.
 
-    Raises BadInput where its BertForPreTraining has no place for the network, or where the folder is taken.
+    Raises InputError where its BertForPreTraining has no place for the network, or where the folder is taken.
     """
     safetensors = _safetensors()
     config = run.net.config
     _refuse_without_place(config)
-    arrays = foreign_arrays(weights_of(run.net), HUGGINGFACE)
+    arrays = to_foreign_names(weights_of(run.net), HUGGINGFACE)
     if not config.tied_decoder:
         arrays[_BIAS_COPY] = arrays[_BIAS].copy()
     specials = {f"{name}_token": run.vocab.tokens[getattr(run.vocab, name)] for name in _SPECIALS}
-    with folder_aside(folder) as aside:
+    with atomic_folder(folder) as aside:
         write_json(aside / "config.json", bert_config(config, len(run.vocab), run.vocab.pad))
         tokenizer = {
             "tokenizer_class": "BertTokenizer",
             "do_lower_case": run.config.data.lowercase,
-            "model_max_length": run.config.data.max_len,
+            "model_max_length": run.config.data.max_seq_length,
             **specials,
         }
         write_json(aside / TOKENIZER_CONFIG, tokenizer)
-        with written_aside(aside / "vocab.txt") as file:
+        with atomic_write(aside / "vocab.txt") as file:
             file.writelines(token + "\n" for token in run.vocab.tokens)
         safetensors.numpy.save_file(arrays, str(aside / WEIGHTS), metadata={"format": "pt"})
     if isinstance(run.vocab, WordPieceVocabulary):
@@ -152,11 +154,13 @@ def _refuse_without_place(config: ModelConfig) -> None:
     if not config.embedding_norm:
         problems.append("embeddings without a LayerNorm (--embedding-norm no, as the preset d2l has)")
     if problems:
-        raise BadInput("\n".join(f"--to huggingface: its BERT has no place for {each}" for each in problems))
+        raise InputError(
+            "\n".join(f"--to huggingface: its BERT has no place for {each}" for each in problems)
+        )
 
 
 def model_config(settings: Mapping[str, Any], path: Path, notes: list[str]) -> ModelConfig:
-    """The configuration in a config.json; BadInput for everything that this network cannot be."""
+    """The configuration in a config.json; InputError for everything that this network cannot be."""
     problems = [
         f"{name} {settings[name]!r}: is {meaning}, which this one cannot be; it must be {value!r}"
         for name, (value, meaning) in _FIXED.items()
@@ -176,7 +180,7 @@ def model_config(settings: Mapping[str, Any], path: Path, notes: list[str]) -> M
     if s["hidden_act"] not in _ACTIVATIONS:
         problems.append(f"hidden_act {s['hidden_act']!r}: must be one of {', '.join(_ACTIVATIONS)}")
     if problems:
-        raise BadInput("\n".join(f"{path}: {problem}" for problem in problems))
+        raise InputError("\n".join(f"{path}: {problem}" for problem in problems))
     if s["hidden_dropout_prob"] != s["attention_probs_dropout_prob"]:
         notes.append(
             f"dropout of attention is {s['attention_probs_dropout_prob']}, of the rest "
@@ -204,13 +208,13 @@ def _read_weights(folder: Path, notes: list[str]) -> dict[str, np.ndarray]:
         files = sorted(set(read_json(folder / SHARDS).get("weight_map", {}).values()))
         foreign = [name for name in files if Path(name).name != name]
         if foreign:
-            raise BadInput(f"{folder / SHARDS}: {foreign[0]!r} is no file of this folder")
+            raise InputError(f"{folder / SHARDS}: {foreign[0]!r} is no file of this folder")
         return {name: array for file in files for name, array in _read_safetensors(folder / file).items()}
     if (folder / WEIGHTS).is_file():
         return _read_safetensors(folder / WEIGHTS)
     if (folder / PICKLED).is_file():
         return read_tensors(folder / PICKLED)
-    raise BadInput(f"{folder}: has neither {WEIGHTS} nor {PICKLED}")
+    raise InputError(f"{folder}: has neither {WEIGHTS} nor {PICKLED}")
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -225,9 +229,9 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
                 array = (array.astype(np.uint32) << 16).view(np.float32)
             arrays[name] = array
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read as safetensors ({error})") from error
+        raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
     return arrays
 
 
@@ -259,7 +263,7 @@ def _vocabulary_file(folder: Path) -> Path:
     for name in ("vocab.txt", TOKENIZER):
         if (folder / name).is_file():
             return folder / name
-    raise BadInput(f"{folder}: has neither vocab.txt nor {TOKENIZER}")
+    raise InputError(f"{folder}: has neither vocab.txt nor {TOKENIZER}")
 
 
 def _said_of_case(folder: Path) -> bool | None:
@@ -278,7 +282,7 @@ def _lowercase(folder: Path, vocab: Vocabulary, asked: bool | None, notes: list[
     said = _said_of_case(folder)
     if asked is not None:
         if said is not None and said != asked:
-            raise BadInput(
+            raise InputError(
                 f"--lowercase {'yes' if asked else 'no'}: the tokenizer in {folder} says the contrary"
             )
         return asked
@@ -294,9 +298,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from error
+        raise InputError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise BadInput(f"{path}: is no JSON object")
+        raise InputError(f"{path}: is no JSON object")
     return content
 
 
@@ -305,6 +309,6 @@ def _safetensors() -> Any:
         importlib.import_module("safetensors.numpy")
         return importlib.import_module("safetensors")
     except ImportError as error:
-        raise BadInput(
+        raise InputError(
             "model.safetensors needs the package safetensors: pip install -e '.[convert]'"
         ) from error

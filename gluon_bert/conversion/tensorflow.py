@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BadInput, in_a_line
-from .converter import Foreign, translate
+from ..errors import InputError, one_line
+from .converter import ConvertedModel, to_own_names
 from .huggingface import model_config, read_json
 from .vocabularies import read_vocabulary
-from .weight_names import GOOGLE
+from .weight_names import TENSORFLOW
 
 # What its training saves beside the weights, which are under the same names without these endings.
 _OPTIMIZERS = ("/adam_m", "/adam_v", "/Adam", "/Adam_1")
@@ -22,32 +22,32 @@ _STEP = "global_step"
 _NAME = "bert_model.ckpt"
 
 
-def read_google(
-    folder: Path, gelu: str = "gelu_tanh", lowercase: bool | None = None, new_heads: bool = False
-) -> Foreign:
+def read_tensorflow(
+    folder: Path, gelu: str = "gelu_tanh", lowercase: bool | None = None, init_missing_heads: bool = False
+) -> ConvertedModel:
     """The network in a folder as it is published: bert_config.json, vocab.txt, bert_model.ckpt.*.
 
     gelu: which one "gelu" stands for: that of its code today, or `gelu`, the exact one of its first version
-    and of transformers. Raises BadInput as `translate` does, and where TensorFlow is not installed.
+    and of transformers. Raises InputError as `translate` does, and where TensorFlow is not installed.
     """
     folder = Path(folder)
     notes: list[str] = []
     path = folder / "bert_config.json"
     settings = read_json(path)
     if "vocab_size" not in settings:
-        raise BadInput(f"{path}: has no vocab_size")
+        raise InputError(f"{path}: has no vocab_size")
     model = model_config({**settings, "layer_norm_eps": 1e-12}, path, notes)
     if model.activation == "gelu":
         model = dataclasses.replace(model, activation=gelu)
         notes.append(f'"gelu" is taken for {gelu} (--gelu)')
     vocab_size = settings["vocab_size"]
     arrays = _read(checkpoint_in(folder))
-    weights = translate(arrays, GOOGLE, vocab_size, model, folder, new_heads)
+    weights = to_own_names(arrays, TENSORFLOW, vocab_size, model, folder, init_missing_heads)
     vocab = read_vocabulary(folder / "vocab.txt", vocab_size, notes)
     if lowercase is None:
         lowercase = not vocab.is_cased()
         notes.append(f"by its tokens the vocabulary is {'lower-cased' if lowercase else 'cased'}")
-    return Foreign(weights, model, vocab, lowercase, notes)
+    return ConvertedModel(weights, model, vocab, lowercase, notes)
 
 
 def checkpoint_in(folder: Path) -> Path:
@@ -56,8 +56,8 @@ def checkpoint_in(folder: Path) -> Path:
     if _NAME in names or len(names) == 1:
         return folder / (_NAME if _NAME in names else names[0])
     if names:
-        raise BadInput(f"{folder}: has several checkpoints, {' '.join(names)}, and none is named {_NAME}")
-    raise BadInput(f"{folder}: has no checkpoint of TensorFlow: {_NAME}.index is missing")
+        raise InputError(f"{folder}: has several checkpoints, {' '.join(names)}, and none is named {_NAME}")
+    raise InputError(f"{folder}: has no checkpoint of TensorFlow: {_NAME}.index is missing")
 
 
 def _read(checkpoint: Path) -> dict[str, np.ndarray]:
@@ -71,7 +71,7 @@ def _read(checkpoint: Path) -> dict[str, np.ndarray]:
             if name != _STEP and not name.endswith(_OPTIMIZERS)
         }
     except (tensorflow.errors.OpError, ValueError, RuntimeError, IndexError) as error:
-        raise BadInput(f"{checkpoint}: cannot be read as a checkpoint ({in_a_line(error)})") from error
+        raise InputError(f"{checkpoint}: cannot be read as a checkpoint ({one_line(error)})") from error
 
 
 def _tensorflow() -> Any:
@@ -79,6 +79,6 @@ def _tensorflow() -> Any:
     try:
         return importlib.import_module("tensorflow")
     except ImportError as error:
-        raise BadInput(
+        raise InputError(
             "a checkpoint of google-research/bert is read by TensorFlow: pip install -e '.[convert-google]'"
         ) from error

@@ -15,7 +15,7 @@ from typing import Any, Callable, Mapping
 
 import numpy as np
 
-from ..errors import BadInput
+from ..errors import InputError
 
 # torch's names of storages -> how their bytes are read. NumPy has no bfloat16: it is the upper half of a
 # float32.
@@ -38,21 +38,21 @@ class _Storage:
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays by name, floating ones as float32 or as they are; BadInput where it is anything else."""
+    """The arrays by name, floating ones as float32 or as they are; InputError where it is anything else."""
     try:
         with zipfile.ZipFile(path) as archive:
             (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             reader = _Reader(archive, name[: -len("data.pkl")])
             content = reader.load()
     except zipfile.BadZipFile as error:
-        raise BadInput(
+        raise InputError(
             f"{path}: is not a file that torch.save of PyTorch 1.6 or later wrote ({error}); save the "
             "weights as model.safetensors"
         ) from error
     except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise BadInput(f"{path}: cannot be read as weights ({error})") from error
+        raise InputError(f"{path}: cannot be read as weights ({error})") from error
     if not isinstance(content, Mapping) or not all(isinstance(each, np.ndarray) for each in content.values()):
-        raise BadInput(f"{path}: holds something else than named tensors, the state_dict of a network")
+        raise InputError(f"{path}: holds something else than named tensors, the state_dict of a network")
     return dict(content)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Sequence
 
 from ..data.vocab import SPECIAL_TOKENS, Vocabulary
 from ..data.wordpiece import WordPieceVocabulary
-from ..errors import BadInput
+from ..errors import InputError
 
 
 def read_vocabulary(path: Path, rows: int, notes: list[str]) -> Vocabulary:
@@ -17,16 +17,16 @@ def read_vocabulary(path: Path, rows: int, notes: list[str]) -> Vocabulary:
     The JSON is that of gluonnlp.Vocab, or a tokenizer.json, in which transformers keep WordPiece today.
 
     Rows without a token, with which some pad the embeddings, get the names [unused...] that published
-    vocabularies have for that; a note tells. Raises BadInput where the vocabulary cannot be read or does not
+    vocabularies have for that; a note tells. Raises InputError where the vocabulary cannot be read or does not
     fit.
     """
     vocab = _read(path)
     if len(vocab) > rows:
-        raise BadInput(f"{path}: has {len(vocab)} tokens, where the weights have rows for {rows}")
+        raise InputError(f"{path}: has {len(vocab)} tokens, where the weights have rows for {rows}")
     if len(vocab) == rows:
         return vocab
     if not isinstance(vocab, WordPieceVocabulary):
-        raise BadInput(
+        raise InputError(
             f"{path}: has {len(vocab)} tokens, where the weights have rows for {rows}: it is another "
             "network's vocabulary"
         )
@@ -53,7 +53,7 @@ def _read(path: Path) -> Vocabulary:
         try:
             first = path.read_bytes()[:1000].decode("utf-8", "replace").split("\n")[: len(SPECIAL_TOKENS)]
         except OSError as error:
-            raise BadInput(f"{path}: cannot be read as a vocabulary ({error.strerror or error})") from error
+            raise InputError(f"{path}: cannot be read as a vocabulary ({error.strerror or error})") from error
         if tuple(first) != SPECIAL_TOKENS:
             return WordPieceVocabulary.load(path)
         tokens = path.read_text("utf-8").split("\n")
@@ -63,8 +63,8 @@ def _read(path: Path) -> Vocabulary:
         return Vocabulary(tokens[len(SPECIAL_TOKENS) :])
     try:
         return WordPieceVocabulary(tokens)
-    except BadInput as problem:
-        raise BadInput(
+    except InputError as problem:
+        raise InputError(
             f"{path}: {problem}; a vocabulary of words begins with {' '.join(SPECIAL_TOKENS)}"
         ) from problem
 
@@ -75,9 +75,11 @@ def _tokens_in_json(path: Path) -> list[str]:
         content = json.loads(path.read_text("utf-8"))
         tokens = content["idx_to_token"] if "idx_to_token" in content else _tokens_of_tokenizer(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path}: cannot be read as a vocabulary ({type(error).__name__}: {error})") from error
+        raise InputError(
+            f"{path}: cannot be read as a vocabulary ({type(error).__name__}: {error})"
+        ) from error
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise BadInput(f"{path}: idx_to_token must be a list of strings")
+        raise InputError(f"{path}: idx_to_token must be a list of strings")
     return tokens
 
 

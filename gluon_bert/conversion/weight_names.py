@@ -11,7 +11,7 @@ _POSITIONS = "encoder.embeddings.positions.weight"
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightNames:
     """Another package's parameters in terms of ours.
 
     parts: parts of our names and theirs, replaced in this order. follows_first: row 0 of their next-sentence
@@ -53,7 +53,7 @@ class Layout:
 
 
 # BertForPreTraining of PyTorch transformers. Its label 0 is "follows" (modeling_bert.py).
-HUGGINGFACE = Layout(
+HUGGINGFACE = WeightNames(
     {
         "encoder.embeddings.tokens": "bert.embeddings.word_embeddings",
         "encoder.embeddings.segments": "bert.embeddings.token_type_embeddings",
@@ -82,7 +82,7 @@ HUGGINGFACE = Layout(
 
 # The TensorFlow checkpoints of google-research/bert. Its label 1 is a random second segment
 # (create_pretraining_data.py).
-GOOGLE = Layout(
+TENSORFLOW = WeightNames(
     {
         "encoder.embeddings.tokens.weight": "bert/embeddings/word_embeddings",
         "encoder.embeddings.segments.weight": "bert/embeddings/token_type_embeddings",
@@ -112,7 +112,7 @@ GOOGLE = Layout(
 
 # BERTModel of GluonNLP 0.10 with pooler, decoder and classifier. Its published weights come from
 # google-research/bert, and its own scripts label a random second segment 1, too.
-GLUONNLP = Layout(
+GLUONNLP = WeightNames(
     {
         "encoder.embeddings.tokens": "word_embed.0",
         "encoder.embeddings.segments": "token_type_embed.0",
@@ -137,7 +137,7 @@ GLUONNLP = Layout(
 )
 
 # The book's BERTModel for MXNet (d2l 0.17). Its label 1 is "follows", as here.
-D2L = Layout(
+D2L = WeightNames(
     {
         "encoder.embeddings.tokens": "encoder.token_embedding",
         "encoder.embeddings.segments": "encoder.segment_embedding",

@@ -23,11 +23,11 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from ..config import DataConfig
-from ..fileio import written_aside
+from ..fileio import atomic_write
 from . import shards
 from .corpora.corpus import Corpus
-from .corpora.text_formats import Piece, parse
-from .document_arrays import Gathered, Numbered, number_words, numbering
+from .corpora.text_formats import TextChunk, parse
+from .document_arrays import DocumentBuilder, WordIndexedDocuments, index_words, numbering
 from .process_pool import Map, processes
 from .vocab import Vocabulary
 from .wordpiece import WordPieceVocabulary, installed_version
@@ -44,7 +44,7 @@ _LOOKED_UP = 1 << 16
 _COMPARED = 1 << 22
 # Seconds between two lines on the progress, where there is no terminal to show a bar.
 _TOLD_EVERY = 60.0
-# Above this share repetitions are worth a warning: the held-out text then tells little about new text.
+# Above this share repetitions are worth a warning: the validation text then tells little about new text.
 _MANY_REPEATED = 0.1
 # Above this share of the words in documents that were left out, --text-format may be the wrong one.
 _MUCH_DROPPED = 1 / 3
@@ -52,7 +52,7 @@ _MANY_UNKNOWN = 0.1
 
 
 def vocabulary_maker(config: DataConfig) -> VocabularyOf:
-    """What gives the vocabulary for counted words; BadInput where it cannot, before any text is read."""
+    """What gives the vocabulary for counted words; InputError where it cannot, before any text is read."""
     vocab: Vocabulary
     if config.tokenizer == "wordpiece":
         installed_version()
@@ -101,12 +101,12 @@ def prepare_shards(
 ) -> dict[str, Any]:
     """Fill a folder with the shards of a corpus; returns the manifest, with which `finish` ends it."""
     _clear(folder)
-    with processes(config.num_workers) as map_all:
+    with processes(config.preprocessing_workers) as map_all:
         num_shards = _read_text(corpus, config, folder, map_all, made_by["fingerprint"])
     # In a process of its own: the words of a large text take much memory, which Python does not give back.
-    with processes(min(config.num_workers, 1)) as map_all:
+    with processes(min(config.preprocessing_workers, 1)) as map_all:
         ((_, unk),) = map_all(partial(_number_all, folder=folder, config=config), [num_shards])
-    with processes(min(config.num_workers, num_shards)) as map_all:
+    with processes(min(config.preprocessing_workers, num_shards)) as map_all:
         described = [shard for _, shard in map_all(partial(_finish_shard, folder=folder), range(num_shards))]
     return shards.manifest(folder, made_by, described, _statistics(folder, described, unk))
 
@@ -142,7 +142,7 @@ def _read_text(corpus: Corpus, config: DataConfig, folder: Path, map_all: Map, f
         everything = corpus.pieces()
         for piece in islice(everything, pieces_before):
             advance(piece.num_bytes)
-        gathered, num_pieces = Gathered(), 0
+        gathered, num_pieces = DocumentBuilder(), 0
         seen: set[int] = set()
         for piece, numbered in map_all(partial(_number_piece, config=config), everything):
             # The same docstrings stand in many files; a user's own text is taken as it is.
@@ -152,25 +152,25 @@ def _read_text(corpus: Corpus, config: DataConfig, folder: Path, map_all: Map, f
             # All of the pydoc prose is in one shard: a preparation that goes on does not know what was seen.
             if gathered.num_words >= _SHARD_WORDS and not piece.source:
                 _write_words(_words_path(folder, number), gathered.numbered(), num_pieces, fingerprint)
-                number, gathered, num_pieces = number + 1, Gathered(), 0
+                number, gathered, num_pieces = number + 1, DocumentBuilder(), 0
     if num_pieces or not number:
         _write_words(_words_path(folder, number), gathered.numbered(), num_pieces, fingerprint)
         number += 1
     return number
 
 
-def _number_piece(piece: Piece, config: DataConfig) -> Numbered:
+def _number_piece(piece: TextChunk, config: DataConfig) -> WordIndexedDocuments:
     parsed = parse(piece, config)
-    return number_words(zip(parsed.documents, parsed.held_out), parsed.dropped)
+    return index_words(zip(parsed.documents, parsed.validation), parsed.dropped)
 
 
-def _unseen(numbered: Numbered, seen: set[int]) -> Numbered:
+def _unseen(numbered: WordIndexedDocuments, seen: set[int]) -> WordIndexedDocuments:
     """Those of the documents that were not met before."""
     keep = np.zeros(len(numbered.documents), dtype=bool)
     for i, content in enumerate(numbered.document_hashes.tolist()):
         keep[i] = content not in seen
         seen.add(content)
-    return numbered.only(keep)
+    return numbered.select(keep)
 
 
 def _words_path(folder: Path, number: int) -> Path:
@@ -181,7 +181,7 @@ def _numbers_path(folder: Path, number: int) -> Path:
     return folder / f"words-{number:05}.npy"
 
 
-def _write_words(path: Path, numbered: Numbered, num_pieces: int, fingerprint: str) -> None:
+def _write_words(path: Path, numbered: WordIndexedDocuments, num_pieces: int, fingerprint: str) -> None:
     content = "\n".join(numbered.words).encode("utf-8", "surrogatepass")
     arrays = {
         **numbered._asdict(),
@@ -192,7 +192,7 @@ def _write_words(path: Path, numbered: Numbered, num_pieces: int, fingerprint: s
         "num_pieces": np.array(num_pieces),
         "fingerprint": np.array(fingerprint),
     }
-    with written_aside(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         np.savez(file, **arrays)
 
 
@@ -238,15 +238,15 @@ def _number_all(num_shards: int, folder: Path, config: DataConfig) -> int:
     counts.default_factory = None
     for word, count in zip(words, word_counts[0].tolist()):
         counts[word] = count
-        if not count:  # it is in held-out text only
+        if not count:  # it is in validation text only
             del counts[word]
     vocab = vocabulary_maker(config)(counts)
     of_words = WordIds(words, vocab)
     ids = of_words.ids.astype(shards.id_type(len(vocab)))
     np.savez(folder / "ids.npz", ids=ids, starts=of_words.starts)
-    with written_aside(folder / shards.VOCABULARY, "wb") as file:
+    with atomic_write(folder / shards.VOCABULARY, "wb") as file:
         file.write("\n".join(vocab.tokens).encode("utf-8", "surrogatepass"))
-    with written_aside(folder / shards.COUNTS, "wb") as file:
+    with atomic_write(folder / shards.COUNTS, "wb") as file:
         np.save(file, of_words.token_counts(word_counts))
     return vocab.unk
 
@@ -255,11 +255,11 @@ def _finish_shard(number: int, folder: Path) -> dict[str, Any]:
     """A shard of words to the shard of ids that stays; returns what the manifest says of it."""
     with np.load(folder / "ids.npz") as table, np.load(_words_path(folder, number)) as arrays:
         ids, starts = table["ids"], table["starts"]
-        numbered = Numbered([], *(arrays[name] for name in Numbered._fields[1:]))
+        numbered = WordIndexedDocuments([], *(arrays[name] for name in WordIndexedDocuments._fields[1:]))
     numbered = numbered._replace(tokens=np.load(_numbers_path(folder, number))[numbered.tokens])
     sides = {
-        side: numbered.only(numbered.held_out == held_out).with_ids(ids, starts)
-        for side, held_out in zip(shards.SIDES, (False, True))
+        side: numbered.select(numbered.validation == validation).to_token_ids(ids, starts)
+        for side, validation in zip(shards.SIDES, (False, True))
     }
     shards.write_shard(folder, number, sides)
     return shards.describe_shard(folder, number)
@@ -316,13 +316,13 @@ def _array_in(path: Path, name: str) -> np.ndarray:
 
 def _tell(statistics: Mapping[str, Any], config: DataConfig) -> None:
     """The statistics in a line, and a line for each of them that is a reason to look at the text."""
-    train, held_out = (statistics[side] for side in shards.SIDES)
+    train, validation = (statistics[side] for side in shards.SIDES)
     log.info(
         "%s documents, %s of them held out; %s sentences, %s tokens, %.1f %% of them unknown",
-        f"{train['documents'] + held_out['documents']:,}",
-        f"{held_out['documents']:,}",
-        f"{train['sentences'] + held_out['sentences']:,}",
-        f"{train['tokens'] + held_out['tokens']:,}",
+        f"{train['documents'] + validation['documents']:,}",
+        f"{validation['documents']:,}",
+        f"{train['sentences'] + validation['sentences']:,}",
+        f"{train['tokens'] + validation['tokens']:,}",
         100 * statistics["unknown"],
     )
     dropped, repeated = statistics["dropped_words"], statistics["repeated_sentences"]
@@ -335,7 +335,7 @@ def _tell(statistics: Mapping[str, Any], config: DataConfig) -> None:
         )
     if repeated > _MANY_REPEATED:
         log.warning(
-            "%.0f %% of the sentences and %.0f %% of the documents repeat earlier ones: losses on held-out "
+            "%.0f %% of the sentences and %.0f %% of the documents repeat earlier ones: losses on validation "
             "text look too good by that; take repetitions out of the text",
             100 * repeated,
             100 * statistics["repeated_documents"],

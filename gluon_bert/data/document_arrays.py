@@ -58,11 +58,11 @@ class Documents:
         return self
 
 
-class Numbered(NamedTuple):
+class WordIndexedDocuments(NamedTuple):
     """Documents of numbered words; word n is `words[n]`, in the order of their first occurrence.
 
     tokens: (N,) int32. sentences: (S,) int64, words of each. documents: (D,) int64, sentences of each.
-    held_out: (D,) bool. sentence_hashes: (S,) uint64. document_hashes: (D,) uint64. dropped: (2,) int64,
+    validation: (D,) bool. sentence_hashes: (S,) uint64. document_hashes: (D,) uint64. dropped: (2,) int64,
     documents that were left out for having one sentence only, and the words in them.
     """
 
@@ -70,35 +70,35 @@ class Numbered(NamedTuple):
     tokens: np.ndarray
     sentences: np.ndarray
     documents: np.ndarray
-    held_out: np.ndarray
+    validation: np.ndarray
     sentence_hashes: np.ndarray
     document_hashes: np.ndarray
     dropped: np.ndarray
 
-    def only(self, keep: np.ndarray) -> Numbered:
+    def select(self, keep: np.ndarray) -> WordIndexedDocuments:
         """Those of the documents that a (D,) bool array marks; the words keep their numbers."""
         sentence_kept = np.repeat(keep, self.documents)
         token_kept = np.repeat(sentence_kept, self.sentences)
-        return Numbered(
+        return WordIndexedDocuments(
             self.words,
             self.tokens[token_kept],
             self.sentences[sentence_kept],
             self.documents[keep],
-            self.held_out[keep],
+            self.validation[keep],
             self.sentence_hashes[sentence_kept],
             self.document_hashes[keep],
             self.dropped,
         )
 
     def word_counts(self) -> np.ndarray:
-        """(2, W) int64: how often each word occurs, in the text to train on and in the held-out text."""
-        held_out = np.repeat(np.repeat(self.held_out, self.documents), self.sentences)
+        """(2, W) int64: how often each word occurs, in the text to train on and in the validation text."""
+        validation = np.repeat(np.repeat(self.validation, self.documents), self.sentences)
         size = len(self.words)
         return np.stack(
-            [np.bincount(self.tokens[held_out == side], minlength=size) for side in (False, True)]
+            [np.bincount(self.tokens[validation == side], minlength=size) for side in (False, True)]
         )
 
-    def with_ids(self, ids: np.ndarray, starts: np.ndarray) -> Documents:
+    def to_token_ids(self, ids: np.ndarray, starts: np.ndarray) -> Documents:
         """The documents with the tokens of each word; those of word n are ids[starts[n]:starts[n + 1]].
 
         The tokens have the type of `ids`.
@@ -123,7 +123,9 @@ def numbering() -> defaultdict[str, int]:
     return defaultdict(count().__next__)
 
 
-def number_words(documents: Iterable[tuple[Document, bool]], dropped: Sequence[int] = (0, 0)) -> Numbered:
+def index_words(
+    documents: Iterable[tuple[Document, bool]], dropped: Sequence[int] = (0, 0)
+) -> WordIndexedDocuments:
     """Documents of words apart by spaces, each with whether it is held out, as arrays.
 
     dropped: documents that are not among them for having one sentence, and the words of these.
@@ -131,16 +133,16 @@ def number_words(documents: Iterable[tuple[Document, bool]], dropped: Sequence[i
     order = numbering()
     tokens, ends, counts, sides = array("i"), array("q", [0]), array("q"), array("b")
     sentence_hashes, document_hashes = [], []
-    for document, held_out in documents:
+    for document, validation in documents:
         for sentence in document:
             tokens.extend(map(order.__getitem__, sentence.split()))
             ends.append(len(tokens))
         counts.append(len(document))
-        sides.append(held_out)
+        sides.append(validation)
         hashes = b"".join([_hash(sentence.encode("utf-8", "surrogatepass")) for sentence in document])
         sentence_hashes.append(hashes)
         document_hashes.append(_hash(hashes))
-    return Numbered(
+    return WordIndexedDocuments(
         list(order),
         np.array(tokens, dtype=np.int32),
         np.diff(np.array(ends)),
@@ -152,27 +154,29 @@ def number_words(documents: Iterable[tuple[Document, bool]], dropped: Sequence[i
     )
 
 
-class Gathered:
+class DocumentBuilder:
     """Numbered documents of several pieces of text, under one numbering of their words."""
 
     def __init__(self) -> None:
         self._order = numbering()
-        self._pieces = [number_words([])]
+        self._pieces = [index_words([])]
         self.num_words = 0  # running words, not different ones
 
-    def add(self, piece: Numbered) -> None:
+    def add(self, piece: WordIndexedDocuments) -> None:
         """Append the documents of a piece."""
         numbers = np.fromiter(map(self._order.__getitem__, piece.words), np.int32, len(piece.words))
         self._pieces.append(piece._replace(words=[], tokens=numbers[piece.tokens]))
         self.num_words += len(piece.tokens)
 
-    def numbered(self) -> Numbered:
+    def numbered(self) -> WordIndexedDocuments:
         """All of them; nothing can be added any more."""
         pieces, self._pieces = self._pieces, []
-        arrays = {name: [getattr(piece, name) for piece in pieces] for name in Numbered._fields[1:]}
+        arrays = {
+            name: [getattr(piece, name) for piece in pieces] for name in WordIndexedDocuments._fields[1:]
+        }
         dropped = np.sum(arrays.pop("dropped"), axis=0)
         whole = {name: np.concatenate(parts) for name, parts in arrays.items()}
-        return Numbered(words=list(self._order), dropped=dropped, **whole)
+        return WordIndexedDocuments(words=list(self._order), dropped=dropped, **whole)
 
 
 def _bounds(sizes: np.ndarray) -> np.ndarray:

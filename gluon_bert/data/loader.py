@@ -9,10 +9,10 @@ from typing import Any, Iterator, Mapping, NamedTuple
 import numpy as np
 
 from ..config import DataConfig, check_group
-from ..errors import BadInput
+from ..errors import InputError
 from .batch import Batch, make_batch
 from .masking import num_draws, pair_noise
-from .prepared import Documents, Text, prepare
+from .prepared import Documents, DocumentSource, prepare
 from .sentence_pairs import NUM_SPECIAL_IN_PAIR, Pairs, draw_pairs
 from .vocab import Vocabulary
 
@@ -25,13 +25,13 @@ _PART_TOKENS = 1 << 25
 log = logging.getLogger(__name__)
 
 
-class Position(NamedTuple):
+class LoaderState(NamedTuple):
     """A place in the data: a batch of an epoch, both counted from 0."""
 
     epoch: int = 0
     batch: int = 0
 
-    def next(self) -> Position:
+    def next(self) -> LoaderState:
         """The place behind this batch, maybe behind the epoch's last."""
         return self._replace(batch=self.batch + 1)
 
@@ -49,7 +49,7 @@ class Loader:
     """
 
     def __init__(
-        self, documents: Text, vocab: Vocabulary, config: DataConfig, batch_size: int, seed: int
+        self, documents: DocumentSource, vocab: Vocabulary, config: DataConfig, batch_size: int, seed: int
     ) -> None:
         self.documents, self.vocab, self.config = documents, vocab, config
         self.batch_size, self.seed = batch_size, seed
@@ -65,14 +65,14 @@ class Loader:
         """The pairs of an epoch, or of its first part: always the same where they are not drawn anew."""
         return self._part(self._drawing(epoch), 0)[1]
 
-    def share_too_long(self) -> float:
-        """The share of neighbouring sentences that make a pair above max_len; of a text in parts, of one."""
+    def fraction_truncated(self) -> float:
+        """The share of neighbouring sentences that make a pair above max_seq_length; of a text in parts, of one."""
         documents = self._part(0, 0)[0]
         sizes = np.diff(documents.sentences)
         inside = np.ones(len(sizes), dtype=bool)
         inside[documents.documents[1:] - 1] = False  # a document's last sentence has no next one
         pairs = sizes[:-1] + sizes[1:] + NUM_SPECIAL_IN_PAIR
-        return float((pairs[inside[:-1]] > self.config.max_len).mean())
+        return float((pairs[inside[:-1]] > self.config.max_seq_length).mean())
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """The batches of one epoch in their shuffled order, the last of each bucket maybe smaller.
@@ -86,20 +86,20 @@ class Loader:
                 yield self._batch(epoch, number, members, length)
             skip = max(0, skip - len(plan))
 
-    def forever(self, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
         """Epoch after epoch, beginning with this one, of which `skip` batches are left out."""
-        return (batch for _, batch in self.walk(Position(epoch, skip)))
+        return (batch for _, batch in self.iter_from(LoaderState(epoch, skip)))
 
-    def walk(self, start: Position) -> Iterator[tuple[Position, Batch]]:
+    def iter_from(self, start: LoaderState) -> Iterator[tuple[LoaderState, Batch]]:
         """The batches from a position on, epoch after epoch, each with its own position."""
         epoch, skip = start
         while True:
             for number, batch in enumerate(self.epoch(epoch, skip), skip):
-                yield Position(epoch, number), batch
+                yield LoaderState(epoch, number), batch
             epoch, skip = epoch + 1, 0
 
     def _drawing(self, epoch: int) -> int:
-        return epoch if self.config.redraw else 0
+        return epoch if self.config.dynamic_masking else 0
 
     def _parts(self, drawing: int) -> list[list[int]]:
         """The shards of each part, whose order is that of the text; a small text is one part."""
@@ -139,7 +139,7 @@ class Loader:
         order = rng.permutation(len(pairs))
         # Few lengths, all known beforehand: every new shape costs a new plan of the graph's memory.
         bounds = np.ceil(
-            self.config.max_len * np.arange(1, self.config.num_buckets + 1) / self.config.num_buckets
+            self.config.max_seq_length * np.arange(1, self.config.num_buckets + 1) / self.config.num_buckets
         )
         bucket = np.searchsorted(bounds, pairs.lengths()[order])
         plan = []
@@ -150,52 +150,54 @@ class Loader:
         return [plan[i] for i in rng.permutation(len(plan))]
 
 
-class Data(NamedTuple):
+class PretrainingData(NamedTuple):
     """What a run trains on.
 
-    held_out: batches for evaluation, or None where there is too little text for them. unigram_loss and
-    held_out_unigram_loss: on either text, of a model that knows only how frequent words are, in nats.
+    validation: batches for evaluation, or None where there is too little text for them. unigram_loss and
+    validation_unigram_loss: on either text, of a model that knows only how frequent words are, in nats.
     word_counts: (V,) float64, how often each token is a word that may be predicted, in the training text.
     fingerprint: a hash of the text and its preparation. statistics: of the text, see Prepared.
     """
 
     train: Loader
-    held_out: Loader | None
+    validation: Loader | None
     vocab: Vocabulary
     unigram_loss: float
-    held_out_unigram_loss: float
+    validation_unigram_loss: float
     word_counts: np.ndarray
     fingerprint: str
     statistics: Mapping[str, Any] = {}
 
 
-def load_data(config: DataConfig, batch_size: int, seed: int = 0) -> Data:
+def load_pretraining_data(config: DataConfig, batch_size: int, seed: int = 0) -> PretrainingData:
     """Read a corpus, prepared once and cached, into loaders of batches.
 
-    Raises BadInput where the corpus cannot be used as the configuration asks.
+    Raises InputError where the corpus cannot be used as the configuration asks.
     """
     check_group(config)
     prepared = prepare(config)
     train = Loader(prepared.train, prepared.vocab, config, batch_size, seed)
     if not len(train.pairs(0)):
-        raise BadInput(f"--max-len {config.max_len}: no pair of sentences fits; a larger figure is needed")
+        raise InputError(
+            f"--max-seq-length {config.max_seq_length}: no pair of sentences fits; a larger figure is needed"
+        )
     if config.pairs == "sentences":
         log.info(
-            "%.0f %% of the pairs of sentences are longer than --max-len %d: --long-pairs %s",
-            100 * train.share_too_long(),
-            config.max_len,
+            "%.0f %% of the pairs of sentences are longer than --max-seq-length %d: --long-pairs %s",
+            100 * train.fraction_truncated(),
+            config.max_seq_length,
             config.long_pairs,
         )
-    held_out = Loader(prepared.held_out, prepared.vocab, config, batch_size, seed)
-    usable = prepared.held_out.with_pairs() >= 2 and len(held_out.pairs(0)) > 0
+    validation = Loader(prepared.validation, prepared.vocab, config, batch_size, seed)
+    usable = prepared.validation.with_pairs() >= 2 and len(validation.pairs(0)) > 0
     if not usable:
-        log.info("too little text is held out for an evaluation; --held-out asks for more")
-    return Data(
+        log.info("too little text is held out for an evaluation; --validation-fraction asks for more")
+    return PretrainingData(
         train,
-        held_out if usable else None,
+        validation if usable else None,
         prepared.vocab,
         prepared.unigram_loss(prepared.train, config.predict_unknown),
-        prepared.unigram_loss(prepared.held_out, config.predict_unknown) if usable else math.nan,
+        prepared.unigram_loss(prepared.validation, config.predict_unknown) if usable else math.nan,
         prepared.word_counts(prepared.train, config.predict_unknown),
         prepared.fingerprint,
         prepared.statistics,

@@ -38,7 +38,7 @@ def mask(
 ) -> Masked:
     """Mask rows of tokens: (B, T) int32 and lengths (B,) -> Masked. All randomness is in `noise`.
 
-    noise: (`num_draws`, B, T) uniform on [0, 1). Of a row's tokens that are no special ones, `mask_rate` are
+    noise: (`num_draws`, B, T) uniform on [0, 1). Of a row's tokens that are no special ones, `mlm_probability` are
     chosen, one at least; of these `mask_token_rate` are shown as <mask>, `random_token_rate` as a random
     token, and the rest as they are, each token for itself (Devlin et al. 2018, section 3.1: 15 %, and 80,
     10 and 10 %). Words and n-grams are chosen whole as far as they fit in that number; where not even the
@@ -49,15 +49,15 @@ def mask(
     word = real & (~vocab.special[tokens] | (tokens == vocab.unk))
     candidate = word if config.predict_unknown else word & (tokens != vocab.unk)
     if config.mask_count == "round":
-        wanted = np.rint(config.mask_rate * lengths)
+        wanted = np.rint(config.mlm_probability * lengths)
     else:
         # Without the small term 0.15 * 20 and the like may fall just below a whole number.
-        wanted = np.floor(config.mask_rate * word.sum(axis=1) + 1e-9)
+        wanted = np.floor(config.mlm_probability * word.sum(axis=1) + 1e-9)
     wanted = np.minimum(np.maximum(wanted, 1), candidate.sum(axis=1)).astype(np.int64)
     if config.masking == "tokens":
         chosen = _smallest(np.where(candidate, noise[0], np.inf), wanted)
     else:
-        continues = vocab.continues[tokens]
+        continues = vocab.is_continuation[tokens]
         chosen = _whole_words(word, candidate, continues, wanted, noise, config)
     rows, positions = np.nonzero(chosen)
     labels = tokens[rows, positions]
@@ -171,7 +171,7 @@ def _taken(
 def _replacements(
     labels: np.ndarray, action: np.ndarray, which: np.ndarray, vocab: Vocabulary, config: DataConfig
 ) -> np.ndarray:
-    choice = np.arange(len(vocab)) if config.random_token == "any" else vocab.ordinary
+    choice = np.arange(len(vocab)) if config.random_token == "any" else vocab.ordinary_ids
     random_tokens = choice[(which * len(choice)).astype(np.int64)]
     as_mask = action < config.mask_token_rate
     as_random = ~as_mask & (action < config.mask_token_rate + config.random_token_rate)

@@ -16,14 +16,14 @@ from typing import Any, Iterable, Mapping, Union
 import numpy as np
 
 from ..config import DataConfig
-from ..errors import BadInput
-from ..fileio import digest
+from ..errors import InputError
+from ..fileio import file_hash
 from . import shards
 from .build_shards import VocabularyOf, WordIds, finish, prepare_shards, vocabulary_maker
 from .corpora.corpus import Corpus
 from .corpora.text_formats import Document
 from .corpora.wikitext2 import data_folder
-from .document_arrays import Documents, number_words
+from .document_arrays import Documents, index_words
 from .shards import Shards
 from .vocab import SPECIAL_TOKENS, Vocabulary
 from .wordpiece import WordPieceVocabulary, installed_version
@@ -31,31 +31,31 @@ from .wordpiece import WordPieceVocabulary, installed_version
 log = logging.getLogger(__name__)
 
 # In memory, or on disk in shards.
-Text = Union[Documents, Shards]
+DocumentSource = Union[Documents, Shards]
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A corpus as ids: the text to train on, the held-out text, and the vocabulary of the former.
+class PreparedCorpus:
+    """A corpus as ids: the text to train on, the validation text, and the vocabulary of the former.
 
     fingerprint: a hash of the text and of all that made these ids of it. statistics: what the manifest says
     of the text: documents, sentences and tokens, and shares of what is unknown, repeated or left out.
     """
 
-    train: Text
-    held_out: Text
+    train: DocumentSource
+    validation: DocumentSource
     vocab: Vocabulary
     fingerprint: str
     statistics: Mapping[str, Any] = field(default_factory=dict)
 
-    def word_counts(self, documents: Text, predict_unknown: bool) -> np.ndarray:
+    def word_counts(self, documents: DocumentSource, predict_unknown: bool) -> np.ndarray:
         """(V,) float64: how often each token occurs in these documents as a word that may be predicted."""
         counts = documents.counts(len(self.vocab)).astype(np.float64)
         if not predict_unknown:
             counts[self.vocab.unk] = 0
         return counts
 
-    def unigram_loss(self, documents: Text, predict_unknown: bool) -> float:
+    def unigram_loss(self, documents: DocumentSource, predict_unknown: bool) -> float:
         """The loss in nats, on these documents, of a model that knows the words' frequencies in training.
 
         On the training text itself it is the entropy of the words to predict. Below it a model must have
@@ -69,8 +69,8 @@ class Prepared:
         return float((asked[met] * loss).sum() / asked.sum())
 
 
-def prepare(config: DataConfig, cache: Path | None = None) -> Prepared:
-    """Read a corpus into ids, or what an earlier time left on disk; BadInput where there is too little text.
+def prepare(config: DataConfig, cache: Path | None = None) -> PreparedCorpus:
+    """Read a corpus into ids, or what an earlier time left on disk; InputError where there is too little text.
 
     cache: the folder for that, by default in MXNet's data folder. What depends on a seed is not kept.
     """
@@ -97,14 +97,14 @@ def prepare(config: DataConfig, cache: Path | None = None) -> Prepared:
                 prepared = _prepared(folder, manifest, config)
                 _check(prepared, config)
                 finish(folder, manifest, config)
-            except BadInput:
+            except InputError:
                 # Text that is refused is changed, and then has another folder.
                 shutil.rmtree(folder)
                 raise
     return prepared
 
 
-def number(documents: Iterable[tuple[Document, bool]], min_freq: int) -> Prepared:
+def number(documents: Iterable[tuple[Document, bool]], min_freq: int) -> PreparedCorpus:
     """Documents of words, each with whether it is held out, to documents of ids of words.
 
     The vocabulary is made of the training text; in both texts the other words become <unk>.
@@ -112,36 +112,37 @@ def number(documents: Iterable[tuple[Document, bool]], min_freq: int) -> Prepare
     return numbered(documents, lambda counts: Vocabulary.from_counts(counts, min_freq))
 
 
-def numbered(documents: Iterable[tuple[Document, bool]], vocabulary_of: VocabularyOf) -> Prepared:
+def numbered(documents: Iterable[tuple[Document, bool]], vocabulary_of: VocabularyOf) -> PreparedCorpus:
     """Documents of words, each with whether it is held out, to documents of ids, all in memory.
 
     vocabulary_of: gives the vocabulary for the training text's words and how often each of them occurs.
     """
-    text = number_words(documents)
+    text = index_words(documents)
     counts = text.word_counts()[0].tolist()
     vocab = vocabulary_of({word: count for word, count in zip(text.words, counts) if count})
     of_words = WordIds(text.words, vocab)
-    train, held_out = (
-        text.only(text.held_out == side).with_ids(of_words.ids, of_words.starts) for side in (False, True)
+    train, validation = (
+        text.select(text.validation == side).to_token_ids(of_words.ids, of_words.starts)
+        for side in (False, True)
     )
-    return Prepared(train, held_out, vocab, fingerprint="")
+    return PreparedCorpus(train, validation, vocab, fingerprint="")
 
 
-def _check(prepared: Prepared, config: DataConfig) -> None:
+def _check(prepared: PreparedCorpus, config: DataConfig) -> None:
     names = " ".join(config.corpus)
     usable = prepared.train.with_pairs()
     if usable < 2:
-        raise BadInput(
+        raise InputError(
             f"--corpus {names}: {usable} of the documents to train on have two sentences or more, where "
             "next-sentence prediction needs two such documents, as a random second segment from the first's "
-            f"own document would be labelled wrongly; {len(prepared.held_out)} more are held out "
-            "(--held-out), and --text-format says what parts documents and sentences"
+            f"own document would be labelled wrongly; {len(prepared.validation)} more are held out "
+            "(--validation-fraction), and --text-format says what parts documents and sentences"
         )
     vocab = prepared.vocab
-    if config.vocab_file and not prepared.train.counts(len(vocab))[vocab.ordinary].any():
-        raise BadInput(f"--vocab-file {config.vocab_file}: has no token for any word of --corpus {names}")
-    if not len(vocab.ordinary):
-        raise BadInput(
+    if config.vocab_file and not prepared.train.counts(len(vocab))[vocab.ordinary_ids].any():
+        raise InputError(f"--vocab-file {config.vocab_file}: has no token for any word of --corpus {names}")
+    if not len(vocab.ordinary_ids):
+        raise InputError(
             f"--min-freq {config.min_freq}: no word of --corpus {names} occurs so often; a smaller figure "
             "keeps rarer words"
         )
@@ -149,10 +150,10 @@ def _check(prepared: Prepared, config: DataConfig) -> None:
 
 def _made_by(corpus: Corpus, config: DataConfig) -> dict[str, Any]:
     """What the ids depend on, for the manifest: the settings, and the fingerprint of these and the text."""
-    names = ["text_format", "language", "lowercase", "held_out", "min_freq"]
+    names = ["text_format", "language", "lowercase", "validation_fraction", "min_freq"]
     settings = {name: getattr(config, name) for name in names}
     if config.vocab_file:
-        settings["vocab_file"] = digest(Path(config.vocab_file))
+        settings["vocab_file"] = file_hash(Path(config.vocab_file))
         settings["extend_vocab"] = config.extend_vocab
     if config.tokenizer == "wordpiece":
         settings["tokenizer"], settings["vocab_size"] = config.tokenizer, config.vocab_size
@@ -176,7 +177,7 @@ def _writable(folder: Path) -> Path:
     return own / folder.name
 
 
-def _read(folder: Path, config: DataConfig) -> Prepared | None:
+def _read(folder: Path, config: DataConfig) -> PreparedCorpus | None:
     """The prepared text in a folder, or None where it is not finished; Damaged as read_manifest."""
     manifest = shards.read_manifest(folder)
     if manifest is None:
@@ -187,10 +188,10 @@ def _read(folder: Path, config: DataConfig) -> Prepared | None:
         raise shards.Damaged(f"{type(error).__name__}: {error}") from error
 
 
-def _prepared(folder: Path, manifest: Mapping[str, Any], config: DataConfig) -> Prepared:
+def _prepared(folder: Path, manifest: Mapping[str, Any], config: DataConfig) -> PreparedCorpus:
     tokens = (folder / shards.VOCABULARY).read_bytes().decode("utf-8", "surrogatepass").split("\n")
     wordpiece = config.tokenizer == "wordpiece"
     vocab = WordPieceVocabulary(tokens) if wordpiece else Vocabulary(tokens[len(SPECIAL_TOKENS) :])
     counts = np.load(folder / shards.COUNTS, allow_pickle=False)
-    train, held_out = (Shards(folder, manifest, side, own) for side, own in zip(shards.SIDES, counts))
-    return Prepared(train, held_out, vocab, folder.name, manifest["statistics"])
+    train, validation = (Shards(folder, manifest, side, own) for side, own in zip(shards.SIDES, counts))
+    return PreparedCorpus(train, validation, vocab, folder.name, manifest["statistics"])

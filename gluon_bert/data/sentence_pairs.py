@@ -57,22 +57,22 @@ def draw_pairs(documents: Documents, config: DataConfig, rng: np.random.Generato
 
 
 def _sentence_pairs(documents: Documents, config: DataConfig, rng: np.random.Generator) -> Pairs:
-    """A pair for every sentence that has a next one: with it, or at `negative_rate` with a random one.
+    """A pair for every sentence that has a next one: with it, or at `random_next_prob` with a random one.
 
-    Pairs above max_len are truncated or dropped, as the configuration says.
+    Pairs above max_seq_length are truncated or dropped, as the configuration says.
     """
     last = documents.documents[1:] - 1
     has_next = np.ones(len(documents.sentences) - 1, dtype=bool)
     has_next[last[documents.documents[1:] > documents.documents[:-1]]] = False
     a = np.flatnonzero(has_next)
-    is_next = rng.random(len(a)) >= config.negative_rate
+    is_next = rng.random(len(a)) >= config.random_next_prob
     negatives = _matched_negatives if config.negatives == "matched" else _any_negatives
     b = np.where(is_next, a + 1, negatives(documents, a, rng))
     spans = np.stack([documents.sentences[:-1], documents.sentences[1:]], axis=1)
     pairs = Pairs(spans[a], spans[b], is_next)
     if config.long_pairs == "drop":
-        return pairs.take(pairs.lengths() <= config.max_len)
-    return _truncated(pairs, config.max_len)
+        return pairs.take(pairs.lengths() <= config.max_seq_length)
+    return _truncated(pairs, config.max_seq_length)
 
 
 def _any_negatives(documents: Documents, a: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -98,9 +98,9 @@ def _matched_negatives(documents: Documents, a: np.ndarray, rng: np.random.Gener
     return followers[(own_stop + rng.integers(0, foreign)) % len(followers)]
 
 
-def _truncated(pairs: Pairs, max_len: int) -> Pairs:
+def _truncated(pairs: Pairs, max_seq_length: int) -> Pairs:
     """The pairs cut at the end of their longer segment until they fit, as Devlin et al. 2018 cut them."""
-    room = max_len - NUM_SPECIAL_IN_PAIR
+    room = max_seq_length - NUM_SPECIAL_IN_PAIR
     a = pairs.first[:, 1] - pairs.first[:, 0]
     b = pairs.second[:, 1] - pairs.second[:, 0]
     kept_a, kept_b = kept_lengths(a, b, room)
@@ -129,11 +129,11 @@ def _has_other_than(unk: int, documents: Documents, pairs: Pairs) -> np.ndarray:
 
 
 def _packed_pairs(documents: Documents, config: DataConfig, rng: np.random.Generator) -> Pairs:
-    """Consecutive sentences of one document in two segments, as many as fill max_len.
+    """Consecutive sentences of one document in two segments, as many as fill max_seq_length.
 
     The way of Devlin et al. 2018 (create_pretraining_data.py): sentences are taken until they reach
-    max_len, or at `short_pair_rate` a random shorter length, and parted between two of them. With
-    `negative_rate` the second segment is replaced by one from another document, and its sentences are put
+    max_seq_length, or at `short_seq_prob` a random shorter length, and parted between two of them. With
+    `random_next_prob` the second segment is replaced by one from another document, and its sentences are put
     back. What is too long is truncated at random ends.
 
     Theirs gives the labels away to who looks at lengths and places only: a segment that is the last
@@ -142,7 +142,7 @@ def _packed_pairs(documents: Documents, config: DataConfig, rng: np.random.Gener
     (another epoch cuts otherwise), and a random segment is another pair's true one, of like place and
     length. The shorter length is drawn for each pair, where theirs is for each document.
     """
-    room = config.max_len - NUM_SPECIAL_IN_PAIR
+    room = config.max_seq_length - NUM_SPECIAL_IN_PAIR
     start, middle, stop, is_next = _packed(documents, config, room, rng)
     bounds = documents.sentences[np.stack([start, middle, stop], axis=1)]
     # A segment of sentences without a word is none.
@@ -169,14 +169,14 @@ def _packed(
     num_sentences = len(documents.sentences) - 1
     sentence = np.arange(num_sentences)
     document_stop = np.repeat(documents.documents[1:], np.diff(documents.documents))
-    short = rng.random(num_sentences) < config.short_pair_rate
+    short = rng.random(num_sentences) < config.short_seq_prob
     target = np.where(short, rng.integers(2, room + 1, num_sentences), room)
     stop = np.searchsorted(documents.sentences, documents.sentences[:-1] + target)
     # Two sentences at least, or there is no second segment; a last sentence alone has none.
     stop = np.minimum(np.maximum(stop, sentence + 2), document_stop)
     alone = stop - sentence == 1
     middle = sentence + 1 + (rng.random(num_sentences) * (stop - sentence - 1)).astype(np.int64)
-    is_next = rng.random(num_sentences) >= config.negative_rate
+    is_next = rng.random(num_sentences) >= config.random_next_prob
     following = np.where(is_next | alone, stop, middle)
     chosen = []
     at, follow = 0, following.data  # which gives Python's ints, faster than the array

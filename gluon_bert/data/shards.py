@@ -8,7 +8,7 @@
         train.tokens.npy            (N,) uint16; int32 where the vocabulary has more than 65,536 tokens
         train.sentences.npy         (S + 1,) int64, where each sentence starts in the tokens, and the end
         train.documents.npy         (D + 1,) int64, the same for the documents in the sentences
-        held_out.tokens.npy         and so on: the same for the held-out text
+        validation.tokens.npy         and so on: the same for the validation text
       words-00000.npz, ids.npz      what an unfinished preparation goes on with, gone from a finished one
 
 The manifest has the format's number, what made the shards (the settings, and the fingerprint: a hash of
@@ -27,15 +27,15 @@ from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ..errors import BadInput
-from ..fileio import folder_aside, lock, write_json
+from ..errors import InputError
+from ..fileio import atomic_folder, lock, write_json
 from ..npz import mapped_array
 from .document_arrays import Documents
 
 # Part of every fingerprint: raise it when the same text would give other ids, or other files.
 FORMAT = 5
 MANIFEST, VOCABULARY, COUNTS = "manifest.json", "vocabulary.txt", "counts.npy"
-SIDES = ("train", "held_out")
+SIDES = ("train", "validation")
 ARRAYS = ("tokens", "sentences", "documents")
 
 
@@ -74,7 +74,7 @@ class Shards:
         return self._counts
 
     def part(self, shards: Sequence[int]) -> Documents:
-        """The documents of these shards, copied into memory; BadInput where a file is damaged or foreign."""
+        """The documents of these shards, copied into memory; InputError where a file is damaged or foreign."""
         lengths = self._lengths[list(shards), :3]
         self._refuse_damaged(shards)
         num_tokens, num_sentences, num_documents = lengths.sum(axis=0)
@@ -88,7 +88,7 @@ class Shards:
         return Documents(tokens, sentences, documents)
 
     def _refuse_damaged(self, numbers: Sequence[int]) -> None:
-        """Raise BadInput where a file is not what the manifest says, before memory is asked for."""
+        """Raise InputError where a file is not what the manifest says, before memory is asked for."""
         try:
             for number in numbers:
                 lengths = self._lengths[number] + [0, 1, 1, 0]
@@ -100,7 +100,7 @@ class Shards:
                     if array.shape != (length,) or array.dtype.kind not in "iu":
                         raise Damaged(f"{path} has not the length that {MANIFEST} says")
         except (OSError, ValueError, KeyError, TypeError, OverflowError, Damaged) as problem:
-            raise BadInput(
+            raise InputError(
                 f"{self._folder}: is damaged ({problem}); delete it, and the text is prepared anew"
             ) from problem
 
@@ -140,7 +140,7 @@ def shard_name(number: int) -> str:
 
 def write_shard(folder: Path, number: int, sides: Mapping[str, Documents]) -> None:
     """A shard's folder, whole or not at all."""
-    with folder_aside(folder / shard_name(number)) as aside:
+    with atomic_folder(folder / shard_name(number)) as aside:
         for side, documents in sides.items():
             for name in ARRAYS:
                 np.save(aside / f"{side}.{name}.npy", getattr(documents, name))

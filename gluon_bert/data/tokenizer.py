@@ -7,7 +7,7 @@ from typing import Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
-from ..errors import BadInput
+from ..errors import InputError
 from .vocab import Vocabulary
 
 # Padded lengths are multiples of this, so that a network meets few shapes; each costs a plan of its memory.
@@ -15,7 +15,7 @@ _LENGTH_STEP = 8
 
 
 @dataclass(frozen=True)
-class Text:
+class EncodedText:
     """A text, or a pair of them, as the network reads it: `<cls> a <sep>` or `<cls> a <sep> b <sep>`.
 
     ids, segments: (T,) int32. tokens: the T tokens as they were given, also those that are <unk> to the
@@ -47,26 +47,26 @@ class Text:
     def words(self) -> np.ndarray:
         """(T,) int: which word of the text each token belongs to, counted from 0; -1 for <cls> and <sep>."""
         around = np.isin(self.ids, [self.vocab.cls, self.vocab.sep])
-        begins = ~around & ~self.vocab.continues[self.ids]
+        begins = ~around & ~self.vocab.is_continuation[self.ids]
         # A piece that comes first in its text begins a word, whatever it is.
         begins[1:] |= around[:-1] & ~around[1:]
         return np.where(around, -1, np.cumsum(begins) - 1)
 
 
-class TextReader:
+class Tokenizer:
     """Makes a Text of words, tokens or ids; knows the vocabulary and what length the network was trained on.
 
-    >>> reader = TextReader(Vocabulary(["crane", "a"]), max_len=8, lowercase=True)
+    >>> reader = Tokenizer(Vocabulary(["crane", "a"]), max_seq_length=8, lowercase=True)
     >>> text = reader.text("A <mask> crane.")
     >>> text.tokens, text.ids.tolist(), text.unknown
     (['<cls>', 'a', '<mask>', 'crane', '.', '<sep>'], [3, 6, 2, 5, 0, 4], ['.'])
     """
 
-    def __init__(self, vocab: Vocabulary, max_len: int, lowercase: bool) -> None:
-        self.vocab, self.max_len, self.lowercase = vocab, max_len, lowercase
+    def __init__(self, vocab: Vocabulary, max_seq_length: int, lowercase: bool) -> None:
+        self.vocab, self.max_seq_length, self.lowercase = vocab, max_seq_length, lowercase
 
-    def text(self, first: str, second: str | None = None, truncate: bool = False) -> Text:
-        """Running text, or a pair of texts; BadInput where one is empty or they are too long together.
+    def text(self, first: str, second: str | None = None, truncate: bool = False) -> EncodedText:
+        """Running text, or a pair of texts; InputError where one is empty or they are too long together.
 
         truncate: cut what is too long instead, at the end of the longer text, as in training.
         """
@@ -74,24 +74,26 @@ class TextReader:
 
     def tokens(
         self, first: Sequence[str], second: Sequence[str] | None = None, truncate: bool = False
-    ) -> Text:
+    ) -> EncodedText:
         """Text that is split into tokens already, without <cls> and <sep>, which are put in here."""
         if isinstance(first, str) or isinstance(second, str):
-            raise BadInput(
+            raise InputError(
                 "a text of tokens must be a list of them: split the text first, as in text.split()"
             )
         return self._text([first] if second is None else [first, second], truncate)
 
-    def ids(self, first: Sequence[int], second: Sequence[int] | None = None, truncate: bool = False) -> Text:
-        """Text as ids, without <cls> and <sep>; BadInput for an id that is no token's or one of these two."""
+    def ids(
+        self, first: Sequence[int], second: Sequence[int] | None = None, truncate: bool = False
+    ) -> EncodedText:
+        """Text as ids, without <cls> and <sep>; InputError for an id that is no token's or one of these two."""
         segments = [first] if second is None else [first, second]
         for number in (number for segment in segments for number in segment):
             if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
-                raise BadInput(f"{number!r} is no id: ids are whole numbers below {len(self.vocab)}")
+                raise InputError(f"{number!r} is no id: ids are whole numbers below {len(self.vocab)}")
             if not 0 <= number < len(self.vocab):
-                raise BadInput(f"{number} is no id: the vocabulary has {len(self.vocab)} tokens, from 0 on")
+                raise InputError(f"{number} is no id: the vocabulary has {len(self.vocab)} tokens, from 0 on")
             if number in (self.vocab.pad, self.vocab.cls, self.vocab.sep):
-                raise BadInput(
+                raise InputError(
                     f"id {number} is {self.vocab.tokens[number]}, which no text holds: it is put in where it "
                     "belongs"
                 )
@@ -107,19 +109,19 @@ class TextReader:
         ids[self.vocab.special[ids] & (ids != self.vocab.mask)] = self.vocab.unk
         return ids
 
-    def _text(self, segments: list[Sequence[str]], truncate: bool) -> Text:
+    def _text(self, segments: list[Sequence[str]], truncate: bool) -> EncodedText:
         if not all(segments):
             which = "the text" if len(segments) == 1 else "one text of the pair"
-            raise BadInput(f"{which} is empty: a word at least is needed")
+            raise InputError(f"{which} is empty: a word at least is needed")
         special = len(segments) + 1  # <cls>, and a <sep> behind each
-        excess = max(0, sum(map(len, segments)) + special - self.max_len)
+        excess = max(0, sum(map(len, segments)) + special - self.max_seq_length)
         if excess:
             if not truncate:
-                raise BadInput(
-                    f"{self.max_len + excess} tokens with <cls> and <sep>: the network takes {self.max_len}; "
+                raise InputError(
+                    f"{self.max_seq_length + excess} tokens with <cls> and <sep>: the network takes {self.max_seq_length}; "
                     "shorten the text"
                 )
-            segments = _cut(segments, self.max_len - special)
+            segments = _cut(segments, self.max_seq_length - special)
         cls, sep, unk = self.vocab.words([self.vocab.cls, self.vocab.sep, self.vocab.unk])
         tokens, ids, numbers = [cls], [np.array([self.vocab.cls], np.int32)], [0]
         for number, segment in enumerate(segments):
@@ -129,7 +131,7 @@ class TextReader:
         all_ids = np.concatenate(ids)
         unknown = [token for token, i in zip(tokens, all_ids) if i == self.vocab.unk and token != unk]
         all_numbers = np.array(numbers, dtype=np.int32)
-        return Text(tokens, all_ids, all_numbers, list(dict.fromkeys(unknown)), self.vocab, excess)
+        return EncodedText(tokens, all_ids, all_numbers, list(dict.fromkeys(unknown)), self.vocab, excess)
 
 
 def _cut(segments: list[Sequence[str]], room: int) -> list[Sequence[str]]:
@@ -147,7 +149,7 @@ def kept_lengths(a: np.ndarray, b: np.ndarray, room: int) -> tuple[np.ndarray, n
     return kept_a, np.minimum(b, room - kept_a)
 
 
-class Padded(NamedTuple):
+class PaddedBatch(NamedTuple):
     """Texts side by side: what a network computes at once, all (B, T) or (B,) int32.
 
     tokens, segments: padded. lengths: real tokens a row. predictions: (2, M), row and position of each
@@ -160,11 +162,11 @@ class Padded(NamedTuple):
     predictions: np.ndarray
 
 
-def padded(texts: Sequence[Text], max_len: int) -> Padded:
-    """Texts to arrays, padded to the next of few lengths and not above max_len."""
+def pad(texts: Sequence[EncodedText], max_seq_length: int) -> PaddedBatch:
+    """Texts to arrays, padded to the next of few lengths and not above max_seq_length."""
     lengths = np.array([len(text) for text in texts], dtype=np.int32)
     longest = int(lengths.max())
-    length = max(longest, min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, max_len))
+    length = max(longest, min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, max_seq_length))
     vocab = texts[0].vocab
     tokens = np.full((len(texts), length), vocab.pad, dtype=np.int32)
     segments = np.zeros((len(texts), length), dtype=np.int32)
@@ -172,12 +174,12 @@ def padded(texts: Sequence[Text], max_len: int) -> Padded:
         tokens[row, : len(text)] = text.ids
         segments[row, : len(text)] = text.segments
     predictions = np.stack(np.nonzero(tokens == vocab.mask)).astype(np.int32)
-    return Padded(tokens, segments, lengths, predictions)
+    return PaddedBatch(tokens, segments, lengths, predictions)
 
 
-def chunks(texts: Iterable[Text], max_tokens: int, max_masks: int) -> Iterator[list[Text]]:
+def chunks(texts: Iterable[EncodedText], max_tokens: int, max_masks: int) -> Iterator[list[EncodedText]]:
     """Texts in lists of so many tokens and masks at most, or of one text: what is held in memory at once."""
-    chunk: list[Text] = []
+    chunk: list[EncodedText] = []
     num_tokens = num_masks = 0
     for text in texts:
         num_tokens += len(text)
@@ -190,7 +192,7 @@ def chunks(texts: Iterable[Text], max_tokens: int, max_masks: int) -> Iterator[l
         yield chunk
 
 
-def by_length(texts: Sequence[Text], max_tokens: int, max_masks: int) -> Iterator[list[int]]:
+def bucket_by_length(texts: Sequence[EncodedText], max_tokens: int, max_masks: int) -> Iterator[list[int]]:
     """Which texts to compute together: batches of like length, those with masks apart from those without.
 
     No batch is padded to more than `max_tokens` tokens or `max_masks` masks, unless it is of one text.

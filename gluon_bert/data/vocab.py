@@ -10,7 +10,7 @@ from typing import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ..errors import BadInput
+from ..errors import InputError
 from ..fileio import write_json
 
 # The book's special tokens in the book's order, so that its ids are these: <unk> is 0, words start at 5.
@@ -55,15 +55,15 @@ class Vocabulary:
         self.tokens = [*SPECIAL_TOKENS, *words]
         self._ids: dict[str, int] = {token: i for i, token in enumerate(self.tokens)}
         if len(self._ids) != len(self.tokens):
-            raise BadInput("a vocabulary must not hold a token twice")
+            raise InputError("a vocabulary must not hold a token twice")
         self._sort_out(
             special=np.arange(len(self.tokens)) < len(SPECIAL_TOKENS),
-            continues=np.zeros(len(self.tokens), dtype=bool),
+            is_continuation=np.zeros(len(self.tokens), dtype=bool),
         )
 
-    def _sort_out(self, special: np.ndarray, continues: np.ndarray) -> None:
-        self.special, self.continues = special, continues
-        self.ordinary = np.flatnonzero(~special)
+    def _sort_out(self, special: np.ndarray, is_continuation: np.ndarray) -> None:
+        self.special, self.is_continuation = special, is_continuation
+        self.ordinary_ids = np.flatnonzero(~special)
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, int], min_freq: int) -> Vocabulary:
@@ -113,8 +113,8 @@ class Vocabulary:
 
     def is_cased(self) -> bool:
         """Whether it was made of text with capitals, as far as its tokens tell."""
-        capitals = sum(self.tokens[i] != self.tokens[i].lower() for i in self.ordinary)
-        return capitals > _CASED_SHARE * len(self.ordinary)
+        capitals = sum(self.tokens[i] != self.tokens[i].lower() for i in self.ordinary_ids)
+        return capitals > _CASED_SHARE * len(self.ordinary_ids)
 
     def _known(self, part: str) -> bool:
         return part in self and (part == MASK or part not in SPECIAL_TOKENS)
@@ -145,15 +145,15 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
-        """The vocabulary that `save` wrote; BadInput names the file where it is none."""
+        """The vocabulary that `save` wrote; InputError names the file where it is none."""
         try:
             tokens = json.loads(Path(path).read_text("utf-8"))["idx_to_token"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise BadInput(
+            raise InputError(
                 f"{path}: cannot be read as a vocabulary ({type(error).__name__}: {error})"
             ) from error
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-            raise BadInput(f"{path}: idx_to_token must be a list of strings")
+            raise InputError(f"{path}: idx_to_token must be a list of strings")
         if tuple(tokens[: len(SPECIAL_TOKENS)]) != SPECIAL_TOKENS:
-            raise BadInput(f"{path}: a vocabulary must begin with {' '.join(SPECIAL_TOKENS)}")
+            raise InputError(f"{path}: a vocabulary must begin with {' '.join(SPECIAL_TOKENS)}")
         return cls(tokens[len(SPECIAL_TOKENS) :])

@@ -10,8 +10,8 @@ from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from ..errors import BadInput
-from ..fileio import written_aside
+from ..errors import InputError
+from ..fileio import atomic_write
 from . import vocab as words
 from .vocab import Vocabulary
 
@@ -37,7 +37,7 @@ class WordPieceVocabulary(Vocabulary):
     """A vocabulary of words and pieces of words; `##` begins a piece that goes on with a word.
 
     Its special tokens are [PAD] [UNK] [CLS] [SEP] [MASK], wherever they stand; `special` marks these and
-    the [unused0] and so on of published vocabularies. Raises BadInput where one is missing or a token
+    the [unused0] and so on of published vocabularies. Raises InputError where one is missing or a token
     stands twice, and where the package `tokenizers` is not installed.
 
     >>> vocab = WordPieceVocabulary([*SPECIAL_TOKENS, "crane", "##s", "fly"])
@@ -56,7 +56,7 @@ class WordPieceVocabulary(Vocabulary):
         if len(ids) != len(self.tokens):
             problems.append("must not hold a token twice")
         if problems:
-            raise BadInput(f"a WordPiece vocabulary: {', '.join(problems)}")
+            raise InputError(f"a WordPiece vocabulary: {', '.join(problems)}")
         self.pad, self.unk, self.cls, self.sep, self.mask = (ids[token] for token in SPECIAL_TOKENS)
         self._model = _library().models.WordPiece(
             ids, unk_token=UNK, max_input_chars_per_word=_LONGEST_WORD, continuing_subword_prefix=_PREFIX
@@ -65,7 +65,7 @@ class WordPieceVocabulary(Vocabulary):
         self._ids = {**{marker: ids[token] for marker, token in _IN_TEXT.items()}, **ids}
         self._sort_out(
             special=np.array([t in SPECIAL_TOKENS or bool(_UNUSED.fullmatch(t)) for t in self.tokens]),
-            continues=np.array([t.startswith(_PREFIX) and len(t) > len(_PREFIX) for t in self.tokens]),
+            is_continuation=np.array([t.startswith(_PREFIX) and len(t) > len(_PREFIX) for t in self.tokens]),
         )
 
     @classmethod
@@ -83,7 +83,7 @@ class WordPieceVocabulary(Vocabulary):
         inner = sorted({_PREFIX + character for word in counts for character in word[1:]})
         needed = [*SPECIAL_TOKENS, *alone, *inner]
         if len(needed) > size:
-            raise BadInput(
+            raise InputError(
                 f"--vocab-size {size}: must be at least {len(needed)}, the special tokens and the characters "
                 "of the corpus, alone and inside words"
             )
@@ -108,20 +108,20 @@ class WordPieceVocabulary(Vocabulary):
 
     def save(self, path: Path) -> None:
         """Write vocab.txt as it is published, a token a line; `load` is the inverse."""
-        with written_aside(path) as file:
+        with atomic_write(path) as file:
             file.writelines(token + "\n" for token in self.tokens)
 
     @classmethod
     def load(cls, path: Path) -> WordPieceVocabulary:
-        """The vocabulary in a file with a token a line; BadInput names the file and every wrong line."""
+        """The vocabulary in a file with a token a line; InputError names the file and every wrong line."""
         path = Path(path)
         try:
             text = path.read_bytes().decode("utf-8-sig")
         except OSError as error:
-            raise BadInput(f"{path}: cannot be read as a vocabulary ({error.strerror or error})") from error
+            raise InputError(f"{path}: cannot be read as a vocabulary ({error.strerror or error})") from error
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
-            raise BadInput(f"{path}, line {line}: is not UTF-8; a vocabulary has a token a line") from error
+            raise InputError(f"{path}, line {line}: is not UTF-8; a vocabulary has a token a line") from error
         # Not splitlines: published vocabularies have tokens that it takes for ends of lines.
         lines = text.replace("\r\n", "\n").split("\n")
         if not lines[-1]:
@@ -138,19 +138,19 @@ class WordPieceVocabulary(Vocabulary):
         if missing:
             problems.append(f"{path}: has no {' '.join(missing)}, which a WordPiece vocabulary needs")
         if problems:
-            raise BadInput("\n".join(problems))
+            raise InputError("\n".join(problems))
         return cls(lines)
 
     def check_case(self, path: str, lowercase: bool) -> None:
-        """Raise BadInput where a published vocabulary was made for text of the other case."""
+        """Raise InputError where a published vocabulary was made for text of the other case."""
         if lowercase and self.is_cased():
-            raise BadInput(f"--vocab-file {path}: is a cased vocabulary; add --lowercase no")
+            raise InputError(f"--vocab-file {path}: is a cased vocabulary; add --lowercase no")
         if not lowercase and "a" in self and "A" not in self:
-            raise BadInput(f"--vocab-file {path}: is an uncased vocabulary; add --lowercase yes")
+            raise InputError(f"--vocab-file {path}: is an uncased vocabulary; add --lowercase yes")
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary in the folder of a run or an export, whichever its kind; BadInput where none is."""
+    """The vocabulary in the folder of a run or an export, whichever its kind; InputError where none is."""
     path = Path(folder) / WordPieceVocabulary.FILE
     if path.exists():
         return WordPieceVocabulary.load(path)
@@ -202,7 +202,7 @@ def _splitting(lowercase: bool) -> _Splitting:
 
 
 def installed_version() -> str:
-    """The version of the package `tokenizers`, which may part words as another does not; BadInput without."""
+    """The version of the package `tokenizers`, which may part words as another does not; InputError without."""
     return str(_library().__version__)
 
 
@@ -211,7 +211,7 @@ def _library() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise BadInput(
+        raise InputError(
             f"a WordPiece vocabulary needs the package tokenizers ({error}): pip install -e '.[wordpiece]'"
         ) from error
     return tokenizers

@@ -7,11 +7,11 @@ import os
 import socket
 from typing import Any, Sequence
 
-from ..errors import BadInput, in_a_line
-from .communicator import SeveralWorkers
+from ..errors import InputError, one_line
+from .communicator import DistributedCommunicator
 
 
-class HorovodWorkers(SeveralWorkers):
+class HorovodCommunicator(DistributedCommunicator):
     """Workers that add up their gradients among themselves, by Horovod's allreduce, which here sums."""
 
     def __init__(self, rank: int, count: int) -> None:
@@ -27,7 +27,7 @@ class HorovodWorkers(SeveralWorkers):
             os.environ.setdefault("HOROVOD_GLOO_IFACE", interface)
         self._horovod.init()
 
-    def add_up(self, gradients: Sequence[Sequence[Any]]) -> None:
+    def all_reduce(self, gradients: Sequence[Sequence[Any]]) -> None:
         for number, (first, *others) in enumerate(zip(*gradients)):
             self._all_reduce(first, f"gradient {number}")
             for other in others:
@@ -42,22 +42,22 @@ class HorovodWorkers(SeveralWorkers):
         return self._horovod.allreduce_(array, op=self._horovod.Sum, name=name)
 
     def _part(self) -> None:
-        self.gather(b"+")  # whoever leaves ends it for all
+        self.all_gather(b"+")  # whoever leaves ends it for all
         self._horovod.shutdown()
 
 
 def horovod() -> Any:
-    """The module horovod.mxnet; BadInput where it is not there, or was built without MXNet."""
+    """The module horovod.mxnet; InputError where it is not there, or was built without MXNet."""
     try:
         return importlib.import_module("horovod.mxnet")
     except ImportError as error:
-        raise BadInput(
-            f"--kvstore horovod: needs Horovod, built for MXNet ({in_a_line(error)}); docs/scale.md says how"
+        raise InputError(
+            f"--kvstore horovod: needs Horovod, built for MXNet ({one_line(error)}); docs/scale.md says how"
         ) from error
 
 
-def _refuse_name_of_loopback() -> None:
-    """Raise BadInput where Horovod's workers on other hosts could not reach this one.
+def _check_not_loopback() -> None:
+    """Raise InputError where Horovod's workers on other hosts could not reach this one.
 
     Horovod 0.28.1 does not use the interface for its second set of connections: it looks for the host's name.
     """
@@ -67,9 +67,9 @@ def _refuse_name_of_loopback() -> None:
     try:
         address = socket.gethostbyname(name)
     except OSError as error:
-        raise BadInput(f"--kvstore horovod: this host's name, {name}, has no address ({error})") from error
+        raise InputError(f"--kvstore horovod: this host's name, {name}, has no address ({error})") from error
     if address.startswith("127."):
-        raise BadInput(
+        raise InputError(
             f"--kvstore horovod: this host's name, {name}, stands for {address}, which other hosts do not "
             "reach; /etc/hosts has to give it an address that they do"
         )

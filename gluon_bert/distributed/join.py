@@ -6,12 +6,12 @@ import os
 from contextlib import contextmanager
 from typing import Any, Iterator
 
-from ..config import Config, flag
-from ..errors import BadInput, in_words
+from ..config import Config, flag_name
+from ..errors import InputError, join_words
 from ..runtime import versions
-from .communicator import START, SeveralWorkers, Workers
-from .horovod import HorovodWorkers, _refuse_name_of_loopback, horovod
-from .parameter_server import ParameterServerWorkers
+from .communicator import START, Communicator, DistributedCommunicator
+from .horovod import HorovodCommunicator, _check_not_loopback, horovod
+from .parameter_server import ParameterServerCommunicator
 
 # The variables that tell a worker its rank and how many there are, by what sums the gradients of several.
 _PLACE = {
@@ -28,7 +28,7 @@ _MAY_DIFFER = ("corpus", "vocab_file", "init")
 
 
 # Workers that failed. To free what they hold would be to wait for the others.
-_FAILED: list[SeveralWorkers] = []
+_FAILED: list[DistributedCommunicator] = []
 
 
 def failed() -> bool:
@@ -36,22 +36,22 @@ def failed() -> bool:
     return bool(_FAILED)
 
 
-def place_of(kvstore: str) -> tuple[int, int]:
-    """This worker's rank, and how many there are, as the environment has it; BadInput where it has not."""
+def rank_and_size(kvstore: str) -> tuple[int, int]:
+    """This worker's rank, and how many there are, as the environment has it; InputError where it has not."""
     if kvstore == "dist_async":
-        raise BadInput(
+        raise InputError(
             "--kvstore dist_async: its workers do not wait for each other, so that no run is like another "
             "and 2 workers are not like 1, and its servers would run code that they are sent; use dist_sync"
         )
     if kvstore not in KVSTORES:
-        raise BadInput(f"--kvstore {kvstore}: must be one of {', '.join(KVSTORES)}")
+        raise InputError(f"--kvstore {kvstore}: must be one of {', '.join(KVSTORES)}")
     started_for = {
         "dist_sync": os.environ.get("DMLC_ROLE") == "worker",
         "horovod": "HOROVOD_RANK" in os.environ,
     }
     if kvstore == "device":
         for other in (name for name, started in started_for.items() if started):
-            raise BadInput(f"--kvstore: is needed by a worker of several, as in --kvstore {other}")
+            raise InputError(f"--kvstore: is needed by a worker of several, as in --kvstore {other}")
         return 0, 1
     names = _PLACE[kvstore]
     try:
@@ -59,34 +59,34 @@ def place_of(kvstore: str) -> tuple[int, int]:
     except (KeyError, ValueError):
         rank, count = 0, 0
     if not started_for[kvstore] or not 0 <= rank < count:
-        raise BadInput(
-            f"--kvstore {kvstore}: {in_words(names)} in the environment do not say which of how many workers "
+        raise InputError(
+            f"--kvstore {kvstore}: {join_words(names)} in the environment do not say which of how many workers "
             f"this is; {START}"
         )
     if kvstore == "horovod":
         horovod()
-        _refuse_name_of_loopback()
+        _check_not_loopback()
     return rank, count
 
 
 @contextmanager
-def joined(kvstore: str) -> Iterator[Workers]:
+def init_distributed(kvstore: str) -> Iterator[Communicator]:
     """The workers of a run, all of which have come together, and which part together.
 
     After an error in the block, before they have parted, `failed` tells that this process must not wait for
     anything any more.
     """
-    rank, count = place_of(kvstore)
+    rank, count = rank_and_size(kvstore)
     if kvstore == "device":
-        yield Workers()
+        yield Communicator()
         return
-    kind = HorovodWorkers if kvstore == "horovod" else ParameterServerWorkers
+    kind = HorovodCommunicator if kvstore == "horovod" else ParameterServerCommunicator
     workers = kind(rank, count)
     try:
-        workers.refuse_same_numbers()
+        workers.check_distinct_ranks()
         yield workers
         if not workers.has_left:
-            workers.leave()
+            workers.shutdown()
     except BaseException:
         if not workers.has_left:
             _FAILED.append(workers)
@@ -94,7 +94,7 @@ def joined(kvstore: str) -> Iterator[Workers]:
 
 
 def check_sharing(config: Config, count: int) -> None:
-    """Raise BadInput where so many workers cannot share the batches, or need one clock."""
+    """Raise InputError where so many workers cannot share the batches, or need one clock."""
     if count == 1:
         return
     size = config.train.batch_size
@@ -109,20 +109,20 @@ def check_sharing(config: Config, count: int) -> None:
             "their run"
         )
     if problems:
-        raise BadInput("\n".join(problems))
+        raise InputError("\n".join(problems))
 
 
 def check_enough(num_pairs: int, count: int) -> None:
-    """Raise BadInput where there is less text than workers."""
+    """Raise InputError where there is less text than workers."""
     if num_pairs < count:
-        raise BadInput(f"--corpus: has {num_pairs} sentence pairs, which is less than the {count} workers")
+        raise InputError(f"--corpus: has {num_pairs} sentence pairs, which is less than the {count} workers")
 
 
-def facts_of(config: Config, text: str) -> dict[str, Any]:
+def run_environment(config: Config, text: str) -> dict[str, Any]:
     """What all workers must have in common before they begin, by name: flags, the text's hash, versions."""
     installed = versions()
     facts = {f"the version of {name}": installed[name] for name in ("gluon_bert", "mxnet")}
     facts["the text of --corpus"] = text
     for group in config.to_json().values():
-        facts.update({flag(name): value for name, value in group.items() if name not in _MAY_DIFFER})
+        facts.update({flag_name(name): value for name, value in group.items() if name not in _MAY_DIFFER})
     return facts

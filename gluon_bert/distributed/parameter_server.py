@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..runtime import mx
-from .communicator import SeveralWorkers
+from .communicator import DistributedCommunicator
 
 
-class ParameterServerWorkers(SeveralWorkers):
+class ParameterServerCommunicator(DistributedCommunicator):
     """Workers that add up their gradients on MXNet's parameter servers, synchronously.
 
     The servers only add: optimizers run on the workers, so that no server has to unpickle one.

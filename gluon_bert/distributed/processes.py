@@ -9,13 +9,13 @@ import sys
 from collections import Counter
 from typing import Mapping, NamedTuple
 
-from ..errors import BadInput
+from ..errors import InputError
 from ..system import usable_cores
 
 LOOPBACK = "127.0.0.1"
 
 # Where the others of a job ask for each other.
-SCHEDULER, RENDEZVOUS = MEETING_POINTS = ("scheduler", "rendezvous")
+SCHEDULER, RENDEZVOUS = ENDPOINTS = ("scheduler", "rendezvous")
 
 
 class Host(NamedTuple):
@@ -36,7 +36,7 @@ class Job(NamedTuple):
     by_horovod: bool = False
 
 
-class Role(NamedTuple):
+class ProcessSpec(NamedTuple):
     """A process of a job. trains: whether it is a worker. stays: whether it has to be ended."""
 
     name: str
@@ -47,13 +47,13 @@ class Role(NamedTuple):
     stays: bool = False
 
 
-def roles_of(job: Job) -> list[Role]:
+def process_specs(job: Job) -> list[ProcessSpec]:
     """What a job consists of, in the order in which it is started."""
     port = job.port or free_port(job.hosts[0])
     return of_horovod(job, port) if job.by_horovod else of_parameter_servers(job, port)
 
 
-def of_parameter_servers(job: Job, port: int) -> list[Role]:
+def of_parameter_servers(job: Job, port: int) -> list[ProcessSpec]:
     """A scheduler, servers and workers; all end by themselves."""
     common = {
         **for_all(job),
@@ -71,17 +71,17 @@ def of_parameter_servers(job: Job, port: int) -> list[Role]:
         host = job.hosts[number % len(job.hosts)]
         own = {"DMLC_ROLE": kind, "DMLC_TASK_ID": str(number), "DMLC_NODE_HOST": host.address}
         name = SCHEDULER if kind == "scheduler" else f"{kind} {number}"
-        roles.append(Role(name, host, command, {**common, **own}, trains=kind == "worker"))
+        roles.append(ProcessSpec(name, host, command, {**common, **own}, trains=kind == "worker"))
     return roles
 
 
-def of_horovod(job: Job, port: int) -> list[Role]:
+def of_horovod(job: Job, port: int) -> list[ProcessSpec]:
     """The rendezvous of Horovod's workers, which has to be ended, and these."""
     try:
         from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
         from horovod.runner.gloo_run import create_slot_env_vars
     except ImportError as error:
-        raise BadInput(f"--kvstore horovod: needs Horovod ({error}); docs/scale.md says how") from error
+        raise InputError(f"--kvstore horovod: needs Horovod ({error}); docs/scale.md says how") from error
     hosts = {host.address: host for host in job.hosts}  # one may be named twice
     taken = Counter(job.hosts[number % len(job.hosts)].address for number in range(job.workers))
     slots = get_host_assignments([HostInfo(*each) for each in taken.items()], job.workers)
@@ -102,11 +102,11 @@ def of_horovod(job: Job, port: int) -> list[Role]:
         str(port),
         where,
     ]
-    roles = [Role(RENDEZVOUS, first, meet, for_all(job), stays=True)]
+    roles = [ProcessSpec(RENDEZVOUS, first, meet, for_all(job), stays=True)]
     for slot in slots:
         environment = {**common, **create_slot_env_vars(slot)}
         name, host = f"worker {slot.rank}", hosts[slot.hostname]
-        roles.append(Role(name, host, job.command, environment, trains=True))
+        roles.append(ProcessSpec(name, host, job.command, environment, trains=True))
     return roles
 
 

@@ -18,7 +18,7 @@ from typing import NoReturn
 _PR_SET_PDEATHSIG = 1
 
 
-def mind(command: list[str]) -> int:
+def supervise(command: list[str]) -> int:
     """Run a command as long as standard input is open; its exit status, 128 + n if signal n ended it."""
     try:
         process = subprocess.Popen(
@@ -53,7 +53,7 @@ def _die_with_parent() -> None:
 
 def main() -> NoReturn:
     """Run the command of the command line and leave with its exit status."""
-    status = mind(sys.argv[1:])
+    status = supervise(sys.argv[1:])
     sys.stderr.flush()
     os._exit(status)  # the thread may still be reading
 

@@ -10,10 +10,10 @@ from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from ..data.tokenizer import Padded, Text, TextReader
-from ..errors import BadInput
-from ..fileio import folder_aside
-from ..inference.predictor import GluonNetwork, Network, Predictor
+from ..data.tokenizer import EncodedText, PaddedBatch, Tokenizer
+from ..errors import InputError
+from ..fileio import atomic_folder
+from ..inference.predictor import Backend, GluonNetwork, Predictor
 from ..model.task import Task
 from ..run import Run
 from ..runtime import versions
@@ -41,8 +41,8 @@ CPU_CHECKS = {"int8": check_int8, "bf16": check_bf16}
 class Exported(NamedTuple):
     """An export read back: the network, what makes texts into its inputs, and its manifest."""
 
-    network: Network
-    reader: TextReader
+    network: Backend
+    reader: Tokenizer
     manifest: Manifest
 
     @property
@@ -53,14 +53,14 @@ class Exported(NamedTuple):
 
 
 def load_exported(folder: Path, context: Any | None = None) -> Exported:
-    """Read an export of any format, by default onto the CPU; BadInput where it is damaged or none.
+    """Read an export of any format, by default onto the CPU; InputError where it is damaged or none.
 
     context: where to compute, which only the format mxnet can choose.
     """
     folder = Path(folder)
     manifest = Manifest.load(folder)
     if manifest.format != "mxnet" and context is not None and context.device_type != "cpu":
-        raise BadInput(f"{folder}: an export in {manifest.format} runs on the CPU only, not on {context}")
+        raise InputError(f"{folder}: an export in {manifest.format} runs on the CPU only, not on {context}")
     return Exported(_network(folder, manifest, context), manifest.reader(folder), manifest)
 
 
@@ -68,20 +68,20 @@ def export_mxnet(run: Run, folder: Path, outputs: str = "all") -> Manifest:
     """Write a run's network as an MXNet symbol with its parameters, vocabulary and manifest.
 
     It is read back by `gluon.SymbolBlock.imports` and by `mx.mod.Module`, and both are compared with the
-    network at three other batch sizes and lengths. BadInput where the folder is taken, or where they
+    network at three other batch sizes and lengths. InputError where the folder is taken, or where they
     differ, in which case nothing is left.
     """
-    check_free(folder)
+    check_new_folder(folder)
     outputs = outputs_of_run(run, outputs)
-    with folder_aside(folder) as aside:
-        save_graph(aside, trace(run.net, outputs, run.config.data.max_len))
+    with atomic_folder(folder) as aside:
+        save_graph(aside, trace(run.net, outputs, run.config.data.max_seq_length))
         manifest = describe(aside, run, "mxnet", outputs)
-        shapes = ((1, 5), (3, run.config.data.max_len // 2 + 1), (7, run.config.data.max_len))
+        shapes = ((1, 5), (3, run.config.data.max_seq_length // 2 + 1), (7, run.config.data.max_seq_length))
         found = {
             "SymbolBlock": _differences(run, BlockNetwork(aside, manifest), shapes),
             "Module": _differences(run, ModuleNetwork(aside, manifest), shapes),
         }
-        refuse_above(FP32_TOLERANCE, found)
+        check_errors(FP32_TOLERANCE, found)
         comparison = {"shapes (B, T)": shapes, "largest differences": found}
         manifest = dataclasses.replace(manifest, comparison=comparison)
         manifest.save(aside)
@@ -89,85 +89,85 @@ def export_mxnet(run: Run, folder: Path, outputs: str = "all") -> Manifest:
 
 
 def export_onnx(
-    run: Run, folder: Path, outputs: str, texts: Sequence[Text], max_error: float | None = None
+    run: Run, folder: Path, outputs: str, texts: Sequence[EncodedText], max_error: float | None = None
 ) -> Manifest:
     """Write a run's network as ONNX with its vocabulary and manifest, once onnxruntime agrees on the texts.
 
-    No vector may differ by more than max_error. BadInput where one does, where the folder is taken, or
+    No vector may differ by more than max_error. InputError where one does, where the folder is taken, or
     where the extra `onnx` is missing; then nothing is left.
     """
     for name in ("onnx", "onnxruntime"):
         package(name)
     outputs = outputs_of_run(run, outputs)
-    limit = Limit("largest", ONNX_ERROR if max_error is None else max_error)
+    limit = ErrorLimit("largest", ONNX_ERROR if max_error is None else max_error)
     with _new_export(folder) as aside:
-        save_onnx(aside, trace(run.net, outputs, run.config.data.max_len), outputs)
+        save_onnx(aside, trace(run.net, outputs, run.config.data.max_seq_length), outputs)
         return _compared(aside, run, "onnx", outputs, texts, limit)
 
 
 def export_int8(
-    run: Run, folder: Path, outputs: str, texts: Sequence[Text], max_error: float | None = None
+    run: Run, folder: Path, outputs: str, texts: Sequence[EncodedText], max_error: float | None = None
 ) -> Manifest:
     """Write a run's network with dense layers in int8, as an MXNet symbol with its vocabulary and manifest.
 
     Every other text, by length, calibrates it and the rest are compared: of these no third may differ by
-    more than max_error in the mean. BadInput where one does, where the folder is taken, or where the CPU
+    more than max_error in the mean. InputError where one does, where the folder is taken, or where the CPU
     cannot compute in int8; then nothing is left.
     """
     check_int8()
     if len(texts) < 2 * NUM_GROUPS:
-        raise BadInput(
+        raise InputError(
             f"--text: {len(texts)} texts are too few for int8, which needs {2 * NUM_GROUPS}: half of them "
             "are to calibrate with"
         )
     ordered = sorted(texts, key=len)
     calibration, compared = ordered[::2], ordered[1::2]
     outputs = outputs_of_run(run, outputs)
-    limit = Limit("mean", INT8_ERROR if max_error is None else max_error)
+    limit = ErrorLimit("mean", INT8_ERROR if max_error is None else max_error)
     with _new_export(folder) as aside:
-        graph = trace(run.net, outputs, run.config.data.max_len)
+        graph = trace(run.net, outputs, run.config.data.max_seq_length)
         save_graph(aside, to_int8(graph, outputs, _calibrating(run, calibration, outputs)))
         return _compared(aside, run, "int8", outputs, compared, limit)
 
 
 def export_bf16(
-    run: Run, folder: Path, outputs: str, texts: Sequence[Text], max_error: float | None = None
+    run: Run, folder: Path, outputs: str, texts: Sequence[EncodedText], max_error: float | None = None
 ) -> Manifest:
     """Write a run's network with dense layers in bfloat16, as an MXNet symbol with vocabulary and manifest.
 
     On no third of the texts, by length, may the results differ by more than max_error in the mean.
-    BadInput where they do, where the folder is taken, or where the CPU cannot compute in bfloat16; then
+    InputError where they do, where the folder is taken, or where the CPU cannot compute in bfloat16; then
     nothing is left.
     """
     check_bf16()
     outputs = outputs_of_run(run, outputs)
-    limit = Limit("mean", BF16_ERROR if max_error is None else max_error)
+    limit = ErrorLimit("mean", BF16_ERROR if max_error is None else max_error)
     with _new_export(folder) as aside:
-        graph = trace(run.net, outputs, run.config.data.max_len)
+        graph = trace(run.net, outputs, run.config.data.max_seq_length)
         save_graph(aside, to_bf16(graph))
         return _compared(aside, run, "bf16", outputs, texts, limit)
 
 
-class Limit(NamedTuple):
+class ErrorLimit(NamedTuple):
     """How far an export's vectors may differ from the network's: the largest difference, or the mean."""
 
     kind: str
     value: float
 
     def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Raise BadInput unless every output is within the limit in every group that `compare` gave."""
+        """Raise InputError unless every output is within the limit in every group that `compare` gave."""
         for group in groups:
             for output, error in group["errors"].items():
                 if not error[self.kind] <= self.value:
                     shortest, longest = group["tokens"]
-                    raise BadInput(
+                    raise InputError(
                         f"on texts of {shortest} to {longest} tokens the export's {output} differ from the "
                         f"network's by {error[self.kind]:.1e} ({self.kind}), where --max-error allows "
                         f"{self.value:.1e}: nothing was written"
                     )
 
 
-def _calibrating(run: Run, texts: Sequence[Text], outputs: str) -> list[Padded]:
+def _calibrating(run: Run, texts: Sequence[EncodedText], outputs: str) -> list[PaddedBatch]:
     with_masks = "mask_scores" in OUTPUTS[outputs]
     asked = batches(texts, run.reader, np.random.default_rng(1), with_masks)
     return [each.texts for each in asked if each.texts.predictions.size or not with_masks]
@@ -175,13 +175,13 @@ def _calibrating(run: Run, texts: Sequence[Text], outputs: str) -> list[Padded]:
 
 @contextmanager
 def _new_export(folder: Path) -> Iterator[Path]:
-    check_free(folder)
-    with folder_aside(folder) as aside:
+    check_new_folder(folder)
+    with atomic_folder(folder) as aside:
         yield aside
 
 
 def _compared(
-    folder: Path, run: Run, format: str, outputs: str, texts: Sequence[Text], limit: Limit
+    folder: Path, run: Run, format: str, outputs: str, texts: Sequence[EncodedText], limit: ErrorLimit
 ) -> Manifest:
     """Read an export's files back and compare them; write and give the manifest that tells the result."""
     manifest = describe(folder, run, format, outputs)
@@ -197,7 +197,7 @@ def _compared(
     return manifest
 
 
-def _network(folder: Path, manifest: Manifest, context: Any | None = None) -> Network:
+def _network(folder: Path, manifest: Manifest, context: Any | None = None) -> Backend:
     if manifest.format == "onnx":
         return OnnxNetwork(folder, manifest)
     if manifest.format in CPU_CHECKS:
@@ -210,13 +210,13 @@ def outputs_of_run(run: Run, outputs: str) -> str:
     return "task" if run.net.task and outputs == "all" else outputs
 
 
-def check_free(folder: Path, flag: str = "--output") -> None:
-    """Raise BadInput where a folder holds something already, naming the flag; writes nothing."""
+def check_new_folder(folder: Path, flag: str = "--output") -> None:
+    """Raise InputError where a folder holds something already, naming the flag; writes nothing."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise BadInput(f"{flag} {folder}: is there already; name a new folder, or remove it")
+        raise InputError(f"{flag} {folder}: is there already; name a new folder, or remove it")
     there = next(path for path in folder.absolute().parents if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise BadInput(f"{flag} {folder}: cannot be written, as {there} is no folder that can")
+        raise InputError(f"{flag} {folder}: cannot be written, as {there} is no folder that can")
 
 
 def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:
@@ -225,7 +225,7 @@ def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:
     return Manifest(
         format=format,
         outputs=outputs,
-        max_len=run.config.data.max_len,
+        max_seq_length=run.config.data.max_seq_length,
         vocabulary_size=len(run.vocab),
         tokenizer={
             "kind": run.config.data.tokenizer,
@@ -239,18 +239,18 @@ def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:
     )
 
 
-def refuse_above(tolerance: float, found: Mapping[str, Mapping[str, float]]) -> None:
-    """Raise BadInput unless every difference is within the tolerance."""
+def check_errors(tolerance: float, found: Mapping[str, Mapping[str, float]]) -> None:
+    """Raise InputError unless every difference is within the tolerance."""
     for name, by_output in found.items():
         for output, difference in by_output.items():
             if not difference <= tolerance:
-                raise BadInput(
+                raise InputError(
                     f"read back by {name}, the {output} of the export differ by {difference:.1e} from the "
                     f"network's, where {tolerance:.0e} is allowed: nothing was written"
                 )
 
 
-def _differences(run: Run, other: Network, shapes: Any) -> dict[str, float]:
+def _differences(run: Run, other: Backend, shapes: Any) -> dict[str, float]:
     rng = np.random.default_rng(0)
     batches = [random_texts(rng, rows, length, run.vocab) for rows, length in shapes]
     return differences(GluonNetwork(run.net), other, batches)

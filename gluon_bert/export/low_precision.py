@@ -8,11 +8,11 @@ from typing import Any, Iterable
 
 import numpy as np
 
-from ..data.tokenizer import Padded
-from ..errors import BadInput
+from ..data.tokenizer import PaddedBatch
+from ..errors import InputError
 from ..runtime import mx
 from .manifest import OUTPUTS
-from .mxnet_symbol import Graph, feed
+from .mxnet_symbol import Graph, model_inputs
 
 # The name under which oneDNN, which MXNet computes with on the CPU, takes over parts of a graph.
 BACKEND = "MKLDNN_QUANTIZE"
@@ -27,7 +27,7 @@ BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
 _BFLOAT16 = "12"
 
 
-def to_int8(graph: Graph, outputs: str, calibration: Iterable[Padded]) -> Graph:
+def to_int8(graph: Graph, outputs: str, calibration: Iterable[PaddedBatch]) -> Graph:
     """A graph with these outputs whose dense layers compute in int8.
 
     The range of a layer's values is what it meets in the calibration texts: these must be of all lengths,
@@ -47,7 +47,7 @@ def to_int8(graph: Graph, outputs: str, calibration: Iterable[Padded]) -> Graph:
         **settings,
     )
     for texts in calibration:
-        inputs = {name: mx.nd.array(array) for name, array in feed(texts, OUTPUTS[outputs]).items()}
+        inputs = {name: mx.nd.array(array) for name, array in model_inputs(texts, OUTPUTS[outputs]).items()}
         executor = fused.bind(mx.cpu(), {**graph.parameters, **inputs}, grad_req="null")
         executor.set_monitor_callback(ranges.collect, monitor_all=True)
         executor.forward(is_train=False)
@@ -88,7 +88,7 @@ def _with_cast_weights(graph: Graph) -> Graph:
 
 
 def check_bf16() -> None:
-    """Raise BadInput where MXNet cannot compute in bfloat16 on this CPU.
+    """Raise InputError where MXNet cannot compute in bfloat16 on this CPU.
 
     It is tried, since what a CPU says it has is not all: oneDNN may be told to use less (DNNL_MAX_CPU_ISA).
     It needs AVX-512. Without AVX512_BF16 as well it computes the same, but slower than in float32.
@@ -97,14 +97,14 @@ def check_bf16() -> None:
     try:
         mx.nd.FullyConnected(ones, ones, no_bias=True, num_hidden=16).wait_to_read()
     except mx.MXNetError as error:
-        raise BadInput(
+        raise InputError(
             "bf16: this CPU cannot compute in bfloat16, for which MXNet needs AVX-512; export with --format "
             "mxnet or onnx"
         ) from error
 
 
 def check_int8() -> None:
-    """Raise BadInput where MXNet's int8 products are wrong on this CPU.
+    """Raise InputError where MXNet's int8 products are wrong on this CPU.
 
     Without VNNI oneDNN adds up pairs of products in 16 bits, which two large ones overflow without a word.
     It is tried, as in `check_bf16`.
@@ -117,7 +117,7 @@ def check_int8() -> None:
         tokens, weight, *bounds, num_hidden=1, no_bias=True, flatten=False
     )
     if products.asscalar() != 255 * 127 * width:
-        raise BadInput(
+        raise InputError(
             "int8: this CPU's products of int8 overflow, for which MXNet needs AVX512_VNNI; export with "
             "--format mxnet or onnx"
         )

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
-from ..data.tokenizer import TextReader
+from ..data.tokenizer import Tokenizer
 from ..data.wordpiece import load_vocabulary
-from ..errors import BadInput
-from ..fileio import digest, write_json
+from ..errors import InputError
+from ..fileio import file_hash, write_json
 from ..model.task import Task
 
 MANIFEST = "manifest.json"
@@ -50,7 +50,7 @@ _OUTPUTS = {
 class Manifest:
     """What stands in manifest.json.
 
-    format: one of FORMATS. outputs: a key of OUTPUTS. max_len: the longest T; a longer one is an error.
+    format: one of FORMATS. outputs: a key of OUTPUTS. max_seq_length: the longest T; a longer one is an error.
     tokenizer: how text becomes tokens, and the ids of the special ones. vocabulary_size, step: of the run.
     files: the SHA-256 of each file. versions: what the export was made with. comparison: how far the
     results are from the run's, and at which shapes or on which text. task: what the network was fine-tuned
@@ -59,7 +59,7 @@ class Manifest:
 
     format: str
     outputs: str
-    max_len: int
+    max_seq_length: int
     vocabulary_size: int
     tokenizer: Mapping[str, Any]
     step: int
@@ -90,7 +90,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """The manifest of an export's folder whose files are all there and whole; BadInput where not."""
+        """The manifest of an export's folder whose files are all there and whole; InputError where not."""
         path = Path(folder) / MANIFEST
         try:
             content = json.loads(path.read_text("utf-8"))
@@ -98,27 +98,27 @@ class Manifest:
             content.setdefault("task", None)  # which older exports do not have
             manifest = cls(**{each.name: content[each.name] for each in fields(cls)})
         except FileNotFoundError as error:
-            raise BadInput(f"{folder}: holds no export: there is no {MANIFEST}") from error
+            raise InputError(f"{folder}: holds no export: there is no {MANIFEST}") from error
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise BadInput(
+            raise InputError(
                 f"{path}: cannot be read as an export's manifest ({type(error).__name__}: {error})"
             ) from error
         if version != VERSION:
-            raise BadInput(f"{path}: version {version}, where this gluon_bert reads {VERSION}")
+            raise InputError(f"{path}: version {version}, where this gluon_bert reads {VERSION}")
         manifest._check(path)
         return manifest
 
-    def reader(self, folder: Path) -> TextReader:
-        """What makes texts into the network's inputs; BadInput where the vocabulary does not fit."""
+    def reader(self, folder: Path) -> Tokenizer:
+        """What makes texts into the network's inputs; InputError where the vocabulary does not fit."""
         vocab = load_vocabulary(Path(folder))
         if len(vocab) != self.vocabulary_size:
-            raise BadInput(
+            raise InputError(
                 f"{folder}: {vocab.FILE} has {len(vocab)} tokens, the network {self.vocabulary_size}"
             )
-        return TextReader(vocab, self.max_len, self.tokenizer["lowercase"])
+        return Tokenizer(vocab, self.max_seq_length, self.tokenizer["lowercase"])
 
     def _check(self, path: Path) -> None:
-        sizes = [self.max_len, self.vocabulary_size]
+        sizes = [self.max_seq_length, self.vocabulary_size]
         sound = [
             self.format in FORMATS,
             self.outputs in list(OUTPUTS),  # a dict cannot be asked for what is not hashable
@@ -128,16 +128,16 @@ class Manifest:
             isinstance(self.files, Mapping),
         ]
         if not all(sound):
-            raise BadInput(f"{path}: does not say what this gluon_bert knows; export the run again")
+            raise InputError(f"{path}: does not say what this gluon_bert knows; export the run again")
         if self.task is not None:
             Task.from_json(self.task, path)
         for name, expected in self.files.items():
             if Path(name).name != name:
-                raise BadInput(f"{path}: {name!r} is no file of this folder")
+                raise InputError(f"{path}: {name!r} is no file of this folder")
             if not (path.parent / name).is_file():
-                raise BadInput(f"{path.parent}: {name} is missing; export the run again")
-            if digest(path.parent / name) != expected:
-                raise BadInput(
+                raise InputError(f"{path.parent}: {name} is missing; export the run again")
+            if file_hash(path.parent / name) != expected:
+                raise InputError(
                     f"{path.parent / name}: is not the file that was exported; export the run again"
                 )
 
@@ -149,7 +149,7 @@ def input_names(outputs: str) -> list[str]:
 
 def hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file in a folder, by name."""
-    return {path.name: digest(path) for path in sorted(folder.iterdir())}
+    return {path.name: file_hash(path) for path in sorted(folder.iterdir())}
 
 
 def _described(names: Iterable[str], meanings: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:

@@ -12,10 +12,10 @@ import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..errors import BadInput
-from ..fileio import folder_aside
+from ..errors import InputError
+from ..fileio import atomic_folder
 from ..run import Run
-from .exporter import check_free, export_mxnet
+from .exporter import check_new_folder, export_mxnet
 from .manifest import MANIFEST, Manifest
 
 MODEL, ARCHIVE = "bert", "bert.mar"
@@ -31,12 +31,12 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 def export_archive(run: Run, folder: Path, outputs: str = "all") -> Path:
     """Write a run as `bert.mar` into a new folder; returns the file.
 
-    It holds what `export_mxnet` writes and a copy of this package. BadInput where the folder is taken, the
+    It holds what `export_mxnet` writes and a copy of this package. InputError where the folder is taken, the
     extra `serve` is missing, or the export differs from the run, in which case nothing is left.
     """
-    need_archiver()
-    check_free(folder)
-    with folder_aside(folder) as aside, TemporaryDirectory(dir=aside) as content:
+    check_archiver()
+    check_new_folder(folder)
+    with atomic_folder(folder) as aside, TemporaryDirectory(dir=aside) as content:
         export_mxnet(run, Path(content, "export"), outputs)
         pack(Path(content, "export"), aside)
     return folder / ARCHIVE
@@ -44,10 +44,10 @@ def export_archive(run: Run, folder: Path, outputs: str = "all") -> Path:
 
 def pack(export: Path, folder: Path) -> Path:
     """Write the archive of an export of `export_mxnet` into a folder that is there; returns the file."""
-    need_archiver()
+    check_archiver()
     manifest = Manifest.load(export)
     if manifest.format != "mxnet":
-        raise BadInput(
+        raise InputError(
             f"{export}: is an export as {manifest.format}; the model server takes --format mar or mxnet"
         )
     with TemporaryDirectory(dir=folder) as content:
@@ -61,32 +61,32 @@ def pack(export: Path, folder: Path) -> Path:
 
 
 def check_archive(path: Path) -> None:
-    """Raise BadInput unless a file is an archive of `pack`, and whole, that can be served here."""
+    """Raise InputError unless a file is an archive of `pack`, and whole, that can be served here."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
             handler = json.loads(archive.read("MAR-INF/MANIFEST.json"))["model"]["handler"]
             tokenizer = json.loads(archive.read(MANIFEST))["tokenizer"]["kind"] if handler == HANDLER else ""
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, *_UNREADABLE) as error:
-        raise BadInput(
+        raise InputError(
             f"{path}: cannot be read as a model archive ({type(error).__name__}: {error}); export the run "
             "again"
         ) from error
     if damaged:
-        raise BadInput(f"{path}: is damaged ({damaged}); export the run again")
+        raise InputError(f"{path}: is damaged ({damaged}); export the run again")
     if handler != HANDLER:
-        raise BadInput(f"{path}: is not an archive of this package: its handler is {handler}")
+        raise InputError(f"{path}: is not an archive of this package: its handler is {handler}")
     if tokenizer == "wordpiece" and importlib.util.find_spec("tokenizers") is None:
-        raise BadInput(
+        raise InputError(
             f"{path}: its network reads word pieces, for which tokenizers is not installed: "
             "pip install -e '.[cpu,serve,wordpiece]'"
         )
 
 
-def need_archiver() -> None:
-    """Raise BadInput where the extra `serve` is not installed."""
+def check_archiver() -> None:
+    """Raise InputError where the extra `serve` is not installed."""
     if importlib.util.find_spec("model_archiver") is None:
-        raise BadInput(f"model-archiver is not installed: {INSTALL_SERVE}")
+        raise InputError(f"model-archiver is not installed: {INSTALL_SERVE}")
 
 
 def _archive(content: Path, folder: Path) -> None:

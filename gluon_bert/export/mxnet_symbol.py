@@ -8,8 +8,8 @@ from typing import Any, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from ..data.tokenizer import Padded
-from ..errors import BadInput, in_a_line
+from ..data.tokenizer import PaddedBatch
+from ..errors import InputError, one_line
 from ..inference.predictor import Outputs
 from ..runtime import mx
 from .manifest import OUTPUTS, Manifest, input_names
@@ -28,13 +28,13 @@ class Graph(NamedTuple):
     parameters: dict[str, Any]
 
 
-def trace(net: Any, outputs: str, max_len: int) -> Graph:
-    """The graph of a network for texts of up to `max_len` tokens, with any batch size and length.
+def trace(net: Any, outputs: str, max_seq_length: int) -> Graph:
+    """The graph of a network for texts of up to `max_seq_length` tokens, with any batch size and length.
 
     outputs: a key of OUTPUTS. A longer text is an error of the graph itself: it has that many positions.
     """
     with mx.name.NameManager():  # so that equal networks have equal names, whatever was traced before
-        net = _shortened(net, max_len)
+        net = _shortened(net, max_seq_length)
         tokens, segments, lengths = (mx.sym.var(name) for name in input_names("encoder"))
         results = {"encoded": net.encoder(tokens, segments, lengths)}
         if outputs == "all":
@@ -59,16 +59,16 @@ def _places(positions: Any) -> Any:
     return mx.sym.stack(mx.sym.broadcast_like(rows, positions), positions)
 
 
-def _shortened(net: Any, max_len: int) -> Any:
-    """A copy of a network on the CPU with the first `max_len` position embeddings."""
-    config = dataclasses.replace(net.config, max_positions=max_len)
-    copy = net.like(config, prefix="bert_")
+def _shortened(net: Any, max_seq_length: int) -> Any:
+    """A copy of a network on the CPU with the first `max_seq_length` position embeddings."""
+    config = dataclasses.replace(net.config, max_positions=max_seq_length)
+    copy = net.with_config(config, prefix="bert_")
     copy.initialize(ctx=mx.cpu())
     originals = net._collect_params_with_prefix()
     for name, parameter in copy._collect_params_with_prefix().items():
         original = originals[name]
         data = original.data(original.list_ctx()[0]).as_in_context(mx.cpu())
-        parameter.set_data(data[:max_len] if name == "encoder.embeddings.positions.weight" else data)
+        parameter.set_data(data[:max_seq_length] if name == "encoder.embeddings.positions.weight" else data)
     return copy
 
 
@@ -86,11 +86,11 @@ def load_graph(folder: Path) -> Graph:
         arrays = mx.nd.load(str(folder / PARAMETERS))
         symbol = mx.sym.load(str(folder / SYMBOL))
     except mx.MXNetError as error:
-        raise BadInput(f"{folder}: cannot be read as a graph ({in_a_line(error)})") from error
+        raise InputError(f"{folder}: cannot be read as a graph ({one_line(error)})") from error
     return Graph(symbol, {name.split(":", 1)[1]: array for name, array in arrays.items()})
 
 
-def feed(texts: Padded, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+def model_inputs(texts: PaddedBatch, outputs: Sequence[str]) -> dict[str, np.ndarray]:
     """The inputs of a graph with these outputs, float32, by name."""
     arrays = {"tokens": texts.tokens, "segments": texts.segments, "lengths": texts.lengths}
     if "mask_scores" in outputs:
@@ -100,7 +100,7 @@ def feed(texts: Padded, outputs: Sequence[str]) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
-def outputs_of(results: Mapping[str, np.ndarray], texts: Padded) -> Outputs:
+def outputs_of(results: Mapping[str, np.ndarray], texts: PaddedBatch) -> Outputs:
     """What a graph gave, with the scores of the masks that exist: (B, K, V) -> (M, V)."""
     if "mask_scores" in results:
         rows = texts.predictions[0]
@@ -113,7 +113,7 @@ def _place_in_row(rows: np.ndarray) -> np.ndarray:
     return np.arange(len(rows)) - np.searchsorted(rows, rows)
 
 
-def wanted(manifest: Manifest, texts: Padded) -> tuple[str, ...]:
+def outputs_needed(manifest: Manifest, texts: PaddedBatch) -> tuple[str, ...]:
     """The outputs to compute: without a mask not the masks' scores, which cost more than a small encoder."""
     return tuple(n for n in manifest.output_names if n != "mask_scores" or texts.predictions.size)
 
@@ -136,7 +136,7 @@ class BlockNetwork:
                     str(folder / SYMBOL), manifest.input_names, str(folder / PARAMETERS), ctx=self._context
                 )
             except (mx.MXNetError, AssertionError, ValueError) as error:
-                raise BadInput(f"{folder}: cannot be read as a graph ({in_a_line(error)})") from error
+                raise InputError(f"{folder}: cannot be read as a graph ({one_line(error)})") from error
             part = mx.gluon.SymbolBlock(
                 part_of(mx.sym.load(str(folder / SYMBOL)), without_masks),
                 [mx.sym.var(name) for name in input_names("encoder")],
@@ -144,10 +144,10 @@ class BlockNetwork:
             )
         self._blocks = {without_masks: part, manifest.output_names: whole}
 
-    def __call__(self, texts: Padded) -> Outputs:
+    def __call__(self, texts: PaddedBatch) -> Outputs:
         """The outputs, brought to the host."""
-        outputs = wanted(self._manifest, texts)
-        inputs = (mx.nd.array(array, ctx=self._context) for array in feed(texts, outputs).values())
+        outputs = outputs_needed(self._manifest, texts)
+        inputs = (mx.nd.array(array, ctx=self._context) for array in model_inputs(texts, outputs).values())
         results = self._blocks[outputs](*inputs)
         results = results if isinstance(results, (list, tuple)) else [results]
         return outputs_of(dict(zip(outputs, (each.asnumpy() for each in results))), texts)
@@ -160,10 +160,10 @@ class ModuleNetwork:
         self._manifest, self._context = manifest, context or mx.cpu()
         self._graph = load_graph(folder)
 
-    def __call__(self, texts: Padded) -> Outputs:
+    def __call__(self, texts: PaddedBatch) -> Outputs:
         """The outputs, brought to the host. Binds anew each time, so it is for comparing only."""
-        outputs = wanted(self._manifest, texts)
-        inputs = feed(texts, outputs)
+        outputs = outputs_needed(self._manifest, texts)
+        inputs = model_inputs(texts, outputs)
         symbol = part_of(self._graph.symbol, outputs)
         module = mx.mod.Module(symbol, list(inputs), label_names=None, context=self._context)
         module.bind([(name, array.shape) for name, array in inputs.items()], for_training=False)

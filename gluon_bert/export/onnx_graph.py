@@ -10,12 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Iterator
 
-from ..data.tokenizer import Padded
-from ..errors import BadInput
+from ..data.tokenizer import PaddedBatch
+from ..errors import InputError
 from ..inference.predictor import Outputs
 from ..runtime import mx
 from .manifest import Manifest, input_names
-from .mxnet_symbol import Graph, feed, outputs_of, wanted
+from .mxnet_symbol import Graph, model_inputs, outputs_needed, outputs_of
 
 FILE = "bert.onnx"
 
@@ -35,11 +35,11 @@ _SIZES = {"B": 2, "T": 4, "K": 2}
 
 
 def package(name: str) -> Any:
-    """onnx or onnxruntime; BadInput, with the remedy, where it is missing or cannot be loaded."""
+    """onnx or onnxruntime; InputError, with the remedy, where it is missing or cannot be loaded."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise BadInput(f"an export to ONNX needs the package {name} ({error}): {INSTALL}") from error
+        raise InputError(f"an export to ONNX needs the package {name} ({error}): {INSTALL}") from error
 
 
 def onnx_versions() -> dict[str, str]:
@@ -51,12 +51,12 @@ def save_onnx(folder: Path, graph: Graph, outputs: str) -> None:
     """Write a graph with these outputs as ONNX, with any batch size, length and number of masks.
 
     A text that is longer than the graph has positions is an error in ONNX as well: as many positions as
-    there are do not spread over it. BadInput where the weights are too large for a file.
+    there are do not spread over it. InputError where the weights are too large for a file.
     """
     onnx = package("onnx")
     size = sum(4 * array.size for array in graph.parameters.values())
     if size > MAX_BYTES:
-        raise BadInput(
+        raise InputError(
             f"--format onnx: the weights take {size / 1e9:.1f} GB, where an ONNX file holds "
             f"{MAX_BYTES / 1e9:.1f}: use --format mxnet"
         )
@@ -150,12 +150,12 @@ class OnnxNetwork:
             }
         # The errors of protobuf and onnxruntime have no other class in common.
         except Exception as error:
-            raise BadInput(f"{path}: cannot be read as ONNX ({_first_line(error)})") from error
+            raise InputError(f"{path}: cannot be read as ONNX ({_first_line(error)})") from error
 
-    def __call__(self, texts: Padded) -> Outputs:
+    def __call__(self, texts: PaddedBatch) -> Outputs:
         """The outputs, float32."""
-        outputs = wanted(self._manifest, texts)
-        results = self._sessions[outputs].run(list(outputs), feed(texts, outputs))
+        outputs = outputs_needed(self._manifest, texts)
+        results = self._sessions[outputs].run(list(outputs), model_inputs(texts, outputs))
         return outputs_of(dict(zip(outputs, results)), texts)
 
 

@@ -9,10 +9,10 @@ from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from ..data.tokenizer import Padded, Text, TextReader, by_length, padded
+from ..data.tokenizer import EncodedText, PaddedBatch, Tokenizer, bucket_by_length, pad
 from ..data.vocab import Vocabulary
-from ..errors import BadInput
-from ..inference.predictor import BATCH_MASKS, Network, Outputs
+from ..errors import InputError
+from ..inference.predictor import BATCH_MASKS, Backend, Outputs
 
 # Share of the words that are masked for a comparison, as in training (Devlin et al. 2018, section 3.1).
 MASK_RATE = 0.15
@@ -27,23 +27,23 @@ BATCH_TOKENS = 1024
 ROUNDS = 5
 
 
-def random_texts(rng: np.random.Generator, batch_size: int, length: int, vocab: Vocabulary) -> Padded:
+def random_texts(rng: np.random.Generator, batch_size: int, length: int, vocab: Vocabulary) -> PaddedBatch:
     """Rows of random words in two segments, of different lengths up to `length`, some of them masked."""
     lengths = rng.integers(max(length // 2, 3), length + 1, batch_size).astype(np.int32)
     lengths[0] = length
     position = np.arange(length)
     padding = position >= lengths[:, None]
     middle = lengths[:, None] // 2
-    tokens = rng.choice(vocab.ordinary, (batch_size, length)).astype(np.int32)
+    tokens = rng.choice(vocab.ordinary_ids, (batch_size, length)).astype(np.int32)
     tokens[(position == middle) | (position == lengths[:, None] - 1)] = vocab.sep
     tokens[:, 0] = vocab.cls
     tokens[:, 1] = vocab.mask
     tokens[padding] = vocab.pad
     segments = ((position > middle) & ~padding).astype(np.int32)
-    return Padded(tokens, segments, lengths, np.stack(np.nonzero(tokens == vocab.mask)).astype(np.int32))
+    return PaddedBatch(tokens, segments, lengths, np.stack(np.nonzero(tokens == vocab.mask)).astype(np.int32))
 
 
-def differences(reference: Network, other: Network, batches: Iterable[Padded]) -> dict[str, float]:
+def differences(reference: Backend, other: Backend, batches: Iterable[PaddedBatch]) -> dict[str, float]:
     """The largest difference of each of the other's outputs, in units of the reference's largest value.
 
     The unit is 1 where all values are smaller; the vectors of padding, which mean nothing, are left out.
@@ -62,17 +62,17 @@ def differences(reference: Network, other: Network, batches: Iterable[Padded]) -
     return largest
 
 
-class Question(NamedTuple):
+class MaskedText(NamedTuple):
     """A text with some of its words masked, and the words that stood at its masks, (K,) ids.
 
     An id is -1 where the text came with a <mask>, so that nobody knows.
     """
 
-    text: Text
+    text: EncodedText
     labels: np.ndarray
 
 
-def question(text: Text, vocab: Vocabulary, rng: np.random.Generator) -> Question:
+def question(text: EncodedText, vocab: Vocabulary, rng: np.random.Generator) -> MaskedText:
     """A text with 15 % of its known words masked, one at least if it has any."""
     words = np.flatnonzero(~vocab.special[text.ids])
     chosen = rng.permutation(words)[: max(1, int(MASK_RATE * len(words)))]
@@ -82,11 +82,11 @@ def question(text: Text, vocab: Vocabulary, rng: np.random.Generator) -> Questio
         tokens[position] = vocab.tokens[vocab.mask]
     asked = dataclasses.replace(text, ids=ids, tokens=tokens)
     known = np.where(text.ids == vocab.mask, -1, text.ids)
-    return Question(asked, known[asked.masks])
+    return MaskedText(asked, known[asked.masks])
 
 
 def compare(
-    reference: Network, other: Network, texts: Sequence[Text], reader: TextReader, with_masks: bool
+    reference: Backend, other: Backend, texts: Sequence[EncodedText], reader: Tokenizer, with_masks: bool
 ) -> list[dict[str, Any]]:
     """How far another network's results are from the reference's and how fast it is, by length of text.
 
@@ -101,7 +101,7 @@ def compare(
     speed ratio: how many times as many texts a second the other computes.
     """
     if len(texts) < NUM_GROUPS:
-        raise BadInput(f"--text: {len(texts)} texts are too few to compare with: {NUM_GROUPS} are needed")
+        raise InputError(f"--text: {len(texts)} texts are too few to compare with: {NUM_GROUPS} are needed")
     rng = np.random.default_rng(0)
     ordered = sorted(texts, key=len)
     bounds = np.linspace(0, len(ordered), NUM_GROUPS + 1).round().astype(int)
@@ -110,7 +110,7 @@ def compare(
         group = ordered[start:stop]
         asked = list(batches(group, reader, rng, with_masks))
         if with_masks and not any(each.texts.predictions.size for each in asked):
-            raise BadInput(
+            raise InputError(
                 f"--text: no text of {len(group[0])} to {len(group[-1])} tokens holds a word of the "
                 "vocabulary, so there is none to mask and to compare"
             )
@@ -141,26 +141,26 @@ def table(groups: Sequence[Mapping[str, Any]]) -> list[str]:
 class Asked(NamedTuple):
     """Questions side by side; labels (M,), one a mask."""
 
-    texts: Padded
+    texts: PaddedBatch
     labels: np.ndarray
 
 
 def batches(
-    texts: Sequence[Text], reader: TextReader, rng: np.random.Generator, with_masks: bool
+    texts: Sequence[EncodedText], reader: Tokenizer, rng: np.random.Generator, with_masks: bool
 ) -> Iterator[Asked]:
     """Texts in batches of like length, with some of their words masked or with nothing to predict."""
     labels = [np.zeros(0, dtype=np.int32)] * len(texts)
     if with_masks:
         texts, labels = zip(*(question(text, reader.vocab, rng) for text in texts))
-    for members in by_length(texts, BATCH_TOKENS, BATCH_MASKS):
-        batch = padded([texts[i] for i in members], reader.max_len)
+    for members in bucket_by_length(texts, BATCH_TOKENS, BATCH_MASKS):
+        batch = pad([texts[i] for i in members], reader.max_seq_length)
         if not with_masks:
             # The other gives no scores of masks, so the reference must not spend time on a text's own ones.
             batch = batch._replace(predictions=batch.predictions[:, :0])
         yield Asked(batch, np.concatenate([labels[i] for i in members]))
 
 
-def _compared(reference: Network, other: Network, asked: Sequence[Asked]) -> dict[str, Any]:
+def _compared(reference: Backend, other: Backend, asked: Sequence[Asked]) -> dict[str, Any]:
     measured = [_measured(reference(each.texts), other(each.texts), each) for each in asked]
     # The last batch has masks if any has.
     numbers = {name: np.concatenate([m[name] for m in measured if name in m]) for name in measured[-1]}
@@ -217,7 +217,7 @@ def _summary(numbers: np.ndarray, extreme: str, function: Any) -> dict[str, floa
     return {"mean": float(numbers.mean()), extreme: float(function(numbers))}
 
 
-def speed_ratio(reference: Network, other: Network, texts: Padded) -> float:
+def speed_ratio(reference: Backend, other: Backend, texts: PaddedBatch) -> float:
     """How many times as many texts a second the other computes: the median of rounds taken in turns."""
     ratios = []
     for _ in range(ROUNDS):

@@ -8,10 +8,10 @@ from typing import Iterator, Sequence
 
 import numpy as np
 
-from ..data.tokenizer import Text, TextReader
-from ..errors import BadInput
+from ..data.tokenizer import EncodedText, Tokenizer
+from ..errors import InputError
 from ..model.task import Task
-from .tables import Row
+from .tables import TableRow
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _MOST_TOLD = 10
 class Examples:
     """Texts and their targets, (N,): int64 classes or float64 scores; None where the file has no labels."""
 
-    texts: Sequence[Text]
+    texts: Sequence[EncodedText]
     targets: np.ndarray | None
 
     def __len__(self) -> int:
@@ -45,11 +45,11 @@ class Examples:
         return (batches[i] for i in rng.permutation(len(batches)))
 
 
-def task_of(rows: Sequence[Row], kind: str = "auto") -> Task:
+def infer_task(rows: Sequence[TableRow], kind: str = "auto") -> Task:
     """The task that labelled rows are; what was guessed of it is told.
 
     kind: classification, regression, or auto: classes unless a label is a number that is not whole. Raises
-    BadInput for scores that are no numbers, fewer than two labels, and where auto cannot tell.
+    InputError for scores that are no numbers, fewer than two labels, and where auto cannot tell.
     """
     pairs = len(rows[0].texts) == 2
     labels = [str(row.label) for row in rows]
@@ -60,23 +60,27 @@ def task_of(rows: Sequence[Row], kind: str = "auto") -> Task:
     if kind == "regression":
         scores = _scores(rows)
         if scores.std() == 0:
-            raise BadInput(f"--train: all {len(rows)} scores are {distinct[0]}: there is nothing to learn")
+            raise InputError(f"--train: all {len(rows)} scores are {distinct[0]}: there is nothing to learn")
         return Task(kind, pairs, mean=float(scores.mean()), scale=float(scores.std()))
     if len(distinct) < 2:
-        raise BadInput(f"--train: all {len(rows)} labels are {distinct[0]!r}: there is nothing to learn")
+        raise InputError(f"--train: all {len(rows)} labels are {distinct[0]!r}: there is nothing to learn")
     return Task(kind, pairs, labels=tuple(distinct))
 
 
-def examples(rows: Sequence[Row], task: Task, reader: TextReader, what: str) -> Examples:
+def examples(rows: Sequence[TableRow], task: Task, reader: Tokenizer, what: str) -> Examples:
     """The rows as the network reads them; how many texts were cut is told.
 
-    what: the flag that named their file. Raises BadInput for labels that do not occur in training.
+    what: the flag that named their file. Raises InputError for labels that do not occur in training.
     """
     texts = [_read(row, reader) for row in rows]
     cut = sum(text.truncated > 0 for text in texts)
     if cut:
         log.info(
-            "%s: %d of %d texts are longer than %d tokens and cut", what, cut, len(texts), reader.max_len
+            "%s: %d of %d texts are longer than %d tokens and cut",
+            what,
+            cut,
+            len(texts),
+            reader.max_seq_length,
         )
     if rows[0].label is None:
         return Examples(texts, None)
@@ -92,16 +96,16 @@ def examples(rows: Sequence[Row], task: Task, reader: TextReader, what: str) -> 
         told[-1] += f", which has {', '.join(task.labels[:_MOST_CLASSES])}"
         if len(unseen) > _MOST_TOLD:
             told.append(f"and {len(unseen) - _MOST_TOLD} more lines")
-        raise BadInput("\n".join(told))
+        raise InputError("\n".join(told))
     return Examples(texts, np.array([number[str(row.label)] for row in rows]))
 
 
-def _read(row: Row, reader: TextReader) -> Text:
+def _read(row: TableRow, reader: Tokenizer) -> EncodedText:
     try:
         first, second = row.texts if len(row.texts) == 2 else (row.texts[0], None)
         return reader.text(first, second, truncate=True)
-    except BadInput as problem:
-        raise BadInput(f"{row.where}: {problem}") from problem
+    except InputError as problem:
+        raise InputError(f"{row.where}: {problem}") from problem
 
 
 def _guessed(distinct: Sequence[str]) -> str:
@@ -111,19 +115,19 @@ def _guessed(distinct: Sequence[str]) -> str:
     if any(number != round(number) for number in numbers if number is not None):
         return "regression"
     if len(distinct) > _MOST_CLASSES:
-        raise BadInput(
+        raise InputError(
             f"--task: {len(distinct)} different whole numbers may be classes or a score; say "
             "classification or regression"
         )
     return "classification"
 
 
-def _scores(rows: Sequence[Row]) -> np.ndarray:
+def _scores(rows: Sequence[TableRow]) -> np.ndarray:
     numbers = [_number(str(row.label)) for row in rows]
     wrong = [row for row, number in zip(rows, numbers) if number is None]
     if wrong:
         told = [f"{row.where}: {row.label!r} is no number, as a score must be" for row in wrong[:_MOST_TOLD]]
-        raise BadInput("\n".join(told))
+        raise InputError("\n".join(told))
     return np.array(numbers, dtype=np.float64)
 
 

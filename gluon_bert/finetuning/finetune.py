@@ -10,10 +10,10 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 import numpy as np
 
 from ..config import FineTuneConfig, TrainConfig
-from ..data.tokenizer import TextReader, padded
-from ..errors import BadInput
-from ..inference.predictor import Answer, GluonNetwork, Predictor
-from ..model.classifier import FineTunedModel
+from ..data.tokenizer import Tokenizer, pad
+from ..errors import InputError
+from ..inference.predictor import GluonNetwork, Prediction, Predictor
+from ..model.classifier import BERTForTask
 from ..model.parameters import named_parameters, weights_of
 from ..model.task import Task
 from ..runtime import mx
@@ -34,12 +34,14 @@ class Epoch(NamedTuple):
     seconds: float
 
 
-def begin(net: Any, task: Task, config: FineTuneConfig, context: Any, pretrained: bool = True) -> Any:
+def init_from_pretrained(
+    net: Any, task: Task, config: FineTuneConfig, context: Any, pretrained: bool = True
+) -> Any:
     """A network for a task with the encoder and the pooler of a pretrained one; its head is drawn.
 
     pretrained: False draws the encoder and the pooler anew, too, to see what pretraining is worth.
     """
-    tuned = FineTunedModel(net.vocab_size, dataclasses.replace(net.config, dropout=config.dropout), task)
+    tuned = BERTForTask(net.vocab_size, dataclasses.replace(net.config, dropout=config.dropout), task)
     tuned.setup([context], config.seed)
     if pretrained:
         weights = weights_of(net)
@@ -57,7 +59,7 @@ def train_config(config: FineTuneConfig, num_examples: int) -> TrainConfig:
         num_steps=steps,
         lr=config.lr,
         schedule="linear",
-        warmup=config.warmup,
+        warmup_ratio=config.warmup_ratio,
         # With bias correction, without which short runs on little data fail by chance (Mosbach et al. 2021).
         optimizer="adamw",
         epsilon=1e-6,
@@ -74,15 +76,15 @@ class FineTuner:
     >>> tuner.fit(train, dev, lambda epoch: print(epoch))
     """
 
-    def __init__(self, net: Any, reader: TextReader, config: FineTuneConfig) -> None:
+    def __init__(self, net: Any, reader: Tokenizer, config: FineTuneConfig) -> None:
         self.net, self.reader, self.config = net, reader, config
         self._context = net.head.dense.weight.list_ctx()[0]
 
     def fit(self, train: Examples, dev: Examples, reporter: Callable[[Epoch], None]) -> Epoch:
         """Train for all epochs, each followed by an evaluation; returns the best one.
 
-        The best is that with the best first metric of the task, or that of `best_by`, the earlier of equals.
-        BadInput where the loss is no number any more.
+        The best is that with the best first metric of the task, or that of `best_metric`, the earlier of equals.
+        InputError where the loss is no number any more.
         """
         best, started = None, time.perf_counter()
         for number, step, loss in self.epochs(train):
@@ -97,7 +99,7 @@ class FineTuner:
     def epochs(self, train: Examples) -> Iterator[tuple[int, int, float]]:
         """Train epoch by epoch: its number, the steps made so far, and the mean loss of its examples.
 
-        BadInput where the loss is no number any more.
+        InputError where the loss is no number any more.
         """
         config = train_config(self.config, len(train))
         optimizer = gluon_trainer(self.net.collect_params(), config)
@@ -110,7 +112,7 @@ class FineTuner:
                 losses.append((len(rows), self._step(train, rows, optimizer)))
             loss = sum(n * float(each.asscalar()) for n, each in losses) / len(train)
             if not math.isfinite(loss):
-                raise BadInput(
+                raise InputError(
                     f"--lr {config.lr:g}: in epoch {number} the loss is no number any more; a smaller "
                     "learning rate is the usual remedy"
                 )
@@ -119,7 +121,7 @@ class FineTuner:
     def _step(self, train: Examples, rows: np.ndarray, optimizer: Any) -> Any:
         """One optimizer step; returns the mean loss of the batch, on the device."""
         assert train.targets is not None
-        batch = padded([train.texts[i] for i in rows], self.reader.max_len)
+        batch = pad([train.texts[i] for i in rows], self.reader.max_seq_length)
         arrays = (batch.tokens, batch.segments, batch.lengths, train.targets[rows])
         *inputs, targets = (mx.nd.array(each, ctx=self._context, dtype=np.float32) for each in arrays)
         with mx.autograd.record():
@@ -135,7 +137,9 @@ class FineTuner:
     def _value(self, found: dict[str, float]) -> float:
         """What decides which epoch is the best; more is better."""
         name = (
-            self.config.best_by if self.config.best_by != "auto" else metrics.OF_KIND[self.net.task.kind][0]
+            self.config.best_metric
+            if self.config.best_metric != "auto"
+            else metrics.METRICS_BY_TASK[self.net.task.kind][0]
         )
         value = -found[name] if name in metrics.SMALLER else found[name]
         return -math.inf if math.isnan(value) else value
@@ -161,10 +165,10 @@ def evaluated(scores: np.ndarray, examples: Examples, task: Task) -> dict[str, f
     """The metrics of scores (N, K) on labelled examples."""
     assert examples.targets is not None
     if task.kind == "classification":
-        return metrics.of_classes(examples.targets, scores.argmax(axis=1), task.outputs)
-    return metrics.of_scores(examples.targets, scores[:, 0].astype(np.float64))
+        return metrics.classification_metrics(examples.targets, scores.argmax(axis=1), task.outputs)
+    return metrics.regression_metrics(examples.targets, scores[:, 0].astype(np.float64))
 
 
-def scores_of(answers: Iterable[Answer]) -> np.ndarray:
+def scores_of(answers: Iterable[Prediction]) -> np.ndarray:
     """(N, K) float32 the task's scores of answers."""
     return np.stack([answer.task_scores for answer in answers if answer.task_scores is not None])

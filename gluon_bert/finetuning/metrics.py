@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 # Which of them fit a task, the first deciding which checkpoint is the best unless another is asked for.
-OF_KIND = {
+METRICS_BY_TASK = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman", "mse"),
 }
@@ -13,7 +13,7 @@ OF_KIND = {
 SMALLER = ("mse",)
 
 
-def of_classes(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, float]:
+def classification_metrics(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, float]:
     """Accuracy, F1 and Matthews' correlation of classes, (N,) and (N,) of numbers below num_classes.
 
     F1 is that of class 1 where there are two, as GLUE has it, else the mean over the classes that occur in
@@ -33,7 +33,7 @@ def of_classes(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> d
     return {"accuracy": float(hits.sum() / count), "f1": float(f1), "matthews": float(matthews)}
 
 
-def of_scores(expected: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+def regression_metrics(expected: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     """Pearson's and Spearman's correlation and the mean squared error of predicted scores, (N,) and (N,).
 
     A correlation with scores that are all alike is NaN.

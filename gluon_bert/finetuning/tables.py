@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
-from ..errors import BadInput
+from ..errors import InputError
 
 # The columns that are taken where none is named: texts, the first of these that are all there, and labels.
 TEXT_COLUMNS = (
@@ -25,7 +25,7 @@ ENDINGS = (".tsv", ".csv", ".jsonl")
 _MOST_TOLD = 10
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A text or a pair of texts, its label if it has one, and where it was found."""
 
     where: str
@@ -43,7 +43,7 @@ class Columns(NamedTuple):
 def choose_columns(
     path: Path, flag: str, header: bool, texts: Sequence[str] = (), label: str | None = None
 ) -> Columns:
-    """The columns of a table that are named, or that have names known for it; BadInput says what there is.
+    """The columns of a table that are named, or that have names known for it; InputError says what there is.
 
     header: the first line names the columns; else they are numbered from 1.
     """
@@ -62,14 +62,14 @@ def choose_columns(
         if label is None:
             problems.append(f"{flag} {path}: say with --label which column has the labels; {there}")
     if problems:
-        raise BadInput("\n".join(problems))
+        raise InputError("\n".join(problems))
     return Columns(tuple(texts), label)
 
 
 def read_table(
     path: Path, flag: str, header: bool, columns: Columns, labels_needed: bool = True
-) -> list[Row]:
-    """The rows of a UTF-8 file; BadInput names each line that is none, and the first ten if there are more.
+) -> list[TableRow]:
+    """The rows of a UTF-8 file; InputError names each line that is none, and the first ten if there are more.
 
     labels_needed: every row must have a label; else a file without that column has none at all.
     """
@@ -80,7 +80,7 @@ def read_table(
     wanted = [*columns.texts, *([label] if label else [])]
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise BadInput(
+        raise InputError(
             f"{flag} {path}: has no column {' and '.join(map(repr, missing))}, as the training file has; it "
             f"has {', '.join(names)}"
         )
@@ -91,14 +91,16 @@ def read_table(
             problems.append(f"{where}: {problem}")
         elif not isinstance(fields, str):
             rows.append(
-                Row(where, tuple(fields[n].strip() for n in columns.texts), fields[label] if label else None)
+                TableRow(
+                    where, tuple(fields[n].strip() for n in columns.texts), fields[label] if label else None
+                )
             )
     if problems:
         more = len(problems) - _MOST_TOLD
         told = problems[:_MOST_TOLD] + ([f"{path}: and {more} more lines"] if more > 0 else [])
-        raise BadInput("\n".join(told))
+        raise InputError("\n".join(told))
     if not rows:
-        raise BadInput(f"{flag} {path}: has no row; a line for each text is needed")
+        raise InputError(f"{flag} {path}: has no row; a line for each text is needed")
     return rows
 
 
@@ -113,17 +115,17 @@ def _problem(fields: Mapping[str, str], wanted: Sequence[str]) -> str:
 def _names(path: Path, flag: str, header: bool) -> list[str]:
     """The names of a table's columns: of its first line, or 1, 2 and so on; of JSONL the first object's."""
     if path.suffix not in ENDINGS:
-        raise BadInput(f"{flag} {path}: must end in {', '.join(ENDINGS)}, which says how it is read")
+        raise InputError(f"{flag} {path}: must end in {', '.join(ENDINGS)}, which says how it is read")
     first = next(_lines(path, flag), None)
     if first is None:
-        raise BadInput(f"{flag} {path}: is empty")
+        raise InputError(f"{flag} {path}: is empty")
     fields = first[1]
     if isinstance(fields, str):
-        raise BadInput(f"{first[0]}: {fields}")
+        raise InputError(f"{first[0]}: {fields}")
     names = list(fields) if header or isinstance(fields, dict) else [str(i + 1) for i in range(len(fields))]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise BadInput(f"{first[0]}: names the column {twice[0]!r} twice")
+        raise InputError(f"{first[0]}: names the column {twice[0]!r} twice")
     return names
 
 
@@ -148,12 +150,12 @@ def _lines(path: Path, flag: str) -> Iterator[tuple[str, list[str] | dict[str, s
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise BadInput(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
+        raise InputError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
-        raise BadInput(
+        raise InputError(
             f"{path}, line {number}: byte {content[error.start]:#04x} is not UTF-8; convert it first"
         ) from error
     lines = text.replace("\r\n", "\n").split("\n")

@@ -7,15 +7,15 @@ from typing import Any, Collection, Sequence
 import numpy as np
 
 from ..data.vocab import Vocabulary
-from ..errors import BadInput
-from .predictor import Answer
+from ..errors import InputError
+from .predictor import Prediction
 
 # What a text can be asked for.
 ASKS = ("vectors", "masks", "next", "task")
 
 
 def as_json(
-    answer: Answer,
+    answer: Prediction,
     vocab: Vocabulary,
     ask: Collection[str] = ("vectors",),
     top: int = 5,
@@ -32,10 +32,10 @@ def as_json(
     - next: `is_next`, the probability that the second text follows the first
     - task: of a fine-tuned network `label` and `probabilities`, by label, or `score`
 
-    Raises BadInput for what this text or this export cannot be asked, and where the network gives no numbers.
+    Raises InputError for what this text or this export cannot be asked, and where the network gives no numbers.
     """
     if not np.isfinite(answer.vectors).all():
-        raise BadInput("the network gives no finite numbers for this text: its training had diverged")
+        raise InputError("the network gives no finite numbers for this text: its training had diverged")
     text = answer.text
     content: dict[str, Any] = dict(zip(("text", "pair"), given))
     content.update(tokens=list(text.tokens), unknown=list(text.unknown), truncated=text.truncated)
@@ -53,5 +53,5 @@ def as_json(
     if "next" in ask:
         content["is_next"] = answer.is_next
     if "task" in ask:
-        content.update(answer.verdict)
+        content.update(answer.task_prediction)
     return content

@@ -7,9 +7,9 @@ from typing import Any, Iterable, Iterator, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
-from ..data.tokenizer import Padded, Text, TextReader, by_length, chunks, padded
+from ..data.tokenizer import EncodedText, PaddedBatch, Tokenizer, bucket_by_length, chunks, pad
 from ..data.vocab import Vocabulary
-from ..errors import BadInput
+from ..errors import InputError
 from ..model.task import Task
 from ..runtime import mx
 
@@ -38,21 +38,21 @@ class Outputs(NamedTuple):
     task_scores: np.ndarray | None = None
 
 
-class Network(Protocol):
+class Backend(Protocol):
     """Whatever computes the outputs: the Gluon network itself, or what it was exported to."""
 
-    def __call__(self, texts: Padded) -> Outputs:
+    def __call__(self, texts: PaddedBatch) -> Outputs:
         """The outputs of some padded texts."""
 
 
 class GluonNetwork:
-    """A BERTModel or a FineTunedModel as a Network, on its first context, with dropout off."""
+    """A BERTModel or a BERTForTask as a Network, on its first context, with dropout off."""
 
     def __init__(self, net: Any) -> None:
         self.net = net
         self._context = net.pooler.dense.weight.list_ctx()[0]
 
-    def __call__(self, texts: Padded) -> Outputs:
+    def __call__(self, texts: PaddedBatch) -> Outputs:
         """The outputs, brought to the host."""
         encoded = self.net.encoder(*map(self._load, (texts.tokens, texts.segments, texts.lengths)))
         pooled = self.net.pooler(encoded)
@@ -69,7 +69,7 @@ class GluonNetwork:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Prediction:
     """What the network says of one text of T tokens.
 
     vectors: (T, C), one a token with <cls> and <sep>. pooled: (C,). mask_scores: (K, V) for its K masks.
@@ -77,7 +77,7 @@ class Answer:
     was exported without.
     """
 
-    text: Text
+    text: EncodedText
     vectors: np.ndarray
     pooled: np.ndarray | None
     mask_scores: np.ndarray | None
@@ -98,24 +98,24 @@ class Answer:
     def fill_masks(self, vocab: Vocabulary, top: int = 5) -> list[list[tuple[str, float]]]:
         """For each <mask> the likeliest tokens, each with its probability among the whole vocabulary."""
         if not len(self.text.masks):
-            raise BadInput("the text has no <mask>: put one where a word is to be found")
+            raise InputError("the text has no <mask>: put one where a word is to be found")
         return [_likeliest(vocab, row, top) for row in softmax(self._given(self.mask_scores, "masked words"))]
 
     @property
     def is_next(self) -> float:
         """The probability that the second text follows the first."""
         if not self.text.is_pair:
-            raise BadInput("a single text has no next sentence: give a pair")
+            raise InputError("a single text has no next sentence: give a pair")
         return float(softmax(self._given(self.next_scores, "the next sentence"))[1])
 
     @property
-    def verdict(self) -> dict[str, Any]:
+    def task_prediction(self) -> dict[str, Any]:
         """What a fine-tuned network says: {"label", "probabilities"} of classes, or {"score"}."""
         if self.task is None:
-            raise BadInput("the network was pretrained, not fine-tuned: it knows no labels and no scores")
+            raise InputError("the network was pretrained, not fine-tuned: it knows no labels and no scores")
         if self.text.is_pair != self.task.pairs:
             wanted = "pairs of texts: give two" if self.task.pairs else "single texts: give one"
-            raise BadInput(f"the network was fine-tuned on {wanted}")
+            raise InputError(f"the network was fine-tuned on {wanted}")
         scores = self._given(self.task_scores, _TASK)
         if self.task.kind == "regression":
             return {"score": float(scores[0])}
@@ -124,9 +124,9 @@ class Answer:
 
     def _given(self, scores: np.ndarray | None, what: str) -> np.ndarray:
         if scores is None and self.task and what != _TASK:
-            raise BadInput(f"the network was fine-tuned, and has no head for {what} any more")
+            raise InputError(f"the network was fine-tuned, and has no head for {what} any more")
         if scores is None:
-            raise BadInput(f"the network was exported without {what}: export it with --outputs all")
+            raise InputError(f"the network was exported without {what}: export it with --outputs all")
         return scores
 
 
@@ -139,7 +139,7 @@ class Predictor:
     ...     print(answer.mean, answer.fill_masks(run.vocab))
     """
 
-    def __init__(self, network: Network, reader: TextReader, task: Task | None = None) -> None:
+    def __init__(self, network: Backend, reader: Tokenizer, task: Task | None = None) -> None:
         self.network, self.reader, self.task = network, reader, task
 
     @classmethod
@@ -147,21 +147,21 @@ class Predictor:
         """A predictor of a run as `load_run` gives it."""
         return cls(GluonNetwork(run.net), run.reader, run.net.task)
 
-    def ask(self, texts: Iterable[Text]) -> Iterator[Answer]:
+    def ask(self, texts: Iterable[EncodedText]) -> Iterator[Prediction]:
         """An answer for each text, in their order. Reads ahead no more than one chunk of them."""
         for chunk in chunks(texts, CHUNK_TOKENS, 2 * BATCH_MASKS):
-            answers: dict[int, Answer] = {}
-            for members in by_length(chunk, BATCH_TOKENS, BATCH_MASKS):
+            answers: dict[int, Prediction] = {}
+            for members in bucket_by_length(chunk, BATCH_TOKENS, BATCH_MASKS):
                 answers.update(zip(members, self._ask([chunk[i] for i in members])))
             for i in range(len(chunk)):
                 yield answers.pop(i)
 
-    def _ask(self, texts: list[Text]) -> Iterator[Answer]:
-        batch = padded(texts, self.reader.max_len)
+    def _ask(self, texts: list[EncodedText]) -> Iterator[Prediction]:
+        batch = pad(texts, self.reader.max_seq_length)
         encoded, pooled, mask_scores, next_scores, task_scores = self.network(batch)
         for row, text in enumerate(texts):
             mine = batch.predictions[0] == row
-            yield Answer(
+            yield Prediction(
                 text,
                 encoded[row, : len(text)],
                 None if pooled is None else pooled[row],
@@ -184,13 +184,13 @@ def encode(
     """The vectors of a text or of a pair: lists of tokens -> (1, T, C) float32, dropout off.
 
     Position 0 is <cls>; the others follow as in `<cls> a <sep> b <sep>`. A token outside the vocabulary
-    counts as <unk>; with WordPiece the tokens are pieces. Raises BadInput above the network's number of
+    counts as <unk>; with WordPiece the tokens are pieces. Raises InputError above the network's number of
     positions.
 
     >>> encode(net, vocab, ["a", "crane", "is", "flying"]).shape        # doctest: +SKIP
     (1, 6, 128)
     """
-    reader = TextReader(vocab, net.config.max_positions, lowercase=False)
+    reader = Tokenizer(vocab, net.config.max_positions, lowercase=False)
     text = reader.tokens(tokens_a, tokens_b)
     context = net.pooler.dense.weight.list_ctx()[0]
     inputs = ([text.ids], [text.segments], [len(text)])

@@ -11,9 +11,9 @@ from typing import IO, Iterator, NamedTuple
 
 import numpy as np
 
-from ..errors import BadInput
-from ..fileio import written_aside
-from .predictor import Answer
+from ..errors import InputError
+from ..fileio import atomic_write
+from .predictor import Prediction
 
 # Between the two texts of a pair.
 SEPARATOR = "||"
@@ -33,22 +33,22 @@ class Line(NamedTuple):
 
 
 def parse_line(where: str, text: str) -> Line:
-    """A text, or two with || between them; BadInput where one is missing.
+    """A text, or two with || between them; InputError where one is missing.
 
     >>> parse_line("line 1", "it rained || she left").given
     ('it rained', 'she left')
     """
     parts = [part.strip() for part in text.split(SEPARATOR)]
     if len(parts) > 2:
-        raise BadInput(f"{where}: {len(parts)} texts with {SEPARATOR} between them, where two make a pair")
+        raise InputError(f"{where}: {len(parts)} texts with {SEPARATOR} between them, where two make a pair")
     if not all(parts):
         what = "is empty" if len(parts) == 1 else "one text of the pair is empty"
-        raise BadInput(f"{where}: {what}; a word at least is needed")
+        raise InputError(f"{where}: {what}; a word at least is needed")
     return Line(where, parts[0], parts[1] if len(parts) == 2 else None)
 
 
 def read_lines(path: Path, flag: str = "--input") -> Iterator[Line]:
-    """The texts of a UTF-8 file, which a flag names; BadInput says which line is none."""
+    """The texts of a UTF-8 file, which a flag names; InputError says which line is none."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -57,17 +57,17 @@ def read_lines(path: Path, flag: str = "--input") -> Iterator[Line]:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     wrong = line[error.start]
-                    raise BadInput(f"{where}: byte {wrong:#04x} is not UTF-8; convert it first") from error
+                    raise InputError(f"{where}: byte {wrong:#04x} is not UTF-8; convert it first") from error
                 yield parse_line(where, text)
     except OSError as error:
-        raise BadInput(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
+        raise InputError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
 
 
 def count_lines(path: Path, flag: str = "--input") -> int:
-    """How many texts a file has, after a look at each; BadInput where a line is none, or none is there."""
+    """How many texts a file has, after a look at each; InputError where a line is none, or none is there."""
     count = sum(1 for _ in read_lines(path, flag))
     if not count:
-        raise BadInput(f"{flag} {path}: is empty; a text a line is needed")
+        raise InputError(f"{flag} {path}: is empty; a text a line is needed")
     return count
 
 
@@ -84,7 +84,7 @@ class VectorFile:
         self._arrays: dict[str, _Growing] = {}
         self._rows = 0
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: Prediction) -> None:
         """Append the vectors of a text."""
         self._append("cls", answer.cls[None])
         self._append("mean", answer.mean[None])
@@ -114,9 +114,9 @@ class VectorFile:
 class _Growing:
     """An array on disk to whose first axis rows are appended."""
 
-    def __init__(self, path: Path, like: np.ndarray) -> None:
+    def __init__(self, path: Path, with_config: np.ndarray) -> None:
         self._file = path.open("w+b")
-        self._dtype, self._row_shape = like.dtype, like.shape[1:]
+        self._dtype, self._row_shape = with_config.dtype, with_config.shape[1:]
         self._rows = 0
 
     def append(self, rows: np.ndarray) -> None:
@@ -139,5 +139,5 @@ def vector_file(path: Path, token_vectors: bool = False) -> Iterator[VectorFile]
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         vectors = VectorFile(Path(scratch), token_vectors)
         yield vectors
-        with written_aside(path, "wb") as file:
+        with atomic_write(path, "wb") as file:
             vectors.write(file)

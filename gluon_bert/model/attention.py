@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..runtime import mx
-from .precision import Dense, Multiplying
+from .precision import Dense, MixedPrecisionBlock
 
 # Added to the score of a position past the end: far below any real score, finite so that nothing becomes NaN.
 PADDING_SCORE = -1e9
@@ -26,7 +26,7 @@ def padding_scores(F: Any, tokens: Any, lengths: Any, num_heads: int) -> Any:
     return F.BlockGrad(F.broadcast_add(queries, keys))
 
 
-class SelfAttention(Multiplying):
+class SelfAttention(MixedPrecisionBlock):
     """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2) with biases, as BERT has it.
 
     (B, T, C) and the padding scores (B * H, T, T) -> (B, T, C), all float32.

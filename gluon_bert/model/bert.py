@@ -8,11 +8,11 @@ import numpy as np
 
 from .. import ops
 from ..config import ModelConfig, check_group
-from ..errors import BadInput
+from ..errors import InputError
 from ..runtime import mx
 from .encoder import Encoder
 from .heads import MaskedLanguageModelHead, NextSentenceHead, Pooler
-from .precision import Multiplying
+from .precision import MixedPrecisionBlock
 
 # Devlin et al. 2018 draw weights from N(0, 0.02); the figure is in their code, run_pretraining.py.
 NORMAL_SIGMA = 0.02
@@ -30,12 +30,14 @@ class BERTModel(mx.gluon.HybridBlock):
     >>> encoded, mlm_scores, nsp_scores = net(tokens, segments, lengths, predictions)
     """
 
-    task = None  # see FineTunedModel, which has one
+    task = None  # see BERTForTask, which has one
 
     def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if mx.util.is_np_array():
-            raise BadInput("gluon_bert computes with MXNet's classic arrays: call mxnet.npx.reset_np() first")
+            raise InputError(
+                "gluon_bert computes with MXNet's classic arrays: call mxnet.npx.reset_np() first"
+            )
         check_group(config)
         self.vocab_size, self.config = vocab_size, config
         with self.name_scope():
@@ -47,7 +49,7 @@ class BERTModel(mx.gluon.HybridBlock):
 
     def forward(self, tokens: Any, *others: Any) -> tuple[Any, Any, Any]:
         """Part by part, where compiled operators compute one, or as one graph."""
-        if ops.compute(self, tokens):
+        if ops.use_compiled(self, tokens):
             return self.hybrid_forward(mx.nd, tokens, *others)
         return super().forward(tokens, *others)
 
@@ -57,25 +59,25 @@ class BERTModel(mx.gluon.HybridBlock):
         encoded = self.encoder(tokens, segments, lengths)
         return encoded, self.mlm(encoded, predictions), self.nsp(self.pooler(encoded))
 
-    def like(self, config: ModelConfig, **kwargs: Any) -> BERTModel:
+    def with_config(self, config: ModelConfig, **kwargs: Any) -> BERTModel:
         """A network of this kind with another configuration and no weights."""
         return BERTModel(self.vocab_size, config, **kwargs)
 
     def setup(self, contexts: Any, seed: int = 0, word_counts: np.ndarray | None = None) -> None:
         """Draw the initial weights onto these contexts and compile; seeds MXNet, so dropout as well.
 
-        word_counts: (V,) how often each word is to be predicted, for a decoder_bias of frequencies: BadInput
+        word_counts: (V,) how often each word is to be predicted, for a decoder_bias of frequencies: InputError
         without them.
         """
         mx.random.seed(seed)
         self.initialize(initial_weights(self.config), ctx=contexts, force_reinit=True)
-        if self.config.decoder_bias == "frequencies":
+        if self.config.decoder_bias == "unigram":
             if word_counts is None:
-                raise BadInput("--decoder-bias frequencies: the words' counts in the text are needed")
+                raise InputError("--decoder-bias unigram: the words' counts in the text are needed")
             self.mlm.decoder.bias.set_data(mx.nd.array(log_frequencies(word_counts)))
         self.compile()
 
-    def compute_in(self, precision: str) -> None:
+    def set_matmul_precision(self, precision: str) -> None:
         """Multiply matrices in this precision from now on, as TrainConfig has it; the weights stay float32.
 
         A copy of the network, such as what is exported, computes in float32.
@@ -84,7 +86,7 @@ class BERTModel(mx.gluon.HybridBlock):
             return
 
         def tell(block: Any) -> None:
-            if isinstance(block, Multiplying):
+            if isinstance(block, MixedPrecisionBlock):
                 block.precision = precision
 
         self.apply(tell)

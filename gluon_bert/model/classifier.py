@@ -26,7 +26,7 @@ class TaskHead(mx.gluon.HybridBlock):
         return self.dense(self.dropout(pooled)) * self._scale + self._mean
 
 
-class FineTunedModel(mx.gluon.HybridBlock):
+class BERTForTask(mx.gluon.HybridBlock):
     """BERT with one head, for a task (Devlin et al. 2018, section 4 and figure 4).
 
     Call it with tokens (B, T), segments (B, T) and lengths (B,), all float32. It returns the encoded tokens
@@ -46,9 +46,9 @@ class FineTunedModel(mx.gluon.HybridBlock):
         encoded = self.encoder(tokens, segments, lengths)
         return encoded, self.head(self.pooler(encoded))
 
-    def like(self, config: ModelConfig, **kwargs: Any) -> FineTunedModel:
+    def with_config(self, config: ModelConfig, **kwargs: Any) -> BERTForTask:
         """A network of this kind with another configuration and no weights."""
-        return FineTunedModel(self.vocab_size, config, self.task, **kwargs)
+        return BERTForTask(self.vocab_size, config, self.task, **kwargs)
 
     def setup(self, contexts: Any, seed: int = 0) -> None:
         """Draw the initial weights onto these contexts and compile; seeds MXNet, so dropout as well."""

@@ -10,8 +10,8 @@ from .. import ops
 from ..config import ModelConfig
 from ..runtime import mx
 from .attention import SelfAttention, padding_scores
-from .gradient_checkpointing import Tape
-from .precision import Dense, Multiplying
+from .gradient_checkpointing import CheckpointedForward
+from .precision import Dense, MixedPrecisionBlock
 
 NUM_SEGMENTS = 2
 
@@ -96,7 +96,7 @@ class EncoderLayer(mx.gluon.HybridBlock):
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
 
-class Encoder(Multiplying):
+class Encoder(MixedPrecisionBlock):
     """Padded token ids to a vector a position.
 
     tokens (B, T), segments (B, T) of 0 and 1, lengths (B,), all float32 -> (B, T, C) float32. What
@@ -106,7 +106,7 @@ class Encoder(Multiplying):
     def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._config = config
-        self._tape: Tape | None = None
+        self._tape: CheckpointedForward | None = None
         with self.name_scope():
             self.embeddings = Embeddings(vocab_size, config)
             self.layers: Any = mx.gluon.nn.HybridSequential()
@@ -117,7 +117,7 @@ class Encoder(Multiplying):
 
     def forward(self, tokens: Any, segments: Any, lengths: Any) -> Any:
         """By compiled operators, where they compute, or as `hybrid_forward` says."""
-        if ops.compute(self, tokens):
+        if ops.use_compiled(self, tokens):
             recompute, bf16 = self._tape is not None, self.precision == "bf16"
             parameters = self._in_order()
             return ops.encode(self._config, parameters, tokens, segments, lengths, recompute, bf16=bf16)
@@ -125,7 +125,7 @@ class Encoder(Multiplying):
             return self._on_tape(self._tape, tokens, segments, lengths)
         return super().forward(tokens, segments, lengths)
 
-    def _on_tape(self, tape: Tape, tokens: Any, segments: Any, lengths: Any) -> Any:
+    def _on_tape(self, tape: CheckpointedForward, tokens: Any, segments: Any, lengths: Any) -> Any:
         """The same, of which only what enters each layer is kept."""
         padding = padding_scores(mx.nd, tokens, lengths, self._config.num_heads)
         blocks: list[tuple[Any, tuple[Any, ...]]] = [(self.embeddings, (tokens, segments))]
@@ -139,13 +139,13 @@ class Encoder(Multiplying):
             block.hybridize(active)
 
     @contextmanager
-    def recomputing(self, seed: int) -> Iterator[Tape]:
+    def recomputing(self, seed: int) -> Iterator[CheckpointedForward]:
         """Compute each layer again in the backward passes of what is recorded in this block.
 
         Whoever records calls the tape's `backward` after that of the graph. With this seed dropout is drawn,
         where MXNet's own operators compute.
         """
-        self._tape = Tape(seed)
+        self._tape = CheckpointedForward(seed)
         try:
             yield self._tape
         finally:

@@ -12,7 +12,7 @@ import numpy as np
 from ..runtime import mx
 
 
-class Stop(NamedTuple):
+class Segment(NamedTuple):
     """A block of a pass, what it was called with, and its dropout's seed.
 
     entered: the result of the block before, which has a gradient; None for the first block.
@@ -30,7 +30,7 @@ class Stop(NamedTuple):
         return self.block(*inputs)
 
 
-class Tape:
+class CheckpointedForward:
     """The passes of one recorded computation, on any contexts.
 
     A pass ends the recorded graph: its result is a leaf with a gradient. `backward`, called after that of the
@@ -46,16 +46,16 @@ class Tape:
 
     def __init__(self, seed: int) -> None:
         self._seeds = np.random.SeedSequence(seed)
-        self._passes: list[tuple[list[Stop], Any]] = []
+        self._passes: list[tuple[list[Segment], Any]] = []
 
     def forward(self, blocks: Sequence[tuple[Any, tuple[Any, ...]]]) -> Any:
         """The result of blocks in a row, each called with that of the one before and with its own inputs."""
         seeds = self._seeds.spawn(1)[0].generate_state(len(blocks)) >> 1
-        stops: list[Stop] = []
+        stops: list[Segment] = []
         result: Any = None
         with mx.autograd.pause(train_mode=mx.autograd.is_training()):
             for (block, inputs), seed in zip(blocks, seeds.tolist()):
-                stops.append(Stop(block, result, inputs, seed))
+                stops.append(Segment(block, result, inputs, seed))
                 result = stops[-1].compute()
         result.attach_grad()
         self._passes.append((stops, result))
@@ -76,7 +76,7 @@ class Tape:
                     gradient.wait_to_read()
 
 
-def _backward(stop: Stop, gradient: Any) -> Any:
+def _backward(stop: Segment, gradient: Any) -> Any:
     """From the gradient of a block's result to that of what entered it; adds to its parameters' own."""
     if stop.entered is not None:
         stop.entered.attach_grad()

@@ -7,7 +7,7 @@ from typing import Any
 from ..config import ModelConfig
 from ..runtime import mx
 from .encoder import activation, both_parameters, layer_norm
-from .precision import Dense, Multiplying
+from .precision import Dense, MixedPrecisionBlock
 
 
 class Pooler(mx.gluon.HybridBlock):
@@ -40,7 +40,7 @@ class MaskedTransform(mx.gluon.HybridBlock):
         return self.norm(self.activation(self.dense(F.gather_nd(encoded, predictions))))
 
 
-class Decoder(Multiplying):
+class Decoder(MixedPrecisionBlock):
     """A score for every word of the vocabulary: (M, C) -> (M, V).
 
     With `params` of an embedding its weight is that embedding's (tied), else it is the decoder's own.
@@ -57,7 +57,7 @@ class Decoder(Multiplying):
         return self.products(F).FullyConnected(x, weight, bias, num_hidden=self._vocab_size, flatten=False)
 
 
-class MaskedLanguageModelHead(Multiplying):
+class MaskedLanguageModelHead(MixedPrecisionBlock):
     """Scores of every word at the masked positions: (B, T, C), (2, M) -> (M, V).
 
     Its two halves can be called one after the other, since all scores at once take the most memory of all

@@ -7,7 +7,7 @@ from typing import Any, Mapping
 
 import numpy as np
 
-from ..errors import BadInput
+from ..errors import InputError
 from ..runtime import mx
 
 
@@ -20,7 +20,7 @@ def weights_of(net: Any) -> dict[str, np.ndarray]:
 
 
 def set_weights(net: Any, weights: Mapping[str, np.ndarray], where: Path | str) -> None:
-    """Give an initialized network these weights, on all its contexts; BadInput where they are another's.
+    """Give an initialized network these weights, on all its contexts; InputError where they are another's.
 
     The inverse of `weights_of`.
     """
@@ -34,7 +34,7 @@ def set_weights(net: Any, weights: Mapping[str, np.ndarray], where: Path | str) 
         elif not np.isfinite(weights[name]).all():
             problems.append(f"{name} holds values that are no numbers")
     if problems:
-        raise BadInput(
+        raise InputError(
             f"{where}: cannot be read as the weights of this run ({min(problems)}): it is damaged, or "
             f"config.json or the vocabulary is another run's; name another with --checkpoint"
         )

@@ -10,7 +10,7 @@ from typing import Any
 from ..runtime import mx
 
 
-class HalfProducts:
+class Float16Matmul:
     """What mx.nd or mx.sym offer, but for the products of matrices: their factors and results are float16.
 
     Both what they take and what they give is float32, and so are biases. MXNet multiplies so on GPUs only.
@@ -39,17 +39,17 @@ class HalfProducts:
         return self._F.cast(product, dtype="float32")
 
 
-class Multiplying(mx.gluon.HybridBlock):
-    """A block with products of matrices, in the precision that `compute_in` of the network sets."""
+class MixedPrecisionBlock(mx.gluon.HybridBlock):
+    """A block with products of matrices, in the precision that `set_matmul_precision` of the network sets."""
 
     precision = "fp32"
 
     def products(self, F: Any) -> Any:
         """What the block is to compute with: F itself, or its products in float16."""
-        return HalfProducts(F) if self.precision == "fp16" else F
+        return Float16Matmul(F) if self.precision == "fp16" else F
 
 
-class Dense(Multiplying, mx.gluon.nn.Dense):
+class Dense(MixedPrecisionBlock, mx.gluon.nn.Dense):
     """A dense layer like MXNet's, whose product may be in float16."""
 
     def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any = None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Mapping
 
-from ..errors import BadInput
+from ..errors import InputError
 
 KINDS = ("classification", "regression")
 
@@ -43,9 +43,9 @@ class Task:
 
     @classmethod
     def from_json(cls, content: Any, where: object) -> Task:
-        """The task that `to_json` gave; BadInput where it is none."""
+        """The task that `to_json` gave; InputError where it is none."""
         if not isinstance(content, Mapping) or set(content) != set(cls.__dataclass_fields__):
-            raise BadInput(f"{where}: 'task' is none that this gluon_bert knows")
+            raise InputError(f"{where}: 'task' is none that this gluon_bert knows")
         labels, mean, scale = content["labels"], content["mean"], content["scale"]
         sound = [
             content["kind"] in KINDS,
@@ -54,5 +54,5 @@ class Task:
             all(type(number) in (int, float) for number in (mean, scale)),
         ]
         if not all(sound) or (content["kind"] == "classification") != (len(labels) >= 2):
-            raise BadInput(f"{where}: 'task' is none that this gluon_bert knows")
+            raise InputError(f"{where}: 'task' is none that this gluon_bert knows")
         return cls(content["kind"], content["pairs"], tuple(labels), float(mean), float(scale))

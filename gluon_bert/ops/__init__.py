@@ -14,9 +14,9 @@ from functools import lru_cache
 from typing import Any, Sequence
 
 from ..config import ModelConfig
-from ..errors import BadInput, in_a_line
+from ..errors import InputError, one_line
 from ..runtime import mx
-from .build import CannotBuild, built_library
+from .build import BuildError, built_library
 
 # Which operators a process may use, where no flag says so.
 VARIABLE = "GLUON_BERT_OPERATORS"
@@ -25,33 +25,33 @@ CHOICES = ("auto", "compiled", "mxnet")
 log = logging.getLogger(__name__)
 
 
-def choose(name: str | None = None) -> str:
+def select(name: str | None = None) -> str:
     """Decide for this process which operators it may use, and make them ready; returns what `in_use` says.
 
-    name: one of CHOICES; None: as the variable GLUON_BERT_OPERATORS says, else auto. BadInput where compiled
+    name: one of CHOICES; None: as the variable GLUON_BERT_OPERATORS says, else auto. InputError where compiled
     ones are asked for and cannot be had.
     """
     if name is not None:
-        _refuse_unknown(name, "--operators")
+        _check_choice(name, "--operators")
         os.environ[VARIABLE] = name  # for the processes that this one starts, too
-    _loaded.cache_clear()
-    return in_use()
+    _unavailable_reason.cache_clear()
+    return describe()
 
 
-def in_use(contexts: Sequence[Any] = ()) -> str:
+def describe(contexts: Sequence[Any] = ()) -> str:
     """In a phrase, which operators compute on these contexts (on a CPU), and where it is MXNet's, why."""
     if any(context.device_type != "cpu" for context in contexts):
         return "MXNet's own"
-    reason = _loaded()
+    reason = _unavailable_reason()
     return f"MXNet's own ({reason})" if reason else "compiled for this processor"
 
 
 def compiled(contexts: Sequence[Any]) -> bool:
     """Whether the compiled operators may compute on these contexts."""
-    return all(context.device_type == "cpu" for context in contexts) and not _loaded()
+    return all(context.device_type == "cpu" for context in contexts) and not _unavailable_reason()
 
 
-def choice_of(description: str) -> str | None:
+def parse_description(description: str) -> str | None:
     """What `choose` takes to have the operators again that `in_use` described so; None for compiled ones.
 
     >>> choice_of("MXNet's own (no compiler was found)"), choice_of("compiled for this processor")
@@ -60,13 +60,13 @@ def choice_of(description: str) -> str | None:
     return "mxnet" if description.startswith("MXNet's") else None
 
 
-def compute(block: Any, array: Any) -> bool:
+def use_compiled(block: Any, array: Any) -> bool:
     """Whether the compiled operators compute what this block makes of an array."""
     return (
         block._active
         and isinstance(array, mx.nd.NDArray)
         and array.context.device_type == "cpu"
-        and not _loaded()
+        and not _unavailable_reason()
     )
 
 
@@ -128,24 +128,24 @@ def masked_loss(
     return loss, hits
 
 
-def products(repeats: int) -> float:
+def peak_matmul_flops(repeats: int) -> float:
     """Multiply matrices that stay in the caches, on all cores; returns the floating-point operations of it.
 
     With a clock beside it that is the most that compiled operators can reach; 0 where there are none.
     """
-    if _loaded():
+    if _unavailable_reason():
         return 0.0
     function = _library().gluon_bert_products
     function.restype = ctypes.c_double
     return float(function(repeats))
 
 
-def bf16_refusal() -> str:
+def bf16_unsupported_reason() -> str:
     """In a phrase, why products of bfloat16 would not be faster here than those of float32, or nothing.
 
     Operators that are asked for them compute them all the same, where the processor cannot with float32's.
     """
-    reason = _loaded()
+    reason = _unavailable_reason()
     if reason:
         return f"only compiled operators multiply bfloat16, and there are none ({reason})"
     function = _library().gluon_bert_bf16_refusal
@@ -189,30 +189,32 @@ def _add_up(parameters: Sequence[Any]) -> bool:
     """Whether the parameters' gradients are added up; those of one call all are, or none."""
     wanted = {parameter.grad_req for parameter in parameters} - {"null"}
     if len(wanted) > 1:
-        raise BadInput("some parameters have grad_req add and others write: give them all the same, or null")
+        raise InputError(
+            "some parameters have grad_req add and others write: give them all the same, or null"
+        )
     return wanted == {"add"}
 
 
 @lru_cache(maxsize=None)
-def _loaded() -> str:
+def _unavailable_reason() -> str:
     """Load the compiled operators; returns why there are none, or nothing."""
     asked = os.environ.get(VARIABLE, "auto")
-    _refuse_unknown(asked, VARIABLE)
+    _check_choice(asked, VARIABLE)
     if asked == "mxnet":
         return "as asked for"
     if hasattr(mx.nd, "gluon_bert_encoder"):  # loaded earlier in this process
         return ""
     try:
         mx.library.load(str(built_library()), verbose=False)
-    except (CannotBuild, mx.MXNetError, OSError) as error:
-        reason = str(error) if isinstance(error, CannotBuild) else in_a_line(error)
+    except (BuildError, mx.MXNetError, OSError) as error:
+        reason = str(error) if isinstance(error, BuildError) else one_line(error)
         if asked == "compiled":
-            raise BadInput(f"the compiled operators cannot be had: {reason}") from error
+            raise InputError(f"the compiled operators cannot be had: {reason}") from error
         log.info("computing with MXNet's own operators, which take several times as long: %s", reason)
         return reason
     return ""
 
 
-def _refuse_unknown(name: str, where: str) -> None:
+def _check_choice(name: str, where: str) -> None:
     if name not in CHOICES:
-        raise BadInput(f"{where} {name}: must be one of {', '.join(CHOICES)}")
+        raise InputError(f"{where} {name}: must be one of {', '.join(CHOICES)}")

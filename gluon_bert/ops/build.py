@@ -29,12 +29,12 @@ MOST_SECONDS = 600
 log = logging.getLogger(__name__)
 
 
-class CannotBuild(Exception):
+class BuildError(Exception):
     """Why there can be no library here, in a phrase."""
 
 
 def built_library() -> Path:
-    """The library's file, built now if it is not in the cache; raises CannotBuild."""
+    """The library's file, built now if it is not in the cache; raises BuildError."""
     compiler = _compiler()
     header, source = _interface()
     folder = Path(mx.base.data_dir(), "gluon_bert", "operators").absolute()
@@ -49,7 +49,7 @@ def _compiler() -> str:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
-        raise CannotBuild(f"there is no C++ compiler ({' or '.join(names)})")
+        raise BuildError(f"there is no C++ compiler ({' or '.join(names)})")
     return found
 
 
@@ -58,7 +58,7 @@ def _interface() -> tuple[Path, Path]:
     package = Path(mx.__file__).parent
     header, source = package / "include" / "mxnet" / "lib_api.h", package / "src" / "lib_api.cc"
     if not (header.is_file() and source.is_file()):
-        raise CannotBuild(f"this MXNet has no {header.name} and {source.name}")
+        raise BuildError(f"this MXNet has no {header.name} and {source.name}")
     return header, source
 
 
@@ -76,7 +76,7 @@ def _version(compiler: str) -> str:
     try:
         return subprocess.run([compiler, "--version"], stdout=subprocess.PIPE, timeout=60).stdout.decode()
     except (OSError, subprocess.SubprocessError) as error:
-        raise CannotBuild(f"{compiler} does not run ({error})") from error
+        raise BuildError(f"{compiler} does not run ({error})") from error
 
 
 def _processor() -> str:
@@ -102,14 +102,14 @@ def _build(compiler: str, header: Path, source: Path, path: Path) -> None:
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=MOST_SECONDS
             )
             if done.returncode:
-                raise CannotBuild(f"{compiler} fails: {_first_error(done.stdout.decode(errors='replace'))}")
+                raise BuildError(f"{compiler} fails: {_first_error(done.stdout.decode(errors='replace'))}")
             with library.open("rb") as file:
                 os.fsync(file.fileno())  # a library that is cut short would be kept
             library.replace(path)
     except subprocess.TimeoutExpired:
-        raise CannotBuild(f"{compiler} has not ended after {MOST_SECONDS} seconds") from None
+        raise BuildError(f"{compiler} has not ended after {MOST_SECONDS} seconds") from None
     except OSError as error:
-        raise CannotBuild(f"{path.parent} cannot be written ({error.strerror or error})") from error
+        raise BuildError(f"{path.parent} cannot be written ({error.strerror or error})") from error
 
 
 def _first_error(output: str) -> str:

@@ -73,7 +73,7 @@ def _before_status(request_id: str) -> int:
 
 @functools.lru_cache(maxsize=None)
 def load(model_dir: str, gpu_id: int | None = None) -> Predictor:
-    """The predictor of an unpacked archive, on a GPU if one is named; BadInput where it cannot be."""
+    """The predictor of an unpacked archive, on a GPU if one is named; InputError where it cannot be."""
     context = None if gpu_id is None or gpu_id < 0 else contexts(gpus=[gpu_id])[0]
     return load_exported(Path(model_dir), context).predictor
 

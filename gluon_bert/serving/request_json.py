@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any, Iterable, NamedTuple, Sequence
 
-from ..data.tokenizer import Text, TextReader
-from ..errors import BadInput, in_words
+from ..data.tokenizer import EncodedText, Tokenizer
+from ..errors import InputError, join_words
 from ..inference.json_output import ASKS, as_json
 from ..inference.predictor import Predictor
 
@@ -19,10 +19,10 @@ MAX_BODY = 1 << 20
 MAX_TOP = 1000
 
 
-class Question(NamedTuple):
+class Request(NamedTuple):
     """A request that can be put to the network: the text as read and as given, and what to tell of it."""
 
-    text: Text
+    text: EncodedText
     given: tuple[str, ...]
     ask: tuple[str, ...] = ("vectors",)
     top: int = 5
@@ -39,18 +39,18 @@ def answer(predictor: Predictor, bodies: Sequence[bytes]) -> list[tuple[int, dic
     [(200, {'text': 'a crane', 'tokens': [...], ...}), (400, {'error': "'txt' is unknown: ..."})]
     """
     replies: dict[int, tuple[int, dict[str, Any]]] = {}
-    questions: dict[int, Question] = {}
+    questions: dict[int, Request] = {}
     for i, body in enumerate(bodies):
         try:
             questions[i] = read(body, predictor.reader, "task" if predictor.task else "vectors")
-        except BadInput as error:
+        except InputError as error:
             replies[i] = refused(error)
     answers = predictor.ask(question.text for question in questions.values())
     for (i, question), found in zip(questions.items(), answers):
         try:
             how = (question.ask, question.top, question.token_vectors, question.given)
             replies[i] = OK, as_json(found, predictor.reader.vocab, *how)
-        except BadInput as error:
+        except InputError as error:
             replies[i] = refused(error)
     return [replies[i] for i in range(len(bodies))]
 
@@ -60,52 +60,54 @@ def refused(why: object) -> tuple[int, dict[str, Any]]:
     return BAD_REQUEST, {"error": str(why)}
 
 
-def read(body: bytes, reader: TextReader, ask_by_default: str = "vectors") -> Question:
-    """The question in a request's body; BadInput says what is wrong with it.
+def read(body: bytes, reader: Tokenizer, ask_by_default: str = "vectors") -> Request:
+    """The question in a request's body; InputError says what is wrong with it.
 
-    >>> reader = TextReader(Vocabulary(["crane", "a"]), max_len=8, lowercase=True)     # doctest: +SKIP
+    >>> reader = Tokenizer(Vocabulary(["crane", "a"]), max_seq_length=8, lowercase=True)     # doctest: +SKIP
     >>> read(b'{"text": "A <mask>", "ask": "masks", "top": 2}', reader).text.tokens    # doctest: +SKIP
     ['<cls>', 'a', '<mask>', '<sep>']
     """
     request = _object(body)
     unknown = [name for name in request if name not in FIELDS]
     if unknown:
-        raise BadInput(f"{_shown(unknown[0])} is unknown: a request has {in_words(FIELDS)}")
+        raise InputError(f"{_shown(unknown[0])} is unknown: a request has {join_words(FIELDS)}")
     ask = _ask(request.get("ask", ask_by_default))
     if "top" in request and "masks" not in ask:
-        raise BadInput('"top" is for "ask": "masks"')
+        raise InputError('"top" is for "ask": "masks"')
     text, given = _text(request, reader)
     top = _top(request.get("top", 5))
     token_vectors = request.get("token_vectors", False)
     if not isinstance(token_vectors, bool):
-        raise BadInput('"token_vectors" must be true or false')
-    return Question(text, given, ask, top, token_vectors)
+        raise InputError('"token_vectors" must be true or false')
+    return Request(text, given, ask, top, token_vectors)
 
 
 def _object(body: bytes) -> dict[str, Any]:
     """The JSON object that a body is."""
     if len(body) > MAX_BODY:
-        raise BadInput(
+        raise InputError(
             f"the request has {len(body):,} bytes, where {MAX_BODY:,} are allowed: send a shorter text"
         )
     if not body.strip():
-        raise BadInput('the request is empty: send a JSON object such as {"text": "..."}')
+        raise InputError('the request is empty: send a JSON object such as {"text": "..."}')
     try:
         content = json.loads(
             bytes(body).decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
         )
     except UnicodeDecodeError as error:
-        raise BadInput(f"the request is not UTF-8 (byte {error.start})") from error
+        raise InputError(f"the request is not UTF-8 (byte {error.start})") from error
     except RecursionError as error:
-        raise BadInput("the request is not JSON that can be read: too many brackets in each other") from error
-    except BadInput:
+        raise InputError(
+            "the request is not JSON that can be read: too many brackets in each other"
+        ) from error
+    except InputError:
         raise
     except json.JSONDecodeError as error:
-        raise BadInput(f"the request is not JSON: {error}") from error
+        raise InputError(f"the request is not JSON: {error}") from error
     except ValueError as error:
-        raise BadInput("the request has a number of more digits than can be read") from error
+        raise InputError("the request has a number of more digits than can be read") from error
     if not isinstance(content, dict):
-        raise BadInput('the request must be a JSON object such as {"text": "..."}')
+        raise InputError('the request must be a JSON object such as {"text": "..."}')
     return content
 
 
@@ -113,22 +115,22 @@ def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name, value in pairs:
         if name in content:
-            raise BadInput(f"{_shown(name)} is given twice")
+            raise InputError(f"{_shown(name)} is given twice")
         content[name] = value
     return content
 
 
 def _refuse_constant(name: str) -> Any:
-    raise BadInput(f"the request is not JSON: {name} is no number there")
+    raise InputError(f"the request is not JSON: {name} is no number there")
 
 
-def _text(request: dict[str, Any], reader: TextReader) -> tuple[Text, tuple[str, ...]]:
+def _text(request: dict[str, Any], reader: Tokenizer) -> tuple[EncodedText, tuple[str, ...]]:
     """The text that a request is about, and as it was given, if it was as text."""
     kinds = [kind for kind in ("text", "ids") if kind in request]
     if len(kinds) != 1:
-        raise BadInput('a request has either "text" or "ids"')
+        raise InputError('a request has either "text" or "ids"')
     if ("pair" in request and "ids" in request) or ("pair_ids" in request and "text" in request):
-        raise BadInput('"pair" goes with "text", and "pair_ids" with "ids"')
+        raise InputError('"pair" goes with "text", and "pair_ids" with "ids"')
     if kinds == ["text"]:
         text, pair = _string(request, "text"), _string(request, "pair") if "pair" in request else None
         return reader.text(text, pair), (text,) if pair is None else (text, pair)
@@ -138,32 +140,32 @@ def _text(request: dict[str, Any], reader: TextReader) -> tuple[Text, tuple[str,
 def _string(request: dict[str, Any], name: str) -> str:
     value = request[name]
     if not isinstance(value, str):
-        raise BadInput(f'"{name}" must be a string')
+        raise InputError(f'"{name}" must be a string')
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadInput(f'"{name}" has half of a surrogate pair at character {error.start}') from error
+        raise InputError(f'"{name}" has half of a surrogate pair at character {error.start}') from error
     return value
 
 
 def _ids(request: dict[str, Any], name: str) -> list[int]:
     value = request[name]
     if not isinstance(value, list) or not all(type(each) is int for each in value):
-        raise BadInput(f'"{name}" must be a list of whole numbers')
+        raise InputError(f'"{name}" must be a list of whole numbers')
     return value
 
 
 def _ask(value: Any) -> tuple[str, ...]:
     asks = value if isinstance(value, list) else [value]
     if not asks or not all(isinstance(ask, str) and ask in ASKS for ask in asks):
-        choices = in_words([f'"{ask}"' for ask in ASKS])
-        raise BadInput(f'"ask" must be one of {choices}, or a list of them')
+        choices = join_words([f'"{ask}"' for ask in ASKS])
+        raise InputError(f'"ask" must be one of {choices}, or a list of them')
     return tuple(asks)
 
 
 def _top(value: Any) -> int:
     if type(value) is not int or not 1 <= value <= MAX_TOP:
-        raise BadInput(f'"top" must be a whole number from 1 to {MAX_TOP}')
+        raise InputError(f'"top" must be a whole number from 1 to {MAX_TOP}')
     return value
 
 

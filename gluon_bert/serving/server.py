@@ -22,7 +22,7 @@ from typing import Callable, Iterator
 
 import requests
 
-from ..errors import BadInput
+from ..errors import InputError
 from ..export.model_archive import ARCHIVE, INSTALL_SERVE, MODEL, check_archive
 from ..runtime import has_cuda_wheel
 from ..system import usable_cores
@@ -90,13 +90,13 @@ class Settings:
     threads: int | None = None
 
     def check(self) -> None:
-        """Raise BadInput for what cannot be, naming the flag."""
+        """Raise InputError for what cannot be, naming the flag."""
         for name in ("workers", "batch_size", "max_batch_delay", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise BadInput(f"--{name.replace('_', '-')} {value}: at least 1")
+                raise InputError(f"--{name.replace('_', '-')} {value}: at least 1")
         if self.port == self.management_port:
-            raise BadInput(f"--management-port {self.port}: is --port already; choose another")
+            raise InputError(f"--management-port {self.port}: is --port already; choose another")
         for name, port in (("--port", self.port), ("--management-port", self.management_port)):
             _check_port(name, port)
 
@@ -154,18 +154,18 @@ class Server:
 def serving(archive: Path, settings: Settings = Settings()) -> Iterator[Server]:
     """A server of one archive, which answers until the block ends, and of which nothing is left then.
 
-    Raises BadInput for what the user can mend, ServerFailed where the server does not start.
+    Raises InputError for what the user can mend, ServerFailed where the server does not start.
 
     >>> with serving(Path("exported/bert.mar")) as server:                              # doctest: +SKIP
     ...     requests.post(server.address, json={"text": "a crane is flying"}).json()["mean"]
     """
     settings.check()
-    need_server()
+    check_server()
     check_archive(archive)
     with TemporaryDirectory(prefix="gluon_bert-serve-") as name:
         folder = Path(name).resolve()
         if len(str(folder)) > LONGEST_FOLDER:
-            raise BadInput(f"TMPDIR: {folder} is too long for a socket's name: set it to a shorter folder")
+            raise InputError(f"TMPDIR: {folder} is too long for a socket's name: set it to a shorter folder")
         with _processes(folder, archive, settings) as process:
             server = Server(process, folder, settings)
             server.start(settings)
@@ -184,24 +184,24 @@ def free_ports(count: int = 2) -> list[int]:
     return list(islice(filter(is_free, candidates), count))
 
 
-def need_server() -> None:
-    """Raise BadInput unless multi-model-server is installed and there is a Java that runs it."""
+def check_server() -> None:
+    """Raise InputError unless multi-model-server is installed and there is a Java that runs it."""
     if importlib.util.find_spec("mms") is None:
-        raise BadInput(f"multi-model-server is not installed: {INSTALL_SERVE}")
+        raise InputError(f"multi-model-server is not installed: {INSTALL_SERVE}")
     home = os.environ.get("JAVA_HOME")
     java = str(Path(home, "bin", "java")) if home else shutil.which("java")
     where = "JAVA_HOME" if home else "PATH"
     install = "install one, such as the package openjdk-17-jre-headless"
     if java is None or not os.access(java, os.X_OK):
-        raise BadInput(f"the model server needs Java 8 or later, and there is none in {where}: {install}")
+        raise InputError(f"the model server needs Java 8 or later, and there is none in {where}: {install}")
     told = subprocess.run(
         [java, "-version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
     )
     version = re.search(r'version "(?:1\.)?(\d+)', told.stdout)
     if told.returncode or version is None:
-        raise BadInput(f"{java}: does not run as Java ({told.stdout.strip()[:200]}): {install}")
+        raise InputError(f"{java}: does not run as Java ({told.stdout.strip()[:200]}): {install}")
     if int(version[1]) < 8:
-        raise BadInput(f"{java}: is Java {version[1]}, where the model server needs 8 or later: {install}")
+        raise InputError(f"{java}: is Java {version[1]}, where the model server needs 8 or later: {install}")
 
 
 @contextmanager
@@ -294,14 +294,14 @@ def _is_alive(process: subprocess.Popen[bytes]) -> bool:
 
 def _check_port(flag: str, port: int) -> None:
     if not 1 <= port <= HIGHEST_PORT:
-        raise BadInput(f"{flag} {port}: from 1 to {HIGHEST_PORT}, as the model server takes no higher one")
+        raise InputError(f"{flag} {port}: from 1 to {HIGHEST_PORT}, as the model server takes no higher one")
     with socket.socket() as probe:
         # As the server does, which may take a port whose last connections are not forgotten yet.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise BadInput(f"{flag} {port}: cannot be taken ({error.strerror}); choose another") from error
+            raise InputError(f"{flag} {port}: cannot be taken ({error.strerror}); choose another") from error
 
 
 def _last_lines(path: Path, count: int = 15) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Sequence
 
 from ..checkpoint import Snapshot
-from .divergence import Trouble
-from .metrics import Averages
-from .state import Best, Progress, Standing
+from .divergence import NonFiniteStep
+from .metrics import Metrics
+from .state import BestEvaluation, StepReport, TrainState
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -19,22 +19,22 @@ class Reporter:
     def stepped(self, step: int) -> None:
         """A step has been queued."""
 
-    def progressed(self, progress: Progress) -> None:
+    def progressed(self, progress: StepReport) -> None:
         """A window of steps is done."""
 
-    def evaluated(self, step: int, held_out: Averages, best: Best) -> None:
-        """The held-out text was evaluated after this step; `best` takes it into account."""
+    def evaluated(self, step: int, validation: Metrics, best: BestEvaluation) -> None:
+        """The validation text was evaluated after this step; `best` takes it into account."""
 
-    def went_wrong(self, trouble: Trouble) -> None:
+    def on_non_finite(self, trouble: NonFiniteStep) -> None:
         """The numbers of a step are unusable; whether that ends the run is another matter."""
 
     def overflowed(self, step: int, scale: float) -> None:
         """A step was skipped, as float16 could not hold a gradient of the loss times this scale."""
 
-    def drifted(self, step: int, ranks: Sequence[int]) -> None:
+    def on_weight_drift(self, step: int, ranks: Sequence[int]) -> None:
         """The weights of these workers are not those of the first one any more."""
 
-    def went_back(self, standing: Standing, trouble: Trouble) -> None:
+    def on_rollback(self, state: TrainState, trouble: NonFiniteStep) -> None:
         """The run goes on from an earlier checkpoint, where it stands so, with other batches than before."""
 
 

@@ -12,10 +12,10 @@ from ..runtime import mx
 
 
 @dataclass(frozen=True)
-class Shard:
+class DeviceBatch:
     """The rows of a batch that one context computes, as float32 NDArrays named as in Batch.
 
-    num_pairs, num_tokens, num_predictions: what the shard adds to the batch, without padding; all 0 for a
+    num_pairs, num_tokens, num_masked: what the shard adds to the batch, without padding; all 0 for a
     shard that is only there because the batch has fewer rows than there are contexts.
     mlm_weight, nsp_weight: what the shard's summed losses count in the batch's mean.
     """
@@ -28,12 +28,12 @@ class Shard:
     is_next: Any
     num_pairs: int
     num_tokens: int
-    num_predictions: int
+    num_masked: int
     mlm_weight: float
     nsp_weight: float
 
 
-def split_and_load(batch: Batch, contexts: Sequence[Any], whole: Batch | None = None) -> list[Shard]:
+def split_and_load(batch: Batch, contexts: Sequence[Any], whole: Batch | None = None) -> list[DeviceBatch]:
     """A shard for every context, like `gluon.utils.split_and_load`, for any batch size.
 
     The rows are divided as evenly as they go. A context for which none is left gets a copy of the first
@@ -46,14 +46,14 @@ def split_and_load(batch: Batch, contexts: Sequence[Any], whole: Batch | None = 
     return [_load(batch, start, stop, ctx, whole) for start, stop, ctx in zip(bounds, bounds[1:], contexts)]
 
 
-def _load(batch: Batch, start: int, stop: int, ctx: Any, whole: Batch) -> Shard:
+def _load(batch: Batch, start: int, stop: int, ctx: Any, whole: Batch) -> DeviceBatch:
     used = stop > start
     part = batch.rows(start, stop) if used else whole.rows(0, 1)
 
     def load(array: np.ndarray) -> Any:
         return mx.nd.array(array, ctx=ctx, dtype=np.float32)
 
-    return Shard(
+    return DeviceBatch(
         load(part.tokens),
         load(part.segments),
         load(part.lengths),
@@ -62,7 +62,7 @@ def _load(batch: Batch, start: int, stop: int, ctx: Any, whole: Batch) -> Shard:
         load(part.is_next),
         num_pairs=len(part) if used else 0,
         num_tokens=int(part.lengths.sum()) if used else 0,
-        num_predictions=len(part.labels) if used else 0,
+        num_masked=len(part.labels) if used else 0,
         mlm_weight=1 / len(whole.labels) if used else 0.0,
         nsp_weight=1 / len(whole) if used else 0.0,
     )

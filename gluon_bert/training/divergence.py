@@ -6,18 +6,18 @@ import math
 from typing import NamedTuple, Sequence
 
 from ..data.batch import Batch
-from ..data.loader import Position
-from ..errors import BadInput
+from ..data.loader import LoaderState
+from ..errors import InputError
 
-# Steps in a row that --bad-numbers skip leaves out before it stops: so many are no accident.
-MOST_SKIPPED = 10
-# Times that --bad-numbers back goes back to one checkpoint before it stops.
-MOST_BACK = 3
+# Steps in a row that --on-nonfinite skip leaves out before it stops: so many are no accident.
+MAX_SKIPPED_STEPS = 10
+# Times that --on-nonfinite rollback goes back to one checkpoint before it stops.
+MAX_ROLLBACKS = 3
 
 _SHOWN = 3
 
 
-class Trouble(NamedTuple):
+class NonFiniteStep(NamedTuple):
     """A step whose numbers went wrong.
 
     what: the number. position, batch: what the step was made with, None where several were or none. norms:
@@ -26,7 +26,7 @@ class Trouble(NamedTuple):
 
     step: int
     what: str
-    position: Position | None = None
+    position: LoaderState | None = None
     batch: Batch | None = None
     norms: Sequence[tuple[str, float]] = ()
 
@@ -43,12 +43,12 @@ class Trouble(NamedTuple):
         return ordered[::-1][:_SHOWN]
 
 
-class Diverged(BadInput):
+class TrainingDiverged(InputError):
     """The training has diverged; `trouble` says where."""
 
-    def __init__(self, trouble: Trouble, lr: float) -> None:
+    def __init__(self, trouble: NonFiniteStep, lr: float) -> None:
         super().__init__(
             f"--lr {lr:g}: {trouble.in_words()}. The training has diverged: a smaller learning rate is "
-            "the usual remedy; for single bad steps there is --bad-numbers skip, or back"
+            "the usual remedy; for single bad steps there is --on-nonfinite skip, or back"
         )
         self.trouble = trouble

@@ -7,7 +7,7 @@ from typing import Any, Mapping, NamedTuple, Sequence
 import numpy as np
 
 from ..runtime import mx
-from .metrics import numbers
+from .metrics import float_array
 
 # float16 has nothing below 6e-8 and nothing above 65504. A loss times 65536 has gradients that do not vanish;
 # when they are too large, half of it is tried, and after 2000 good steps twice as much (Micikevicius et al.
@@ -36,7 +36,7 @@ class LossScale(NamedTuple):
         """The value on a context, (1,)."""
         return self.value.as_in_context(context)
 
-    def take_from(self, gradients: Sequence[Sequence[Any]]) -> None:
+    def unscale(self, gradients: Sequence[Sequence[Any]]) -> None:
         """Divide each context's gradients by the value, in place, which is exact."""
         for arrays in gradients:
             inverse = 1 / self.on(arrays[0].context)
@@ -58,7 +58,7 @@ class LossScale(NamedTuple):
     @classmethod
     def from_json(cls, content: Mapping[str, Any], context: Any) -> LossScale:
         """The inverse of `to_json`; ValueError where it was not written by that."""
-        value, good = numbers([content["value"], content["good"]], 2).tolist()
+        value, good = float_array([content["value"], content["good"]], 2).tolist()
         if not (SMALLEST <= value <= LARGEST and good >= 0):
             raise ValueError(f"{content!r} is no scale of a loss")
         return cls(*(mx.nd.array([number], ctx=context, dtype=np.float32) for number in (value, good)))

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from .. import ops
 from ..runtime import mx
-from .device_batch import Shard
+from .device_batch import DeviceBatch
 
 # Predictions whose scores are computed at once: at V = 30,000 those of 256 take 31 MB, just below the size
 # from which glibc returns memory to the system each time, which doubles the time of the decoder.
-SLICE = 256
+CHUNK = 256
 
 
 class ShardLoss(NamedTuple):
@@ -24,10 +24,10 @@ class ShardLoss(NamedTuple):
     mlm: Any
     nsp: Any
     total: Any
-    hits: Any
+    correct: Any
 
 
-def shard_loss(net: Any, shard: Shard, count_mlm_hits: bool = False) -> ShardLoss:
+def shard_loss(net: Any, shard: DeviceBatch, count_mlm_correct: bool = False) -> ShardLoss:
     """The MLM, the NSP and the total loss of one shard.
 
     The shard's weights divide by the counts of the whole batch, here and nowhere else: so one context,
@@ -37,15 +37,15 @@ def shard_loss(net: Any, shard: Shard, count_mlm_hits: bool = False) -> ShardLos
     encoded = net.encoder(shard.tokens, shard.segments, shard.lengths)
     nsp_scores = net.nsp(net.pooler(encoded))
     nsp = cross_entropy(nsp_scores, shard.is_next)
-    mlm, mlm_hits = masked_loss(net, encoded, shard, count_mlm_hits)
-    nsp_hits = hits(nsp_scores, shard.is_next)
+    mlm, mlm_correct = masked_loss(net, encoded, shard, count_mlm_correct)
+    nsp_correct = num_correct(nsp_scores, shard.is_next)
     total = mlm * shard.mlm_weight + nsp * shard.nsp_weight
-    return ShardLoss(mlm, nsp, total, mx.nd.concat(mlm_hits, nsp_hits, dim=0))
+    return ShardLoss(mlm, nsp, total, mx.nd.concat(mlm_correct, nsp_correct, dim=0))
 
 
-def masked_loss(net: Any, encoded: Any, shard: Shard, count_hits: bool) -> tuple[Any, Any]:
+def masked_loss(net: Any, encoded: Any, shard: DeviceBatch, count_hits: bool) -> tuple[Any, Any]:
     """The sum of the losses of a shard's predictions, and their hits, 0 unless asked for; both (1,)."""
-    if len(shard.labels) and ops.compute(net.mlm, encoded):
+    if len(shard.labels) and ops.use_compiled(net.mlm, encoded):
         loss, found = ops.masked_loss(
             net.config,
             net.mlm.in_order(),
@@ -57,12 +57,12 @@ def masked_loss(net: Any, encoded: Any, shard: Shard, count_hits: bool) -> tuple
         return loss, found if count_hits else mx.nd.zeros_like(found)
     masked = net.mlm.transform(encoded, shard.predictions)
     loss = found = mx.nd.zeros((1,), ctx=masked.context)
-    for start in range(0, len(shard.labels), SLICE):
-        some = slice(start, start + SLICE)
+    for start in range(0, len(shard.labels), CHUNK):
+        some = slice(start, start + CHUNK)
         scores, labels = net.mlm.decoder(masked[some]), shard.labels[some]
         loss = loss + cross_entropy(scores, labels)
         if count_hits:
-            found = found + hits(scores, labels)
+            found = found + num_correct(scores, labels)
     return loss, found
 
 
@@ -71,7 +71,7 @@ def cross_entropy(scores: Any, labels: Any) -> Any:
     return -scores.log_softmax(axis=-1).pick(labels, axis=-1).sum()
 
 
-def hits(scores: Any, labels: Any) -> Any:
+def num_correct(scores: Any, labels: Any) -> Any:
     """How many rows have their highest score at the label: (N, K), (N,) -> (1,)."""
     with mx.autograd.pause():
         return (scores.argmax(axis=-1) == labels).sum()

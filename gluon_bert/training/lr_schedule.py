@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..config import TrainConfig
-from ..errors import BadInput
+from ..errors import InputError
 
 # What is left of the peak, by the share of the way from the peak to the step after the last.
 DECAYS = {
@@ -40,14 +40,14 @@ def learning_rate(config: TrainConfig, step: float, num_steps: float) -> float:
     It rises in equal parts over the warm-up, is `lr` itself at `peak_step`, and then falls so that the
     step after the last would have 0: none that is made has. Steps may be any unit, whole or not.
 
-    >>> config = TrainConfig(lr=1.0, schedule="linear", warmup=0.4)
+    >>> config = TrainConfig(lr=1.0, schedule="linear", warmup_ratio=0.4)
     >>> [learning_rate(config, step, 5) for step in (1, 2, 3, 4, 5)]
     [0.5, 1.0, 0.75, 0.5, 0.25]
 
-    Raises BadInput for a step after the last, where a decayed rate would be 0 or less.
+    Raises InputError for a step after the last, where a decayed rate would be 0 or less.
     """
     if step > num_steps and config.schedule != "constant":
-        raise BadInput(
+        raise InputError(
             f"--num-steps {num_steps}: --schedule {config.schedule} ends there, before step {step}"
         )
     peak = peak_step(config, num_steps)
@@ -61,7 +61,7 @@ def learning_rate(config: TrainConfig, step: float, num_steps: float) -> float:
 def peak_step(config: TrainConfig, num_steps: float) -> int:
     """The last step of the warm-up, the one whose learning rate is `lr`; without a warm-up the first.
 
-    >>> peak_step(TrainConfig(warmup=0.1), 1000), peak_step(TrainConfig(warmup=0.0), 1000)
+    >>> peak_step(TrainConfig(warmup_ratio=0.1), 1000), peak_step(TrainConfig(warmup_ratio=0.0), 1000)
     (100, 1)
     """
-    return max(1, round(config.warmup * num_steps))
+    return max(1, round(config.warmup_ratio * num_steps))

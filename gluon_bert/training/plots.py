@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..data.loader import Data
-from ..fileio import written_aside
+from ..data.loader import PretrainingData
+from ..fileio import atomic_write
 
 
 class References(NamedTuple):
@@ -18,13 +18,13 @@ class References(NamedTuple):
 
     uniform: float  # ln V: the size of the vocabulary
     unigram: float  # the entropy of the words' frequencies in the training text
-    held_out_unigram: float  # what a model of those frequencies loses on the held-out text; NaN without one
+    held_out_unigram: float  # what a model of those frequencies loses on the validation text; NaN without one
     coin: float  # ln 2: next sentence or not, one half each
 
     @classmethod
-    def of(cls, data: Data) -> References:
+    def of(cls, data: PretrainingData) -> References:
         """The references for a text."""
-        return cls(math.log(len(data.vocab)), data.unigram_loss, data.held_out_unigram_loss, math.log(2))
+        return cls(math.log(len(data.vocab)), data.unigram_loss, data.validation_unigram_loss, math.log(2))
 
 
 def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: References) -> None:
@@ -33,14 +33,19 @@ def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: Refer
     FigureCanvasAgg(figure)
     mlm, nsp = figure.subplots(1, 2)
     trained = [r for r in records if "mlm_loss" in r]
-    held_out = [r for r in records if "held_out" in r]
+    validation = [r for r in records if "validation" in r]
     for axes, name, title in ((mlm, "mlm_loss", "Masked language model"), (nsp, "nsp_loss", "Next sentence")):
         curve(axes, [(r["step"], r[name]) for r in trained], "training", "tab:blue")
-        if held_out:
-            curve(axes, [(r["step"], r["held_out"][name]) for r in held_out], "held-out text", "tab:orange")
-        if len(held_out) > 1:
-            best = min(held_out, key=lambda r: r["held_out"]["mlm_loss"])
-            step, value = best["step"], best["held_out"][name]
+        if validation:
+            curve(
+                axes,
+                [(r["step"], r["validation"][name]) for r in validation],
+                "validation text",
+                "tab:orange",
+            )
+        if len(validation) > 1:
+            best = min(validation, key=lambda r: r["validation"]["mlm_loss"])
+            step, value = best["step"], best["validation"][name]
             label = f"best checkpoint, step {step}"
             axes.plot(step, value, "*", color="tab:red", ms=11, zorder=3, label=label)
         axes.set(title=title, xlabel="optimizer step", ylabel="loss [nats]", xlim=(0, None))
@@ -48,7 +53,7 @@ def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: Refer
     mlm.axhline(references.uniform, color="grey", ls=":", label=f"ln V = {references.uniform:.2f}")
     alone = "word frequencies alone"
     mlm.axhline(references.unigram, color="tab:blue", ls="--", label=f"{alone} = {references.unigram:.2f}")
-    if held_out:
+    if validation:
         value = references.held_out_unigram
         mlm.axhline(value, color="tab:orange", ls="--", label=f"{alone}, held out = {value:.2f}")
     nsp.axhline(references.coin, color="grey", ls="--", label=f"a coin, ln 2 = {references.coin:.2f}")
@@ -56,7 +61,7 @@ def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: Refer
         # Small, or the wide legend takes the width from the curves.
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncol": 2, "columnspacing": 1.0}
         axes.legend(**place, fontsize="small", frameon=False)
-    with written_aside(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
 
 

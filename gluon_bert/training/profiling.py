@@ -9,10 +9,10 @@ from typing import Any, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from .device_batch import Shard
+from .device_batch import DeviceBatch
 
 
-class Evenness:
+class LoadBalance:
     """What contexts are given to compute at once, in which the one with the most is waited for.
 
     Counted are the tokens, without padding, and the predictions.
@@ -21,9 +21,9 @@ class Evenness:
     def __init__(self) -> None:
         self._most, self._mean = np.zeros(2), np.zeros(2)
 
-    def add(self, shards: Sequence[Shard]) -> None:
+    def add(self, shards: Sequence[DeviceBatch]) -> None:
         """Count what the contexts compute at once, a shard each."""
-        given = np.array([(shard.num_tokens, shard.num_predictions) for shard in shards], dtype=float)
+        given = np.array([(shard.num_tokens, shard.num_masked) for shard in shards], dtype=float)
         self._most += given.max(axis=0)
         self._mean += given.mean(axis=0)
 
@@ -42,7 +42,7 @@ class Evenness:
         ).replace("%", " %")
 
 
-class TimeAtWork(NamedTuple):
+class DeviceUtilization(NamedTuple):
     """Seconds that each context computed, by name, and that any and all of them did at the same time."""
 
     contexts: Mapping[str, float]
@@ -55,17 +55,17 @@ class TimeAtWork(NamedTuple):
         return f"at work: {each}; any of them {self.any:.2f} s, all at once {self.all:.2f} s of that"
 
 
-def time_at_work(trace: Path, contexts: Sequence[Any]) -> TimeAtWork:
+def device_utilization(trace: Path, contexts: Sequence[Any]) -> DeviceUtilization:
     """When these contexts computed, all of one kind, by the trace that MXNet's profiler has written."""
     events = json.loads(trace.read_text("utf-8"))["traceEvents"]
     names = {event["args"]["name"]: event["pid"] for event in events if event["ph"] == "M"}
     # A CPU context's place is its number; behind the machine's last core its name there is another device's.
-    place_of = {
+    rank_and_size = {
         name: each.device_id if each.device_type == "cpu" else names[name]
         for each in contexts
         for name in [f"{each.device_type}/{each.device_id}"]
     }
-    places = set(place_of.values())
+    places = set(rank_and_size.values())
     changes = sorted(
         (event["ts"], 1 if event["ph"] == "B" else -1, event["pid"])
         for event in events
@@ -82,8 +82,8 @@ def time_at_work(trace: Path, contexts: Sequence[Any]) -> TimeAtWork:
         together[len(busy)] += (now - before) / 1e6
         begun[place] += change
         before = now
-    return TimeAtWork(
-        {name: at_work[place] for name, place in place_of.items()},
+    return DeviceUtilization(
+        {name: at_work[place] for name, place in rank_and_size.items()},
         sum(seconds for number, seconds in together.items() if number),
         together[len(places)],
     )

@@ -12,27 +12,27 @@ from tqdm import tqdm
 
 from ..config import TrainConfig
 from ..data.batch import Batch
-from ..data.loader import Data
-from ..fileio import written_aside
+from ..data.loader import PretrainingData
+from ..fileio import atomic_write
 from ..npz import write_arrays
 from .callbacks import Reporter
-from .divergence import Trouble
-from .metrics import Averages
+from .divergence import NonFiniteStep
+from .metrics import Metrics
 from .plots import References, draw_losses
 from .run_log import LogFile
-from .state import Best, Progress, Standing
+from .state import BestEvaluation, StepReport, TrainState
 
 log = logging.getLogger(__name__)
 
 
-BAD_BATCHES = "bad-batches"
+NONFINITE_BATCHES = "nonfinite-batches"
 
 
-class Report(Reporter):
+class ProgressLogger(Reporter):
     """Tells of a run on the screen, in log.jsonl and in losses.png.
 
     On a terminal there is a progress bar; elsewhere a plain line per window. The log has a JSON object a
-    line: a window of steps, or (with the key `held_out`) an evaluation.
+    line: a window of steps, or (with the key `validation`) an evaluation.
 
     step, best, log_bytes: where a resumed run stands, and how long its log was then. What was logged after
     that will be logged again, and is cut off.
@@ -42,16 +42,16 @@ class Report(Reporter):
         self,
         folder: Path,
         config: TrainConfig,
-        data: Data,
+        data: PretrainingData,
         screen: TextIO | None = None,
         step: int = 0,
-        best: Best | None = None,
+        best: BestEvaluation | None = None,
         log_bytes: int = 0,
     ) -> None:
         self.folder, self.references = Path(folder), References.of(data)
         self.step, self.best = step, best
-        self.last: Progress | None = None
-        self.held_out: Averages | None = None
+        self.last: StepReport | None = None
+        self.validation: Metrics | None = None
         self._config = config
         self._about = "~" if config.max_minutes else ""
         # Looked up now, not at import: notebooks and tests put another stream in its place.
@@ -72,7 +72,7 @@ class Report(Reporter):
         self.step = step
         self._bar.update(1)
 
-    def progressed(self, progress: Progress) -> None:
+    def progressed(self, progress: StepReport) -> None:
         self.last = progress
         scale = {} if progress.loss_scale is None else {"loss_scale": progress.loss_scale}
         self._note(
@@ -98,22 +98,22 @@ class Report(Reporter):
             told = f"{in_words(window)}, lr {progress.lr:.3g}, {progress.pairs_per_second:.1f} pairs/s"
             print(f"step {progress.step}/{self._about}{planned}: {told}, {left} left", file=self._screen)
 
-    def evaluated(self, step: int, held_out: Averages, best: Best) -> None:
-        self.held_out, self.best = held_out, best
-        averages = {**held_out._asdict(), "perplexity": held_out.perplexity}
-        self._note({"step": step, "held_out": averages})
-        told = f"held-out text after step {step}: {held_out_in_words(held_out)}"
+    def evaluated(self, step: int, validation: Metrics, best: BestEvaluation) -> None:
+        self.validation, self.best = validation, best
+        averages = {**validation._asdict(), "perplexity": validation.perplexity}
+        self._note({"step": step, "validation": averages})
+        told = f"validation text after step {step}: {format_validation(validation)}"
         if best.since:
-            told += f"; the best was MLM loss {best.held_out.mlm_loss:.3f} after step {best.step}"
+            told += f"; the best was MLM loss {best.validation.mlm_loss:.3f} after step {best.step}"
         self._bar.write(told, file=self._screen)
 
-    def went_wrong(self, trouble: Trouble) -> None:
+    def on_non_finite(self, trouble: NonFiniteStep) -> None:
         position = trouble.position._asdict() if trouble.position else None
         largest = {name: norm if math.isfinite(norm) else None for name, norm in trouble.largest()}
         about = {"what": trouble.what, "position": position, "largest_gradients": largest}
-        self._note({"step": trouble.step, "went_wrong": about})
+        self._note({"step": trouble.step, "non_finite": about})
         self._bar.write(trouble.in_words(), file=self._screen)
-        if self._config.debug_batch and trouble.batch:
+        if self._config.save_nonfinite_batch and trouble.batch:
             self._keep(trouble.batch, trouble.step)
 
     def overflowed(self, step: int, scale: float) -> None:
@@ -124,7 +124,7 @@ class Report(Reporter):
             file=self._screen,
         )
 
-    def drifted(self, step: int, ranks: Sequence[int]) -> None:
+    def on_weight_drift(self, step: int, ranks: Sequence[int]) -> None:
         who = f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         self._bar.write(
             f"after step {step} the weights of {who} are not those of worker 0, as where processors are not "
@@ -132,14 +132,14 @@ class Report(Reporter):
             file=self._screen,
         )
 
-    def went_back(self, standing: Standing, trouble: Trouble) -> None:
-        self.step, self.best = standing.step, standing.best
+    def on_rollback(self, state: TrainState, trouble: NonFiniteStep) -> None:
+        self.step, self.best = state.step, state.best
         self._log.close()
-        self._log = LogFile(self._log.path, standing.log_bytes)
-        self._note({"step": standing.step, "went_back": {"from": trouble.step, "why": trouble.what}})
-        self._bar.n = standing.step
+        self._log = LogFile(self._log.path, state.log_bytes)
+        self._note({"step": state.step, "rollback": {"from": trouble.step, "why": trouble.what}})
+        self._bar.n = state.step
         self._bar.write(
-            f"{trouble.in_words()}; back to the checkpoint after step {standing.step}, and on with other "
+            f"{trouble.in_words()}; back to the checkpoint after step {state.step}, and on with other "
             "batches",
             file=self._screen,
         )
@@ -153,16 +153,16 @@ class Report(Reporter):
         try:
             self._log.append(record)
         except OSError as error:
-            if self._config.full_disk == "stop":
+            if self._config.on_checkpoint_error == "stop":
                 raise
             log.warning("%s: lines wait until they can be written (%s)", self._log.path, error.strerror)
 
     def _keep(self, batch: Batch, step: int) -> None:
         """Write a batch for debugging; that it cannot be ends no run."""
-        path = self.folder / BAD_BATCHES / f"step-{step:08d}.npz"
+        path = self.folder / NONFINITE_BATCHES / f"step-{step:08d}.npz"
         try:
             path.parent.mkdir(exist_ok=True)
-            with written_aside(path, "wb") as file:
+            with atomic_write(path, "wb") as file:
                 write_arrays(file, vars(batch))
         except OSError as error:
             log.warning("%s: cannot be written (%s)", path, error.strerror or error)
@@ -189,25 +189,25 @@ class Report(Reporter):
             f"{self.last.run_pairs_per_second:.1f} sentence pairs/sec on {list(contexts)}",
             f"last window: {in_words(window)}",
         ]
-        if self.held_out:
-            lines.append(f"held-out text: {held_out_in_words(self.held_out)}")
+        if self.validation:
+            lines.append(f"validation text: {format_validation(self.validation)}")
         if self.best and self.best.evaluations > 1:
-            lines.append(best_in_words(self.best))
-        if self.best and self.best.exhausts(self._config.patience):
+            lines.append(format_best(self.best))
+        if self.best and self.best.out_of_patience(self._config.patience):
             lines.append(
                 f"The run ended after step {self.step}: {self.best.since} evaluations in a row were no "
                 f"better than the best (--patience {self._config.patience})."
             )
         frequencies = f"{references.unigram:.3f} = entropy of the words' frequencies"
-        if self.held_out:
-            frequencies += f" ({references.held_out_unigram:.3f} on the held-out text)"
+        if self.validation:
+            frequencies += f" ({references.held_out_unigram:.3f} on the validation text)"
         lines.append(
             f"for comparison: MLM {references.uniform:.3f} = ln V, all words alike; MLM {frequencies}; "
             f"NSP {references.coin:.3f} = ln 2, a coin"
         )
         reached, line = window.mlm_loss, references.unigram
         if self.best:
-            reached, line = self.best.held_out.mlm_loss, references.held_out_unigram
+            reached, line = self.best.validation.mlm_loss, references.held_out_unigram
         if not reached < line:
             lines.append(
                 f"The MLM loss, {reached:.3f}, is still above {line:.3f}: so far the model has "
@@ -217,12 +217,12 @@ class Report(Reporter):
         return lines
 
     def _what_ended_it(self) -> str:
-        if self.best and self.best.exhausts(self._config.patience):
+        if self.best and self.best.out_of_patience(self._config.patience):
             return "--patience"
         return "--num-steps" if self.step == self._config.num_steps else "--max-minutes"
 
 
-def in_words(averages: Averages) -> str:
+def in_words(averages: Metrics) -> str:
     """Losses and accuracies for a person.
 
     >>> in_words(Averages(7.0, 0.7, 0.051, 0.5))
@@ -234,14 +234,14 @@ def in_words(averages: Averages) -> str:
     ).replace("%", " %")
 
 
-def held_out_in_words(averages: Averages) -> str:
+def format_validation(averages: Metrics) -> str:
     """What an evaluation gave, for a person."""
     return f"{in_words(averages)}, perplexity {averages.perplexity:,.1f}"
 
 
-def best_in_words(best: Best) -> str:
+def format_best(best: BestEvaluation) -> str:
     """Which evaluation was the best of several, and where its weights are."""
     if not best.since:
         return f"This was the best of {best.evaluations} evaluations."
-    told = held_out_in_words(best.held_out)
+    told = format_validation(best.validation)
     return f"the best of {best.evaluations} evaluations, after step {best.step}: {told} (--checkpoint best)"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Callable
 
 from ..config import Config, ModelConfig
-from ..errors import BadInput
+from ..errors import InputError
 from ..system import threads
 
 FLOAT = 4  # bytes
@@ -19,17 +19,17 @@ PROGRAM = 300e6
 # Of what is computed: freed blocks do not fit all that is asked for next.
 FRAGMENTS = 1.1
 # What MXNet's graphs take beside what must be kept: it shares memory by size and by distance only.
-UNSHARED = 1.4
+MXNET_OVERHEAD = 1.4
 
 # Of the memory there is, for what is proposed: the estimate is not exact.
 SAFE = 0.9
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResourceEstimate:
     """A run in numbers; memory in bytes, of all contexts together.
 
-    parameters: of the network. predictions: of a step, at most. flops: of a pair of max_len tokens, forward
+    parameters: of the network. predictions: of a step, at most. flops: of a pair of max_seq_length tokens, forward
     and backward, without what is computed twice. at_once: pairs that are computed at once. model: weights,
     gradients and what the optimizer keeps. activations: what is computed of so many pairs. checkpoint: the
     copy that is written while the training goes on.
@@ -38,7 +38,7 @@ class Plan:
     parameters: int
     predictions: int
     flops: float
-    at_once: int
+    micro_batch_size: int
     model: float
     activations: float
     checkpoint: float
@@ -57,22 +57,24 @@ class Plan:
         of = "" if limit is None else f" of {_gigabytes(limit)}"
         return (
             f"memory expected: {_gigabytes(self.memory)}{of}: weights, gradients and optimizer "
-            f"{_gigabytes(self.model)}, what is computed of {_pairs(self.at_once)} at once "
+            f"{_gigabytes(self.model)}, what is computed of {_pairs(self.micro_batch_size)} at once "
             f"{_gigabytes(self.activations)}, a checkpoint {_gigabytes(self.checkpoint)}\n"
             f"a step: {_pairs(batch_size)}, {self.predictions:,} predictions at most, "
             f"{_flops(self.flops * batch_size)} ({_flops(self.flops)} a pair)"
         )
 
 
-def plan(config: Config, vocab_size: int, num_contexts: int, compiled: bool, num_workers: int = 1) -> Plan:
+def estimate_resources(
+    config: Config, vocab_size: int, num_contexts: int, compiled: bool, preprocessing_workers: int = 1
+) -> ResourceEstimate:
     """The plan of one of so many workers on so many contexts, by compiled operators or MXNet's own."""
-    train, length = config.train, config.data.max_len
+    train, length = config.train, config.data.max_seq_length
     parameters = parameter_count(config.model, vocab_size)
-    share = -(-train.batch_size // num_workers)
+    share = -(-train.batch_size // preprocessing_workers)
     at_once = min(train.micro_batch or share, share)
-    predictions = most_predictions(config)
+    predictions = max_masked(config)
     rows = -(-at_once // num_contexts)
-    shard = Shard(config.model, vocab_size, rows * length, length, rows * predictions)
+    shard = ActivationSizes(config.model, vocab_size, rows * length, length, rows * predictions)
     adds_up = train.micro_batch > 0
     floats = (
         compiled_floats(shard, train.recompute, adds_up, threads())
@@ -82,7 +84,7 @@ def plan(config: Config, vocab_size: int, num_contexts: int, compiled: bool, num
     # The optimizers keep two numbers a weight. Where gradients are summed over contexts, the kvstore has the
     # weights, the sum, and a copy of the gradient of every context but one.
     copies = 4 * num_contexts + (num_contexts + 1 if num_contexts > 1 else 0)
-    return Plan(
+    return ResourceEstimate(
         parameters,
         predictions * train.batch_size,
         flops_per_pair(config.model, vocab_size, length, predictions),
@@ -94,18 +96,27 @@ def plan(config: Config, vocab_size: int, num_contexts: int, compiled: bool, num
 
 
 def check_memory(
-    config: Config, vocab_size: int, num_contexts: int, compiled: bool, limit: float, num_workers: int = 1
+    config: Config,
+    vocab_size: int,
+    num_contexts: int,
+    compiled: bool,
+    limit: float,
+    preprocessing_workers: int = 1,
 ) -> None:
-    """Raise BadInput where a worker cannot fit in so many bytes, and say what would."""
+    """Raise InputError where a worker cannot fit in so many bytes, and say what would."""
 
     def memory(**changes: Any) -> float:
         other = Config(config.model, config.data, replace(config.train, **changes))
-        return plan(other, vocab_size, num_contexts, compiled, num_workers).memory
+        return estimate_resources(other, vocab_size, num_contexts, compiled, preprocessing_workers).memory
 
     if memory() <= limit:
         return
     train, some = config.train, SAFE * limit
-    sizes = range(num_contexts, plan(config, vocab_size, num_contexts, compiled, num_workers).at_once + 1)
+    sizes = range(
+        num_contexts,
+        estimate_resources(config, vocab_size, num_contexts, compiled, preprocessing_workers).micro_batch_size
+        + 1,
+    )
     alone = _largest(sizes, lambda size: memory(micro_batch=size) <= some)
     twice = _largest(sizes, lambda size: memory(micro_batch=size, recompute=True) <= some)
     ways = [f"--micro-batch {alone}"] if alone else []
@@ -114,9 +125,9 @@ def check_memory(
         ways.append("--recompute yes" if enough else f"--recompute yes --micro-batch {twice}")
     would_do = f"what would do: {', or '.join(ways)}"
     if not ways:
-        would_do = "no --micro-batch would do, nor --recompute: take a smaller network or --max-len"
-    raise BadInput(
-        f"--batch-size {train.batch_size}, --max-len {config.data.max_len}: the run is expected to take "
+        would_do = "no --micro-batch would do, nor --recompute: take a smaller network or --max-seq-length"
+    raise InputError(
+        f"--batch-size {train.batch_size}, --max-seq-length {config.data.max_seq_length}: the run is expected to take "
         f"{_gigabytes(memory())} of memory, and there are {_gigabytes(limit)}; {would_do}"
     )
 
@@ -132,12 +143,14 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
     return embeddings + model.num_layers * layer + norm * (model.norm == "pre") + heads
 
 
-def most_predictions(config: Config) -> int:
+def max_masked(config: Config) -> int:
     """The most words of a pair that are predicted."""
     data = config.data
-    words = data.max_len - 3  # without <cls> and two <sep>
+    words = data.max_seq_length - 3  # without <cls> and two <sep>
     count = (
-        round(data.mask_rate * data.max_len) if data.mask_count == "round" else int(data.mask_rate * words)
+        round(data.mlm_probability * data.max_seq_length)
+        if data.mask_count == "round"
+        else int(data.mlm_probability * words)
     )
     return min(max(1, count), words)
 
@@ -151,7 +164,7 @@ def flops_per_pair(model: ModelConfig, vocab_size: int, length: int, predictions
 
 
 @dataclass(frozen=True)
-class Shard:
+class ActivationSizes:
     """What a context computes at once: so many tokens in rows of so many, and so many predictions."""
 
     model: ModelConfig
@@ -161,7 +174,7 @@ class Shard:
     predictions: int
 
 
-def compiled_floats(shard: Shard, recompute: bool, adds_up: bool, num_threads: int) -> float:
+def compiled_floats(shard: ActivationSizes, recompute: bool, adds_up: bool, num_threads: int) -> float:
     """What the compiled operators have in memory at their peak, by the arrays of ops/native; in floats."""
     c, f, layers = shard.model.units, shard.model.ffn_units, shard.model.num_layers
     table, matrices = shard.words * c, 4 * c * c + 2 * c * f
@@ -182,7 +195,7 @@ def compiled_floats(shard: Shard, recompute: bool, adds_up: bool, num_threads: i
     return float(stream + inner + passing + packed + head + tiles)
 
 
-def mxnet_floats(shard: Shard, recompute: bool, half: bool = False) -> float:
+def mxnet_floats(shard: ActivationSizes, recompute: bool, half: bool = False) -> float:
     """What MXNet's own operators have in memory at their peak; in floats. half: factors are float16."""
     model, tokens = shard.model, shard.tokens
     c, f, drops, factor = model.units, model.ffn_units, model.dropout > 0, 0.5 if half else 1.0
@@ -201,7 +214,7 @@ def mxnet_floats(shard: Shard, recompute: bool, half: bool = False) -> float:
     # The decoder's gradient by each slice; MXNet adds up more than eight in one.
     tables = min(slices + model.tied_decoder, 8) * shard.words * c
     copies = 0.5 * half * (model.num_layers * (4 * c * c + 2 * c * f) + slices * shard.words * c)
-    return UNSHARED * (layers + 8 * c * tokens) + scores + decoder + tables + copies
+    return MXNET_OVERHEAD * (layers + 8 * c * tokens) + scores + decoder + tables + copies
 
 
 def _largest(sizes: range, fits: Callable[[int], bool]) -> int:

@@ -9,20 +9,20 @@ import os
 from pathlib import Path
 from typing import Any, Mapping
 
-from ..errors import BadInput
-from ..fileio import without_nan
-from .metrics import Averages
+from ..errors import InputError
+from ..fileio import nan_to_null
+from .metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 # Keys of the log's lines that hold no losses.
-EVENTS = {"went_wrong", "went_back", "overflowed"}
+EVENTS = {"non_finite", "rollback", "overflowed"}
 
 
 class LogFile:
     """An object a line, of which only whole lines are ever on the disk.
 
-    records: those that are there, by what a log of so many bytes holds and what came since. Raises BadInput
+    records: those that are there, by what a log of so many bytes holds and what came since. Raises InputError
     where it holds something else.
     """
 
@@ -42,7 +42,7 @@ class LogFile:
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line, whole or, with an OSError, not at all: then it comes with the next."""
         self.records.append(dict(record))
-        self._unwritten += json.dumps(without_nan(record)).encode() + b"\n"
+        self._unwritten += json.dumps(nan_to_null(record)).encode() + b"\n"
         self._write()
 
     def synced(self) -> int:
@@ -76,16 +76,16 @@ def _records_in(content: bytes, path: Path) -> list[dict[str, Any]]:
             if isinstance(record["step"], int) and record.keys() & EVENTS:
                 records.append(record)
                 continue
-            of_losses = record.get("held_out", record)
-            numbers = [record["step"], *(of_losses[name] for name in Averages._fields)]
+            of_losses = record.get("validation", record)
+            numbers = [record["step"], *(of_losses[name] for name in Metrics._fields)]
             if not all(value is None or isinstance(value, (int, float)) for value in numbers):
                 raise ValueError("a loss is no number")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BadInput(
+            raise InputError(
                 f"{path}, line {number}: is no line of a run's log ({error}); move the file away, and "
                 "the log begins anew"
             ) from error
-        for name in Averages._fields:  # JSON has no word for NaN
+        for name in Metrics._fields:  # JSON has no word for NaN
             of_losses[name] = math.nan if of_losses[name] is None else of_losses[name]
         records.append(record)
     return records

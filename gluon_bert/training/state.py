@@ -7,45 +7,45 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
-from ..data.loader import Position
-from ..errors import BadInput
+from ..data.loader import LoaderState
+from ..errors import InputError
 from .loss_scale import LossScale
-from .metrics import Averages, Meter, Totals, numbers
+from .metrics import Meter, Metrics, MetricSums, float_array
 
 
-class Best(NamedTuple):
+class BestEvaluation(NamedTuple):
     """The best evaluation so far, and how many were made in all and since."""
 
     step: int
-    held_out: Averages
+    validation: Metrics
     evaluations: int = 1
     since: int = 0
 
-    def exhausts(self, patience: int) -> bool:
+    def out_of_patience(self, patience: int) -> bool:
         """Whether so many evaluations in a row were no better; never with a patience of 0."""
         return 0 < patience <= self.since
 
 
-def best_of(before: Best | None, step: int, held_out: Averages) -> Best:
+def best_of(before: BestEvaluation | None, step: int, validation: Metrics) -> BestEvaluation:
     """The best evaluation, now that there is one more.
 
     The lower MLM loss is the better. NSP has no say: it is easy, and a small text's pairs are soon learnt by
     heart, while what is learnt of the words goes on improving.
     """
     if before is None:
-        return Best(step, held_out)
-    if held_out.mlm_loss < before.held_out.mlm_loss:
-        return Best(step, held_out, before.evaluations + 1)
+        return BestEvaluation(step, validation)
+    if validation.mlm_loss < before.validation.mlm_loss:
+        return BestEvaluation(step, validation, before.evaluations + 1)
     return before._replace(evaluations=before.evaluations + 1, since=before.since + 1)
 
 
-class Progress(NamedTuple):
+class StepReport(NamedTuple):
     """Where a run stands: the window since the last report, and the run so far."""
 
     step: int
     planned_steps: float  # of the whole run, as far as one can tell
-    window: Averages
-    run: Averages
+    window: Metrics
+    run: Metrics
     pairs_per_second: float  # of the window
     run_pairs_per_second: float
     seconds: float  # since the first step began, without evaluations
@@ -63,7 +63,7 @@ class Clock:
         self._before = 0.0  # seconds that the run took until it was stopped and resumed
         self._stopped = 0.0  # seconds that do not count as training
         self._window_started = 0.0  # seconds that do, before the window
-        self._run = Totals.nothing()
+        self._run = MetricSums.nothing()
 
     def start(self) -> None:
         """The run begins now, or goes on: time counts from now on, beside what counted already."""
@@ -85,10 +85,12 @@ class Clock:
     def from_json(cls, content: Mapping[str, Any]) -> Clock:
         """The inverse of `to_json`: a clock that goes on from there, now."""
         clock = cls()
-        clock._before, clock._stopped, clock._window_started = numbers(
+        clock._before, clock._stopped, clock._window_started = float_array(
             [content[name] for name in ("elapsed", "stopped", "window_started")], 3
         ).tolist()
-        clock._run = Totals(numbers(content["run"]["sums"], 4), numbers(content["run"]["counts"], 4))
+        clock._run = MetricSums(
+            float_array(content["run"]["sums"], 4), float_array(content["run"]["counts"], 4)
+        )
         return clock
 
     def elapsed(self) -> float:
@@ -99,17 +101,17 @@ class Clock:
         self,
         step: int,
         planned_steps: float,
-        window: Totals,
+        window: MetricSums,
         lr: float,
         gradient_norm: float,
         loss_scale: float | None = None,
-    ) -> Progress:
+    ) -> StepReport:
         """How the run stands after a step with this learning rate, given what came since the last call."""
         elapsed = self.elapsed()
         self._run = self._run.plus(window)
         seconds = elapsed - self._stopped
         window_seconds, self._window_started = seconds - self._window_started, seconds
-        return Progress(
+        return StepReport(
             step,
             planned_steps,
             window.averages(),
@@ -132,7 +134,7 @@ class Clock:
 
 
 @dataclass
-class Standing:
+class TrainState:
     """All that the next step depends on beside the weights and the optimizer.
 
     step: steps made. position: of the next batch. evaluating: whether the evaluation that is due after this
@@ -142,9 +144,9 @@ class Standing:
     """
 
     step: int = 0
-    position: Position = field(default_factory=Position)
+    position: LoaderState = field(default_factory=LoaderState)
     evaluating: bool = False
-    best: Best | None = None
+    best: BestEvaluation | None = None
     skipped: int = 0
     log_bytes: int = 0
     meter: Meter = field(default_factory=Meter)
@@ -157,7 +159,7 @@ class Standing:
             "step": self.step,
             "position": self.position._asdict(),
             "evaluating": self.evaluating,
-            "best": self.best and {**self.best._asdict(), "held_out": self.best.held_out._asdict()},
+            "best": self.best and {**self.best._asdict(), "validation": self.best.validation._asdict()},
             "skipped": self.skipped,
             "log_bytes": self.log_bytes,
             "meter": self.meter.to_json(),
@@ -166,13 +168,13 @@ class Standing:
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any], contexts: Sequence[Any], where: str) -> Standing:
-        """The inverse of `to_json`; BadInput, which begins with `where`, if it was not written by that."""
+    def from_json(cls, content: Mapping[str, Any], contexts: Sequence[Any], where: str) -> TrainState:
+        """The inverse of `to_json`; InputError, which begins with `where`, if it was not written by that."""
         try:
             best, scale = content["best"], content.get("loss_scale")
             return cls(
                 _count(content["step"]),
-                Position(_count(content["position"]["epoch"]), _count(content["position"]["batch"])),
+                LoaderState(_count(content["position"]["epoch"]), _count(content["position"]["batch"])),
                 content["evaluating"] is True,
                 None if best is None else _best(best),
                 _count(content["skipped"]),
@@ -182,14 +184,14 @@ class Standing:
                 None if scale is None else LossScale.from_json(scale, contexts[0]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise BadInput(f"{where}: cannot be gone on from ({type(error).__name__}: {error})") from error
+            raise InputError(f"{where}: cannot be gone on from ({type(error).__name__}: {error})") from error
 
 
-def _best(content: Mapping[str, Any]) -> Best:
-    held_out = [content["held_out"][name] for name in Averages._fields]  # null, for JSON, is NaN
-    averages = Averages(*numbers(held_out, len(held_out)).tolist())
+def _best(content: Mapping[str, Any]) -> BestEvaluation:
+    validation = [content["validation"][name] for name in Metrics._fields]  # null, for JSON, is NaN
+    averages = Metrics(*float_array(validation, len(validation)).tolist())
     counts = [_count(content[name]) for name in ("step", "evaluations", "since")]
-    return Best(counts[0], averages, *counts[1:])
+    return BestEvaluation(counts[0], averages, *counts[1:])
 
 
 def _count(value: Any) -> int:

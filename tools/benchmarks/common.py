@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from gluon_bert import system
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 
 
 def corpus_folder(name: str) -> Path:
@@ -18,7 +18,7 @@ def corpus_folder(name: str) -> Path:
     folder = wikitext2_folder() if name == "wikitext-2" else Path(name).absolute()
     missing = [file for file in FILES if not (folder / file).is_file()]
     if missing:
-        raise BadInput(f"--corpus {name}: has no {' and no '.join(missing)}")
+        raise InputError(f"--corpus {name}: has no {' and no '.join(missing)}")
     return folder
 
 

@@ -18,11 +18,11 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 import numpy as np
 
 from gluon_bert import runtime
-from gluon_bert.conversion.converter import foreign_arrays
+from gluon_bert.conversion.converter import to_foreign_names
 from gluon_bert.conversion.huggingface import bert_config
 from gluon_bert.conversion.weight_names import HUGGINGFACE
-from gluon_bert.data.tokenizer import Padded, Text, padded
-from gluon_bert.errors import BadInput
+from gluon_bert.data.tokenizer import EncodedText, PaddedBatch, pad
+from gluon_bert.errors import InputError
 from gluon_bert.fileio import write_json
 from gluon_bert.inference.predictor import GluonNetwork, Outputs, Predictor
 from gluon_bert.model.parameters import weights_of
@@ -37,22 +37,22 @@ CONNECTIONS = 8
 # What transformers' BertForPreTraining calls its BertModel.
 OF_BERT = "bert."
 
-Vectors = Callable[[Sequence[Text]], np.ndarray]
+Vectors = Callable[[Sequence[EncodedText]], np.ndarray]
 
 
 def plain(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     """The hybridized network as it comes: batches in the order of the texts."""
     network = GluonNetwork(run.net)
 
-    def vectors(texts: Sequence[Text]) -> np.ndarray:
+    def vectors(texts: Sequence[EncodedText]) -> np.ndarray:
         parts = (texts[i : i + PLAIN_BATCH] for i in range(0, len(texts), PLAIN_BATCH))
-        return np.concatenate([_means(network, part, run.config.data.max_len) for part in parts])
+        return np.concatenate([_means(network, part, run.config.data.max_seq_length) for part in parts])
 
     return vectors
 
 
-def _means(network: Any, texts: Sequence[Text], max_len: int) -> np.ndarray:
-    batch = padded(texts, max_len)
+def _means(network: Any, texts: Sequence[EncodedText], max_seq_length: int) -> np.ndarray:
+    batch = pad(texts, max_seq_length)
     encoded = network(batch).encoded
     return np.stack([row[:length].mean(axis=0) for row, length in zip(encoded, batch.lengths)])
 
@@ -87,7 +87,7 @@ def served(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     session = stack.enter_context(requests.Session())
     pool = stack.enter_context(ThreadPoolExecutor(CONNECTIONS))
 
-    def vector(text: Text) -> Any:
+    def vector(text: EncodedText) -> Any:
         words = {"ids": text.ids[1:-1].tolist()}
         if text.is_pair:
             middle = int(np.argmax(text.segments))
@@ -101,10 +101,10 @@ def served(run: Run, folder: Path, stack: ExitStack) -> Vectors:
 
 def onnxruntime(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     """The exported ONNX graph."""
-    from gluon_bert.export.evaluation_texts import held_out_texts
+    from gluon_bert.export.evaluation_texts import validation_texts
     from gluon_bert.export.exporter import export_onnx, load_exported
 
-    export_onnx(run, folder / "onnx", "all", held_out_texts(run))
+    export_onnx(run, folder / "onnx", "all", validation_texts(run))
     return _predicting(load_exported(folder / "onnx").predictor)
 
 
@@ -122,13 +122,13 @@ class TransformersNetwork:
 
         config = net.config
         if config.norm != "post":
-            raise BadInput("--against transformers: its BertModel has no LayerNorm before the sub-layers")
+            raise InputError("--against transformers: its BertModel has no LayerNorm before the sub-layers")
         self._torch = torch
         torch.set_num_threads(int(runtime.versions()["threads"]))
         self._model = BertModel(BertConfig(**bert_config(config, net.vocab_size))).eval()
         if not config.embedding_norm:
             self._model.embeddings.LayerNorm = torch.nn.Identity()
-        arrays = foreign_arrays(weights_of(net), HUGGINGFACE)
+        arrays = to_foreign_names(weights_of(net), HUGGINGFACE)
         weights = {
             name[len(OF_BERT) :]: torch.from_numpy(array)
             for name, array in arrays.items()
@@ -136,7 +136,7 @@ class TransformersNetwork:
         }
         self._model.load_state_dict(weights, strict=True)
 
-    def __call__(self, texts: Padded) -> Outputs:
+    def __call__(self, texts: PaddedBatch) -> Outputs:
         """The outputs, as arrays."""
         torch = self._torch
         tokens, segments = (torch.from_numpy(array).long() for array in (texts.tokens, texts.segments))
@@ -147,7 +147,7 @@ class TransformersNetwork:
 
 
 # In the order in which they take their turns, with the packages that they need.
-CONTESTANTS: dict[str, tuple[Any, tuple[str, ...]]] = {
+ENCODERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "plain": (plain, ()),
     "encode": (encode, ()),
     "exported": (exported, ()),
@@ -159,12 +159,12 @@ CONTESTANTS: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 def installed() -> list[str]:
     """The contestants whose packages are there."""
-    return [name for name in CONTESTANTS if not missing(name)]
+    return [name for name in ENCODERS if not missing(name)]
 
 
 def missing(name: str) -> list[str]:
     """The packages that a contestant lacks."""
-    return [package for package in CONTESTANTS[name][1] if importlib.util.find_spec(package) is None]
+    return [package for package in ENCODERS[name][1] if importlib.util.find_spec(package) is None]
 
 
 # Two ways to compute the same vectors in single precision are no further apart.
@@ -201,8 +201,8 @@ def encode(arguments: argparse.Namespace) -> int:
         works = {}
         for name in names:
             print(f"getting {name} ready", file=sys.stderr)
-            works[name] = CONTESTANTS[name][0](run, Path(folder), stack)
-        refuse_other_results({name: work(texts) for name, work in works.items()})
+            works[name] = ENCODERS[name][0](run, Path(folder), stack)
+        check_same_results({name: work(texts) for name, work in works.items()})
         results = in_rounds(
             {n: partial(work, texts) for n, work in works.items()}, arguments.rounds, len(texts)
         )
@@ -220,31 +220,31 @@ def encode(arguments: argparse.Namespace) -> int:
 
 
 def chosen(against: str | None) -> list[str]:
-    """The contestants, in their order; BadInput for one that is unknown or not installed."""
+    """The contestants, in their order; InputError for one that is unknown or not installed."""
 
     if against is None:
-        left_out = [f"{name} (needs {' and '.join(missing(name))})" for name in CONTESTANTS if missing(name)]
+        left_out = [f"{name} (needs {' and '.join(missing(name))})" for name in ENCODERS if missing(name)]
         if left_out:
             print(f"left out, as not installed: {', '.join(left_out)}", file=sys.stderr)
         return installed()
     names = against.split(",")
-    unknown = [name for name in names if name not in CONTESTANTS]
+    unknown = [name for name in names if name not in ENCODERS]
     if unknown:
-        raise BadInput(f"--against {unknown[0]}: must be some of {', '.join(CONTESTANTS)}")
+        raise InputError(f"--against {unknown[0]}: must be some of {', '.join(ENCODERS)}")
     absent = {name: missing(name) for name in names if missing(name)}
     if absent:
-        raise BadInput(
+        raise InputError(
             "\n".join(f"--against {n}: needs {' and '.join(p)} installed" for n, p in absent.items())
         )
-    return [name for name in CONTESTANTS if name in {"plain", "encode", *names}]
+    return [name for name in ENCODERS if name in {"plain", "encode", *names}]
 
 
 def texts_of(run: Any, arguments: argparse.Namespace) -> Sequence[Any]:
     """The texts to encode: of a file, over and over if they are fewer, or held out by the run."""
     if arguments.text is None:
-        from gluon_bert.export.evaluation_texts import held_out_texts
+        from gluon_bert.export.evaluation_texts import validation_texts
 
-        return held_out_texts(run, arguments.texts)
+        return validation_texts(run, arguments.texts)
     from gluon_bert.inference.text_files import count_lines, read_lines
 
     count_lines(arguments.text, "--text")
@@ -252,13 +252,13 @@ def texts_of(run: Any, arguments: argparse.Namespace) -> Sequence[Any]:
     return list(islice(cycle(texts), arguments.texts))
 
 
-def refuse_other_results(found: Mapping[str, np.ndarray]) -> None:
-    """Raise BadInput unless all made the same: what computes something else is not faster."""
+def check_same_results(found: Mapping[str, np.ndarray]) -> None:
+    """Raise InputError unless all made the same: what computes something else is not faster."""
     (first, expected), *others = found.items()
     for name, vectors in others:
         difference = float(np.abs(vectors - expected).max())
         if not difference <= SAME:
-            raise BadInput(f"the vectors of {name} differ by {difference:.1e} from those of {first}")
+            raise InputError(f"the vectors of {name} differ by {difference:.1e} from those of {first}")
 
 
 def in_rounds(works: Mapping[str, Callable[[], Any]], rounds: int, units: int) -> list[Result]:

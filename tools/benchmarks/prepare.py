@@ -14,11 +14,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, Mapping
 
 from benchmarks.common import corpus_folder, machine
-from benchmarks.train import PEERS, python_of
+from benchmarks.train import BASELINE_SCRIPTS, python_of
 
 from gluon_bert import runtime
 from gluon_bert.data.corpora.wikitext2 import FILES
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.fileio import write_json
 
 TRAIN, VALID = FILES  # the names of its two files
@@ -50,10 +50,12 @@ class Preparation:
 
     def _once(self, home: Path) -> dict[str, Any]:
         variables = {**os.environ, "MXNET_HOME": str(home)}
-        done = subprocess.run(self._command, cwd=PEERS, env=variables, capture_output=True, encoding="utf-8")
+        done = subprocess.run(
+            self._command, cwd=BASELINE_SCRIPTS, env=variables, capture_output=True, encoding="utf-8"
+        )
         if done.returncode:
             last = (done.stderr.strip() or "it says nothing").splitlines()[-1]
-            raise BadInput(f"{self.name} ended with status {done.returncode}: {last}")
+            raise InputError(f"{self.name} ended with status {done.returncode}: {last}")
         return json.loads(done.stdout)
 
 
@@ -75,11 +77,11 @@ def enlarged(corpus: Path, megabytes: int, folder: Path) -> Path:
     return folder
 
 
-def refuse_other_batches(answers: dict[str, list[dict[str, Any]]]) -> None:
-    """Raise BadInput unless this package has made the same first batch each time, in all its ways."""
+def check_same_batches(answers: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise InputError unless this package has made the same first batch each time, in all its ways."""
     made = {name: {each["made"] for each in own} for name, own in answers.items() if name != "seed"}
     if len(set().union(*made.values())) > 1:
-        raise BadInput(f"not the same first batch was made by {', '.join(made)}")
+        raise InputError(f"not the same first batch was made by {', '.join(made)}")
 
 
 def prepare(arguments: argparse.Namespace) -> int:
@@ -101,7 +103,7 @@ def prepare(arguments: argparse.Namespace) -> int:
         for _ in range(arguments.rounds):
             for each in contestants:
                 answers[each.name].append(each.make())
-    refuse_other_batches(answers)
+    check_same_batches(answers)
     told = f"{megabytes:.1f} MB, {arguments.rounds} rounds, {machine()}"
     print(prepare_table(told, megabytes, answers))
     if arguments.json:

@@ -13,13 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 from benchmarks.common import corpus_folder, machine, rates
-from benchmarks.train import PEERS, python_of
+from benchmarks.train import BASELINE_SCRIPTS, python_of
 
 from gluon_bert import devices, ops, runtime
 from gluon_bert.config import Config
 from gluon_bert.distributed.horovod import horovod
 from gluon_bert.distributed.join import check_sharing
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.fileio import write_json
 from gluon_bert.presets import preset
 from gluon_bert.system import machine_memory
@@ -27,14 +27,14 @@ from gluon_bert.training.resources import (
     FLOAT,
     check_memory,
     flops_per_pair,
-    most_predictions,
+    max_masked,
     parameter_count,
 )
 
 LAUNCH = Path(__file__).with_name("launch.py")
 
 
-class Row(NamedTuple):
+class ScaleCase(NamedTuple):
     """What is measured at once: a preset on texts of `length` tokens, `batch_size` pairs of all workers."""
 
     preset: str
@@ -56,9 +56,9 @@ class Row(NamedTuple):
         config = preset(self.preset).replace(
             corpus=(str(corpus),),
             text_format="articles",
-            max_len=self.length,
+            max_seq_length=self.length,
             pairs="packed",
-            short_pair_rate=0.0,
+            short_seq_prob=0.0,
             num_buckets=1,
             batch_size=self.batch_size,
         )
@@ -76,7 +76,7 @@ class Row(NamedTuple):
                 command = [python_of(None), str(LAUNCH), "-n", str(self.workers), "--", *command]
             done = subprocess.run(
                 command,
-                cwd=PEERS,
+                cwd=BASELINE_SCRIPTS,
                 # Threads of several contexts or workers must not spin for the cores of each other.
                 env={"OMP_WAIT_POLICY": "passive", **os.environ},
                 capture_output=True,
@@ -85,23 +85,23 @@ class Row(NamedTuple):
             if done.returncode:
                 lines = [line for line in done.stderr.splitlines() if not line.startswith("launch: ")]
                 last = lines[-1] if lines else "it says nothing"
-                raise BadInput(f"{self} ended with status {done.returncode}: {last}")
+                raise InputError(f"{self} ended with status {done.returncode}: {last}")
             return json.loads(answer.read_text("utf-8"))
 
 
-def rows_of(kvstores: Sequence[str], *values: Sequence[Any]) -> list[Row]:
+def rows_of(kvstores: Sequence[str], *values: Sequence[Any]) -> list[ScaleCase]:
     """A row of the first value of each field, then one for each other value, in the place of the first.
 
     Those of several workers are there for each kvstore.
     """
-    first = Row(*(each[0] for each in values))
-    others = [first._replace(**{name: v}) for name, each in zip(Row._fields, values) for v in each[1:]]
+    first = ScaleCase(*(each[0] for each in values))
+    others = [first._replace(**{name: v}) for name, each in zip(ScaleCase._fields, values) for v in each[1:]]
     rows = dict.fromkeys([first, *others])
     return [row._replace(kvstore=k) for row in rows for k in (kvstores if row.workers > 1 else ["device"])]
 
 
-def refuse_what_cannot_be(rows: Sequence[Row], corpus: Path) -> None:
-    """Raise one BadInput that names every row which could not train here, and why."""
+def check_cases(rows: Sequence[ScaleCase], corpus: Path) -> None:
+    """Raise one InputError that names every row which could not train here, and why."""
     problems = []
     for row in rows:
         contexts = devices.contexts(cpus=row.contexts)
@@ -114,10 +114,10 @@ def refuse_what_cannot_be(rows: Sequence[Row], corpus: Path) -> None:
             if limit is not None:
                 compiled = ops.compiled(contexts)
                 check_memory(config, 1, row.contexts, compiled, limit / row.workers, row.workers)
-        except BadInput as error:
+        except InputError as error:
             problems.append(f"{row}: {error}")
     if problems:
-        raise BadInput("\n".join(problems))
+        raise InputError("\n".join(problems))
 
 
 # What an estimate assumes. Two rates of a GPU, both by published throughputs in fp16 and the FLOPs that are
@@ -132,8 +132,8 @@ GPUS, MACHINES = 8, 32
 
 def flops_of_a_pair(name: str, length: int) -> float:
     """As a step counts them, with the original's vocabulary."""
-    config = preset(name).replace(max_len=length)
-    return flops_per_pair(config.model, VOCABULARY, length, most_predictions(config))
+    config = preset(name).replace(max_seq_length=length)
+    return flops_per_pair(config.model, VOCABULARY, length, max_masked(config))
 
 
 def gpu_rates() -> tuple[float, float]:
@@ -199,8 +199,8 @@ def scale(arguments: argparse.Namespace) -> int:
     values = [[int(number) for number in getattr(arguments, name).split(",")] for name in COUNTS]
     rows = rows_of(arguments.kvstore.split(","), arguments.presets.split(","), *values)
     corpus = corpus_folder(arguments.corpus)
-    refuse_what_cannot_be(rows, corpus)
-    answers: dict[Row, list[dict[str, Any]]] = {row: [] for row in rows}
+    check_cases(rows, corpus)
+    answers: dict[ScaleCase, list[dict[str, Any]]] = {row: [] for row in rows}
     for number in range(arguments.rounds):
         for row in rows:
             answers[row].append(row.measure(corpus, arguments.steps))
@@ -209,7 +209,7 @@ def scale(arguments: argparse.Namespace) -> int:
     threads, words = runtime.versions()["threads"], answers[rows[0]][0]["vocabulary"]
     told = (
         f"{arguments.rounds} rounds of {arguments.steps} steps, {threads} threads, {machine()}, "
-        f"operators: {ops.in_use()}, a vocabulary of {words:,}"
+        f"operators: {ops.describe()}, a vocabulary of {words:,}"
     )
     print(scale_table(told, answers))
     if arguments.json:

@@ -18,10 +18,10 @@ from benchmarks.common import corpus_folder, machine, rates
 
 from gluon_bert import runtime, system
 from gluon_bert.data.corpora.wikitext2 import data_folder
-from gluon_bert.errors import BadInput
+from gluon_bert.errors import InputError
 from gluon_bert.fileio import write_json
 
-PEERS = Path(__file__).with_name("baselines")
+BASELINE_SCRIPTS = Path(__file__).with_name("baselines")
 # What pip installs for a contestant, in one call each.
 REQUIREMENTS = {
     # What the package itself asks for is old and large, and for the most part of no use to this section.
@@ -34,7 +34,7 @@ REQUIREMENTS = {
 }
 
 
-class Kind(NamedTuple):
+class BaselineSpec(NamedTuple):
     """A contestant: what runs it, with what arguments, in which environment (None: this one)."""
 
     script: str
@@ -44,26 +44,26 @@ class Kind(NamedTuple):
 
 
 # The arguments CORPUS and BATCHES stand for the corpus and for a file of ready batches.
-CONTESTANTS = {
-    "compiled": Kind("gluon_bert_train.py", ("CORPUS",), None, {"GLUON_BERT_OPERATORS": "compiled"}),
-    "mxnet": Kind("gluon_bert_train.py", ("CORPUS",), None, {"GLUON_BERT_OPERATORS": "mxnet"}),
-    "seed": Kind("d2l_train.py", ("CORPUS",), "seed"),
-    "pytorch": Kind("pytorch_train.py", ("BATCHES", "fp32"), "pytorch"),
-    "pytorch-bf16": Kind("pytorch_train.py", ("BATCHES", "bf16"), "pytorch"),
+BASELINES = {
+    "compiled": BaselineSpec("gluon_bert_train.py", ("CORPUS",), None, {"GLUON_BERT_OPERATORS": "compiled"}),
+    "mxnet": BaselineSpec("gluon_bert_train.py", ("CORPUS",), None, {"GLUON_BERT_OPERATORS": "mxnet"}),
+    "seed": BaselineSpec("d2l_train.py", ("CORPUS",), "seed"),
+    "pytorch": BaselineSpec("pytorch_train.py", ("BATCHES", "fp32"), "pytorch"),
+    "pytorch-bf16": BaselineSpec("pytorch_train.py", ("BATCHES", "bf16"), "pytorch"),
 }
 
 
-class Contestant:
+class Baseline:
     """A process that has its text and network ready, and makes steps when asked."""
 
     def __init__(self, name: str, corpus: Path, batches: Path, threads: str) -> None:
-        kind = CONTESTANTS[name]
+        kind = BASELINES[name]
         self.name = name
         given = {"CORPUS": str(corpus), "BATCHES": str(batches)}
         self._told = TemporaryFile()  # noqa: SIM115 - open as long as the process lives
         self._process = subprocess.Popen(
             [python_of(kind.environment), kind.script, *(given.get(each, each) for each in kind.arguments)],
-            cwd=PEERS,
+            cwd=BASELINE_SCRIPTS,
             # Threads that wait must not spin, or the time at work would not be work.
             env={
                 "OMP_WAIT_POLICY": "passive",
@@ -96,16 +96,16 @@ class Contestant:
             status = self._process.wait()
             self._told.seek(0)
             last = (self._told.read().decode(errors="replace").strip() or "it says nothing").splitlines()[-1]
-            raise BadInput(f"{self.name} ended with status {status}: {last}")
+            raise InputError(f"{self.name} ended with status {status}: {last}")
         return json.loads(line)
 
 
 def write_batches(corpus: Path, count: int, path: Path) -> None:
     """Write so many batches of the corpus for contestants that make none."""
     command = [sys.executable, "write_batches.py", str(corpus), str(count), str(path)]
-    done = subprocess.run(command, cwd=PEERS, stderr=subprocess.PIPE)
+    done = subprocess.run(command, cwd=BASELINE_SCRIPTS, stderr=subprocess.PIPE)
     if done.returncode:
-        raise BadInput(f"the batches cannot be made: {done.stderr.decode().strip().splitlines()[-1]}")
+        raise InputError(f"the batches cannot be made: {done.stderr.decode().strip().splitlines()[-1]}")
 
 
 def python_of(environment: str | None) -> str:
@@ -120,7 +120,7 @@ def python_of(environment: str | None) -> str:
         for packages in REQUIREMENTS[environment]:
             done = subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages])
             if done.returncode:
-                raise BadInput(f"--against {environment}: pip cannot install {' '.join(packages)}")
+                raise InputError(f"--against {environment}: pip cannot install {' '.join(packages)}")
         whole.touch()
     return str(python)
 
@@ -133,9 +133,9 @@ def train(arguments: argparse.Namespace) -> int:
     """Optimizer steps of processes in turns."""
 
     names = ["compiled", *(arguments.against or "mxnet").split(",")]
-    unknown = [name for name in names if name not in CONTESTANTS]
+    unknown = [name for name in names if name not in BASELINES]
     if unknown:
-        raise BadInput(f"--against {unknown[0]}: must be some of {', '.join(CONTESTANTS)}")
+        raise InputError(f"--against {unknown[0]}: must be some of {', '.join(BASELINES)}")
     corpus = corpus_folder(arguments.corpus)
     threads = os.environ.get("OMP_NUM_THREADS", str(system.usable_cores()))
     with TemporaryDirectory(prefix="gluon_bert-benchmark-") as folder, ExitStack() as stack:
@@ -144,7 +144,7 @@ def train(arguments: argparse.Namespace) -> int:
         contestants = []
         for name in dict.fromkeys(names):
             print(f"getting {name} ready", file=sys.stderr)
-            contestants.append(Contestant(name, corpus, batches, threads))
+            contestants.append(Baseline(name, corpus, batches, threads))
             stack.callback(contestants[-1].close)
         answers: dict[str, list[dict[str, Any]]] = {each.name: [] for each in contestants}
         for number in range(arguments.rounds + 1):
@@ -158,7 +158,7 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.json:
         content = {"what": "train", "work": told, "versions": runtime.versions()}
         write_json(arguments.json, {**content, "contestants": facts, "rounds": answers})
-    refuse_learning_less(answers)
+    check_losses(answers)
     return 0
 
 
@@ -196,9 +196,11 @@ def of_the_possible(name: str, cpu_rates: Sequence[float], facts: Mapping[str, A
     )
 
 
-def refuse_learning_less(answers: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Raise BadInput if the first contestant's loss is above another's: speed alone does not count."""
+def check_losses(answers: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Raise InputError if the first contestant's loss is above another's: speed alone does not count."""
     first, *others = ((name, own[-1]["mlm_loss"]) for name, own in answers.items())
     for name, loss in others:
         if not first[1] <= loss + LEARNT_LESS:
-            raise BadInput(f"{first[0]} has learnt less than {name}: MLM loss {first[1]:.3f}, not {loss:.3f}")
+            raise InputError(
+                f"{first[0]} has learnt less than {name}: MLM loss {first[1]:.3f}, not {loss:.3f}"
+            )

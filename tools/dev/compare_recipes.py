@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
-from gluon_bert.cli import command, literal, parser_of, run
-from gluon_bert.config import Config, DataConfig, TrainConfig, flag
-from gluon_bert.errors import BadInput
+from gluon_bert.cli import literal, main_with_exit_status, parser_of, run
+from gluon_bert.config import Config, DataConfig, TrainConfig, flag_name
+from gluon_bert.errors import InputError
 from gluon_bert.fileio import write_json
 from gluon_bert.presets import preset
 
@@ -23,7 +23,7 @@ examples:
   python tools/dev/compare_recipes.py --corpus wikitext-2 --minutes 10 --output runs/what-matters
 
 Every recipe trains by tools/pretrain.py, one run after the other, each in a process of its own that has the
-whole machine. What was learnt is then measured on the same held-out examples, whatever a run was trained on:
+whole machine. What was learnt is then measured on the same validation examples, whatever a run was trained on:
 pairs of sentences of up to 64 tokens, 15 % of whose words are masked, <unk> not among them.
 
 FOLDER gets the runs, results.json and learning.png; the table is printed. A run that is there already is not
@@ -53,7 +53,7 @@ class Recipe(NamedTuple):
         return Recipe(title, self.preset, {**self.changes, **changes})
 
 
-class Learnt(NamedTuple):
+class RunResult(NamedTuple):
     """What a run reached.
 
     curve: minutes of training and the MLM loss on the common examples after them. steps, pairs: of the whole
@@ -78,8 +78,8 @@ QUICK = Recipe("the preset quick", "quick")
 RECIPES = {
     "book": Recipe("the book's", "d2l"),
     "quick": QUICK,
-    "mask-15": QUICK.but("quick, 15 % masked", mask_rate=0.15),
-    "mask-40": QUICK.but("quick, 40 % masked", mask_rate=0.4),
+    "mask-15": QUICK.but("quick, 15 % masked", mlm_probability=0.15),
+    "mask-40": QUICK.but("quick, 40 % masked", mlm_probability=0.4),
     "lr-half": QUICK.but("quick, learning rate 0.001", lr=1e-3),
     "lr-double": QUICK.but("quick, learning rate 0.004", lr=4e-3),
     "batch-32": QUICK.but("quick, batches of 32", batch_size=32),
@@ -87,8 +87,8 @@ RECIPES = {
     "dropout": QUICK.but("quick, dropout 0.1", dropout=0.1),
     "pre-norm": QUICK.but("quick, LayerNorm before the sub-layers", norm="pre"),
     "bias-zeros": QUICK.but("quick, decoder biases from zero", decoder_bias="zeros"),
-    "warm-up-2": QUICK.but("quick, warm-up over 2 % of the run", warmup=0.02),
-    "packed": QUICK.but("quick, packed pairs of 128", pairs="packed", max_len=128, batch_size=32),
+    "warm-up-2": QUICK.but("quick, warm-up over 2 % of the run", warmup_ratio=0.02),
+    "packed": QUICK.but("quick, packed pairs of 128", pairs="packed", max_seq_length=128, batch_size=32),
     "4-layers": QUICK.but("quick, 4 layers", num_layers=4),
     "units-256": QUICK.but("quick, 256 units", units=256, num_heads=4, ffn_units=1024, lr=1e-3),
     "untied": QUICK.but("quick, a decoder with weights of its own", tied_decoder=False),
@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    return command(parser(), argv, compare_recipes)
+    return main_with_exit_status(parser(), argv, compare_recipes)
 
 
 def compare_recipes(arguments: argparse.Namespace) -> int:
@@ -142,7 +142,7 @@ def compare_recipes(arguments: argparse.Namespace) -> int:
         {
             "minutes": arguments.minutes,
             "machine": machine(),
-            "losses_for_comparison": references,
+            "reference_losses": references,
             "runs": [each._asdict() for each in found],
         },
     )
@@ -152,7 +152,7 @@ def compare_recipes(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> tuple[dict[str, Recipe], list[int]]:
-    """The recipes and the seeds that the flags name; one BadInput tells everything that is wrong."""
+    """The recipes and the seeds that the flags name; one InputError tells everything that is wrong."""
     problems = []
     if not 0 < arguments.minutes < 1e6:
         problems.append(f"--minutes {arguments.minutes}: must be above 0")
@@ -164,7 +164,7 @@ def check(arguments: argparse.Namespace) -> tuple[dict[str, Recipe], list[int]]:
     if not all(seed.isdecimal() for seed in seeds):
         problems.append(f"--seeds {arguments.seeds}: numbers with commas between them, such as 0,1,2")
     if problems:
-        raise BadInput("\n".join(problems))
+        raise InputError("\n".join(problems))
     return {name: RECIPES[name] for name in names}, [int(seed) for seed in seeds]
 
 
@@ -172,36 +172,39 @@ def check(arguments: argparse.Namespace) -> tuple[dict[str, Recipe], list[int]]:
 
 
 def train(folder: Path, recipe: Recipe, seed: int, arguments: argparse.Namespace) -> None:
-    """Make a run by this recipe in its folder, unless it is there; BadInput where that fails."""
+    """Make a run by this recipe in its folder, unless it is there; InputError where that fails."""
     if folder.exists():
         return
     unfinished = folder.with_name(f"{folder.name}.part")
     if unfinished.exists():
-        raise BadInput(f"{unfinished}: is of a comparison that runs, or that was stopped; then remove it")
+        raise InputError(f"{unfinished}: is of a comparison that runs, or that was stopped; then remove it")
     print(f"{folder}: training for {arguments.minutes:g} minutes", file=sys.stderr)
     command = [sys.executable, str(Path(__file__).parent.parent / "pretrain.py")]
     flags = ["--corpus", arguments.corpus, "--output", str(unfinished)]
     flags += flags_of(recipe, arguments.minutes, seed)
     status = subprocess.call([*command, *flags], stdout=subprocess.DEVNULL)
     if status:
-        raise BadInput(f"{unfinished}: the training failed with exit status {status}")
+        raise InputError(f"{unfinished}: the training failed with exit status {status}")
     unfinished.rename(folder)
 
 
 def flags_of(recipe: Recipe, minutes: float, seed: int) -> list[str]:
     """What tools/pretrain.py is to be told: all evaluations' weights are kept, to be measured afterwards."""
     between = round(PAIRS_BETWEEN * minutes / 30 / recipe.config().train.batch_size)
-    given = {"eval_every": max(1, between), "max_minutes": minutes, "seed": seed, "keep": 0}
+    given = {"eval_every": max(1, between), "max_minutes": minutes, "seed": seed, "keep_checkpoints": 0}
     flags = ["--preset", recipe.preset]
     for name, value in {**recipe.changes, **given}.items():
-        flags += [flag(name), {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)]
+        flags += [
+            flag_name(name),
+            {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value),
+        ]
     return flags
 
 
 # What was learnt
 
 
-def measure(folder: Path, name: str, seed: int, data: Any) -> Learnt:
+def measure(folder: Path, name: str, seed: int, data: Any) -> RunResult:
     """What a run had learnt when each of its checkpoints was written; data: the common examples."""
     from gluon_bert.checkpoint import CONFIG, steps
     from gluon_bert.run import load_run, read_config
@@ -210,7 +213,7 @@ def measure(folder: Path, name: str, seed: int, data: Any) -> Learnt:
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
     minutes = {r["step"]: r["seconds"] / 60 for r in records if "seconds" in r}
     last_step, last = learnt[-1]
-    return Learnt(
+    return RunResult(
         recipe=name,
         seed=seed,
         curve=[(minutes[step], averages.mlm_loss) for step, averages in learnt],
@@ -227,17 +230,19 @@ def averages_of(run: Any, data: Any) -> Any:
     from gluon_bert.training.trainer import Trainer
 
     if run.vocab.tokens != data.vocab.tokens:
-        raise BadInput("the run has another vocabulary than the common examples: its recipe changes the text")
-    return Trainer(run.net, TrainConfig(), [mx.cpu()]).evaluate(data.held_out.epoch(0))
+        raise InputError(
+            "the run has another vocabulary than the common examples: its recipe changes the text"
+        )
+    return Trainer(run.net, TrainConfig(), [mx.cpu()]).evaluate(data.validation.epoch(0))
 
 
 def examples(corpus: str) -> Any:
-    """The text whose held-out batches all runs are measured on; BadInput where too little is held out."""
-    from gluon_bert.data.loader import load_data
+    """The text whose validation batches all runs are measured on; InputError where too little is held out."""
+    from gluon_bert.data.loader import load_pretraining_data
 
-    data = load_data(DataConfig(corpus=(corpus,)), batch_size=256, seed=EXAMPLES_SEED)
-    if data.held_out is None:
-        raise BadInput(f"--corpus {corpus}: has too little held-out text to measure anything on")
+    data = load_pretraining_data(DataConfig(corpus=(corpus,)), batch_size=256, seed=EXAMPLES_SEED)
+    if data.validation is None:
+        raise InputError(f"--corpus {corpus}: has too little validation text to measure anything on")
     return data
 
 
@@ -251,7 +256,7 @@ def references_of(data: Any) -> dict[str, float]:
 # What is told
 
 
-def table(found: Sequence[Learnt]) -> str:
+def table(found: Sequence[RunResult]) -> str:
     """A row for each recipe, in Markdown: means over its seeds and, of the loss, the range."""
     lines = [
         "| recipe | runs | steps | pairs | MLM loss | MLM accuracy | NSP accuracy |",
@@ -274,12 +279,12 @@ def table(found: Sequence[Learnt]) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, found: Sequence[Learnt], unigram: float) -> None:
+def draw(path: Path, found: Sequence[RunResult], unigram: float) -> None:
     """Draw the loss over the minutes, a curve for each run in its recipe's colour, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from gluon_bert.fileio import written_aside
+    from gluon_bert.fileio import atomic_write
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -291,10 +296,10 @@ def draw(path: Path, found: Sequence[Learnt], unigram: float) -> None:
         color = f"C{names.index(each.recipe) % 10}"
         axes.plot(*zip(*each.curve), "-o", ms=3, color=color, label=label)
     axes.axhline(unigram, color="grey", ls="--", label=f"word frequencies alone = {unigram:.2f}")
-    axes.set(xlabel="minutes of training", ylabel="MLM loss on held-out text [nats]", xlim=(0, None))
+    axes.set(xlabel="minutes of training", ylabel="MLM loss on validation text [nats]", xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    with written_aside(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
 
 

@@ -12,14 +12,14 @@ import zlib
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-from gluon_bert.cli import command, parser_of, run
-from gluon_bert.errors import BadInput
+from gluon_bert.cli import main_with_exit_status, parser_of, run
+from gluon_bert.errors import InputError
 
 EXAMPLES = """\
 pip install -e '.[cpu,wordpiece,fuzz]' brings what searches for inputs by the code that they reach (atheris).
 
-  python tools/dev/fuzz.py config --minutes 10       until something is raised that is no BadInput
-  python tools/dev/fuzz.py arrays --keep found/      go on with the inputs of last time
+  python tools/dev/fuzz.py config --minutes 10       until something is raised that is no InputError
+  python tools/dev/fuzz.py arrays --keep-checkpoints found/      go on with the inputs of last time
   python tools/dev/fuzz.py state --input crash-0a1b  once more with one input
 
 An input that breaks something is written to crash-... in the current folder, and the exit status is not 0.
@@ -65,11 +65,11 @@ def _config() -> bytes:
 
 
 def _read_config(folder: Path, content: bytes) -> None:
-    from gluon_bert.run import read_config, read_facts
+    from gluon_bert.run import read_config, read_environment
 
     path = _file(folder, "config.json", content)
     read_config(path).to_json()
-    read_facts(path)
+    read_environment(path)
 
 
 def _arrays() -> bytes:
@@ -115,28 +115,28 @@ def _read_manifest(folder: Path, content: bytes) -> None:
 
 
 def _state() -> bytes:
-    from gluon_bert.training.metrics import Averages
-    from gluon_bert.training.state import Best, Standing
+    from gluon_bert.training.metrics import Metrics
+    from gluon_bert.training.state import BestEvaluation, TrainState
 
-    standing = Standing(step=3, best=Best(2, Averages(5.0, 0.7, 0.1, 0.5)))
-    return json.dumps(standing.to_json()).encode()
+    state = TrainState(step=3, best=BestEvaluation(2, Metrics(5.0, 0.7, 0.1, 0.5)))
+    return json.dumps(state.to_json()).encode()
 
 
 def _read_state(folder: Path, content: bytes) -> None:
     from gluon_bert.checkpoint import _object_in
     from gluon_bert.runtime import mx
-    from gluon_bert.training.state import Standing
+    from gluon_bert.training.state import TrainState
 
     path = _file(folder, "state.json", content)
-    Standing.from_json(_object_in(path), [mx.cpu()], str(path)).to_json()
+    TrainState.from_json(_object_in(path), [mx.cpu()], str(path)).to_json()
 
 
 _LINE = {"step": 1, "mlm_loss": 5.0, "nsp_loss": None, "mlm_accuracy": 0.1, "nsp_accuracy": 0.5}
 
 
 def _log() -> bytes:
-    went_wrong = {"step": 2, "went_wrong": {"what": "the gradient"}}
-    return "\n".join(map(json.dumps, [_LINE, {"step": 1, "held_out": _LINE}, went_wrong, ""])).encode()
+    on_non_finite = {"step": 2, "non_finite": {"what": "the gradient"}}
+    return "\n".join(map(json.dumps, [_LINE, {"step": 1, "validation": _LINE}, on_non_finite, ""])).encode()
 
 
 def _read_log(folder: Path, content: bytes) -> None:
@@ -237,11 +237,11 @@ def _request() -> bytes:
 
 
 def _read_request(folder: Path, content: bytes) -> None:
-    from gluon_bert.data.tokenizer import TextReader
+    from gluon_bert.data.tokenizer import Tokenizer
     from gluon_bert.data.vocab import Vocabulary
     from gluon_bert.serving.request_json import read
 
-    read(content, TextReader(Vocabulary(["a", "crane"]), 16, lowercase=True))
+    read(content, Tokenizer(Vocabulary(["a", "crane"]), 16, lowercase=True))
 
 
 def _text() -> bytes:
@@ -289,10 +289,10 @@ TARGETS: dict[str, Target] = {
 
 
 def read(name: str, folder: Path, content: bytes) -> bool:
-    """Let a target read a file of this content; returns whether it could. Raises all but BadInput."""
+    """Let a target read a file of this content; returns whether it could. Raises all but InputError."""
     try:
         TARGETS[name].read(folder, content)
-    except BadInput:
+    except InputError:
         return False
     return True
 
@@ -322,7 +322,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status. A search ends the process itself."""
-    return command(parser(), argv, fuzz)
+    return main_with_exit_status(parser(), argv, fuzz)
 
 
 def fuzz(arguments: argparse.Namespace) -> int:
@@ -344,7 +344,7 @@ def search(name: str, minutes: float, kept: Path, folder: Path) -> int:
         import atheris
     except ImportError as error:
         install = "pip install -e '.[cpu,wordpiece,fuzz]'"
-        raise BadInput(f"atheris is not installed ({error}): {install}") from error
+        raise InputError(f"atheris is not installed ({error}): {install}") from error
     from gluon_bert.runtime import mx
 
     assert mx  # before what follows, which would instrument it
@@ -356,7 +356,12 @@ def search(name: str, minutes: float, kept: Path, folder: Path) -> int:
             del sys.modules[module]
     with atheris.instrument_imports(include=["gluon_bert", "zipfile", "json"]):
         read(name, folder, TARGETS[name].valid())
-    flags = [f"-max_total_time={round(60 * minutes)}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=4096"]
+    flags = [
+        f"-max_total_time={round(60 * minutes)}",
+        "-timeout=20",
+        "-rss_limit_mb=4096",
+        "-max_len=4096",
+    ]
     atheris.Setup([sys.argv[0], *flags, str(kept)], lambda content: read(name, folder, content))
     atheris.Fuzz()
     return 0

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from gluon_bert import runtime
-from gluon_bert.cli import add_checkpoint_flag, add_device_flag, command, device, parser_of, run
+from gluon_bert.cli import add_checkpoint_flag, add_device_flag, device, main_with_exit_status, parser_of, run
 from gluon_bert.config import FineTuneConfig
-from gluon_bert.errors import BadInput
-from gluon_bert.fileio import write_json, written_aside
+from gluon_bert.errors import InputError
+from gluon_bert.fileio import atomic_write, write_json
 
 # Each network sees so many examples at least, if few ones over and over, and each of them so often at least.
 EXAMPLES_SEEN, EPOCHS = 5000, 3
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    return command(parser(), argv, study)
+    return main_with_exit_status(parser(), argv, study)
 
 
 def study(arguments: argparse.Namespace) -> int:
@@ -58,14 +58,14 @@ def study(arguments: argparse.Namespace) -> int:
 
     from gluon_bert.data.corpora.corpus import WIKITEXT_TRAIN, WIKITEXT_VALID
     from gluon_bert.data.corpora.wikitext2 import wikitext2_folder
-    from gluon_bert.finetuning.dataset import examples, task_of
+    from gluon_bert.finetuning.dataset import examples, infer_task
     from gluon_bert.run import load_run
 
     check(arguments)
     folder = wikitext2_folder() if arguments.corpus == "wikitext-2" else Path(arguments.corpus)
     rows, asked = (section_rows(folder / name) for name in (WIKITEXT_TRAIN, WIKITEXT_VALID))
     before = load_run(arguments.run, [device(arguments)], arguments.checkpoint)
-    task = task_of(rows, "classification")
+    task = infer_task(rows, "classification")
     asked = [row for row in asked if row.label in task.labels]
     dev = examples(asked, task, before.reader, "valid file")
     results: list[dict[str, Any]] = []
@@ -83,14 +83,14 @@ def study(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raise one BadInput that tells everything that is wrong with the flags."""
+    """Raise one InputError that tells everything that is wrong with the flags."""
     problems = [f"--sizes {size}: must be at least 16" for size in arguments.sizes if size < 16]
     if arguments.seeds < 1:
         problems.append(f"--seeds {arguments.seeds}: must be at least 1")
     if not arguments.lr > 0:
         problems.append(f"--lr {arguments.lr}: must be above 0")
     if problems:
-        raise BadInput("\n".join(problems))
+        raise InputError("\n".join(problems))
 
 
 def tuning(size: int, seed: int, lr: float) -> FineTuneConfig:
@@ -104,11 +104,13 @@ def fine_tuned(
     before: Any, task: Any, train: Any, dev: Any, config: FineTuneConfig, pretrained: bool
 ) -> dict[str, Any]:
     """What a network gets right on the dev examples after its last epoch."""
-    from gluon_bert.finetuning.finetune import FineTuner, begin
+    from gluon_bert.finetuning.finetune import FineTuner, init_from_pretrained
 
     started = time.perf_counter()
     context = before.net.pooler.dense.weight.list_ctx()[0]
-    tuner = FineTuner(begin(before.net, task, config, context, pretrained), before.reader, config)
+    tuner = FineTuner(
+        init_from_pretrained(before.net, task, config, context, pretrained), before.reader, config
+    )
     losses = [loss for _, _, loss in tuner.epochs(train)]
     right = tuner.evaluate(dev)
     return {**right, "train_loss": losses[-1], "seconds": round(time.perf_counter() - started, 1)}
@@ -179,7 +181,7 @@ def draw(path: Path, results: Sequence[dict[str, Any]], most: float) -> None:
     axes.set_title("Which kind of section is a paragraph from?")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    with written_aside(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=110)
 
 

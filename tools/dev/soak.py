@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gluon_bert.cli import command_with_another, parser_of, run
-from gluon_bert.errors import BadInput
-from gluon_bert.fileio import written_aside
+from gluon_bert.cli import main_with_inner_command, parser_of, run
+from gluon_bert.errors import InputError
+from gluon_bert.fileio import atomic_write
 
 EXAMPLES = """\
   python tools/dev/soak.py soak/ --minutes 120
@@ -51,16 +51,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    return command_with_another(parser(), argv, soak)
+    return main_with_inner_command(parser(), argv, soak)
 
 
 def soak(arguments: argparse.Namespace, flags: list[str]) -> int:
     """Train, sample, tell."""
     folder, minutes = arguments.folder, arguments.minutes
     if folder.exists():
-        raise BadInput(f"{folder}: is there already; name a new folder")
+        raise InputError(f"{folder}: is there already; name a new folder")
     if not minutes > 0:
-        raise BadInput(f"--minutes {minutes}: must be above 0")
+        raise InputError(f"--minutes {minutes}: must be above 0")
     folder.mkdir(parents=True)
     command = [sys.executable, str(Path(__file__).with_name("pretrain.py"))]
     # A checkpoint and an evaluation every 50 steps are about one a minute on two cores.
@@ -136,7 +136,7 @@ def draw(path: Path, samples: list[Sample], speeds: list[tuple[float, float]]) -
         axes.plot([seconds / 60 for seconds, _ in points], [value for _, value in points], lw=1)
         axes.set(title=title, xlabel="minutes", ylim=(0, None))
         axes.grid(alpha=0.3)
-    with written_aside(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=110)
 
 

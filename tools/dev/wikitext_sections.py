@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gluon_bert.errors import BadInput
-from gluon_bert.finetuning.tables import Row
+from gluon_bert.errors import InputError
+from gluon_bert.finetuning.tables import TableRow
 
 # Words of a section's heading -> its kind, of those that are frequent in many articles.
 KINDS = {
@@ -26,25 +26,25 @@ _HEADING = re.compile(r"((?:= )+)(.*?)(?: =)+")
 _FEWEST_WORDS = 20
 
 
-def section_rows(path: Path) -> list[Row]:
+def section_rows(path: Path) -> list[TableRow]:
     """The paragraphs of a WikiText file whose section has one of KINDS, with that as their label.
 
     A section is one of an article's own; those within it count as its parts. The heading is no part of the
-    text. BadInput where the file cannot be read or has no such section.
+    text. InputError where the file cannot be read or has no such section.
     """
     try:
         lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read as WikiText ({error})") from error
+        raise InputError(f"{path}: cannot be read as WikiText ({error})") from error
     rows, kind = [], None
     for number, line in enumerate(map(str.strip, lines), 1):
         heading = _HEADING.fullmatch(line)
         if heading and heading[1].count("=") <= 2:
             kind = _kind(heading[2]) if heading[1].count("=") == 2 else None
         elif kind and not heading and len(line.split()) >= _FEWEST_WORDS:
-            rows.append(Row(f"{path}, line {number}", (line,), kind))
+            rows.append(TableRow(f"{path}, line {number}", (line,), kind))
     if not rows:
-        raise BadInput(f"{path}: has no section whose heading names one of {', '.join(KINDS)}")
+        raise InputError(f"{path}: has no section whose heading names one of {', '.join(KINDS)}")
     return rows
 
 
@@ -59,12 +59,12 @@ def _kind(heading: str) -> str | None:
     return kinds[0] if len(kinds) == 1 else None
 
 
-def sample(rows: list[Row], size: int, seed: int) -> list[Row]:
+def sample(rows: list[TableRow], size: int, seed: int) -> list[TableRow]:
     """So many of the rows, drawn from the seed; a smaller sample of the same seed is a part of a larger one.
 
-    BadInput where there are fewer.
+    InputError where there are fewer.
     """
     if size > len(rows):
-        raise BadInput(f"--sizes {size}: the training text has {len(rows)} labelled paragraphs")
+        raise InputError(f"--sizes {size}: the training text has {len(rows)} labelled paragraphs")
     order = np.random.default_rng(seed).permutation(len(rows))
     return [rows[i] for i in order[:size]]

@@ -12,7 +12,7 @@ from typing import IO, Iterator, List, NamedTuple
 import sentencex
 
 from ...config import DataConfig
-from ...errors import BadInput
+from ...errors import InputError
 from .. import wordpiece
 from ..vocab import split_words
 from . import pydoc
@@ -43,34 +43,34 @@ _ARTICLE = re.compile(r"^ ?\n = [^=\n].* = $(?=\n ?\n)", re.M)
 _ENDS_A_SENTENCE = re.compile(r"[.!?…。！？]['\"’”)\]]*\s*$")
 
 
-class Piece(NamedTuple):
+class TextChunk(NamedTuple):
     """Some whole documents, not parsed yet: of a text file, or all that a source of the pydoc prose has.
 
-    held_out: whether all of it is (None: by the share asked for). num_bytes: of the file that it came from.
+    validation: whether all of it is (None: by the share asked for). num_bytes: of the file that it came from.
     """
 
     text: str
     text_format: str
-    held_out: bool | None = None
+    validation: bool | None = None
     num_bytes: int = 0
     source: pydoc.Source | None = None
 
 
-class Parsed(NamedTuple):
+class ParsedChunk(NamedTuple):
     """The documents of a piece, and which of them are held out.
 
     dropped: how many others had one sentence only, and how many words these had together.
     """
 
     documents: list[Document]
-    held_out: list[bool]
+    validation: list[bool]
     dropped: tuple[int, int]
 
 
-def pieces(path: Path, text_format: str, language: str = "en") -> Iterator[Piece]:
+def pieces(path: Path, text_format: str, language: str = "en") -> Iterator[TextChunk]:
     """A file's text in pieces that end where a document does.
 
-    BadInput names a line that is not UTF-8, and a document that is too large to be one.
+    InputError names a line that is not UTF-8, and a document that is too large to be one.
     """
     if text_format == "auto" and _without_gz(path).suffix == ".tokens":
         text_format = "wikitext"
@@ -87,17 +87,17 @@ def pieces(path: Path, text_format: str, language: str = "en") -> Iterator[Piece
             text_format = guess_format(text, language)
         end = _end_of_documents(text, text_format)
         if end:
-            yield Piece("".join([*pending, text[:end]]), text_format, num_bytes=num_bytes)
+            yield TextChunk("".join([*pending, text[:end]]), text_format, num_bytes=num_bytes)
             pending, num_bytes, pending_from = [], 0, line_number - text.count("\n", end)
         pending.append(text[end:])
         if sum(map(len, pending)) > _LARGEST_DOCUMENT:
             raise _too_large(path, pending_from)
     if any(pending):
-        yield Piece("".join(pending), text_format, num_bytes=num_bytes)
+        yield TextChunk("".join(pending), text_format, num_bytes=num_bytes)
 
 
-def _too_large(path: Path, line: int) -> BadInput:
-    return BadInput(
+def _too_large(path: Path, line: int) -> InputError:
+    return InputError(
         f"--corpus {path}, line {line}: a document of more than {_LARGEST_DOCUMENT / 2**20:g} MB begins "
         "here; put blank lines between documents, or name what parts them with --text-format"
     )
@@ -116,21 +116,21 @@ def guess_format(text: str, language: str) -> str:
     return "paragraphs" if sum(map(len, lines)) > _PARAGRAPH_LINE * len(lines) else "prose"
 
 
-def parse(piece: Piece, config: DataConfig) -> Parsed:
+def parse(piece: TextChunk, config: DataConfig) -> ParsedChunk:
     """The documents of a piece that have two sentences at least; WikiText's may have one, as the book's."""
     documents = [document for document in _documents(piece, config) if document]
     kept = documents
     if config.tokenizer != "words" or piece.text_format not in ("wikitext", "articles"):
         kept = [document for document in documents if len(document) >= 2]
-    if piece.held_out is None:
-        held_out = [is_held_out(document, config.held_out) for document in kept]
+    if piece.validation is None:
+        validation = [is_validation(document, config.validation_fraction) for document in kept]
     else:
-        held_out = [piece.held_out] * len(kept)
+        validation = [piece.validation] * len(kept)
     single = [document[0] for document in documents if len(document) == 1] if kept is not documents else []
-    return Parsed(kept, held_out, (len(single), sum(len(sentence.split()) for sentence in single)))
+    return ParsedChunk(kept, validation, (len(single), sum(len(sentence.split()) for sentence in single)))
 
 
-def _documents(piece: Piece, config: DataConfig) -> list[Document]:
+def _documents(piece: TextChunk, config: DataConfig) -> list[Document]:
     """All documents of a piece, of however many sentences, none of which is empty."""
     text, lowercase, tokenizer = piece.text, config.lowercase, config.tokenizer
     if piece.text_format in ("wikitext", "articles"):
@@ -156,8 +156,8 @@ def split_sentences(text: str, language: str) -> list[str]:
     return [sentence.strip() for sentence in sentencex.segment(language, " ".join(text.split()))]
 
 
-def is_held_out(document: Document, share: float) -> bool:
-    """Whether a document belongs to the held-out share: a matter of its text alone, not of its place.
+def is_validation(document: Document, share: float) -> bool:
+    """Whether a document belongs to the validation share: a matter of its text alone, not of its place.
 
     So equal documents are always on the same side, and the number of processes changes nothing.
     """
@@ -210,13 +210,13 @@ def _blocks(path: Path) -> Iterator[tuple[bytes, int]]:
 
 @contextmanager
 def _told_by_name(path: Path) -> Iterator[None]:
-    """What goes wrong with the file, as BadInput."""
+    """What goes wrong with the file, as InputError."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise BadInput(f"--corpus {path}: the .gz file is damaged or cut short ({error})") from error
+        raise InputError(f"--corpus {path}: the .gz file is damaged or cut short ({error})") from error
     except OSError as error:
-        raise BadInput(f"--corpus {path}: cannot be read ({error.strerror or error})") from error
+        raise InputError(f"--corpus {path}: cannot be read ({error.strerror or error})") from error
 
 
 def _decoded(block: bytes, path: Path, first_line: int) -> str:
@@ -224,7 +224,7 @@ def _decoded(block: bytes, path: Path, first_line: int) -> str:
         text = block.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line = first_line + block.count(b"\n", 0, error.start)
-        raise BadInput(
+        raise InputError(
             f"--corpus {path}, line {line}: byte {block[error.start]:#04x} is not UTF-8; convert it first"
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")

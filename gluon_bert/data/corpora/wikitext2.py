@@ -17,8 +17,8 @@ import zipfile
 from pathlib import Path, PurePosixPath
 from typing import IO, Sequence
 
-from ...errors import BadInput
-from ...fileio import digest, stream_digest, written_aside
+from ...errors import InputError
+from ...fileio import atomic_write, file_hash, stream_hash
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def wikitext2_folder(
 
     root: where that folder is, `data_folder()` unless given. timeout: seconds without an answer or a
     further byte. No network is used when the files are there. Otherwise the addresses are tried in turn;
-    BadInput says what each of them answered when all fail.
+    InputError says what each of them answered when all fail.
     """
     folder = (data_folder() if root is None else root) / "datasets" / "wikitext-2"
     if not _missing(folder):
@@ -71,7 +71,7 @@ def wikitext2_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(
+        raise InputError(
             f"{folder}: {error.strerror}; set MXNET_HOME to a folder that can be written"
         ) from error
     failures = []
@@ -82,7 +82,7 @@ def wikitext2_folder(
         except _Failed as failure:
             log.info("%s: %s", address, failure)
             failures.append(f"{address}: {failure}")
-    raise BadInput(
+    raise InputError(
         f"WikiText-2 could not be downloaded ({'; '.join(failures)}): fetch wikitext-2-v1.zip by other "
         "means, unpack it and pass the folder with --corpus PATH"
     )
@@ -96,7 +96,7 @@ def _missing(folder: Path) -> list[str]:
     return [
         name
         for name, sha1 in FILES.items()
-        if not ((folder / name).is_file() and digest(folder / name, "sha1") == sha1)
+        if not ((folder / name).is_file() and file_hash(folder / name, "sha1") == sha1)
     ]
 
 
@@ -119,7 +119,7 @@ def _download(address: str, folder: Path, timeout: float) -> None:
 
 
 def _keep(source: IO[bytes], path: Path) -> None:
-    with written_aside(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         shutil.copyfileobj(source, file)
 
 
@@ -132,7 +132,7 @@ def _fetched(address: str, sha1: str, folder: Path, timeout: float) -> IO[bytes]
         file.seek(0)
         start = file.read(64)
         file.seek(0)
-        found = stream_digest(file, "sha1")
+        found = stream_hash(file, "sha1")
         if found != sha1:
             raise _Failed(
                 f"wrong content, {size:,} bytes of {_kind(start)} (SHA-1 {found[:12]}, not {sha1[:12]})"

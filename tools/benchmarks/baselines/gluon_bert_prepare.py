@@ -7,14 +7,14 @@ from hashlib import sha256
 
 from protocol import tell_preparation
 
-from gluon_bert.data.loader import load_data
+from gluon_bert.data.loader import load_pretraining_data
 from gluon_bert.presets import preset
 
 
 def prepare() -> str:
     """A hash of the first batch, which says that the same was made."""
-    config = preset("d2l").replace(corpus=(sys.argv[1],), num_workers=int(sys.argv[2]))
-    data = load_data(config.data, config.train.batch_size, config.train.seed)
+    config = preset("d2l").replace(corpus=(sys.argv[1],), preprocessing_workers=int(sys.argv[2]))
+    data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
     batch = next(data.train.epoch(0))
     return sha256(b"".join(array.tobytes() for array in vars(batch).values())).hexdigest()
 

@@ -22,8 +22,8 @@ from gluon_bert_train import best_rate_of_products, finished_step, flop
 from gluon_bert import devices
 from gluon_bert.config import Config
 from gluon_bert.data.batch import Batch
-from gluon_bert.data.loader import load_data
-from gluon_bert.distributed.join import joined
+from gluon_bert.data.loader import load_pretraining_data
+from gluon_bert.distributed.join import init_distributed
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
 from gluon_bert.system import peak_memory
@@ -33,17 +33,17 @@ from gluon_bert.training.trainer import Trainer
 def main(job: dict[str, Any], benchmark: int, path: Path, kvstore: str) -> None:
     """Make the steps and, as the first worker, tell of them."""
     config = Config.from_json(job["config"])
-    with joined(kvstore) as workers:
+    with init_distributed(kvstore) as workers:
         contexts = devices.contexts(cpus=job["contexts"])
-        data = load_data(config.data, config.train.batch_size, config.train.seed)
+        data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
         net = BERTModel(len(data.vocab), config.model)
         net.setup(contexts, config.train.seed)
         trainer = Trainer(net, config.train, contexts, workers)
-        batches = data.train.forever()
+        batches = data.train.batches()
         finished_step(trainer, next(batches))  # makes what the others use
-        workers.gather(b"+")
+        workers.all_gather(b"+")
         products = best_rate_of_products()["flop_per_second"]
-        workers.gather(b"+")
+        workers.all_gather(b"+")
         before = time.perf_counter()
         made = []
         for batch in islice(batches, job["steps"]):
@@ -60,11 +60,11 @@ def main(job: dict[str, Any], benchmark: int, path: Path, kvstore: str) -> None:
             "flop": sum(flop(batch, config.model, len(data.vocab)) for batch in made),
             "flop_per_second_of_products": products,
             "parts": parts,
-            "even": dict(zip(("tokens", "predictions"), trainer.evenness.shares())),
+            "even": dict(zip(("tokens", "predictions"), trainer.load_balance.shares())),
             "peak_gigabytes": sum(peak_memory(process=process) or 0.0 for process in below(benchmark)) / 1e9,
             "vocabulary": len(data.vocab),
         }
-        workers.gather(b"+")
+        workers.all_gather(b"+")
         if not workers.rank:
             path.write_text(json.dumps(answer), "utf-8")
 

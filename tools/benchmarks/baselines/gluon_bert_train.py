@@ -12,11 +12,11 @@ from protocol import Step, serve
 from gluon_bert import devices, ops, runtime
 from gluon_bert.config import ModelConfig
 from gluon_bert.data.batch import Batch
-from gluon_bert.data.loader import Loader, load_data
+from gluon_bert.data.loader import Loader, load_pretraining_data
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
-from gluon_bert.training.metrics import Averages, Meter
+from gluon_bert.training.metrics import Meter, Metrics
 from gluon_bert.training.resources import flops_per_pair
 from gluon_bert.training.trainer import Trainer
 
@@ -24,13 +24,13 @@ from gluon_bert.training.trainer import Trainer
 def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
     """The steps, and with what they are made."""
     config = preset("d2l").replace(corpus=(sys.argv[1],))
-    data = load_data(config.data, config.train.batch_size, config.train.seed)
+    data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
     contexts = devices.contexts(cpus=1)
     net = BERTModel(len(data.vocab), config.model)
     net.setup(contexts, config.train.seed)
     trainer = Trainer(net, config.train, contexts)
     facts = {
-        "with": f"{runtime.versions()['mxnet']}, operators: {ops.in_use(contexts)}",
+        "with": f"{runtime.versions()['mxnet']}, operators: {ops.describe(contexts)}",
         "flop_per_pair": flop(next(data.train.epoch(0)), config.model, len(data.vocab))
         / config.train.batch_size,
         "fastest_products": best_rate_of_products(),
@@ -40,16 +40,16 @@ def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
 
 def steps(trainer: Any, batches: Loader) -> Iterator[Step]:
     """A step after the other, each from the text to the new weights and to its losses on the host."""
-    for batch in batches.forever():
+    for batch in batches.batches():
         means = finished_step(trainer, batch)
         yield len(batch), means.mlm_loss, means.nsp_loss
 
 
-def finished_step(trainer: Any, batch: Batch) -> Averages:
+def finished_step(trainer: Any, batch: Batch) -> Metrics:
     """A step to its new weights and to its losses on the host."""
     shards, losses = trainer.step(batch)
     meter = Meter()
-    meter.add(shards, losses, count_mlm_hits=False)
+    meter.add(shards, losses, count_mlm_correct=False)
     means = meter.totals().averages()
     mx.nd.waitall()
     return means
@@ -78,7 +78,7 @@ def best_rate_of_products() -> dict[str, float]:
 
     best = {"flop_per_second": 0.0, "flop_per_cpu_second": 0.0}
     for _ in range(8):
-        for product in (by_numpy, by_mxnet, lambda: ops.products(150)):
+        for product in (by_numpy, by_mxnet, lambda: ops.peak_matmul_flops(150)):
             before, used = time.perf_counter(), time.process_time()
             flop = product()
             seconds, cpu_seconds = time.perf_counter() - before, time.process_time() - used

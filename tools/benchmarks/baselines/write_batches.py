@@ -7,16 +7,16 @@ from itertools import islice
 
 import numpy as np
 
-from gluon_bert.data.loader import load_data
+from gluon_bert.data.loader import load_pretraining_data
 from gluon_bert.presets import preset
 
 
 def main(corpus: str, count: int, path: str) -> None:
     """`count` batches of the corpus, into an .npz file."""
     config = preset("d2l").replace(corpus=(corpus,))
-    data = load_data(config.data, config.train.batch_size, config.train.seed)
+    data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
     arrays = {"vocab_size": np.array(len(data.vocab))}
-    for number, batch in enumerate(islice(data.train.forever(), count)):
+    for number, batch in enumerate(islice(data.train.batches(), count)):
         arrays.update({f"{name}-{number}": array for name, array in vars(batch).items()})
     np.savez(path, **arrays)
 

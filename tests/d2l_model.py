@@ -1,6 +1,6 @@
 """The book's own BERTModel for MXNet, in a process of its own: it wants MXNet's NumPy arrays everywhere.
 
-python book_model.py JOB: JOB is an .npz with a batch, the sizes and, if it is to load them, parameters.
+python d2l_model.py JOB: JOB is an .npz with a batch, the sizes and, if it is to load them, parameters.
 Beside it are left given.npz, with what the model gives and its gradients, and theirs.params.
 """
 

@@ -18,14 +18,14 @@ import pretrain
 def simulate(patch):
     """Let this process simulate float16, until the pytest.MonkeyPatch is undone."""
     from gluon_bert import ops
-    from gluon_bert.model.precision import HalfProducts
+    from gluon_bert.model.precision import Float16Matmul
 
     def rounded(self, array):
         return self._F.cast(self._F.cast(array, dtype="float16"), dtype="float32")
 
-    patch.setattr(HalfProducts, "_half", rounded)
-    patch.setattr(HalfProducts, "_whole", rounded)
-    patch.setattr(ops, "compute", lambda *_: False)
+    patch.setattr(Float16Matmul, "_half", rounded)
+    patch.setattr(Float16Matmul, "_whole", rounded)
+    patch.setattr(ops, "use_compiled", lambda *_: False)
     patch.setattr(checks, "check_precision", lambda *_: None)
 
 
