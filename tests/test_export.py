@@ -31,7 +31,7 @@ MAX_SEQ_LENGTH = 24
 # Every operator of the exported graphs: all are MXNet's own. One more is a decision, not an accident.
 OPERATORS = {
     "null", "_arange", "_contrib_arange_like", "_copy", "_mul_scalar", "Activation", "batch_dot", "BlockGrad",
-    "broadcast_add", "broadcast_greater_equal", "broadcast_like", "Dropout", "elemwise_add", "Embedding",
+    "broadcast_add", "broadcast_greater_equal", "broadcast_like", "elemwise_add", "Embedding",
     "expand_dims", "FullyConnected", "gather_nd", "LayerNorm", "LeakyReLU", "repeat", "Reshape", "slice_axis",
     "slice_like", "softmax", "stack", "SwapAxis", "transpose", "zeros_like",
 }  # fmt: skip

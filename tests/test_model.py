@@ -10,6 +10,7 @@ from gluon_bert.config import ModelConfig
 from gluon_bert.errors import InputError
 from gluon_bert.model.attention import SelfAttention, padding_scores
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.model.dropout import Dropout
 from gluon_bert.presets import PRESETS, preset
 from gluon_bert.runtime import mx
 from gluon_bert.training.device_batch import split_and_load
@@ -166,7 +167,7 @@ def test_dropout_stands_on_embeddings_attention_weights_and_sub_layers(config):
         assert (result.asnumpy() == 0).mean() == pytest.approx(config.dropout, abs=0.15)
 
     def listen(block):
-        if isinstance(block, mx.gluon.nn.Dropout):
+        if isinstance(block, Dropout):
             block.register_forward_hook(note)
 
     net.apply(listen)

@@ -60,8 +60,8 @@ def _places(positions: Any) -> Any:
 
 
 def _shortened(net: Any, max_seq_length: int) -> Any:
-    """A copy of a network on the CPU with the first `max_seq_length` position embeddings."""
-    config = dataclasses.replace(net.config, max_positions=max_seq_length)
+    """A copy of a network on the CPU, without dropout, with the first `max_seq_length` position embeddings."""
+    config = dataclasses.replace(net.config, max_positions=max_seq_length, dropout=0.0)
     copy = net.with_config(config, prefix="bert_")
     copy.initialize(ctx=mx.cpu())
     originals = net._collect_params_with_prefix()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..runtime import mx
+from .dropout import Dropout
 from .precision import Dense, MixedPrecisionBlock
 
 # Added to the score of a position past the end: far below any real score, finite so that nothing becomes NaN.
@@ -41,7 +41,7 @@ class SelfAttention(MixedPrecisionBlock):
             self.key = Dense(units, flatten=False, in_units=units)
             self.value = Dense(units, flatten=False, in_units=units)
             self.output = Dense(units, flatten=False, in_units=units)
-            self.dropout = mx.gluon.nn.Dropout(dropout)
+            self.dropout = Dropout(dropout)
 
     def hybrid_forward(self, F: Any, x: Any, padding: Any) -> Any:
         F = self.products(F)

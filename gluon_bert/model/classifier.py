@@ -7,6 +7,7 @@ from typing import Any
 from ..config import ModelConfig, check_group
 from ..runtime import mx
 from .bert import initial_weights
+from .dropout import Dropout
 from .encoder import Encoder
 from .heads import Pooler
 from .task import Task
@@ -19,7 +20,7 @@ class TaskHead(mx.gluon.HybridBlock):
         super().__init__(**kwargs)
         self._mean, self._scale = task.mean, task.scale
         with self.name_scope():
-            self.dropout = mx.gluon.nn.Dropout(config.dropout)
+            self.dropout = Dropout(config.dropout)
             self.dense = mx.gluon.nn.Dense(task.outputs, flatten=False, in_units=config.units)
 
     def hybrid_forward(self, F: Any, pooled: Any) -> Any:

@@ -10,6 +10,7 @@ from .. import ops
 from ..config import ModelConfig
 from ..runtime import mx
 from .attention import SelfAttention, padding_scores
+from .dropout import Dropout
 from .gradient_checkpointing import CheckpointedForward
 from .precision import Dense, MixedPrecisionBlock
 
@@ -37,7 +38,7 @@ class Embeddings(mx.gluon.HybridBlock):
                 config.max_positions, config.units, weight_initializer=_position_initializer(config)
             )
             self.norm: Any = layer_norm(config) if config.embedding_norm else None
-            self.dropout: Any = mx.gluon.nn.Dropout(config.dropout) if config.embedding_norm else None
+            self.dropout: Any = Dropout(config.dropout) if config.embedding_norm else None
 
     def hybrid_forward(self, F: Any, tokens: Any, segments: Any) -> Any:
         # slice_like refuses a T above max_positions, where a look-up alone would clip without a word.
@@ -86,7 +87,7 @@ class EncoderLayer(mx.gluon.HybridBlock):
             self.norm1 = layer_norm(config)
             self.feed_forward = FeedForward(config)
             self.norm2 = layer_norm(config)
-            self.dropout = mx.gluon.nn.Dropout(config.dropout)
+            self.dropout = Dropout(config.dropout)
 
     def hybrid_forward(self, F: Any, x: Any, padding: Any) -> Any:
         if self._pre:

@@ -38,20 +38,24 @@ def skip_reason() -> str:
 
 
 class Result(NamedTuple):
-    """What a process on simulated GPUs left behind.
+    """What a command on simulated GPUs left behind.
 
-    counts: of each device, as gpusim writes them. log: one line for each call, without its time.
+    counts: of the process that launched the most. logs: of each process, one line for each call.
     """
 
     status: int
     output: str
     counts: dict[str, Any]
-    log: list[str]
+    logs: list[list[str]]
 
     def lines(self, *events: str) -> list[str]:
         """The lines of the log for these events, each without the thread's name."""
-        found = [line.split(" ", 1)[1] for line in self.log]
+        found = [line.split(" ", 1)[1] for log in self.logs for line in log]
         return [line for line in found if line.split(" ", 1)[0] in events]
+
+    def by_process(self) -> list[Result]:
+        """One result for each process, with its log alone."""
+        return [self._replace(logs=[log]) for log in self.logs]
 
 
 class SimulatedGPUs:
@@ -103,10 +107,13 @@ class SimulatedGPUs:
         if status is not None:
             assert done.returncode == status, done.stdout
         counts = [json.loads(file.read_text()) for file in reports.glob("*.json")]
-        lines = [line for file in reports.glob("log.*") for line in file.read_text().splitlines()]
-        # A process that never asked for a GPU writes no counts; the tool's own process writes the most.
+        # Each line begins with the time.
+        logs = [
+            [line.split(" ", 1)[1] for line in file.read_text().splitlines()]
+            for file in reports.glob("log.*")
+        ]
         largest = max(counts, key=lambda count: sum(d["launches"] for d in count["devices"]), default={})
-        return Result(done.returncode, done.stdout, largest, [line.split(" ", 1)[1] for line in lines])
+        return Result(done.returncode, done.stdout, largest, logs)
 
 
 @pytest.fixture(scope="session")
