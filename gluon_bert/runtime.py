@@ -10,6 +10,7 @@ import csv
 import ctypes
 import importlib
 import importlib.util
+import logging
 import os
 import platform
 import sys
@@ -30,11 +31,12 @@ INSTALL_CPU = "pip install -e '.[cpu]'"
 INSTALL_CUDA = "pip install -e '.[cu112]'"
 CUDA_WHEEL = "mxnet-cu112"
 
+NVRTC = "libnvrtc.so.11.2"
 # What the CUDA wheel's libmxnet.so asks the loader for, and the package that brings it. A library stands
 # after those that it needs itself: the loader takes one that is already there before it searches any folder.
 CUDA_LIBRARIES = {
     "libcudart.so.11.0": "nvidia-cuda-runtime-cu11",
-    "libnvrtc.so.11.2": "nvidia-cuda-nvrtc-cu11",
+    NVRTC: "nvidia-cuda-nvrtc-cu11",
     "libnvToolsExt.so.1": "nvidia-nvtx-cu11",
     "libcublasLt.so.11": "nvidia-cublas-cu11",
     "libcublas.so.11": "nvidia-cublas-cu11",
@@ -68,8 +70,9 @@ def import_mxnet() -> Any:
         # It would tell of every bound graph that its CPU library is in use.
         os.environ.setdefault("MXNET_SUBGRAPH_VERBOSE", "0")
         if wheel is not None and wheel.name == CUDA_WHEEL:
-            load_driver()
+            driver = load_driver()
             load_cuda_libraries(cuda_folders(sys.path))
+            disable_fusion_for_old_driver(driver, ctypes.CDLL(NVRTC))
         globals()["mx"] = importlib.import_module("mxnet")
     return globals()["mx"]
 
@@ -199,6 +202,30 @@ def load_cuda_libraries(folders: Sequence[Path], libraries: Mapping[str, str] = 
         raise InputError(
             f"{CUDA_WHEEL} needs {join_words(list(errors))}, and the loader says: {first}; {INSTALL_CUDA}"
         ) from first
+
+
+def disable_fusion_for_old_driver(driver: ctypes.CDLL, nvrtc: ctypes.CDLL) -> None:
+    """Set MXNET_USE_FUSION=0 where the driver is older than the compiler of fused kernels.
+
+    MXNet compiles fused kernels to PTX with NVRTC. A driver loads PTX of its own CUDA version or older, also
+    where it runs all other code of CUDA 11. An MXNET_USE_FUSION that is set already stays.
+    """
+    version, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) or nvrtc.nvrtcVersion(
+        ctypes.byref(major), ctypes.byref(minor)
+    ):
+        return  # the first use of a GPU reports what is wrong
+    needed = 1000 * major.value + 10 * minor.value
+    if version.value >= needed or "MXNET_USE_FUSION" in os.environ:
+        return
+    os.environ["MXNET_USE_FUSION"] = "0"
+    logging.getLogger(__name__).warning(
+        "MXNet runs without fused kernels: they need a driver for CUDA %d.%d, and this one is for %d.%d",
+        major.value,
+        minor.value,
+        version.value // 1000,
+        version.value % 1000 // 10,
+    )
 
 
 def has_cuda_wheel() -> bool:
