@@ -19,13 +19,17 @@ import pytest
 import requests
 import serve
 from conftest import ROOT, small_text
-from dev import pretraining_vs_scratch
+from dev import compare_recipes, fuzz, pretraining_vs_scratch, soak
 
 from gluon_bert.presets import PRESETS
 from gluon_bert.serving.server import free_ports
 
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = re.findall(r"^ {4}(?:.* && )?python tools/(?:dev/)?(\w+)\.py(.*)$", README, re.M)
+PAGES = {
+    path: path.read_text("utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+TEXT = "\n".join(PAGES.values())
+COMMANDS = re.findall(r"^ {4}(?:.* && )?python tools/(?:dev/)?(\w+)\.py(.*)$", TEXT, re.M)
 TOOLS = {
     "pretrain": pretrain,
     "convert": convert,
@@ -36,8 +40,13 @@ TOOLS = {
     "serve": serve,
     "benchmark": benchmark,
     "pretraining_vs_scratch": pretraining_vs_scratch,
+    "compare_recipes": compare_recipes,
+    "soak": soak,
+    "fuzz": fuzz,
 }
-EXPORTED, WALK_THROUGH, ASKED = re.findall(r"```python\n(.*?)```", README, re.S)
+PROGRAMS = {path.name: re.findall(r"```python\n(.*?)```", text, re.S) for path, text in PAGES.items()}
+(EXPORTED,) = PROGRAMS["export-and-serving.md"]
+WALK_THROUGH, ASKED = PROGRAMS["python-api.md"]
 
 
 def test_the_walk_through_runs(text_file, tmp_path, monkeypatch, capsys):
@@ -110,7 +119,7 @@ def test_what_was_pretrained_is_served_as_told(runs, capfd):
     (archive,) = commands("export", "--format mar")
     assert export.main(archive) == 0
     (arguments,) = commands("serve", "bert.mar")
-    asked = re.findall(r"^ {4}curl -H '(.*): (.*)' -d '(.*)' (\S+)$", README, re.M)
+    asked = re.findall(r"^ {4}curl -H '(.*): (.*)' -d '(.*)' (\S+)$", TEXT, re.M)
     assert len(asked) == 3
     ports = free_ports()
     server = subprocess.Popen(
@@ -137,6 +146,11 @@ def test_what_was_pretrained_is_served_as_told(runs, capfd):
         np.testing.assert_allclose(vectors[name], expected[name], atol=1e-5)
 
 
+def check_pretrain_flags(flags):
+    parsed = pretrain.parser().parse_args(flags)
+    pretrain.config_from(parsed, pretrain.preset(parsed.preset or "d2l"))
+
+
 @pytest.mark.parametrize("tool, arguments", COMMANDS)
 def test_the_commands_have_flags_that_exist(tool, arguments, capsys):
     arguments = shlex.split(arguments)
@@ -147,9 +161,11 @@ def test_the_commands_have_flags_that_exist(tool, arguments, capsys):
         launch.parser().parse_args(arguments[:behind])
         python, script, *flags = arguments[behind + 1 :]
         assert python == "python" and (ROOT / script).is_file()
-        pretrain.config_from(pretrain.parser().parse_args(flags), pretrain.preset("d2l"))
+        check_pretrain_flags(flags)
+    elif tool == "soak":
+        soak.parser().parse_args(arguments[: arguments.index("--")])
     elif tool == "pretrain":
-        pretrain.config_from(pretrain.parser().parse_args(arguments), pretrain.preset("d2l"))
+        check_pretrain_flags(arguments)
     else:
         TOOLS[tool].parser().parse_args(arguments)
 
@@ -163,12 +179,18 @@ def test_the_commands_were_found():
 def test_presets_files_and_pictures_that_are_named_exist():
     for name in PRESETS:
         assert f"| `{name}` |" in README
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        path, _, section = target.partition("#")
-        assert target.startswith("https://") or (ROOT / path).exists(), target
-        if section:
-            titles = re.findall(r"^#+ (.+)$", (ROOT / path).read_text("utf-8"), re.M)
-            assert section in [title.lower().replace(" ", "-") for title in titles], target
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            path, _, section = target.partition("#")
+            assert target.startswith("https://") or (page.parent / path).exists(), f"{page.name}: {target}"
+            if section and not target.startswith("https://"):
+                titles = re.findall(r"^#+ (.+)$", (page.parent / path).read_text("utf-8"), re.M)
+                assert section in [title.lower().replace(" ", "-") for title in titles], target
+
+
+def test_named_test_files_exist():
+    names = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert set(re.findall(r"\b(test_\w+\.py)\b", TEXT)) <= names
 
 
 @pytest.mark.parametrize("name", PRESETS)
