@@ -38,6 +38,19 @@ GLUONNLP = ["gluonnlp==0.10.0"]
 # Its last release, and the last with MXNet. It has to be built beside MXNet, as docs/scale.md says.
 HOROVOD = ["horovod==0.28.1"]
 
+
+def mxnet(name: str) -> list:
+    """The requirement of a wheel of MXNet 1.9.1, on each Python.
+
+    It wants NumPy below 2, which has no wheel for Python 3.13; packaging/ lifts that bound there.
+    """
+    source = (HERE / "packaging" / name).resolve().as_uri()
+    return [
+        f"{name}==1.9.1; python_version < '3.13'",
+        f"{name} @ {source} ; python_version >= '3.13'",
+    ]
+
+
 setup(
     name="gluon_bert",
     version=VERSION,
@@ -47,9 +60,9 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["gluon_bert", "gluon_bert.*"]),
     package_data={"gluon_bert": ["py.typed"], "gluon_bert.ops": ["native/*"]},
-    python_requires=">=3.8,<3.13",
+    python_requires=">=3.8",
     install_requires=[
-        "numpy>=1.17,<2",
+        "numpy>=1.17",
         "matplotlib>=3.5",
         "requests>=2.20",
         "sentencex>=0.6.1",
@@ -58,8 +71,8 @@ setup(
         "setuptools; python_version >= '3.12'",
     ],
     extras_require={
-        "cpu": ["mxnet==1.9.1"],
-        "cu112": ["mxnet-cu112==1.9.1", *CUDA_LIBRARIES],
+        "cpu": mxnet("mxnet"),
+        "cu112": [*mxnet("mxnet-cu112"), *CUDA_LIBRARIES],
         "gluonnlp": GLUONNLP,
         "horovod": HOROVOD,
         "wordpiece": WORDPIECE,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Mapping, NamedTuple, Sequence
 
 import numpy
 
-from . import __version__
+from . import __version__, numpy_compat
 from .errors import InputError, join_words
 from .system import usable_cores
 
@@ -62,8 +62,6 @@ def import_mxnet() -> Any:
     """
     if "mx" not in globals():
         wheel = the_only_wheel(installed_wheels())
-        check_numpy_version(numpy.__version__)
-        restore_numpy_bool()
         check_distutils()
         # MXNet would use half the cores that it sees, taking them for hyper-threads, whatever they are.
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
@@ -73,7 +71,7 @@ def import_mxnet() -> Any:
             driver = load_driver()
             load_cuda_libraries(cuda_folders(sys.path))
             disable_fusion_for_old_driver(driver, ctypes.CDLL(NVRTC))
-        globals()["mx"] = importlib.import_module("mxnet")
+        globals()["mx"] = numpy_compat.import_mxnet()
     return globals()["mx"]
 
 
@@ -143,18 +141,6 @@ def the_only_wheel(wheels: Sequence[Wheel]) -> Wheel | None:
             f"pip uninstall -y {wheel.name}, then {install}"
         )
     return wheel
-
-
-def check_numpy_version(version: str) -> None:
-    """Raises InputError for NumPy 2 or later: MXNet uses names that it removed, and misprints its scalars."""
-    if int(version.split(".")[0]) >= 2:
-        raise InputError(f"MXNet does not work with NumPy {version}: pip install 'numpy<2'")
-
-
-def restore_numpy_bool() -> None:
-    """Puts `numpy.bool`, which NumPy 1.24 removed and MXNet reads while it is imported, back in its place."""
-    # Through vars, since hasattr(numpy, "bool") prints a warning in the versions that announce a change.
-    vars(numpy).setdefault("bool", bool)
 
 
 def check_distutils() -> None:

@@ -60,12 +60,6 @@ def test_mx_comes_through_the_door_with_the_numpy_that_is_installed() -> None:
     assert done.stdout.strip() == "3.0", done.stderr
 
 
-@pytest.mark.skipif(not hasattr(numpy, "__future_scalars__"), reason="NumPy < 1.24 has a bool")
-def test_mxnet_needs_the_door_since_numpy_1_24() -> None:
-    done = run("import mxnet")
-    assert "has no attribute 'bool'" in done.stderr
-
-
 def test_mx_is_imported_once() -> None:
     assert runtime.mx is runtime.mx is runtime.import_mxnet()
 
@@ -163,31 +157,7 @@ def test_an_mxnet_without_a_wheel_is_let_through(tmp_path: Path, monkeypatch: py
     assert runtime.the_only_wheel([]) is None
 
 
-# NumPy and distutils
-
-
-@pytest.mark.parametrize("version", ["2.0.0", "2.1.0rc1", "3.0"])
-def test_numpy_2_is_refused_with_the_remedy(version: str) -> None:
-    with pytest.raises(InputError, match=f"NumPy {version}: pip install 'numpy<2'") as refused:
-        runtime.check_numpy_version(version)
-    one_sentence(refused)
-
-
-@pytest.mark.parametrize("version", ["1.17.0", "1.26.4"])
-def test_numpy_1_is_accepted(version: str) -> None:
-    runtime.check_numpy_version(version)
-
-
-def test_numpy_bool_is_given_back_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(vars(numpy), "bool", raising=False)
-    runtime.restore_numpy_bool()
-    assert vars(numpy)["bool"] is bool
-
-
-def test_numpy_bool_is_left_alone_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(vars(numpy), "bool", "its own")
-    runtime.restore_numpy_bool()
-    assert vars(numpy)["bool"] == "its own"
+# Distutils
 
 
 def test_missing_distutils_is_a_sentence_about_setuptools(monkeypatch: pytest.MonkeyPatch) -> None:
