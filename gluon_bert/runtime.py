@@ -61,7 +61,10 @@ def import_mxnet() -> Any:
     Raises InputError, with the remedy, for whatever is missing or does not fit.
     """
     if "mx" not in globals():
-        wheel = the_only_wheel(installed_wheels())
+        wheels = installed_wheels()
+        if wheels or not is_mxnet_importable():
+            check_platform(platform.system(), platform.machine())
+        wheel = the_only_wheel(wheels)
         check_distutils()
         # MXNet would use half the cores that it sees, taking them for hyper-threads, whatever they are.
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
@@ -125,9 +128,7 @@ def the_only_wheel(wheels: Sequence[Wheel]) -> Wheel | None:
             f"then {INSTALL_CPU} or {INSTALL_CUDA}"
         )
     if not wheels:
-        spec = importlib.util.find_spec("mxnet")
-        # No origin: only a folder of that name, such as a removed MXNet can leave behind.
-        if spec is None or spec.origin is None:
+        if not is_mxnet_importable():
             raise InputError(f"MXNet is not installed: {INSTALL_CPU}, or {INSTALL_CUDA} for NVIDIA GPUs")
         return None
     (wheel,) = wheels
@@ -141,6 +142,29 @@ def the_only_wheel(wheels: Sequence[Wheel]) -> Wheel | None:
             f"pip uninstall -y {wheel.name}, then {install}"
         )
     return wheel
+
+
+def is_mxnet_importable() -> bool:
+    """Return whether there is a module mxnet."""
+    spec = importlib.util.find_spec("mxnet")
+    # No origin: only a folder of that name, such as a removed MXNet can leave behind.
+    return spec is not None and spec.origin is not None
+
+
+def check_platform(system: str, machine: str) -> None:
+    """Raise InputError where no wheel of MXNet 1.9.1 loads; an MXNet built from source is not checked."""
+    arm = machine.lower() in ("aarch64", "arm64")
+    if system == "Linux" and arm:
+        remedy = "MXNet's wheel for Linux on ARM lacks libarmpl_lp64_mp.so; use an x86-64 machine"
+    elif system == "Darwin" and arm:
+        remedy = "MXNet has no wheel for macOS on ARM; use an x86-64 Python under Rosetta 2"
+    elif system == "Windows":
+        remedy = "MXNet has no wheel for Windows; use Linux, for instance WSL 2"
+    elif system not in ("Linux", "Darwin") or machine.lower() not in ("x86_64", "amd64"):
+        remedy = "MXNet has no wheel for this platform; build MXNet 1.9.1 from source"
+    else:
+        return
+    raise InputError(f"the platform must be Linux or macOS on x86-64, got {system} on {machine}: {remedy}")
 
 
 def check_distutils() -> None:

@@ -76,6 +76,47 @@ def test_a_refusal_reaches_whoever_imports_mx() -> None:
     assert "InputError: MXNet is not installed" in done.stderr
 
 
+# The platform
+
+
+@pytest.mark.parametrize(
+    "system, machine, remedy",
+    [
+        ("Linux", "aarch64", "lacks libarmpl_lp64_mp.so"),
+        ("Darwin", "arm64", "Rosetta 2"),
+        ("Windows", "AMD64", "WSL 2"),
+        ("Windows", "ARM64", "WSL 2"),
+        ("Linux", "riscv64", "from source"),
+        ("FreeBSD", "amd64", "from source"),
+    ],
+)
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_platform_without_a_wheel_is_refused(
+    system: str, machine: str, remedy: str, installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(runtime, "installed_wheels", lambda: [CPU_WHEEL] if installed else [])
+    monkeypatch.setattr(runtime, "is_mxnet_importable", lambda: installed)
+    monkeypatch.delitem(vars(runtime), "mx", raising=False)
+    with pytest.raises(InputError, match=f"got {system} on {machine}: .*{remedy}") as refused:
+        runtime.import_mxnet()
+    one_sentence(refused)
+
+
+@pytest.mark.parametrize("system, machine", [("Linux", "x86_64"), ("Darwin", "x86_64")])
+def test_a_platform_with_a_wheel_is_accepted(system: str, machine: str) -> None:
+    runtime.check_platform(system, machine)
+
+
+def test_an_mxnet_built_from_source_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(runtime, "installed_wheels", list)
+    monkeypatch.delitem(vars(runtime), "mx", raising=False)
+    monkeypatch.setattr(runtime.numpy_compat, "import_mxnet", lambda: "an mxnet of one's own")
+    assert runtime.import_mxnet() == "an mxnet of one's own"
+
+
 # The wheels
 
 
