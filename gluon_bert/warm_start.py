@@ -103,7 +103,7 @@ def load_initial_weights(net: Any, vocab: Vocabulary, run: Run) -> None:
     known = len(run.vocab)
     if vocab.tokens[:known] != run.vocab.tokens:
         raise InputError(f"--vocab-file: does not begin with the {known:,} tokens of the run to begin with")
-    pieces = [run.vocab.ids(run.vocab.pieces(token)) for token in vocab.tokens[known:]]
+    pieces = [run.vocab.to_indices(run.vocab.pieces(token)) for token in vocab.tokens[known:]]
     weights = weights_of(run.net)
     if pieces:
         for name in weights.keys() & _BY_TOKEN:

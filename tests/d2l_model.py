@@ -28,12 +28,12 @@ def model(job):
 def run(path):
     """Do the job."""
     job = numpy.load(path)
-    rows, positions = job["predictions"]
+    rows, positions = job["masked_positions"]
     column = numpy.arange(len(rows)) - numpy.searchsorted(rows, rows)
-    places = numpy.zeros((len(job["lengths"]), column.max() + 1), numpy.float32)
+    places = numpy.zeros((len(job["valid_length"]), column.max() + 1), numpy.float32)
     places[rows, column] = positions
     net = model(job)
-    inputs = [mx.np.array(each) for each in (job["tokens"], job["segments"], job["lengths"], places)]
+    inputs = [mx.np.array(each) for each in (job["tokens"], job["token_types"], job["valid_length"], places)]
     net(*inputs)
     if not str(job["load"]):
         rng = numpy.random.default_rng(6)
@@ -44,8 +44,8 @@ def run(path):
     with mx.autograd.record():
         encoded, mlm, nsp = net(*inputs)
         mlm = mlm[mx.np.array(rows), mx.np.array(column)]
-        loss = cross_entropy(mlm, mx.np.array(job["labels"])).mean()
-        loss = loss + cross_entropy(nsp, mx.np.array(job["is_next"])).mean()
+        loss = cross_entropy(mlm, mx.np.array(job["masked_ids"])).mean()
+        loss = loss + cross_entropy(nsp, mx.np.array(job["next_sentence_labels"])).mean()
     loss.backward()
     gradients = {f"grad {n}": p.grad().asnumpy() for n, p in net._collect_params_with_prefix().items()}
     given = {"encoded": encoded.asnumpy(), "mlm": mlm.asnumpy(), "nsp": nsp.asnumpy()}

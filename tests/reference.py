@@ -22,7 +22,7 @@ def forward(config, parameters, batch, drop=nothing_dropped):
     """Encoded tokens (B, T, C), MLM scores (M, V) and NSP scores (B, 2) (Devlin et al. 2018, section 3)."""
     p = parameters
     encoded = encode(config, p, batch, drop)
-    masked = np.stack([encoded[row, position] for row, position in batch.predictions.T])
+    masked = np.stack([encoded[row, position] for row, position in batch.masked_positions.T])
     x = ACTIVATIONS[config.activation](dense(p, "mlm.transform.dense", masked))
     x = layer_norm(p, "mlm.transform.norm", x, config.norm_epsilon)
     decoder = p["encoder.embeddings.tokens.weight"] if config.tied_decoder else p["mlm.decoder.weight"]
@@ -35,7 +35,7 @@ def encode(config, p, batch, drop=nothing_dropped):
     """Embeddings and layers: a batch -> (B, T, C)."""
     epsilon = config.norm_epsilon
     x = p["encoder.embeddings.tokens.weight"][batch.tokens]
-    x = x + p["encoder.embeddings.segments.weight"][batch.segments]
+    x = x + p["encoder.embeddings.segments.weight"][batch.token_types]
     x = x + p["encoder.embeddings.positions.weight"][: batch.tokens.shape[1]]
     if config.embedding_norm:
         x = drop(0, layer_norm(p, "encoder.embeddings.norm", x, epsilon))
@@ -43,7 +43,7 @@ def encode(config, p, batch, drop=nothing_dropped):
         name = f"encoder.layers.{i}"
 
         def attend(x, name=name, place=1 + 3 * i):
-            heads = attention(p, f"{name}.attend", x, batch.lengths, config.num_heads, place, drop)
+            heads = attention(p, f"{name}.attend", x, batch.valid_length, config.num_heads, place, drop)
             return drop(place + 1, heads)
 
         def feed_forward(x, name=name, place=3 + 3 * i):
@@ -122,8 +122,11 @@ def cross_entropy(scores, labels):
 def losses(config, parameters, batch, drop=nothing_dropped):
     """The summed MLM loss, the summed NSP loss, and mean plus mean."""
     _, mlm_scores, nsp_scores = forward(config, parameters, batch, drop)
-    mlm, nsp = cross_entropy(mlm_scores, batch.labels), cross_entropy(nsp_scores, batch.is_next)
-    return mlm, nsp, mlm / len(batch.labels) + nsp / len(batch.is_next)
+    mlm, nsp = (
+        cross_entropy(mlm_scores, batch.masked_ids),
+        cross_entropy(nsp_scores, batch.next_sentence_labels),
+    )
+    return mlm, nsp, mlm / len(batch.masked_ids) + nsp / len(batch.next_sentence_labels)
 
 
 def hits(scores, labels):

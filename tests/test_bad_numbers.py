@@ -80,7 +80,11 @@ def test_a_run_stops_at_a_bad_step_and_says_where_and_in_which_gradient(command,
     assert record["step"] == 5 and record["non_finite"]["position"] == {"epoch": 0, "batch": 4}
     assert next(iter(record["non_finite"]["largest_gradients"].items())) == (NAME, None)
     batch = read_arrays(folder / "nonfinite-batches" / "step-00000005.npz")
-    assert batch["tokens"].shape[1] == 16 and set(batch) >= {"predictions", "labels", "is_next"}
+    assert batch["tokens"].shape[1] == 16 and set(batch) >= {
+        "masked_positions",
+        "masked_ids",
+        "next_sentence_labels",
+    }
     # It goes on with another answer to the same step.
     assert pretrain.main(["--resume", str(folder), "--on-nonfinite", "skip"]) == 0
     assert checkpoint.steps(folder)[-1] == 12

@@ -43,23 +43,23 @@ def random_batch(num_rows, length=12, seed=0):
 
 def test_a_pair_is_laid_out_as_the_paper_says():
     batch, vocab = batch_of(NO_MASK)
-    spelt = [" ".join(vocab.words(row)) for row in batch.tokens]
+    spelt = [" ".join(vocab.to_tokens(row)) for row in batch.tokens]
     assert spelt == [
         "<cls> a b c <sep> d <sep>" + " <pad>" * 9,
         "<cls> d <sep> e f <sep>" + " <pad>" * 10,
         "<cls> g h <sep> a a a a <sep>" + " <pad>" * 7,
     ]
-    assert batch.segments[0].tolist() == [0, 0, 0, 0, 0, 1, 1] + [0] * 9
-    assert batch.lengths.tolist() == [7, 6, 9]
-    assert batch.is_next.tolist() == [1, 1, 1]
+    assert batch.token_types[0].tolist() == [0, 0, 0, 0, 0, 1, 1] + [0] * 9
+    assert batch.valid_length.tolist() == [7, 6, 9]
+    assert batch.next_sentence_labels.tolist() == [1, 1, 1]
 
 
 def test_padding_further_changes_no_token_and_no_prediction():
     short, _ = batch_of(preset("d2l").data, length=10)
     long, _ = batch_of(preset("d2l").data, length=30)
     np.testing.assert_array_equal(long.tokens[:, :10], short.tokens)
-    np.testing.assert_array_equal(long.predictions, short.predictions)
-    np.testing.assert_array_equal(long.labels, short.labels)
+    np.testing.assert_array_equal(long.masked_positions, short.masked_positions)
+    np.testing.assert_array_equal(long.masked_ids, short.masked_ids)
 
 
 def test_rows_carry_their_own_predictions():
@@ -67,10 +67,10 @@ def test_rows_carry_their_own_predictions():
     part = batch.rows(3, 7)
     assert len(part) == 4
     for row in range(4):
-        ours = batch.predictions[1][batch.predictions[0] == row + 3]
-        np.testing.assert_array_equal(part.predictions[1][part.predictions[0] == row], ours)
-    inside = (batch.predictions[0] >= 3) & (batch.predictions[0] < 7)
-    np.testing.assert_array_equal(part.labels, batch.labels[inside])
+        ours = batch.masked_positions[1][batch.masked_positions[0] == row + 3]
+        np.testing.assert_array_equal(part.masked_positions[1][part.masked_positions[0] == row], ours)
+    inside = (batch.masked_positions[0] >= 3) & (batch.masked_positions[0] < 7)
+    np.testing.assert_array_equal(part.masked_ids, batch.masked_ids[inside])
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 7, 64])
@@ -81,9 +81,11 @@ def test_shards_hold_every_row_and_prediction_once(num_rows, num_contexts):
     assert [shard.tokens.context for shard in shards] == [mx.cpu(i) for i in range(num_contexts)]
     used = [shard for shard in shards if shard.num_pairs]
     np.testing.assert_array_equal(np.concatenate([s.tokens.asnumpy() for s in used]), batch.tokens)
-    np.testing.assert_array_equal(np.concatenate([s.is_next.asnumpy() for s in used]), batch.is_next)
-    np.testing.assert_array_equal(np.concatenate([s.labels.asnumpy() for s in used]), batch.labels)
-    assert sum(shard.num_tokens for shard in shards) == batch.lengths.sum()
+    np.testing.assert_array_equal(
+        np.concatenate([s.next_sentence_labels.asnumpy() for s in used]), batch.next_sentence_labels
+    )
+    np.testing.assert_array_equal(np.concatenate([s.masked_ids.asnumpy() for s in used]), batch.masked_ids)
+    assert sum(shard.num_tokens for shard in shards) == batch.valid_length.sum()
     sizes = [shard.num_pairs for shard in shards]
     assert sum(sizes) == num_rows and max(sizes) - min(sizes) <= 1
     assert sum(s.num_pairs * s.nsp_weight for s in shards) == pytest.approx(1)

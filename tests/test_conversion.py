@@ -68,7 +68,7 @@ def a_batch(size):
 
 def ours(net, batch):
     """Encoded real tokens, MLM scores, NSP scores, and the gradients by name."""
-    arrays = (batch.tokens, batch.segments, batch.lengths, batch.predictions)
+    arrays = (batch.tokens, batch.token_types, batch.valid_length, batch.masked_positions)
     outputs = [each.asnumpy() for each in net(*(mx.nd.array(a, dtype=np.float32) for a in arrays))]
     (shard,) = split_and_load(batch, [mx.cpu()])
     with mx.autograd.record():
@@ -79,7 +79,7 @@ def ours(net, batch):
 
 
 def real(encoded, batch):
-    return encoded[np.arange(encoded.shape[1]) < batch.lengths[:, None]]
+    return encoded[np.arange(encoded.shape[1]) < batch.valid_length[:, None]]
 
 
 def assert_same(net, batch, theirs, gradients, layout):
@@ -158,19 +158,19 @@ def transformers_model(config, vocab_size):
 
 def theirs_of_transformers(torch, model, batch):
     """What its BertForPreTraining gives, and the gradients of the same loss."""
-    real_tokens = torch.arange(batch.tokens.shape[1]) < torch.from_numpy(batch.lengths)[:, None]
+    real_tokens = torch.arange(batch.tokens.shape[1]) < torch.from_numpy(batch.valid_length)[:, None]
     found = model(
         input_ids=torch.from_numpy(batch.tokens).long(),
-        token_type_ids=torch.from_numpy(batch.segments).long(),
+        token_type_ids=torch.from_numpy(batch.token_types).long(),
         attention_mask=real_tokens.long(),
         output_hidden_states=True,
     )
-    rows, positions = torch.from_numpy(batch.predictions).long()
+    rows, positions = torch.from_numpy(batch.masked_positions).long()
     mlm = found.prediction_logits[rows, positions]
     entropy = torch.nn.functional.cross_entropy
     # Its label 0 is "follows" (see the documentation of next_sentence_label).
-    labels = 1 - torch.from_numpy(batch.is_next).long()
-    loss = entropy(mlm, torch.from_numpy(batch.labels).long()) + entropy(
+    labels = 1 - torch.from_numpy(batch.next_sentence_labels).long()
+    loss = entropy(mlm, torch.from_numpy(batch.masked_ids).long()) + entropy(
         found.seq_relationship_logits, labels
     )
     loss.backward()
@@ -500,17 +500,17 @@ def gluonnlp_model(config, vocab_size):
 
 def theirs_of_gluonnlp(net, batch):
     """What its BERTModel gives, and the gradients of the same loss."""
-    rows, positions = batch.predictions
+    rows, positions = batch.masked_positions
     width = np.bincount(rows).max()
-    places = np.zeros((len(batch.lengths), width), np.float32)
+    places = np.zeros((len(batch.valid_length), width), np.float32)
     column = np.arange(len(rows)) - np.searchsorted(rows, rows)
     places[rows, column] = positions
-    arrays = (batch.tokens, batch.segments, batch.lengths, places)
+    arrays = (batch.tokens, batch.token_types, batch.valid_length, places)
     inputs = [mx.nd.array(array, dtype=np.float32) for array in arrays]
     with mx.autograd.record():
         encoded, _, nsp, mlm = net(*inputs)
         mlm = mx.nd.gather_nd(mlm, mx.nd.array(np.stack([rows, column])))
-        labels = mx.nd.array(batch.labels), mx.nd.array(1 - batch.is_next)
+        labels = mx.nd.array(batch.masked_ids), mx.nd.array(1 - batch.next_sentence_labels)
         loss = sum(
             mx.nd.softmax_cross_entropy(scores, label) / len(label)
             for scores, label in zip((mlm, nsp), labels)
@@ -654,7 +654,7 @@ def google_forward(weights, config, batch):
         found = _google_scores(tf, v, config, batch)
         entropy = tf.nn.sparse_softmax_cross_entropy_with_logits
         # Its label 1 is a random second segment.
-        losses = entropy(batch.labels, found[1]), entropy(1 - batch.is_next, found[2])
+        losses = entropy(batch.masked_ids, found[1]), entropy(1 - batch.next_sentence_labels, found[2])
         loss = sum(tf.reduce_mean(each) for each in losses)
     gradients = {n: tf.convert_to_tensor(g).numpy() for n, g in tape.gradient(loss, v).items()}
     encoded, mlm, nsp = (each.numpy() for each in found)
@@ -677,11 +677,11 @@ def _google_scores(tf, v, config, batch):
     e = "bert/embeddings"
     x = tf.all_gather(v[f"{e}/word_embeddings"], batch.tokens)
     x += (
-        tf.all_gather(v[f"{e}/token_type_embeddings"], batch.segments)
+        tf.all_gather(v[f"{e}/token_type_embeddings"], batch.token_types)
         + v[f"{e}/position_embeddings"][:length]
     )
     x = norm(x, f"{e}/LayerNorm")
-    padding = -1e4 * (np.arange(length) >= batch.lengths[:, None]).astype(float)[:, None, None]
+    padding = -1e4 * (np.arange(length) >= batch.valid_length[:, None]).astype(float)[:, None, None]
     for i in range(config.num_layers):
         layer = f"bert/encoder/layer_{i}"
 
@@ -698,7 +698,7 @@ def _google_scores(tf, v, config, batch):
         x = norm(x + dense(context, f"{layer}/attention/output/dense"), f"{layer}/attention/output/LayerNorm")
         inside = gelu(dense(x, f"{layer}/intermediate/dense"))
         x = norm(x + dense(inside, f"{layer}/output/dense"), f"{layer}/output/LayerNorm")
-    masked = tf.gather_nd(x, batch.predictions.T)
+    masked = tf.gather_nd(x, batch.masked_positions.T)
     masked = norm(
         gelu(dense(masked, "cls/predictions/transform/dense")), "cls/predictions/transform/LayerNorm"
     )

@@ -277,7 +277,7 @@ def test_a_paragraph_of_the_pydoc_prose_is_read_once(tmp_path, monkeypatch):
     prepared = prepare(config, tmp_path / "cache")
     train = prepared.train
     assert len(train) == 3
-    second = prepared.vocab.words(train.tokens[train.sentences[1] : train.sentences[2]])
+    second = prepared.vocab.to_tokens(train.tokens[train.sentences[1] : train.sentences[2]])
     assert " ".join(second) == "it never changes any of them ."
 
 

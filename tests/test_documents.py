@@ -23,7 +23,7 @@ def test_ids_spell_the_documents():
     train, vocab = prepared.train, prepared.vocab
     spelt = [
         [
-            " ".join(vocab.words(train.tokens[train.sentences[s] : train.sentences[s + 1]]))
+            " ".join(vocab.to_tokens(train.tokens[train.sentences[s] : train.sentences[s + 1]]))
             for s in range(train.documents[d], train.documents[d + 1])
         ]
         for d in range(len(train))
@@ -34,12 +34,12 @@ def test_ids_spell_the_documents():
 def test_the_vocabulary_is_made_of_the_training_text_only():
     prepared = number([(["a a", "a"], False), (["b b", "b a"], True)], min_freq=1)
     assert "b" not in prepared.vocab
-    assert prepared.vocab.words(prepared.validation.tokens) == ["<unk>"] * 3 + ["a"]
+    assert prepared.vocab.to_tokens(prepared.validation.tokens) == ["<unk>"] * 3 + ["a"]
 
 
 def test_special_tokens_in_the_text_are_unknown_words():
     prepared = number([(["<mask> <sep> a <unk>", "a <cls> <pad>"], False)], min_freq=1)
-    spelt = " ".join(prepared.vocab.words(prepared.train.tokens))
+    spelt = " ".join(prepared.vocab.to_tokens(prepared.train.tokens))
     assert spelt == "<unk> <unk> a <unk> a <unk> <unk>"
 
 
@@ -136,4 +136,4 @@ def test_wikitext2_gives_the_books_counts(wikitext_prepared):
     assert int(np.diff(train.documents).sum() - len(train)) == 59_135
     assert len(wikitext_prepared.vocab) == 20_256
     assert wikitext_prepared.unigram_loss(train, predict_unknown=True) == pytest.approx(6.870, abs=5e-4)
-    assert " ".join(wikitext_prepared.vocab.words(range(8))) == "<unk> <pad> <mask> <cls> <sep> the , of"
+    assert " ".join(wikitext_prepared.vocab.to_tokens(range(8))) == "<unk> <pad> <mask> <cls> <sep> the , of"

@@ -89,7 +89,9 @@ def test_masks(run_folder, predictor, capsys):
 def test_next(run_folder, predictor, capsys, texts):
     assert encode.main([str(run_folder), "--json", "--next", *texts]) == 0
     (content,) = lines_of(capsys)
-    assert content["is_next"] == pytest.approx(answer(predictor, "a crane", "he left").is_next, abs=1e-5)
+    assert content["next_sentence_probability"] == pytest.approx(
+        answer(predictor, "a crane", "he left").next_sentence_probability, abs=1e-5
+    )
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def test_the_books_sentences_have_the_books_shapes(net):
 
 def test_the_segments_and_special_tokens_are_those_of_training(net):
     words = ["a", "crane"], ["he", "left"]
-    ids = [VOCAB.cls, *VOCAB.ids(words[0]), VOCAB.sep, *VOCAB.ids(words[1]), VOCAB.sep]
+    ids = [VOCAB.cls, *VOCAB.to_indices(words[0]), VOCAB.sep, *VOCAB.to_indices(words[1]), VOCAB.sep]
     inputs = (mx.nd.array(x) for x in ([ids], [[0, 0, 0, 0, 1, 1, 1]], [7]))
     np.testing.assert_array_equal(encode(net, VOCAB, *words).asnumpy(), net.encoder(*inputs).asnumpy())
 
@@ -100,7 +100,7 @@ def test_the_vectors_are_those_of_encode(net, predictor):
 def test_the_heads_are_those_of_the_network(net, predictor):
     (answer,) = predictor.ask(read(predictor, [("a <mask>", "he <mask> left")]))
     text = answer.text
-    inputs = ([text.ids], [text.segments], [len(text)], [[0, 0], text.masks])
+    inputs = ([text.ids], [text.token_types], [len(text)], [[0, 0], text.masks])
     _, mlm, nsp = net(*(mx.nd.array(x) for x in inputs))
     np.testing.assert_allclose(answer.mask_scores, mlm.asnumpy(), atol=1e-4)
     np.testing.assert_allclose(answer.next_scores, nsp.asnumpy()[0], atol=1e-5)
@@ -117,14 +117,14 @@ def test_masks_are_filled_with_the_likeliest_words(predictor):
         assert sum(probabilities) == pytest.approx(1, abs=1e-5)
         assert words[0][0] == VOCAB.tokens[scores.argmax()]
         expected = np.exp(np.float64(scores)) / np.exp(np.float64(scores)).sum()
-        assert dict(words)["crane"] == pytest.approx(expected[VOCAB.ids(["crane"])[0]], abs=1e-6)
+        assert dict(words)["crane"] == pytest.approx(expected[VOCAB.to_indices(["crane"])[0]], abs=1e-6)
     assert [words[:3] for words in everything] == answer.fill_masks(VOCAB, top=3)
 
 
 def test_the_next_sentence_is_a_probability(predictor):
     (answer,) = predictor.ask(read(predictor, [("a crane", "he left")]))
     no, yes = np.exp(np.float64(answer.next_scores))
-    assert answer.is_next == pytest.approx(yes / (no + yes), abs=1e-6)
+    assert answer.next_sentence_probability == pytest.approx(yes / (no + yes), abs=1e-6)
 
 
 def test_what_a_text_cannot_be_asked_is_refused(predictor):
@@ -132,4 +132,4 @@ def test_what_a_text_cannot_be_asked_is_refused(predictor):
     with pytest.raises(InputError, match="no <mask>"):
         pair.fill_masks(VOCAB)
     with pytest.raises(InputError, match="give a pair"):
-        _ = single.is_next
+        _ = single.next_sentence_probability

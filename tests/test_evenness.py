@@ -31,8 +31,8 @@ def test_a_trainer_counts_what_it_gives_to_its_contexts(data, batch, micro_batch
     trainer = trainer_on(2, data, micro_batch=micro_batch)
     trainer.step(batch)
     at_once = micro_batch or len(batch)
-    tokens = batch.lengths.reshape(-1, 2, at_once // 2).sum(axis=2)  # by part and context
-    predictions = np.bincount(batch.predictions[0]).reshape(tokens.shape + (-1,)).sum(axis=2)
+    tokens = batch.valid_length.reshape(-1, 2, at_once // 2).sum(axis=2)  # by part and context
+    predictions = np.bincount(batch.masked_positions[0]).reshape(tokens.shape + (-1,)).sum(axis=2)
     expected = [given.mean(axis=1).sum() / given.max(axis=1).sum() for given in (tokens, predictions)]
     assert trainer.load_balance.shares() == pytest.approx(tuple(expected))
     assert expected[0] < 1

@@ -127,7 +127,7 @@ def test_inputs_and_outputs_have_names(exports):
         assert set(symbol.list_inputs()) == set(inputs) | set(parameters_of(folder))
         assert symbol.list_outputs() == [f"{each['name']}_output" for each in content["results"]]
         assert all(each["meaning"] and each["dtype"] == "float32" for each in content["inputs"])
-        assert ("positions" in inputs) == (outputs == "all")
+        assert ("masked_positions" in inputs) == (outputs == "all")
 
 
 def parameters_of(folder):
@@ -154,9 +154,9 @@ net = mx.gluon.SymbolBlock.imports(f"{folder}/bert-symbol.json", names, f"{folde
 symbol, parameters, _ = mx.model.load_checkpoint(f"{folder}/bert", 0)
 inputs = {
     "tokens": [[3, 9, 2, 4, 7, 4], [3, 8, 4, 1, 1, 1]],
-    "segments": [[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]],
-    "lengths": [6, 3],
-    "positions": [[2], [0]],
+    "token_types": [[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]],
+    "valid_length": [6, 3],
+    "masked_positions": [[2], [0]],
 }
 arrays = [mx.nd.array(inputs[name]) for name in names]
 module = mx.mod.Module(symbol, names, label_names=None)
@@ -235,7 +235,7 @@ def test_the_encoder_alone_says_what_it_lacks(exports):
     with pytest.raises(InputError, match="exported without masked words: export it with --outputs all"):
         answer.fill_masks(VOCAB)
     with pytest.raises(InputError, match="exported without the next sentence"):
-        _ = answer.is_next
+        _ = answer.next_sentence_probability
 
 
 def test_a_taken_folder_is_left_alone(run, tmp_path):

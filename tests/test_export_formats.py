@@ -110,7 +110,7 @@ def test_an_export_agrees_with_the_network_at_any_batch_and_length(run, exports,
 def test_texts_without_a_mask_get_no_mask_scores_and_the_same_vectors(run, exports, format):
     network = load_exported(exports(format, "all")).network
     masked = random_texts(np.random.default_rng(1), 3, 11, run.vocab)
-    plain = masked._replace(predictions=masked.predictions[:, :0])
+    plain = masked._replace(masked_positions=masked.masked_positions[:, :0])
     assert network(plain).mask_scores is None
     np.testing.assert_allclose(network(plain).encoded, network(masked).encoded, rtol=0, atol=1e-6)
     outputs = [array for array in network(masked) if array is not None]
@@ -126,7 +126,7 @@ def test_an_export_answers_as_the_run_does(run, exports, format):
         for network in (GluonNetwork(run.net), exported.network)
     )
     assert ours.fill_masks(run.vocab, 1)[0][0][0] == theirs.fill_masks(run.vocab, 1)[0][0][0]
-    assert ours.is_next == pytest.approx(theirs.is_next, abs=0.02)
+    assert ours.next_sentence_probability == pytest.approx(theirs.next_sentence_probability, abs=0.02)
     np.testing.assert_allclose(ours.mean, theirs.mean, atol=0.05)
 
 
@@ -197,7 +197,7 @@ def test_a_network_that_differs_is_refused_by_default(run, texts, tmp_path, form
         outputs = right(self, batch)
         # NaN, too, is a difference.
         return outputs._replace(
-            encoded=outputs.encoded * np.where(batch.lengths > 20, np.nan, 1)[:, None, None]
+            encoded=outputs.encoded * np.where(batch.valid_length > 20, np.nan, 1)[:, None, None]
         )
 
     monkeypatch.setattr(network, "__call__", wrong)
@@ -254,7 +254,7 @@ def test_a_text_without_a_mask_does_not_pay_for_the_scores_of_one(exports):
     network = load_exported(exports("onnx", "all")).network
     whole, part = network._sessions[OUTPUTS["all"]], network._sessions[("encoded", "pooled", "next_scores")]
     assert {each.name for each in whole.get_inputs()} - {each.name for each in part.get_inputs()} == {
-        "positions"
+        "masked_positions"
     }
     assert "mask_scores" not in [each.name for each in part.get_outputs()]
 
@@ -378,9 +378,9 @@ def test_a_question_masks_known_words_and_keeps_what_stood_there(run):
     (given,) = text.masks
     places = asked.text.masks
     assert len(places) == 2, "15 % of 12 words, and the one that came masked"
-    assert asked.labels[places == given] == [-1]
+    assert asked.masked_ids[places == given] == [-1]
     (chosen,) = places[places != given]
-    assert asked.labels[places == chosen] == [text.ids[chosen]]
+    assert asked.masked_ids[places == chosen] == [text.ids[chosen]]
     assert asked.text.tokens[chosen] == text.tokens[given]
     assert text.ids[chosen] not in (run.vocab.unk, run.vocab.cls, run.vocab.sep)
     others = np.setdiff1d(np.arange(len(text)), places)
@@ -392,7 +392,7 @@ def test_errors_are_measured_by_length_and_in_units_of_the_vector(run, texts):
 
     def tenth_longer(batch):
         outputs = network(batch)
-        return outputs._replace(encoded=outputs.encoded * (1.1 if batch.lengths.max() > 26 else 1.0))
+        return outputs._replace(encoded=outputs.encoded * (1.1 if batch.valid_length.max() > 26 else 1.0))
 
     groups = compare(network, tenth_longer, texts, reader_of(run), with_masks=True)
     errors = [group["errors"]["encoded"] for group in groups]
@@ -423,7 +423,7 @@ def test_without_masks_neither_network_computes_their_scores(run, texts):
     asked = []
 
     def watched(batch):
-        asked.append(batch.predictions.size)
+        asked.append(batch.masked_positions.size)
         return network(batch)
 
     groups = compare(watched, watched, texts, reader_of(run), with_masks=False)
@@ -443,7 +443,7 @@ def test_padding_is_not_compared(run):
 
     def noise_behind(batch):
         outputs = network(batch)
-        real = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+        real = np.arange(batch.tokens.shape[1]) < batch.valid_length[:, None]
         return outputs._replace(encoded=np.where(real[:, :, None], outputs.encoded, 7))
 
     mixed = [reader_of(run).text("the crane " * n) for n in (1, 3, 5, 7, 9, 11)]

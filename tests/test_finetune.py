@@ -215,7 +215,7 @@ def test_padding_and_the_batch_change_no_score(before):
     together = tuner.predict(Examples(texts, None))
     for text, score in zip(texts, together):
         batch = pad([text], 16)
-        inputs = [mx.nd.array(a) for a in (batch.tokens, batch.segments, batch.lengths)]
+        inputs = [mx.nd.array(a) for a in (batch.tokens, batch.token_types, batch.valid_length)]
         np.testing.assert_allclose(net(*inputs)[1].asnumpy()[0], score, atol=1e-5)
 
 

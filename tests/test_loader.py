@@ -32,13 +32,20 @@ def loader_of(text_file, tmp_path):
 
 
 def rows(batches):
-    """Every row as one hashable value: tokens, labels and is_next."""
+    """Every row as one hashable value: tokens, labels and next_sentence_probability."""
     result = []
     for batch in batches:
         for i in range(len(batch)):
             part = batch.rows(i, i + 1)
-            tokens = tuple(part.tokens[0, : part.lengths[0]])
-            result.append((tokens, tuple(part.predictions[1]), tuple(part.labels), part.is_next[0]))
+            tokens = tuple(part.tokens[0, : part.valid_length[0]])
+            result.append(
+                (
+                    tokens,
+                    tuple(part.masked_positions[1]),
+                    tuple(part.masked_ids),
+                    part.next_sentence_labels[0],
+                )
+            )
     return result
 
 
@@ -112,8 +119,8 @@ def unmasked(batches):
     """Every pair before it was masked, as one hashable value."""
     result = []
     for batch in batches:
-        batch.tokens[tuple(batch.predictions)] = batch.labels
-        result += [tuple(row[:length]) for row, length in zip(batch.tokens, batch.lengths)]
+        batch.tokens[tuple(batch.masked_positions)] = batch.masked_ids
+        result += [tuple(row[:length]) for row, length in zip(batch.tokens, batch.valid_length)]
     return result
 
 
@@ -200,7 +207,7 @@ def test_a_random_second_segment_is_never_the_true_one_in_parts_either(parted, p
     loader = parted(pairs=pairs, random_next_prob=1.0)
     for epoch in range(2):
         for batch in loader.epoch(epoch):
-            assert not batch.is_next.any()
+            assert not batch.next_sentence_labels.any()
     for number in range(3):
         documents, drawn = loader._part(0, number)
         owner = np.searchsorted(
@@ -248,7 +255,7 @@ def test_buckets_pad_to_few_known_lengths(loader_of):
     assert lengths <= {4, 8, 12, 16}
     assert len(lengths) > 1
     for batch in loader.epoch(0):
-        assert batch.lengths.max() <= batch.tokens.shape[1]
+        assert batch.valid_length.max() <= batch.tokens.shape[1]
     plain = loader_of()
     assert {batch.tokens.shape[1] for batch in plain.epoch(0)} == {16}
 

@@ -86,7 +86,10 @@ def test_shard_loss_equals_the_numpy_reference(net, batch, slice_size, monkeypat
     assert loss.nsp.asscalar() == pytest.approx(nsp, rel=1e-5)
     assert loss.total.asscalar() == pytest.approx(total, rel=1e-5)
     _, mlm_scores, nsp_scores = reference.forward(CONFIG, values, batch)
-    right = [reference.hits(mlm_scores, batch.labels), reference.hits(nsp_scores, batch.is_next)]
+    right = [
+        reference.hits(mlm_scores, batch.masked_ids),
+        reference.hits(nsp_scores, batch.next_sentence_labels),
+    ]
     assert loss.correct.asnumpy().tolist() == right
     assert shard_loss(net, shard).correct.asnumpy().tolist() == [0, right[1]]
 
@@ -126,4 +129,4 @@ def test_the_shards_of_a_batch_add_up_to_it(net, batch, num_rows, num_shards):
     assert sum(loss.mlm.asscalar() for _, loss in used) == pytest.approx(mlm, rel=1e-5)
     assert sum(loss.nsp.asscalar() for _, loss in used) == pytest.approx(nsp, rel=1e-5)
     assert sum(shard.num_pairs for shard in shards) == num_rows
-    assert sum(shard.num_masked for shard in shards) == len(batch.labels)
+    assert sum(shard.num_masked for shard in shards) == len(batch.masked_ids)

@@ -44,19 +44,19 @@ def is_word(tokens, unknown):
 def test_labels_are_the_words_that_stood_there_and_the_rest_is_untouched(config):
     tokens, lengths = rows()
     result = masked(config, tokens, lengths)
-    row, position = result.predictions
-    np.testing.assert_array_equal(result.labels, tokens[row, position])
+    row, position = result.masked_positions
+    np.testing.assert_array_equal(result.masked_ids, tokens[row, position])
     untouched = np.ones_like(tokens, dtype=bool)
     untouched[row, position] = False
     np.testing.assert_array_equal(result.tokens[untouched], tokens[untouched])
-    assert is_word(result.labels, config.predict_unknown).all()
+    assert is_word(result.masked_ids, config.predict_unknown).all()
     assert (np.diff(row.astype(int) * tokens.shape[1] + position) > 0).all()
 
 
 @pytest.mark.parametrize("config", [SEED, DataConfig()], ids=["book", "corrected"])
 def test_the_count_per_row_is_as_documented(config):
     tokens, lengths = rows()
-    counts = np.bincount(masked(config, tokens, lengths).predictions[0], minlength=len(tokens))
+    counts = np.bincount(masked(config, tokens, lengths).masked_positions[0], minlength=len(tokens))
     for row, length, count in zip(tokens, lengths, counts):
         words = int(is_word(row, True).sum())
         wanted = round(length * 0.15) if config.mask_count == "round" else words * 15 // 100
@@ -67,10 +67,10 @@ def test_the_count_per_row_is_as_documented(config):
 def test_a_rate_of_1_masks_every_word_and_a_tiny_rate_exactly_one():
     tokens, lengths = rows()
     everything = masked(DataConfig(mlm_probability=1.0), tokens, lengths)
-    assert len(everything.labels) == is_word(tokens, False).sum()
+    assert len(everything.masked_ids) == is_word(tokens, False).sum()
     one_each = masked(DataConfig(mlm_probability=0.001), tokens, lengths)
     has_word = is_word(tokens, False).any(axis=1)
-    np.testing.assert_array_equal(one_each.predictions[0], np.flatnonzero(has_word))
+    np.testing.assert_array_equal(one_each.masked_positions[0], np.flatnonzero(has_word))
 
 
 @pytest.mark.parametrize(
@@ -83,25 +83,25 @@ def test_replacement_rates_of_0_and_1_are_exact(mask_token_rate, random_token_ra
         mlm_probability=1.0, mask_token_rate=mask_token_rate, random_token_rate=random_token_rate
     )
     result = masked(config, *rows())
-    shown = result.tokens[tuple(result.predictions)]
+    shown = result.tokens[tuple(result.masked_positions)]
     if mask_token_rate:
         assert (shown == Vocabulary.mask).all()
     elif random_token_rate:
         assert (shown >= NUM_SPECIAL).all() and (shown < V).all()
-        assert (shown == result.labels).mean() < 0.01
+        assert (shown == result.masked_ids).mean() < 0.01
         assert len(np.unique(shown)) > V / 2
     else:
-        np.testing.assert_array_equal(shown, result.labels)
+        np.testing.assert_array_equal(shown, result.masked_ids)
 
 
 def test_80_10_10():
     tokens, lengths = rows(4000)
     result = masked(dataclasses.replace(DataConfig(), mlm_probability=0.5), tokens, lengths)
-    shown = result.tokens[tuple(result.predictions)]
+    shown = result.tokens[tuple(result.masked_positions)]
     n = len(shown)
     assert n > 20_000
     bound = 4 * np.sqrt(0.1 * 0.9 / n)
-    as_mask, kept = (shown == Vocabulary.mask).mean(), (shown == result.labels).mean()
+    as_mask, kept = (shown == Vocabulary.mask).mean(), (shown == result.masked_ids).mean()
     assert abs(as_mask - 0.8) < 2 * bound
     assert abs(kept - 0.1) < bound + 1 / V
     assert abs(1 - as_mask - kept - 0.1) < bound + 1 / V
@@ -112,15 +112,15 @@ def test_random_tokens_may_be_special_only_in_the_books_preparation():
     everything = {"mlm_probability": 1.0, "mask_token_rate": 0.0, "random_token_rate": 1.0}
     book = masked(dataclasses.replace(SEED, **everything), tokens, lengths)
     corrected = masked(DataConfig(**everything), tokens, lengths)
-    assert (book.tokens[tuple(book.predictions)] < NUM_SPECIAL).any()
-    assert not (corrected.tokens[tuple(corrected.predictions)] < NUM_SPECIAL).any()
+    assert (book.tokens[tuple(book.masked_positions)] < NUM_SPECIAL).any()
+    assert not (corrected.tokens[tuple(corrected.masked_positions)] < NUM_SPECIAL).any()
 
 
 def test_every_word_is_masked_equally_often():
     tokens = np.full((20_000, 20), 7, dtype=np.int32)
     noise = pair_noise(0, 0, np.arange(20_000), 20)
     result = mask(tokens, np.full(20_000, 20), noise, VOCAB, DataConfig())
-    times = np.bincount(result.predictions[1], minlength=20)
+    times = np.bincount(result.masked_positions[1], minlength=20)
     assert abs(times / times.mean() - 1).max() < 0.1
 
 
@@ -231,7 +231,7 @@ def test_whole_words_and_ngrams_are_those_of_a_slow_reference(
     )
     tokens, lengths = rows_of_pieces(seed, num_rows=12)
     noise = np.random.default_rng(seed).random((num_draws(config), *tokens.shape))
-    row, position = mask(tokens, lengths, noise, PIECES, config).predictions
+    row, position = mask(tokens, lengths, noise, PIECES, config).masked_positions
     for i in range(len(tokens)):
         expected = chosen_slowly(tokens[i], lengths[i], noise[:, i], config)
         assert set(position[row == i].tolist()) == expected
@@ -244,16 +244,16 @@ def test_words_are_masked_whole_and_within_the_budget(masking):
     noise = pair_noise(0, 0, np.arange(3000), tokens.shape[1], num_draws(config))
     result = mask(tokens, lengths, noise, PIECES, config)
     plain = mask(tokens, lengths, noise, PIECES, DataConfig())
-    ours, theirs = (np.bincount(r.predictions[0], minlength=3000) for r in (result, plain))
+    ours, theirs = (np.bincount(r.masked_positions[0], minlength=3000) for r in (result, plain))
     # the same number, but for rows whose words do not add up to it, and those with long words only
     assert (ours <= np.maximum(theirs, 3)).mean() > 0.99
     assert (ours == theirs).mean() > 0.9
     masked_places = np.zeros(tokens.shape, dtype=bool)
-    masked_places[tuple(result.predictions)] = True
+    masked_places[tuple(result.masked_positions)] = True
     for row, length, hit in zip(tokens, lengths, masked_places):
         for positions, _ in words_slowly(row, length, False):
             assert len(set(hit[positions].tolist())) == 1
-    assert (np.bincount(result.predictions[0], minlength=3000) > 0).all()
+    assert (np.bincount(result.masked_positions[0], minlength=3000) > 0).all()
 
 
 @pytest.mark.parametrize("config", [SEED, DataConfig()], ids=["book", "corrected"])
@@ -263,7 +263,7 @@ def test_with_a_word_vocabulary_whole_words_are_the_same_as_tokens(config):
         masked(config, tokens, lengths),
         masked(dataclasses.replace(config, masking="words"), tokens, lengths),
     )
-    for name in ("tokens", "predictions", "labels"):
+    for name in ("tokens", "masked_positions", "masked_ids"):
         np.testing.assert_array_equal(getattr(plain, name), getattr(whole, name))
 
 
@@ -283,7 +283,7 @@ def test_ngrams_are_longer_runs_than_words():
     for masking in ("words", "ngrams"):
         config = DataConfig(masking=masking)
         noise = pair_noise(0, 0, np.arange(4000), 64, num_draws(config))
-        row, position = mask(tokens, lengths, noise, PIECES, config).predictions
+        row, position = mask(tokens, lengths, noise, PIECES, config).masked_positions
         runs[masking] = 1 / (1 - ((np.diff(position) == 1) & (np.diff(row) == 0)).mean())
         assert len(row) == 4000 * 9  # 15 % of 64, whatever the spans
     assert runs["words"] < 1.2 and runs["ngrams"] > 1.6

@@ -60,7 +60,7 @@ def test_parts_are_the_batch_again_and_their_weights_those_of_the_whole():
     parts = micro_batches(batch, 3)
     assert [len(part) for part in parts] == [3, 3, 2]
     assert [len(part) for part in micro_batches(batch, 0)] == [8]
-    for name in ("tokens", "segments", "lengths", "labels", "is_next"):
+    for name in ("tokens", "token_types", "valid_length", "masked_ids", "next_sentence_labels"):
         together = np.concatenate([getattr(part, name) for part in parts])
         np.testing.assert_array_equal(together, getattr(batch, name), err_msg=name)
     shards = [s for part in parts for s in split_and_load(part, [mx.cpu(0), mx.cpu(1)], whole=batch)]
@@ -119,9 +119,9 @@ def test_evaluations_in_parts_find_the_same(data, operators):
 def test_parts_draw_their_own_dropout_and_a_seed_repeats_it(data, operators):
     row = random_batch(1)
     twice = Batch(
-        *(np.repeat(getattr(row, name), 2, axis=0) for name in ("tokens", "segments", "lengths")),
-        np.concatenate([row.predictions, row.predictions + [[1], [0]]], axis=1).astype(np.int32),
-        *(np.concatenate([getattr(row, name)] * 2) for name in ("labels", "is_next")),
+        *(np.repeat(getattr(row, name), 2, axis=0) for name in ("tokens", "token_types", "valid_length")),
+        np.concatenate([row.masked_positions, row.masked_positions + [[1], [0]]], axis=1).astype(np.int32),
+        *(np.concatenate([getattr(row, name)] * 2) for name in ("masked_ids", "next_sentence_labels")),
     )
     for recompute in (False, True):
         runs = [trainer_on(1, data, NOISY, micro_batch=1, recompute=recompute) for _ in range(2)]

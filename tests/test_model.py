@@ -49,7 +49,7 @@ def build(config, seed=0, hybrid=True):
 
 
 def inputs(batch):
-    arrays = (batch.tokens, batch.segments, batch.lengths, batch.predictions)
+    arrays = (batch.tokens, batch.token_types, batch.valid_length, batch.masked_positions)
     return [mx.nd.array(array, dtype=np.float32) for array in arrays]
 
 
@@ -59,7 +59,7 @@ def outputs(net, batch):
 
 def without_padding(batch, encoded, *others):
     """The outputs with zeros for the vectors of padding, which mean nothing."""
-    real = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    real = np.arange(batch.tokens.shape[1]) < batch.valid_length[:, None]
     return [encoded * real[..., None], *others]
 
 
@@ -181,17 +181,17 @@ def test_dropout_stands_on_embeddings_attention_weights_and_sub_layers(config):
 @every_variant
 def test_padding_changes_nothing(config):
     net, batch = build(config), reference.random_batch([3, 12, 7, 5], 12, VOCAB)
-    real = np.arange(12) < batch.lengths[:, None]
+    real = np.arange(12) < batch.valid_length[:, None]
     rng = np.random.default_rng(1)
     refilled = dataclasses.replace(
         batch,
         tokens=np.where(real, batch.tokens, rng.integers(0, VOCAB, real.shape)),
-        segments=np.where(real, batch.segments, rng.integers(0, 2, real.shape)),
+        token_types=np.where(real, batch.token_types, rng.integers(0, 2, real.shape)),
     )
     widened = dataclasses.replace(
         batch,
         tokens=np.pad(batch.tokens, ((0, 0), (0, 4)), constant_values=5),
-        segments=np.pad(batch.segments, ((0, 0), (0, 4)), constant_values=1),
+        token_types=np.pad(batch.token_types, ((0, 0), (0, 4)), constant_values=1),
     )
     encoded, mlm, nsp = outputs(net, batch)
     for other in (refilled, widened):
@@ -208,7 +208,7 @@ def test_a_row_does_not_depend_on_the_others(config):
     for row in range(4):
         alone = outputs(net, batch.rows(row, row + 1))
         assert_close(alone[0][0], encoded[row])
-        assert_close(alone[1], mlm[batch.predictions[0] == row])
+        assert_close(alone[1], mlm[batch.masked_positions[0] == row])
         assert_close(alone[2][0], nsp[row])
 
 
@@ -409,7 +409,7 @@ SHAPES = [([3, 12], 12), ([5], 6), ([16, 4, 9], 16)]
 @pytest.mark.filterwarnings("ignore:Cannot decide type:UserWarning")  # of inputs, which have no fixed one
 @every_variant
 def test_the_encoder_exports_as_a_symbol_of_free_batch_and_length(config, tmp_path):
-    net, names = build(config), ["tokens", "segments", "lengths"]
+    net, names = build(config), ["tokens", "token_types", "valid_length"]
     symbol = net.encoder(*map(mx.sym.Variable, names))
     assert set(names) < set(symbol.list_arguments())
     assert len(symbol.list_outputs()) == 1
@@ -425,7 +425,7 @@ def test_the_encoder_exports_as_a_symbol_of_free_batch_and_length(config, tmp_pa
 
 @both_kinds
 def test_the_whole_network_is_a_symbol_of_free_batch_length_and_predictions(config):
-    net, names = build(config), ["tokens", "segments", "lengths", "predictions"]
+    net, names = build(config), ["tokens", "token_types", "valid_length", "masked_positions"]
     symbol = mx.sym.Group(list(net(*map(mx.sym.Variable, names))))
     parameters = {p.name: p.data() for p in net.collect_params().values()}
     for lengths, padded_to in SHAPES:

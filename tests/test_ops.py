@@ -110,7 +110,7 @@ def test_both_sides_agree_on_random_sizes(seed):
 def test_more_predictions_than_a_slice_and_deeper_sums_than_a_block():
     config = dataclasses.replace(BERT, num_layers=1, units=300, ffn_units=520, num_heads=3)
     net, batch = network(config, 700), reference.random_batch([9] * 300, 9, 700)
-    assert len(batch.labels) > 500
+    assert len(batch.masked_ids) > 500
     assert_same(step(net, batch), step(net, batch, by_mxnet=True))
 
 
@@ -303,8 +303,11 @@ def test_without_predictions_the_mlm_loss_is_zero(monkeypatch):
     monkeypatch.setattr(ops, "masked_loss", None)  # which wants one at least
     net, batch = network(SMALL), reference.random_batch([3, 12], 12, 50)
     (shard,) = split_and_load(batch, [mx.cpu()])
-    none = dataclasses.replace(shard, labels=[])
-    assert loss.masked_loss(net, net.encoder(shard.tokens, shard.segments, shard.lengths), none, True)[0] == 0
+    none = dataclasses.replace(shard, masked_ids=[])
+    assert (
+        loss.masked_loss(net, net.encoder(shard.tokens, shard.token_types, shard.valid_length), none, True)[0]
+        == 0
+    )
 
 
 # Which side computes
@@ -312,7 +315,7 @@ def test_without_predictions_the_mlm_loss_is_zero(monkeypatch):
 
 def test_graphs_and_exports_have_mxnets_operators_only(tmp_path):
     net, batch = network(BERT), reference.random_batch([3, 12], 12, 50)
-    arrays = [mx.nd.array(a, dtype=np.float32) for a in (batch.tokens, batch.segments, batch.lengths)]
+    arrays = [mx.nd.array(a, dtype=np.float32) for a in (batch.tokens, batch.token_types, batch.valid_length)]
     encoded = net.encoder(*arrays)
     net.encoder.export(str(tmp_path / "encoder"))
     assert "gluon_bert_" not in (tmp_path / "encoder-symbol.json").read_text("utf-8")

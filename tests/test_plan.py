@@ -73,7 +73,7 @@ def test_no_pair_has_more_predictions_than_planned_and_some_have_as_many(text_fi
         corpus=(str(text_file),), max_seq_length=24, mask_count=count, min_freq=1, num_buckets=1
     )
     data = load_pretraining_data(config.data, 16)
-    counts = [n for batch in data.train.epoch(0) for n in np.bincount(batch.predictions[0])]
+    counts = [n for batch in data.train.epoch(0) for n in np.bincount(batch.masked_positions[0])]
     assert max(counts) == max_masked(config)
 
 
@@ -192,7 +192,7 @@ def test_the_command_tells_its_plan_and_a_resumed_run_may_take_less(command, cap
     err = capsys.readouterr().err
     assert status == 0
     assert "memory expected: 0.3 GB of " in err and "what is computed of 64 pairs at once 0.0 GB" in err
-    assert "a step: 64 pairs, 128 predictions at most, " in err
+    assert "a step: 64 pairs, 128 masked tokens at most, " in err
     assert re.search(r"^memory taken: \d+\.\d GB at the peak, 0\.3 GB expected$", err, re.M)
     room(1e8)
     assert pretrain.main(["--resume", str(folder), "--num-steps", "3"]) == 2

@@ -116,7 +116,7 @@ def everything(folder):
 )
 def test_only_products_and_what_enters_them_is_float16(model):
     net = BERTModel(30, model)
-    inputs = [mx.sym.var(name) for name in ("tokens", "segments", "lengths", "predictions")]
+    inputs = [mx.sym.var(name) for name in ("tokens", "token_types", "valid_length", "masked_positions")]
     plain = mx.sym.Group(net(*inputs))
     net.set_matmul_precision("fp16")
     graph = mx.sym.Group(net(*inputs))

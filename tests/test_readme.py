@@ -138,7 +138,7 @@ def test_what_was_pretrained_is_served_as_told(runs, capfd):
         server.send_signal(signal.SIGINT)
         assert server.wait() == 130
     assert len(masks["predictions"][0]) == 3
-    assert 0 < following["is_next"] < 1
+    assert 0 < following["next_sentence_probability"] < 1
     capfd.readouterr()
     assert encode.main(["runs/d2l-1", vectors["text"], "--json"]) == 0
     expected = json.loads(capfd.readouterr().out)

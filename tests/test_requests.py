@@ -88,9 +88,9 @@ def test_several_things_can_be_asked_at_once(predictor):
     content = asked(
         predictor, text="a <mask>", pair="he left", ask=["vectors", "masks", "next"], token_vectors=True
     )
-    assert {"cls", "predictions", "is_next", "token_vectors"} <= set(content)
+    assert {"cls", "predictions", "next_sentence_probability", "token_vectors"} <= set(content)
     assert np.shape(content["token_vectors"]) == (len(content["tokens"]), 8)
-    assert 0 < content["is_next"] < 1
+    assert 0 < content["next_sentence_probability"] < 1
     assert len(content["predictions"][0]) == 5
 
 

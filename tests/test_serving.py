@@ -337,7 +337,9 @@ class TestServer:
         expected_words, expected_probabilities = zip(*expected.fill_masks(predictor.reader.vocab, 14)[0])
         assert sorted(words) == sorted(expected_words)
         np.testing.assert_allclose(probabilities, expected_probabilities, atol=1e-5)
-        assert found["is_next"] == pytest.approx(expected.is_next, abs=1e-5)
+        assert found["next_sentence_probability"] == pytest.approx(
+            expected.next_sentence_probability, abs=1e-5
+        )
 
     @pytest.mark.parametrize(
         ("body", "headers", "status", "why"),

@@ -89,7 +89,7 @@ def test_new_words_change_nothing_until_they_are_trained(before, name, tmp_path,
     else:
         assert len(before_words[0]) > 1
         assert before_words[1] == ["lifting"]
-    ids, row = old.vocab.ids(before_words[0]), new.vocab.ids([word])[0]
+    ids, row = old.vocab.to_indices(before_words[0]), new.vocab.to_indices([word])[0]
     for parameter in ("encoder.embeddings.tokens.weight", "mlm.decoder.bias"):
         was, now = weights_of(old.net)[parameter], weights_of(new.net)[parameter]
         np.testing.assert_allclose(now[row], was[ids].mean(axis=0), atol=1e-6)

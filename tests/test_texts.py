@@ -17,22 +17,22 @@ def reader(max_seq_length=16, lowercase=True):
 def test_a_single_text():
     text = reader().text("A crane is <mask>.")
     assert text.tokens == ["<cls>", "a", "crane", "is", "<mask>", ".", "<sep>"]
-    assert VOCAB.words(text.ids) == ["<cls>", "a", "crane", "is", "<mask>", "<unk>", "<sep>"]
-    assert text.segments.tolist() == [0] * 7
+    assert VOCAB.to_tokens(text.ids) == ["<cls>", "a", "crane", "is", "<mask>", "<unk>", "<sep>"]
+    assert text.token_types.tolist() == [0] * 7
     assert (text.unknown, text.masks.tolist(), text.is_pair, text.truncated) == (["."], [4], False, 0)
 
 
 def test_a_pair():
     text = reader().text("a crane", "he left")
     assert text.tokens == ["<cls>", "a", "crane", "<sep>", "he", "left", "<sep>"]
-    assert text.segments.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert text.token_types.tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert text.is_pair
 
 
 def test_tokens_and_ids_say_the_same_as_text():
     by_text = reader().text("a crane", "he left")
     by_tokens = reader().tokens(["a", "crane"], ["he", "left"])
-    by_ids = reader().ids(VOCAB.ids(["a", "crane"]).tolist(), VOCAB.ids(["he", "left"]))
+    by_ids = reader().ids(VOCAB.to_indices(["a", "crane"]).tolist(), VOCAB.to_indices(["he", "left"]))
     for other in (by_tokens, by_ids):
         assert other.tokens == by_text.tokens
         np.testing.assert_array_equal(other.ids, by_text.ids)
@@ -103,14 +103,14 @@ def test_padding():
         reader(20).text("a"),
     ]
     batch = pad(texts, 20)
-    assert batch.tokens.shape == batch.segments.shape == (3, 8)
-    assert batch.lengths.tolist() == [6, 6, 3]
-    assert batch.predictions.tolist() == [[0, 0, 1], [2, 4, 4]]
+    assert batch.tokens.shape == batch.token_types.shape == (3, 8)
+    assert batch.valid_length.tolist() == [6, 6, 3]
+    assert batch.masked_positions.tolist() == [[0, 0, 1], [2, 4, 4]]
     for row, text in enumerate(texts):
         assert batch.tokens[row, : len(text)].tolist() == text.ids.tolist()
-        assert batch.segments[row, : len(text)].tolist() == text.segments.tolist()
+        assert batch.token_types[row, : len(text)].tolist() == text.token_types.tolist()
         assert (batch.tokens[row, len(text) :] == VOCAB.pad).all()
-        assert not batch.segments[row, len(text) :].any()
+        assert not batch.token_types[row, len(text) :].any()
 
 
 @pytest.mark.parametrize("length, width", [(3, 8), (8, 8), (9, 16), (17, 18)])

@@ -119,7 +119,7 @@ def test_the_gradient_is_that_of_the_mean_losses(data, batch):
     gradient = gradients_of(trainer, batch)["mlm.decoder.bias"]
     # The derivative of a mean cross-entropy by the bias: mean softmax minus the labels' shares.
     _, scores, _ = reference.forward(MODEL, reference.values(trainer.net), batch)
-    shares = np.bincount(batch.labels, minlength=len(data.vocab)) / len(batch.labels)
+    shares = np.bincount(batch.masked_ids, minlength=len(data.vocab)) / len(batch.masked_ids)
     expected = np.exp(reference.log_softmax(scores)).mean(axis=0) - shares
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-6)
 
@@ -271,9 +271,9 @@ def test_evaluation_is_the_mean_over_everything_without_dropout(data, num_contex
     sums = np.zeros(4)
     for batch in batches:
         _, mlm_scores, nsp_scores = reference.forward(NOISY, values, batch)
-        both = ((mlm_scores, batch.labels), (nsp_scores, batch.is_next))
+        both = ((mlm_scores, batch.masked_ids), (nsp_scores, batch.next_sentence_labels))
         sums += [f(*each) for f in (reference.cross_entropy, reference.hits) for each in both]
-    counts = [sum(len(b.labels) for b in batches), sum(len(b) for b in batches)] * 2
+    counts = [sum(len(b.masked_ids) for b in batches), sum(len(b) for b in batches)] * 2
     averages = trainer.evaluate(iter(batches))
     np.testing.assert_allclose(averages, sums / counts, rtol=1e-5)
     assert trainer.evaluate(batches) == averages
@@ -363,7 +363,7 @@ class Remembering(Trainer):
             if shard.num_pairs:
                 sums += [loss.mlm.asscalar(), loss.nsp.asscalar(), *loss.correct.asnumpy()]
         self.sums.append(sums)
-        self.counts.append(np.array([len(batch.labels), len(batch)] * 2))
+        self.counts.append(np.array([len(batch.masked_ids), len(batch)] * 2))
         return shards, losses
 
 
@@ -403,8 +403,11 @@ def test_a_meter_counts_mlm_hits_only_where_it_is_asked_to(data, batch):
         meter.add(shards, losses, count_hits)
         _, mlm_scores, nsp_scores = reference.forward(MODEL, reference.values(trainer.net), each)
         mlm, nsp, _ = reference.losses(MODEL, reference.values(trainer.net), each)
-        right = [reference.hits(mlm_scores, each.labels), reference.hits(nsp_scores, each.is_next)]
-        counts = np.array([len(each.labels), len(each)])
+        right = [
+            reference.hits(mlm_scores, each.masked_ids),
+            reference.hits(nsp_scores, each.next_sentence_labels),
+        ]
+        counts = np.array([len(each.masked_ids), len(each)])
         asked = np.array([count_hits, True])
         added.append([[mlm, nsp, *(right * asked)], [*counts, *(counts * asked)]])
     sums, counts = np.sum(added, axis=0)

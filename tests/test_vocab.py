@@ -15,9 +15,14 @@ def test_words_are_ordered_by_frequency_then_alphabet():
 
 def test_ids_and_words_are_inverse():
     vocab = Vocabulary(["crane", "is", "flying"])
-    assert vocab.words(vocab.ids(["is", "flying", "<mask>", "crane"])) == ["is", "flying", "<mask>", "crane"]
-    assert vocab.words(vocab.ids(["never", "seen"])) == ["<unk>", "<unk>"]
-    assert vocab.ids([]).shape == (0,)
+    assert vocab.to_tokens(vocab.to_indices(["is", "flying", "<mask>", "crane"])) == [
+        "is",
+        "flying",
+        "<mask>",
+        "crane",
+    ]
+    assert vocab.to_tokens(vocab.to_indices(["never", "seen"])) == ["<unk>", "<unk>"]
+    assert vocab.to_indices([]).shape == (0,)
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):
@@ -35,7 +40,7 @@ def test_gluonnlp_reads_the_file_with_the_same_ids(tmp_path):
     vocab.save(tmp_path / "vocab.json")
     theirs = gluonnlp.Vocab.from_json((tmp_path / "vocab.json").read_text("utf-8"))
     assert theirs.idx_to_token == vocab.tokens
-    assert theirs[["flying", "never"]] == vocab.ids(["flying", "never"]).tolist()
+    assert theirs[["flying", "never"]] == vocab.to_indices(["flying", "never"]).tolist()
     assert (theirs.mask_token, theirs.padding_token) == ("<mask>", "<pad>")
 
 

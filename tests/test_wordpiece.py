@@ -52,7 +52,7 @@ def vocabulary(tokens=PUBLISHED):
 def pieces_of(vocab, text, lowercase):
     """The tokens that a text becomes, with [UNK] for words that have none."""
     tokens = [piece for word in vocab.split(text, lowercase) for piece in vocab.pieces(word)]
-    return vocab.words(vocab.ids(tokens))
+    return vocab.to_tokens(vocab.to_indices(tokens))
 
 
 def published_pieces(tokens, text, lowercase):
@@ -180,7 +180,7 @@ def test_a_vocabulary_is_made_of_frequent_pieces():
     assert vocab.pieces("cranes") == ["cranes"]
     assert vocab.pieces("canes")[0] == "c" and vocab.pieces("canes")[-1] == "##s"
     assert vocab.pieces("crane!") == ["crane!"]  # an unknown character makes the whole word unknown
-    assert vocab.ids(["crane!"]).tolist() == [vocab.unk]
+    assert vocab.to_indices(["crane!"]).tolist() == [vocab.unk]
 
 
 def test_size_is_a_bound_and_too_small_a_one_is_refused():
@@ -235,7 +235,7 @@ def test_the_vocabulary_is_made_of_the_training_text_only():
 
     documents = [(["cranes crane", "crane"], False), (["zebra zebra", "cranes"], True)]
     prepared = numbered(documents, build)
-    assert prepared.vocab.words(prepared.validation.tokens) == ["[UNK]", "[UNK]", "cranes"]
+    assert prepared.vocab.to_tokens(prepared.validation.tokens) == ["[UNK]", "[UNK]", "cranes"]
 
 
 def test_documents_hold_the_pieces_sentence_by_sentence():
@@ -243,7 +243,7 @@ def test_documents_hold_the_pieces_sentence_by_sentence():
     text = ["the cranes flying .", "unflyable zebra", "", "[UNK] [MASK] a [unused3]"]
     train = numbered([(text, False), (["a"], True), (["cranes", "fly"], False)], lambda _: vocab).train
     spelt = [
-        " ".join(vocab.words(train.tokens[start:stop]))
+        " ".join(vocab.to_tokens(train.tokens[start:stop]))
         for start, stop in zip(train.sentences, train.sentences[1:])
     ]
     assert spelt == [
@@ -281,11 +281,11 @@ def test_batches_of_a_published_vocabulary_have_its_ids(text_file, vocab_file, t
     for batch in Loader(prepared.train, vocab, config, 64, seed=0).epoch(0):
         assert (batch.tokens[:, 0] == 101).all()
         row = np.arange(len(batch))
-        assert (batch.tokens[row, batch.lengths - 1] == 102).all()
-        padding = np.arange(16) >= batch.lengths[:, None]
+        assert (batch.tokens[row, batch.valid_length - 1] == 102).all()
+        padding = np.arange(16) >= batch.valid_length[:, None]
         assert (batch.tokens[padding] == 0).all() and not (batch.tokens[~padding] == 0).any()
-        assert not vocab.special[batch.labels].any()
-        shown.append(batch.tokens[tuple(batch.predictions)])
+        assert not vocab.special[batch.masked_ids].any()
+        shown.append(batch.tokens[tuple(batch.masked_positions)])
     shown = np.concatenate(shown)
     assert (shown == 103).mean() > 0.7
     random_or_kept = shown[shown != 103]
@@ -304,7 +304,7 @@ def test_the_cache_tells_vocabularies_apart(text_file, vocab_file, tmp_path):
     vocab_file.write_text(vocab_file.read_text("utf-8") + "river\n", "utf-8")
     other = prepare(config_of(text_file, vocab_file=str(vocab_file)), cache)
     assert len(list(cache.iterdir())) == 5
-    assert "river" in other.vocab and other.vocab.ids(["river"])[0] in other.train.tokens
+    assert "river" in other.vocab and other.vocab.to_indices(["river"])[0] in other.train.tokens
 
 
 def test_any_number_of_processes_gives_the_same(tmp_path):
@@ -333,7 +333,14 @@ def test_unk_of_wikitext_is_an_unknown_word(tmp_path):
         min_freq=1,
     )
     prepared = prepare(config, tmp_path / "cache")
-    assert prepared.vocab.words(prepared.train.tokens[:6]) == ["the", "[UNK]", "crane", "crane", "##s", "fly"]
+    assert prepared.vocab.to_tokens(prepared.train.tokens[:6]) == [
+        "the",
+        "[UNK]",
+        "crane",
+        "crane",
+        "##s",
+        "fly",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -394,7 +401,7 @@ def test_a_text_is_read_in_pieces_with_the_words_they_belong_to():
     assert text.masks.tolist() == [5, 7]
     assert text.unknown == ["zebra"]
     assert text.ids[[0, 5, 8, 10]].tolist() == [101, 103, 100, 102]
-    assert text.segments.tolist() == [0] * 11 + [1] * 4
+    assert text.token_types.tolist() == [0] * 11 + [1] * 4
 
 
 def test_a_piece_that_comes_first_begins_a_word():
@@ -417,7 +424,7 @@ def test_tokens_and_ids_say_the_same_as_text():
 def test_texts_are_padded_with_the_vocabularys_own_token():
     batch = pad([reader().text("the cranes"), reader().text("the <mask> cranes fly , a bird sees")], 20)
     assert batch.tokens[0].tolist() == [101, 105, 106, 107, 102] + [0] * 11
-    assert batch.predictions.tolist() == [[1], [2]]
+    assert batch.masked_positions.tolist() == [[1], [2]]
 
 
 @pytest.mark.parametrize("made", [True, False], ids=["made", "published"])

@@ -48,7 +48,7 @@ def test_the_gradients_of_all_workers_add_up_to_that_of_one(data, batch, num_row
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 11])
 def test_the_shares_of_a_batch_are_the_batch(batch, count):  # noqa: F811
     shares = [batch.share(rank, count) for rank in range(count)]
-    for name in ("tokens", "labels", "is_next", "lengths"):
+    for name in ("tokens", "masked_ids", "next_sentence_labels", "valid_length"):
         together = np.concatenate([getattr(share, name) for share in shares])
         np.testing.assert_array_equal(together, getattr(batch, name), err_msg=name)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

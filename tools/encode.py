@@ -227,7 +227,9 @@ def in_words(line: Any, answer: Any, ask: str, vocab: Any, arguments: argparse.N
     elif ask == "task":
         told += verdict_in_words(answer.task_prediction)
     elif ask == "next":
-        told.append(f"  {answer.is_next:.4f}  is the probability that the second follows the first")
+        told.append(
+            f"  {answer.next_sentence_probability:.4f}  is the probability that the second follows the first"
+        )
     else:
         named = {"cls": answer.cls, "mean": answer.mean}
         if answer.pooled is not None:

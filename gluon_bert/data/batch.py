@@ -1,4 +1,4 @@
-"""A batch with named arrays, and its shards on devices. The one file of this package that knows MXNet."""
+"""A batch of masked pairs as named NumPy arrays. Knows no devices."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from .vocab import Vocabulary
 class Batch:
     """Masked pairs, padded to one length.
 
-    tokens: (B, T) int32. segments: (B, T) int32, 0 up to the first <sep>, then 1, and 0 on padding.
-    lengths: (B,) int32, real tokens a row. predictions: (2, M) int32, row and position of the masked
-    tokens, rows rising. labels: (M,) int32. is_next: (B,) int32, 1 where the second segment follows.
+    tokens: (B, T) int32. token_types: (B, T) int32, 0 up to the first <sep>, then 1, and 0 on padding.
+    valid_length: (B,) int32, tokens of a row without padding. masked_positions: (2, M) int32, row and
+    position of the masked tokens, rows rising. masked_ids: (M,) int32, the ids that were masked.
+    next_sentence_labels: (B,) int32, 1 where the second segment follows the first.
     """
 
     tokens: np.ndarray
-    segments: np.ndarray
-    lengths: np.ndarray
-    predictions: np.ndarray
-    labels: np.ndarray
-    is_next: np.ndarray
+    token_types: np.ndarray
+    valid_length: np.ndarray
+    masked_positions: np.ndarray
+    masked_ids: np.ndarray
+    next_sentence_labels: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.is_next)
+        return len(self.next_sentence_labels)
 
     def rows(self, start: int, stop: int) -> Batch:
         """The batch of the rows from `start` up to `stop`."""
-        first, last = np.searchsorted(self.predictions[0], [start, stop])
+        first, last = np.searchsorted(self.masked_positions[0], [start, stop])
         return Batch(
             self.tokens[start:stop],
-            self.segments[start:stop],
-            self.lengths[start:stop],
-            self.predictions[:, first:last] - np.array([[start], [0]], dtype=np.int32),
-            self.labels[first:last],
-            self.is_next[start:stop],
+            self.token_types[start:stop],
+            self.valid_length[start:stop],
+            self.masked_positions[:, first:last] - np.array([[start], [0]], dtype=np.int32),
+            self.masked_ids[first:last],
+            self.next_sentence_labels[start:stop],
         )
 
     def share(self, number: int, count: int) -> Batch:
@@ -69,14 +70,14 @@ def make_batch(
     tokens[word] = documents.tokens[source[word]]
     tokens[:, 0] = vocab.cls
     tokens[(position == first_end) | (position == last)] = vocab.sep
-    segments = ((position > first_end) & (position <= last)).astype(np.int32)
+    token_types = ((position > first_end) & (position <= last)).astype(np.int32)
     masked = mask(tokens, lengths, noise, vocab, config)
     return Batch(
         masked.tokens,
-        segments,
+        token_types,
         lengths.astype(np.int32),
-        masked.predictions,
-        masked.labels,
+        masked.masked_positions,
+        masked.masked_ids,
         pairs.is_next.astype(np.int32),
     )
 

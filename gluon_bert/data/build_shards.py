@@ -77,7 +77,7 @@ class WordIds:
         ids, sizes = [np.zeros(0, np.int32)], [0]
         for start in range(0, len(words), _LOOKED_UP):
             pieces = [vocab.pieces(word) for word in words[start : start + _LOOKED_UP]]
-            ids.append(vocab.ids([piece for word in pieces for piece in word]))
+            ids.append(vocab.to_indices([piece for word in pieces for piece in word]))
             sizes += [len(word) for word in pieces]
         self.ids = np.concatenate(ids)
         self.ids[vocab.special[self.ids]] = vocab.unk

@@ -24,19 +24,19 @@ class Masked:
     """Masked rows and what was masked.
 
     tokens: (B, T) int32, what the model sees.
-    predictions: (2, M) int32, row and position of every token to predict, in reading order.
-    labels: (M,) int32, the tokens that stood there.
+    masked_positions: (2, M) int32, row and position of every token to predict, in reading order.
+    masked_ids: (M,) int32, the ids that stood there.
     """
 
     tokens: np.ndarray
-    predictions: np.ndarray
-    labels: np.ndarray
+    masked_positions: np.ndarray
+    masked_ids: np.ndarray
 
 
 def mask(
-    tokens: np.ndarray, lengths: np.ndarray, noise: np.ndarray, vocab: Vocabulary, config: DataConfig
+    tokens: np.ndarray, valid_length: np.ndarray, noise: np.ndarray, vocab: Vocabulary, config: DataConfig
 ) -> Masked:
-    """Mask rows of tokens: (B, T) int32 and lengths (B,) -> Masked. All randomness is in `noise`.
+    """Mask rows of tokens: (B, T) int32 and valid_length (B,) -> Masked. All randomness is in `noise`.
 
     noise: (`num_draws`, B, T) uniform on [0, 1). Of a row's tokens that are no special ones, `mlm_probability` are
     chosen, one at least; of these `mask_token_rate` are shown as <mask>, `random_token_rate` as a random
@@ -44,12 +44,12 @@ def mask(
     10 and 10 %). Words and n-grams are chosen whole as far as they fit in that number; where not even the
     row's shortest word does, one such word is chosen all the same.
     """
-    real = np.arange(tokens.shape[1]) < lengths[:, None]
+    real = np.arange(tokens.shape[1]) < valid_length[:, None]
     # Padding and special tokens are never words; <unk> is one, but not always worth predicting.
     word = real & (~vocab.special[tokens] | (tokens == vocab.unk))
     candidate = word if config.predict_unknown else word & (tokens != vocab.unk)
     if config.mask_count == "round":
-        wanted = np.rint(config.mlm_probability * lengths)
+        wanted = np.rint(config.mlm_probability * valid_length)
     else:
         # Without the small term 0.15 * 20 and the like may fall just below a whole number.
         wanted = np.floor(config.mlm_probability * word.sum(axis=1) + 1e-9)
@@ -60,11 +60,11 @@ def mask(
         continues = vocab.is_continuation[tokens]
         chosen = _whole_words(word, candidate, continues, wanted, noise, config)
     rows, positions = np.nonzero(chosen)
-    labels = tokens[rows, positions]
-    shown = _replacements(labels, noise[1, rows, positions], noise[2, rows, positions], vocab, config)
+    masked_ids = tokens[rows, positions]
+    shown = _replacements(masked_ids, noise[1, rows, positions], noise[2, rows, positions], vocab, config)
     masked = tokens.copy()
     masked[rows, positions] = shown
-    return Masked(masked, np.stack([rows, positions]).astype(np.int32), labels)
+    return Masked(masked, np.stack([rows, positions]).astype(np.int32), masked_ids)
 
 
 def _smallest(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -169,13 +169,15 @@ def _taken(
 
 
 def _replacements(
-    labels: np.ndarray, action: np.ndarray, which: np.ndarray, vocab: Vocabulary, config: DataConfig
+    masked_ids: np.ndarray, action: np.ndarray, which: np.ndarray, vocab: Vocabulary, config: DataConfig
 ) -> np.ndarray:
     choice = np.arange(len(vocab)) if config.random_token == "any" else vocab.ordinary_ids
     random_tokens = choice[(which * len(choice)).astype(np.int64)]
     as_mask = action < config.mask_token_rate
     as_random = ~as_mask & (action < config.mask_token_rate + config.random_token_rate)
-    return np.where(as_mask, vocab.mask, np.where(as_random, random_tokens, labels)).astype(labels.dtype)
+    return np.where(as_mask, vocab.mask, np.where(as_random, random_tokens, masked_ids)).astype(
+        masked_ids.dtype
+    )
 
 
 def pair_noise(seed: int, epoch: int, pairs: np.ndarray, length: int, draws: int = 3) -> np.ndarray:

@@ -18,14 +18,14 @@ _LENGTH_STEP = 8
 class EncodedText:
     """A text, or a pair of them, as the network reads it: `<cls> a <sep>` or `<cls> a <sep> b <sep>`.
 
-    ids, segments: (T,) int32. tokens: the T tokens as they were given, also those that are <unk> to the
+    ids, token_types: (T,) int32. tokens: the T tokens as they were given, also those that are <unk> to the
     network; of WordPiece, the pieces, and the whole word where it is [UNK]. unknown: which of them are, each
     once. vocab: whose ids they are. truncated: how many tokens were cut off.
     """
 
     tokens: list[str]
     ids: np.ndarray
-    segments: np.ndarray
+    token_types: np.ndarray
     unknown: list[str]
     vocab: Vocabulary
     truncated: int = 0
@@ -36,7 +36,7 @@ class EncodedText:
     @property
     def is_pair(self) -> bool:
         """Whether there is a second segment."""
-        return bool(self.segments[-1])
+        return bool(self.token_types[-1])
 
     @property
     def masks(self) -> np.ndarray:
@@ -97,14 +97,14 @@ class Tokenizer:
                     f"id {number} is {self.vocab.tokens[number]}, which no text holds: it is put in where it "
                     "belongs"
                 )
-        return self._text([self.vocab.words(segment) for segment in segments], truncate)
+        return self._text([self.vocab.to_tokens(segment) for segment in segments], truncate)
 
     def _pieces(self, text: str) -> list[str]:
         words = self.vocab.split(text, self.lowercase)
         return [piece for word in words for piece in self.vocab.pieces(word)]
 
     def _ids(self, tokens: Sequence[str]) -> np.ndarray:
-        ids = self.vocab.ids(tokens)
+        ids = self.vocab.to_indices(tokens)
         # A special token that stands in a text is an unknown word, as in training; <mask> is a question.
         ids[self.vocab.special[ids] & (ids != self.vocab.mask)] = self.vocab.unk
         return ids
@@ -122,7 +122,7 @@ class Tokenizer:
                     "shorten the text"
                 )
             segments = _cut(segments, self.max_seq_length - special)
-        cls, sep, unk = self.vocab.words([self.vocab.cls, self.vocab.sep, self.vocab.unk])
+        cls, sep, unk = self.vocab.to_tokens([self.vocab.cls, self.vocab.sep, self.vocab.unk])
         tokens, ids, numbers = [cls], [np.array([self.vocab.cls], np.int32)], [0]
         for number, segment in enumerate(segments):
             tokens += [*segment, sep]
@@ -152,29 +152,29 @@ def kept_lengths(a: np.ndarray, b: np.ndarray, room: int) -> tuple[np.ndarray, n
 class PaddedBatch(NamedTuple):
     """Texts side by side: what a network computes at once, all (B, T) or (B,) int32.
 
-    tokens, segments: padded. lengths: real tokens a row. predictions: (2, M), row and position of each
-    <mask>, rows rising.
+    tokens, token_types: padded. valid_length: tokens of a row without padding. masked_positions: (2, M), row
+    and position of each <mask>, rows rising.
     """
 
     tokens: np.ndarray
-    segments: np.ndarray
-    lengths: np.ndarray
-    predictions: np.ndarray
+    token_types: np.ndarray
+    valid_length: np.ndarray
+    masked_positions: np.ndarray
 
 
 def pad(texts: Sequence[EncodedText], max_seq_length: int) -> PaddedBatch:
     """Texts to arrays, padded to the next of few lengths and not above max_seq_length."""
-    lengths = np.array([len(text) for text in texts], dtype=np.int32)
-    longest = int(lengths.max())
+    valid_length = np.array([len(text) for text in texts], dtype=np.int32)
+    longest = int(valid_length.max())
     length = max(longest, min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, max_seq_length))
     vocab = texts[0].vocab
     tokens = np.full((len(texts), length), vocab.pad, dtype=np.int32)
-    segments = np.zeros((len(texts), length), dtype=np.int32)
+    token_types = np.zeros((len(texts), length), dtype=np.int32)
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = text.ids
-        segments[row, : len(text)] = text.segments
-    predictions = np.stack(np.nonzero(tokens == vocab.mask)).astype(np.int32)
-    return PaddedBatch(tokens, segments, lengths, predictions)
+        token_types[row, : len(text)] = text.token_types
+    masked_positions = np.stack(np.nonzero(tokens == vocab.mask)).astype(np.int32)
+    return PaddedBatch(tokens, token_types, valid_length, masked_positions)
 
 
 def chunks(texts: Iterable[EncodedText], max_tokens: int, max_masks: int) -> Iterator[list[EncodedText]]:

@@ -43,7 +43,7 @@ class Vocabulary:
     word of the token before, of which there are none here.
 
     >>> vocab = Vocabulary(["crane", "is"])
-    >>> vocab.ids(["the", "crane", "is"]).tolist(), vocab.words([3, 5])
+    >>> vocab.to_indices(["the", "crane", "is"]).tolist(), vocab.to_tokens([3, 5])
     ([0, 5, 6], ['<cls>', 'crane'])
     """
 
@@ -93,11 +93,11 @@ class Vocabulary:
     def __contains__(self, token: str) -> bool:
         return token in self._ids
 
-    def ids(self, words: Sequence[str]) -> np.ndarray:
+    def to_indices(self, words: Sequence[str]) -> np.ndarray:
         """The words' ids, int32; a word outside the vocabulary is <unk>. The inverse of `words`."""
         return np.array([self._ids.get(word, self.unk) for word in words], dtype=np.int32)
 
-    def words(self, ids: Iterable[int]) -> list[str]:
+    def to_tokens(self, ids: Iterable[int]) -> list[str]:
         """The tokens of these ids, the inverse of `ids`."""
         return [self.tokens[i] for i in ids]
 

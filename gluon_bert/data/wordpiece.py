@@ -43,7 +43,7 @@ class WordPieceVocabulary(Vocabulary):
     >>> vocab = WordPieceVocabulary([*SPECIAL_TOKENS, "crane", "##s", "fly"])
     >>> vocab.split("Cranes fly!", lowercase=True), vocab.pieces("cranes"), vocab.pieces("!")
     (['cranes', 'fly', '!'], ['crane', '##s'], ['!'])
-    >>> vocab.ids(["crane", "##s", "!"]).tolist(), vocab.continues.tolist()[5:]
+    >>> vocab.to_indices(["crane", "##s", "!"]).tolist(), vocab.is_continuation.tolist()[5:]
     ([5, 6, 1], [False, True, False])
     """
 

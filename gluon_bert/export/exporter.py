@@ -170,7 +170,7 @@ class ErrorLimit(NamedTuple):
 def _calibrating(run: Run, texts: Sequence[EncodedText], outputs: str) -> list[PaddedBatch]:
     with_masks = "mask_scores" in OUTPUTS[outputs]
     asked = batches(texts, run.reader, np.random.default_rng(1), with_masks)
-    return [each.texts for each in asked if each.texts.predictions.size or not with_masks]
+    return [each.texts for each in asked if each.texts.masked_positions.size or not with_masks]
 
 
 @contextmanager

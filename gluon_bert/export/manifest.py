@@ -31,14 +31,17 @@ OUTPUTS = {
 # Axis letters as in the model: B batch, T positions, C units, V vocabulary; K masks a row.
 _INPUTS = {
     "tokens": ("B T", "ids, as whole numbers, of <cls> a <sep>, or of <cls> a <sep> b <sep>, then <pad>"),
-    "segments": ("B T", "0 up to the first <sep> and on padding, 1 from there to the second <sep>"),
-    "lengths": ("B", "tokens of each row, padding not counted"),
-    "positions": ("B K", "where each row has its <mask> tokens; 0, to be ignored, where it has fewer than K"),
+    "token_types": ("B T", "0 up to the first <sep> and on padding, 1 from there to the second <sep>"),
+    "valid_length": ("B", "tokens of each row, padding not counted"),
+    "masked_positions": (
+        "B K",
+        "where each row has its <mask> tokens; 0, to be ignored, where it has fewer than K",
+    ),
 }
 _OUTPUTS = {
     "encoded": ("B T C", "a vector for each token; those of padding mean nothing"),
     "pooled": ("B C", "the vector of <cls> through the pooler"),
-    "mask_scores": ("B K V", "for each position a score for each token of the vocabulary; softmax makes "
+    "mask_scores": ("B K V", "for each masked position a score for each token of the vocabulary; softmax makes "
                              "probabilities of them"),
     "next_scores": ("B 2", "scores for: the second text does not follow the first, it does"),
     "task_scores": ("B K", "what the task says: a score for each of its labels, softmax makes probabilities "
@@ -144,7 +147,7 @@ class Manifest:
 
 def input_names(outputs: str) -> list[str]:
     """The inputs that a graph with these outputs takes."""
-    return [name for name in _INPUTS if name != "positions" or "mask_scores" in OUTPUTS[outputs]]
+    return [name for name in _INPUTS if name != "masked_positions" or "mask_scores" in OUTPUTS[outputs]]
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -35,11 +35,11 @@ def trace(net: Any, outputs: str, max_seq_length: int) -> Graph:
     """
     with mx.name.NameManager():  # so that equal networks have equal names, whatever was traced before
         net = _shortened(net, max_seq_length)
-        tokens, segments, lengths = (mx.sym.var(name) for name in input_names("encoder"))
-        results = {"encoded": net.encoder(tokens, segments, lengths)}
+        tokens, token_types, valid_length = (mx.sym.var(name) for name in input_names("encoder"))
+        results = {"encoded": net.encoder(tokens, token_types, valid_length)}
         if outputs == "all":
             results["pooled"] = net.pooler(results["encoded"])
-            results["mask_scores"] = net.mlm(results["encoded"], _places(mx.sym.var("positions")))
+            results["mask_scores"] = net.mlm(results["encoded"], _places(mx.sym.var("masked_positions")))
             results["next_scores"] = net.nsp(results["pooled"])
         elif outputs == "task":
             results["pooled"] = net.pooler(results["encoded"])
@@ -92,18 +92,20 @@ def load_graph(folder: Path) -> Graph:
 
 def model_inputs(texts: PaddedBatch, outputs: Sequence[str]) -> dict[str, np.ndarray]:
     """The inputs of a graph with these outputs, float32, by name."""
-    arrays = {"tokens": texts.tokens, "segments": texts.segments, "lengths": texts.lengths}
+    arrays = {"tokens": texts.tokens, "token_types": texts.token_types, "valid_length": texts.valid_length}
     if "mask_scores" in outputs:
-        rows, positions = texts.predictions
-        arrays["positions"] = np.zeros((len(texts.lengths), np.bincount(rows).max()), dtype=np.int32)
-        arrays["positions"][rows, _place_in_row(rows)] = positions
+        rows, positions = texts.masked_positions
+        arrays["masked_positions"] = np.zeros(
+            (len(texts.valid_length), np.bincount(rows).max()), dtype=np.int32
+        )
+        arrays["masked_positions"][rows, _place_in_row(rows)] = positions
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
 def outputs_of(results: Mapping[str, np.ndarray], texts: PaddedBatch) -> Outputs:
     """What a graph gave, with the scores of the masks that exist: (B, K, V) -> (M, V)."""
     if "mask_scores" in results:
-        rows = texts.predictions[0]
+        rows = texts.masked_positions[0]
         results = {**results, "mask_scores": results["mask_scores"][rows, _place_in_row(rows)]}
     return Outputs(**results)
 
@@ -115,7 +117,7 @@ def _place_in_row(rows: np.ndarray) -> np.ndarray:
 
 def outputs_needed(manifest: Manifest, texts: PaddedBatch) -> tuple[str, ...]:
     """The outputs to compute: without a mask not the masks' scores, which cost more than a small encoder."""
-    return tuple(n for n in manifest.output_names if n != "mask_scores" or texts.predictions.size)
+    return tuple(n for n in manifest.output_names if n != "mask_scores" or texts.masked_positions.size)
 
 
 def part_of(symbol: Any, outputs: Sequence[str]) -> Any:

@@ -30,7 +30,7 @@ MAX_BYTES = 2**31 - 2**24
 INSTALL = "pip install -e '.[cpu,onnx]'"
 
 # The names of the inputs' axes in the file, and a size of each for MXNet's own inference of shapes.
-_AXES = {"tokens": "BT", "segments": "BT", "lengths": "B", "positions": "BK"}
+_AXES = {"tokens": "BT", "token_types": "BT", "valid_length": "B", "masked_positions": "BK"}
 _SIZES = {"B": 2, "T": 4, "K": 2}
 
 

@@ -29,18 +29,20 @@ ROUNDS = 5
 
 def random_texts(rng: np.random.Generator, batch_size: int, length: int, vocab: Vocabulary) -> PaddedBatch:
     """Rows of random words in two segments, of different lengths up to `length`, some of them masked."""
-    lengths = rng.integers(max(length // 2, 3), length + 1, batch_size).astype(np.int32)
-    lengths[0] = length
+    valid_length = rng.integers(max(length // 2, 3), length + 1, batch_size).astype(np.int32)
+    valid_length[0] = length
     position = np.arange(length)
-    padding = position >= lengths[:, None]
-    middle = lengths[:, None] // 2
+    padding = position >= valid_length[:, None]
+    middle = valid_length[:, None] // 2
     tokens = rng.choice(vocab.ordinary_ids, (batch_size, length)).astype(np.int32)
-    tokens[(position == middle) | (position == lengths[:, None] - 1)] = vocab.sep
+    tokens[(position == middle) | (position == valid_length[:, None] - 1)] = vocab.sep
     tokens[:, 0] = vocab.cls
     tokens[:, 1] = vocab.mask
     tokens[padding] = vocab.pad
-    segments = ((position > middle) & ~padding).astype(np.int32)
-    return PaddedBatch(tokens, segments, lengths, np.stack(np.nonzero(tokens == vocab.mask)).astype(np.int32))
+    token_types = ((position > middle) & ~padding).astype(np.int32)
+    return PaddedBatch(
+        tokens, token_types, valid_length, np.stack(np.nonzero(tokens == vocab.mask)).astype(np.int32)
+    )
 
 
 def differences(reference: Backend, other: Backend, batches: Iterable[PaddedBatch]) -> dict[str, float]:
@@ -51,7 +53,7 @@ def differences(reference: Backend, other: Backend, batches: Iterable[PaddedBatc
     largest: dict[str, float] = {}
     for texts in batches:
         expected, found = reference(texts)._asdict(), other(texts)._asdict()
-        real = np.arange(texts.tokens.shape[1]) < texts.lengths[:, None]
+        real = np.arange(texts.tokens.shape[1]) < texts.valid_length[:, None]
         for name, array in found.items():
             if array is None:
                 continue
@@ -69,7 +71,7 @@ class MaskedText(NamedTuple):
     """
 
     text: EncodedText
-    labels: np.ndarray
+    masked_ids: np.ndarray
 
 
 def question(text: EncodedText, vocab: Vocabulary, rng: np.random.Generator) -> MaskedText:
@@ -109,7 +111,7 @@ def compare(
     for start, stop in zip(bounds[:-1], bounds[1:]):
         group = ordered[start:stop]
         asked = list(batches(group, reader, rng, with_masks))
-        if with_masks and not any(each.texts.predictions.size for each in asked):
+        if with_masks and not any(each.texts.masked_positions.size for each in asked):
             raise InputError(
                 f"--text: no text of {len(group[0])} to {len(group[-1])} tokens holds a word of the "
                 "vocabulary, so there is none to mask and to compare"
@@ -142,22 +144,22 @@ class Asked(NamedTuple):
     """Questions side by side; labels (M,), one a mask."""
 
     texts: PaddedBatch
-    labels: np.ndarray
+    masked_ids: np.ndarray
 
 
 def batches(
     texts: Sequence[EncodedText], reader: Tokenizer, rng: np.random.Generator, with_masks: bool
 ) -> Iterator[Asked]:
     """Texts in batches of like length, with some of their words masked or with nothing to predict."""
-    labels = [np.zeros(0, dtype=np.int32)] * len(texts)
+    masked_ids = [np.zeros(0, dtype=np.int32)] * len(texts)
     if with_masks:
-        texts, labels = zip(*(question(text, reader.vocab, rng) for text in texts))
+        texts, masked_ids = zip(*(question(text, reader.vocab, rng) for text in texts))
     for members in bucket_by_length(texts, BATCH_TOKENS, BATCH_MASKS):
         batch = pad([texts[i] for i in members], reader.max_seq_length)
         if not with_masks:
             # The other gives no scores of masks, so the reference must not spend time on a text's own ones.
-            batch = batch._replace(predictions=batch.predictions[:, :0])
-        yield Asked(batch, np.concatenate([labels[i] for i in members]))
+            batch = batch._replace(masked_positions=batch.masked_positions[:, :0])
+        yield Asked(batch, np.concatenate([masked_ids[i] for i in members]))
 
 
 def _compared(reference: Backend, other: Backend, asked: Sequence[Asked]) -> dict[str, Any]:
@@ -181,8 +183,8 @@ def _compared(reference: Backend, other: Backend, asked: Sequence[Asked]) -> dic
 
 def _measured(expected: Outputs, found: Outputs, asked: Asked) -> dict[str, np.ndarray]:
     """A number for each vector, text or mask, by what it measures."""
-    lengths = asked.texts.lengths
-    real = np.arange(asked.texts.tokens.shape[1]) < lengths[:, None]
+    valid_length = asked.texts.valid_length
+    real = np.arange(asked.texts.tokens.shape[1]) < valid_length[:, None]
     numbers = {}
     for name, array in found._asdict().items():
         if array is not None:
@@ -193,20 +195,20 @@ def _measured(expected: Outputs, found: Outputs, asked: Asked) -> dict[str, np.n
     both = [each.encoded for each in (expected, found)]
     numbers["cosine cls"] = _cosine(*(encoded[:, 0] for encoded in both))
     numbers["cosine mean"] = _cosine(
-        *((encoded * real[:, :, None]).sum(axis=1) / lengths[:, None] for encoded in both)
+        *((encoded * real[:, :, None]).sum(axis=1) / valid_length[:, None] for encoded in both)
     )
     if expected.mask_scores is not None and found.mask_scores is not None:
         numbers["same word"] = expected.mask_scores.argmax(axis=1) == found.mask_scores.argmax(axis=1)
-        numbers["loss reference"] = _losses(expected.mask_scores, asked.labels)
-        numbers["loss export"] = _losses(found.mask_scores, asked.labels)
+        numbers["loss reference"] = _losses(expected.mask_scores, asked.masked_ids)
+        numbers["loss export"] = _losses(found.mask_scores, asked.masked_ids)
     return numbers
 
 
-def _losses(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _losses(scores: np.ndarray, masked_ids: np.ndarray) -> np.ndarray:
     """The negative log-likelihood of each label that is known, from scores (M, V)."""
-    scores, labels = scores[labels >= 0], labels[labels >= 0]
+    scores, masked_ids = scores[masked_ids >= 0], masked_ids[masked_ids >= 0]
     above = scores - scores.max(axis=1, keepdims=True)
-    return np.log(np.exp(above).sum(axis=1)) - above[np.arange(len(labels)), labels]
+    return np.log(np.exp(above).sum(axis=1)) - above[np.arange(len(masked_ids)), masked_ids]
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:

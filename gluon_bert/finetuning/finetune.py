@@ -122,7 +122,7 @@ class FineTuner:
         """One optimizer step; returns the mean loss of the batch, on the device."""
         assert train.targets is not None
         batch = pad([train.texts[i] for i in rows], self.reader.max_seq_length)
-        arrays = (batch.tokens, batch.segments, batch.lengths, train.targets[rows])
+        arrays = (batch.tokens, batch.token_types, batch.valid_length, train.targets[rows])
         *inputs, targets = (mx.nd.array(each, ctx=self._context, dtype=np.float32) for each in arrays)
         with mx.autograd.record():
             # Part by part, each of which keeps its memory from step to step.

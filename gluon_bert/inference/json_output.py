@@ -29,7 +29,7 @@ def as_json(
 
     - vectors: `cls`, `mean` and, if exported, `pooled`, each of C numbers; `token_vectors` (T of C numbers)
     - masks: `predictions`, for each <mask> the `top` likeliest as {"token": ..., "probability": ...}
-    - next: `is_next`, the probability that the second text follows the first
+    - next: `next_sentence_probability`, the probability that the second text follows the first
     - task: of a fine-tuned network `label` and `probabilities`, by label, or `score`
 
     Raises InputError for what this text or this export cannot be asked, and where the network gives no numbers.
@@ -51,7 +51,7 @@ def as_json(
             for mask in answer.fill_masks(vocab, top)
         ]
     if "next" in ask:
-        content["is_next"] = answer.is_next
+        content["next_sentence_probability"] = answer.next_sentence_probability
     if "task" in ask:
         content.update(answer.task_prediction)
     return content

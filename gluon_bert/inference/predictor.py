@@ -54,14 +54,14 @@ class GluonNetwork:
 
     def __call__(self, texts: PaddedBatch) -> Outputs:
         """The outputs, brought to the host."""
-        encoded = self.net.encoder(*map(self._load, (texts.tokens, texts.segments, texts.lengths)))
+        encoded = self.net.encoder(*map(self._load, (texts.tokens, texts.token_types, texts.valid_length)))
         pooled = self.net.pooler(encoded)
         if self.net.task:
             task_scores = self.net.head(pooled).asnumpy()
             return Outputs(encoded.asnumpy(), pooled.asnumpy(), task_scores=task_scores)
         mask_scores = None
-        if texts.predictions.size:
-            mask_scores = self.net.mlm(encoded, self._load(texts.predictions)).asnumpy()
+        if texts.masked_positions.size:
+            mask_scores = self.net.mlm(encoded, self._load(texts.masked_positions)).asnumpy()
         return Outputs(encoded.asnumpy(), pooled.asnumpy(), mask_scores, self.net.nsp(pooled).asnumpy())
 
     def _load(self, array: np.ndarray) -> Any:
@@ -102,7 +102,7 @@ class Prediction:
         return [_likeliest(vocab, row, top) for row in softmax(self._given(self.mask_scores, "masked words"))]
 
     @property
-    def is_next(self) -> float:
+    def next_sentence_probability(self) -> float:
         """The probability that the second text follows the first."""
         if not self.text.is_pair:
             raise InputError("a single text has no next sentence: give a pair")
@@ -160,7 +160,7 @@ class Predictor:
         batch = pad(texts, self.reader.max_seq_length)
         encoded, pooled, mask_scores, next_scores, task_scores = self.network(batch)
         for row, text in enumerate(texts):
-            mine = batch.predictions[0] == row
+            mine = batch.masked_positions[0] == row
             yield Prediction(
                 text,
                 encoded[row, : len(text)],
@@ -193,10 +193,10 @@ def encode(
     reader = Tokenizer(vocab, net.config.max_positions, lowercase=False)
     text = reader.tokens(tokens_a, tokens_b)
     context = net.pooler.dense.weight.list_ctx()[0]
-    inputs = ([text.ids], [text.segments], [len(text)])
+    inputs = ([text.ids], [text.token_types], [len(text)])
     return net.encoder(*(mx.nd.array(each, ctx=context, dtype=np.float32) for each in inputs))
 
 
 def _likeliest(vocab: Vocabulary, probabilities: np.ndarray, top: int) -> list[tuple[str, float]]:
     best = np.argsort(-probabilities, kind="stable")[:top]
-    return list(zip(vocab.words(best), probabilities[best].tolist()))
+    return list(zip(vocab.to_tokens(best), probabilities[best].tolist()))

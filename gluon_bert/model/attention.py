@@ -11,16 +11,16 @@ from .precision import Dense, MixedPrecisionBlock
 PADDING_SCORE = -1e9
 
 
-def padding_scores(F: Any, tokens: Any, lengths: Any, num_heads: int) -> Any:
+def padding_scores(F: Any, tokens: Any, valid_length: Any, num_heads: int) -> Any:
     """What to add to attention scores so that no position attends to padding, (B * H, T, T).
 
     It is spelt out for every head and query because an element-wise sum has no reduction in its
     backward pass; a broadcast one takes longer than the softmax.
 
-    Parameters: tokens (B, T) for its shape, lengths (B,) real tokens a row, both float32.
+    Parameters: tokens (B, T) for its shape, valid_length (B,) real tokens a row, both float32.
     """
     positions = F.contrib.arange_like(tokens, axis=1)  # (T,)
-    padded = F.broadcast_greater_equal(positions.expand_dims(0), lengths.expand_dims(1))  # (B, T)
+    padded = F.broadcast_greater_equal(positions.expand_dims(0), valid_length.expand_dims(1))  # (B, T)
     keys = F.repeat(padded * PADDING_SCORE, repeats=num_heads, axis=0).expand_dims(1)  # (B * H, 1, T)
     queries = F.zeros_like(keys).swapaxes(1, 2)  # (B * H, T, 1)
     return F.BlockGrad(F.broadcast_add(queries, keys))

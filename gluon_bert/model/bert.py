@@ -21,13 +21,13 @@ NORMAL_SIGMA = 0.02
 class BERTModel(mx.gluon.HybridBlock):
     """BERT for pretraining; `net.encoder` alone encodes without predictions.
 
-    Call it with tokens (B, T), segments (B, T), lengths (B,) and predictions (2, M) - the rows of the
+    Call it with tokens (B, T), token_types (B, T), valid_length (B,) and masked_positions (2, M) - the rows of the
     masked positions above their places in the row - all float32. It returns the encoded tokens
     (B, T, C), the scores of the masked words (M, V) and of the next sentence (B, 2), float32.
 
     >>> net = BERTModel(vocab_size=100, config=ModelConfig())       # doctest: +SKIP
     >>> net.setup(mx.cpu())
-    >>> encoded, mlm_scores, nsp_scores = net(tokens, segments, lengths, predictions)
+    >>> encoded, mlm_scores, nsp_scores = net(tokens, token_types, valid_length, masked_positions)
     """
 
     task = None  # see BERTForTask, which has one
@@ -54,10 +54,10 @@ class BERTModel(mx.gluon.HybridBlock):
         return super().forward(tokens, *others)
 
     def hybrid_forward(
-        self, F: Any, tokens: Any, segments: Any, lengths: Any, predictions: Any
+        self, F: Any, tokens: Any, token_types: Any, valid_length: Any, masked_positions: Any
     ) -> tuple[Any, Any, Any]:
-        encoded = self.encoder(tokens, segments, lengths)
-        return encoded, self.mlm(encoded, predictions), self.nsp(self.pooler(encoded))
+        encoded = self.encoder(tokens, token_types, valid_length)
+        return encoded, self.mlm(encoded, masked_positions), self.nsp(self.pooler(encoded))
 
     def with_config(self, config: ModelConfig, **kwargs: Any) -> BERTModel:
         """A network of this kind with another configuration and no weights."""

@@ -30,7 +30,7 @@ class TaskHead(mx.gluon.HybridBlock):
 class BERTForTask(mx.gluon.HybridBlock):
     """BERT with one head, for a task (Devlin et al. 2018, section 4 and figure 4).
 
-    Call it with tokens (B, T), segments (B, T) and lengths (B,), all float32. It returns the encoded tokens
+    Call it with tokens (B, T), token_types (B, T) and valid_length (B,), all float32. It returns the encoded tokens
     (B, T, C) and the task's scores (B, K), float32.
     """
 
@@ -43,8 +43,8 @@ class BERTForTask(mx.gluon.HybridBlock):
             self.pooler = Pooler(config)
             self.head = TaskHead(config, task)
 
-    def hybrid_forward(self, F: Any, tokens: Any, segments: Any, lengths: Any) -> tuple[Any, Any]:
-        encoded = self.encoder(tokens, segments, lengths)
+    def hybrid_forward(self, F: Any, tokens: Any, token_types: Any, valid_length: Any) -> tuple[Any, Any]:
+        encoded = self.encoder(tokens, token_types, valid_length)
         return encoded, self.head(self.pooler(encoded))
 
     def with_config(self, config: ModelConfig, **kwargs: Any) -> BERTForTask:

@@ -40,11 +40,11 @@ class Embeddings(mx.gluon.HybridBlock):
             self.norm: Any = layer_norm(config) if config.embedding_norm else None
             self.dropout: Any = Dropout(config.dropout) if config.embedding_norm else None
 
-    def hybrid_forward(self, F: Any, tokens: Any, segments: Any) -> Any:
+    def hybrid_forward(self, F: Any, tokens: Any, token_types: Any) -> Any:
         # slice_like refuses a T above max_positions, where a look-up alone would clip without a word.
         row = F.slice_like(F.arange(self._max_positions).expand_dims(0), tokens, axes=(1,))
         positions = F.broadcast_like(row, tokens)  # (B, T)
-        x = self.tokens(tokens) + self.segments(segments) + self.positions(positions)
+        x = self.tokens(tokens) + self.segments(token_types) + self.positions(positions)
         return self.dropout(self.norm(x)) if self.norm else x
 
 
@@ -100,7 +100,7 @@ class EncoderLayer(mx.gluon.HybridBlock):
 class Encoder(MixedPrecisionBlock):
     """Padded token ids to a vector a position.
 
-    tokens (B, T), segments (B, T) of 0 and 1, lengths (B,), all float32 -> (B, T, C) float32. What
+    tokens (B, T), token_types (B, T) of 0 and 1, valid_length (B,), all float32 -> (B, T, C) float32. What
     stands in tokens past a row's length changes nothing before it, and the vectors there mean nothing.
     """
 
@@ -116,20 +116,22 @@ class Encoder(MixedPrecisionBlock):
             # Pre-LayerNorm leaves the last residual sum unnormalised.
             self.norm: Any = layer_norm(config) if config.norm == "pre" else None
 
-    def forward(self, tokens: Any, segments: Any, lengths: Any) -> Any:
+    def forward(self, tokens: Any, token_types: Any, valid_length: Any) -> Any:
         """By compiled operators, where they compute, or as `hybrid_forward` says."""
         if ops.use_compiled(self, tokens):
             recompute, bf16 = self._tape is not None, self.precision == "bf16"
             parameters = self._in_order()
-            return ops.encode(self._config, parameters, tokens, segments, lengths, recompute, bf16=bf16)
+            return ops.encode(
+                self._config, parameters, tokens, token_types, valid_length, recompute, bf16=bf16
+            )
         if self._tape is not None and mx.autograd.is_recording():
-            return self._on_tape(self._tape, tokens, segments, lengths)
-        return super().forward(tokens, segments, lengths)
+            return self._on_tape(self._tape, tokens, token_types, valid_length)
+        return super().forward(tokens, token_types, valid_length)
 
-    def _on_tape(self, tape: CheckpointedForward, tokens: Any, segments: Any, lengths: Any) -> Any:
+    def _on_tape(self, tape: CheckpointedForward, tokens: Any, token_types: Any, valid_length: Any) -> Any:
         """The same, of which only what enters each layer is kept."""
-        padding = padding_scores(mx.nd, tokens, lengths, self._config.num_heads)
-        blocks: list[tuple[Any, tuple[Any, ...]]] = [(self.embeddings, (tokens, segments))]
+        padding = padding_scores(mx.nd, tokens, valid_length, self._config.num_heads)
+        blocks: list[tuple[Any, tuple[Any, ...]]] = [(self.embeddings, (tokens, token_types))]
         blocks += [(layer, (padding,)) for layer in self.layers]
         return tape.forward(blocks + ([(self.norm, ())] if self.norm else []))
 
@@ -152,9 +154,9 @@ class Encoder(MixedPrecisionBlock):
         finally:
             self._tape = None
 
-    def hybrid_forward(self, F: Any, tokens: Any, segments: Any, lengths: Any) -> Any:
-        padding = padding_scores(F, tokens, lengths, self._config.num_heads)
-        x = self.embeddings(tokens, segments)
+    def hybrid_forward(self, F: Any, tokens: Any, token_types: Any, valid_length: Any) -> Any:
+        padding = padding_scores(F, tokens, valid_length, self._config.num_heads)
+        x = self.embeddings(tokens, token_types)
         for layer in self.layers:
             x = layer(x, padding)
         return self.norm(x) if self.norm else x

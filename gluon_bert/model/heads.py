@@ -25,7 +25,7 @@ class Pooler(mx.gluon.HybridBlock):
 class MaskedTransform(mx.gluon.HybridBlock):
     """The vectors of the masked positions, made ready for the decoder.
 
-    encoded (B, T, C), predictions (2, M) with rows above positions -> (M, C). Only the predictions that
+    encoded (B, T, C), masked_positions (2, M) with rows above positions -> (M, C). Only the predictions that
     exist are computed.
     """
 
@@ -36,8 +36,8 @@ class MaskedTransform(mx.gluon.HybridBlock):
             self.activation = activation(config.activation)
             self.norm = layer_norm(config)
 
-    def hybrid_forward(self, F: Any, encoded: Any, predictions: Any) -> Any:
-        return self.norm(self.activation(self.dense(F.gather_nd(encoded, predictions))))
+    def hybrid_forward(self, F: Any, encoded: Any, masked_positions: Any) -> Any:
+        return self.norm(self.activation(self.dense(F.gather_nd(encoded, masked_positions))))
 
 
 class Decoder(MixedPrecisionBlock):
@@ -70,8 +70,8 @@ class MaskedLanguageModelHead(MixedPrecisionBlock):
             self.transform = MaskedTransform(config)
             self.decoder = Decoder(vocab_size, config, params=embedding.params if embedding else None)
 
-    def hybrid_forward(self, F: Any, encoded: Any, predictions: Any) -> Any:
-        return self.decoder(self.transform(encoded, predictions))
+    def hybrid_forward(self, F: Any, encoded: Any, masked_positions: Any) -> Any:
+        return self.decoder(self.transform(encoded, masked_positions))
 
     def in_order(self) -> list[Any]:
         """The parameters in the order in which the head computes with them."""

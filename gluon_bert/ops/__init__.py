@@ -74,8 +74,8 @@ def encode(
     config: ModelConfig,
     parameters: Sequence[Any],
     tokens: Any,
-    segments: Any,
-    lengths: Any,
+    token_types: Any,
+    valid_length: Any,
     recompute: bool = False,
     bf16: bool = False,
 ) -> Any:
@@ -90,7 +90,7 @@ def encode(
     # MXNet's generator decides, so its seed repeats the dropout; the operator counts from there.
     key = mx.nd.random.uniform if rate else mx.nd.zeros
     return mx.nd.gluon_bert_encoder(
-        *(array.astype("float32", copy=False) for array in (tokens, segments, lengths)),
+        *(array.astype("float32", copy=False) for array in (tokens, token_types, valid_length)),
         key(shape=(2,), ctx=tokens.context),
         *_arrays(parameters, tokens.context),
         recompute=int(recompute),
@@ -108,20 +108,20 @@ def masked_loss(
     config: ModelConfig,
     parameters: Sequence[Any],
     encoded: Any,
-    predictions: Any,
-    labels: Any,
+    masked_positions: Any,
+    masked_ids: Any,
     bf16: bool = False,
 ) -> tuple[Any, Any]:
     """The sum of the masked words' losses in nats and how many have the highest score, both (1,).
 
-    encoded (B, T, C), predictions (2, M) and labels (M,) as in Batch, M at least 1. parameters: those of the
+    encoded (B, T, C), masked_positions (2, M) and masked_ids (M,) as in Batch, M at least 1. parameters: those of the
     MLM head in the order in which it computes. The scores of all words are never in memory at once. bf16: as
     for `encode`.
     """
     loss, hits = mx.nd.gluon_bert_masked_loss(
         encoded,
-        predictions,
-        labels,
+        masked_positions,
+        masked_ids,
         *_arrays(parameters, encoded.context),
         **_common(config, parameters, bf16),
     )

@@ -21,11 +21,11 @@ class DeviceBatch:
     """
 
     tokens: Any
-    segments: Any
-    lengths: Any
-    predictions: Any
-    labels: Any
-    is_next: Any
+    token_types: Any
+    valid_length: Any
+    masked_positions: Any
+    masked_ids: Any
+    next_sentence_labels: Any
     num_pairs: int
     num_tokens: int
     num_masked: int
@@ -55,14 +55,14 @@ def _load(batch: Batch, start: int, stop: int, ctx: Any, whole: Batch) -> Device
 
     return DeviceBatch(
         load(part.tokens),
-        load(part.segments),
-        load(part.lengths),
-        load(part.predictions),
-        load(part.labels),
-        load(part.is_next),
+        load(part.token_types),
+        load(part.valid_length),
+        load(part.masked_positions),
+        load(part.masked_ids),
+        load(part.next_sentence_labels),
         num_pairs=len(part) if used else 0,
-        num_tokens=int(part.lengths.sum()) if used else 0,
-        num_masked=len(part.labels) if used else 0,
-        mlm_weight=1 / len(whole.labels) if used else 0.0,
+        num_tokens=int(part.valid_length.sum()) if used else 0,
+        num_masked=len(part.masked_ids) if used else 0,
+        mlm_weight=1 / len(whole.masked_ids) if used else 0.0,
         nsp_weight=1 / len(whole) if used else 0.0,
     )

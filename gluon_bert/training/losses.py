@@ -34,32 +34,32 @@ def shard_loss(net: Any, shard: DeviceBatch, count_mlm_correct: bool = False) ->
     two or four give the same gradient, however the rows are divided. Counting the hits among the
     predictions takes one more pass over all their scores.
     """
-    encoded = net.encoder(shard.tokens, shard.segments, shard.lengths)
+    encoded = net.encoder(shard.tokens, shard.token_types, shard.valid_length)
     nsp_scores = net.nsp(net.pooler(encoded))
-    nsp = cross_entropy(nsp_scores, shard.is_next)
+    nsp = cross_entropy(nsp_scores, shard.next_sentence_labels)
     mlm, mlm_correct = masked_loss(net, encoded, shard, count_mlm_correct)
-    nsp_correct = num_correct(nsp_scores, shard.is_next)
+    nsp_correct = num_correct(nsp_scores, shard.next_sentence_labels)
     total = mlm * shard.mlm_weight + nsp * shard.nsp_weight
     return ShardLoss(mlm, nsp, total, mx.nd.concat(mlm_correct, nsp_correct, dim=0))
 
 
 def masked_loss(net: Any, encoded: Any, shard: DeviceBatch, count_hits: bool) -> tuple[Any, Any]:
     """The sum of the losses of a shard's predictions, and their hits, 0 unless asked for; both (1,)."""
-    if len(shard.labels) and ops.use_compiled(net.mlm, encoded):
+    if len(shard.masked_ids) and ops.use_compiled(net.mlm, encoded):
         loss, found = ops.masked_loss(
             net.config,
             net.mlm.in_order(),
             encoded,
-            shard.predictions,
-            shard.labels,
+            shard.masked_positions,
+            shard.masked_ids,
             bf16=net.mlm.precision == "bf16",
         )
         return loss, found if count_hits else mx.nd.zeros_like(found)
-    masked = net.mlm.transform(encoded, shard.predictions)
+    masked = net.mlm.transform(encoded, shard.masked_positions)
     loss = found = mx.nd.zeros((1,), ctx=masked.context)
-    for start in range(0, len(shard.labels), CHUNK):
+    for start in range(0, len(shard.masked_ids), CHUNK):
         some = slice(start, start + CHUNK)
-        scores, labels = net.mlm.decoder(masked[some]), shard.labels[some]
+        scores, labels = net.mlm.decoder(masked[some]), shard.masked_ids[some]
         loss = loss + cross_entropy(scores, labels)
         if count_hits:
             found = found + num_correct(scores, labels)

@@ -1,4 +1,4 @@
-"""What a run will take, told before its first step: memory, predictions, FLOPs. Computes plain numbers only.
+"""What a run will take, told before its first step: memory, masked tokens, FLOPs. Computes plain numbers only.
 
 Memory is counted from what the operators keep of a forward pass, and was compared with what runs took;
 docs/scale.md tells how far off it is.
@@ -29,14 +29,15 @@ SAFE = 0.9
 class ResourceEstimate:
     """A run in numbers; memory in bytes, of all contexts together.
 
-    parameters: of the network. predictions: of a step, at most. flops: of a pair of max_seq_length tokens, forward
+    parameters: of the network. num_masked: masked tokens of a step, at most. flops: of a pair of
+    max_seq_length tokens, forward
     and backward, without what is computed twice. at_once: pairs that are computed at once. model: weights,
     gradients and what the optimizer keeps. activations: what is computed of so many pairs. checkpoint: the
     copy that is written while the training goes on.
     """
 
     parameters: int
-    predictions: int
+    num_masked: int
     flops: float
     micro_batch_size: int
     model: float
@@ -59,7 +60,7 @@ class ResourceEstimate:
             f"memory expected: {_gigabytes(self.memory)}{of}: weights, gradients and optimizer "
             f"{_gigabytes(self.model)}, what is computed of {_pairs(self.micro_batch_size)} at once "
             f"{_gigabytes(self.activations)}, a checkpoint {_gigabytes(self.checkpoint)}\n"
-            f"a step: {_pairs(batch_size)}, {self.predictions:,} predictions at most, "
+            f"a step: {_pairs(batch_size)}, {self.num_masked:,} masked tokens at most, "
             f"{_flops(self.flops * batch_size)} ({_flops(self.flops)} a pair)"
         )
 
@@ -72,9 +73,9 @@ def estimate_resources(
     parameters = parameter_count(config.model, vocab_size)
     share = -(-train.batch_size // preprocessing_workers)
     at_once = min(train.micro_batch or share, share)
-    predictions = max_masked(config)
+    num_masked = max_masked(config)
     rows = -(-at_once // num_contexts)
-    shard = ActivationSizes(config.model, vocab_size, rows * length, length, rows * predictions)
+    shard = ActivationSizes(config.model, vocab_size, rows * length, length, rows * num_masked)
     adds_up = train.micro_batch > 0
     floats = (
         compiled_floats(shard, train.recompute, adds_up, threads())
@@ -86,8 +87,8 @@ def estimate_resources(
     copies = 4 * num_contexts + (num_contexts + 1 if num_contexts > 1 else 0)
     return ResourceEstimate(
         parameters,
-        predictions * train.batch_size,
-        flops_per_pair(config.model, vocab_size, length, predictions),
+        num_masked * train.batch_size,
+        flops_per_pair(config.model, vocab_size, length, num_masked),
         at_once,
         float(FLOAT * parameters * copies),
         FRAGMENTS * FLOAT * floats * num_contexts,
@@ -155,23 +156,23 @@ def max_masked(config: Config) -> int:
     return min(max(1, count), words)
 
 
-def flops_per_pair(model: ModelConfig, vocab_size: int, length: int, predictions: int) -> float:
+def flops_per_pair(model: ModelConfig, vocab_size: int, length: int, num_masked: int) -> float:
     """Multiplications and additions in matrix products for a pair, forward and twice as many backward."""
     c, f = model.units, model.ffn_units
     layer = length * (2 * (4 * c * c + 2 * c * f) + 4 * length * c)
-    heads = predictions * 2 * (c * c + c * vocab_size) + 2 * c * c
+    heads = num_masked * 2 * (c * c + c * vocab_size) + 2 * c * c
     return 3.0 * (model.num_layers * layer + heads)
 
 
 @dataclass(frozen=True)
 class ActivationSizes:
-    """What a context computes at once: so many tokens in rows of so many, and so many predictions."""
+    """What a context computes at once: so many tokens in rows of so many, and so many masked tokens."""
 
     model: ModelConfig
     words: int
     tokens: int
     length: int
-    predictions: int
+    num_masked: int
 
 
 def compiled_floats(shard: ActivationSizes, recompute: bool, adds_up: bool, num_threads: int) -> float:
@@ -187,7 +188,7 @@ def compiled_floats(shard: ActivationSizes, recompute: bool, adds_up: bool, num_
     packed = matrices * (1 + recompute) + num_threads * (matrices + scratch)
     # The decoder's gradient is ready after the forward pass; a tied one and the embedding's are then summed.
     head = (
-        shard.predictions * c * (4 + num_threads)
+        shard.num_masked * c * (4 + num_threads)
         + table
         + 2 * table * (shard.model.tied_decoder and not adds_up)
     )
@@ -209,8 +210,8 @@ def mxnet_floats(shard: ActivationSizes, recompute: bool, half: bool = False) ->
     layer = tokens * (c * streams + f * hidden) + scores * attention
     layers = layer + 2 * (model.num_layers + 1) * c * tokens if recompute else model.num_layers * layer
     # The logarithms of all words' probabilities, and those of a slice of 256 with their gradients.
-    slices = -(-shard.predictions // 256)
-    decoder = shard.words * (shard.predictions + 3 * min(shard.predictions, 256))
+    slices = -(-shard.num_masked // 256)
+    decoder = shard.words * (shard.num_masked + 3 * min(shard.num_masked, 256))
     # The decoder's gradient by each slice; MXNet adds up more than eight in one.
     tables = min(slices + model.tied_decoder, 8) * shard.words * c
     copies = 0.5 * half * (model.num_layers * (4 * c * c + 2 * c * f) + slices * shard.words * c)

@@ -54,7 +54,7 @@ def plain(run: Run, folder: Path, stack: ExitStack) -> Vectors:
 def _means(network: Any, texts: Sequence[EncodedText], max_seq_length: int) -> np.ndarray:
     batch = pad(texts, max_seq_length)
     encoded = network(batch).encoded
-    return np.stack([row[:length].mean(axis=0) for row, length in zip(encoded, batch.lengths)])
+    return np.stack([row[:length].mean(axis=0) for row, length in zip(encoded, batch.valid_length)])
 
 
 def _predicting(predictor: Predictor) -> Vectors:
@@ -90,7 +90,7 @@ def served(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     def vector(text: EncodedText) -> Any:
         words = {"ids": text.ids[1:-1].tolist()}
         if text.is_pair:
-            middle = int(np.argmax(text.segments))
+            middle = int(np.argmax(text.token_types))
             words = {"ids": text.ids[1 : middle - 1].tolist(), "pair_ids": text.ids[middle:-1].tolist()}
         reply = session.post(server.address, json=words)
         reply.raise_for_status()
@@ -139,8 +139,8 @@ class TransformersNetwork:
     def __call__(self, texts: PaddedBatch) -> Outputs:
         """The outputs, as arrays."""
         torch = self._torch
-        tokens, segments = (torch.from_numpy(array).long() for array in (texts.tokens, texts.segments))
-        real = torch.arange(tokens.shape[1]) < torch.from_numpy(texts.lengths)[:, None]
+        tokens, segments = (torch.from_numpy(array).long() for array in (texts.tokens, texts.token_types))
+        real = torch.arange(tokens.shape[1]) < torch.from_numpy(texts.valid_length)[:, None]
         with torch.inference_mode():
             found = self._model(input_ids=tokens, token_type_ids=segments, attention_mask=real)
         return Outputs(found.last_hidden_state.numpy(), found.pooler_output.numpy())

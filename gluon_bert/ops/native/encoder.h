@@ -49,7 +49,7 @@ struct Gradients {
 };
 
 struct Inputs {
-  const float *tokens, *segments, *lengths;
+  const float *tokens, *token_types, *valid_length;
   int rows, columns;  // B, T
   uint64_t key;       // of the dropout
 };
@@ -252,7 +252,7 @@ class Encoder {
   void find_rows() {
     num_tokens_ = 0;
     for (int row = 0; row < in_.rows; ++row) {
-      const float length = in_.lengths[row];
+      const float length = in_.valid_length[row];
       const int known = length > 0 ? (int)std::min(length, (float)in_.columns) : 0;  // also of NaN
       rows_.push_back({num_tokens_, known});
       if (chunks_.empty() || chunks_.back().tokens + known > kChunk)
@@ -357,7 +357,7 @@ class Encoder {
 
   // As MXNet's Embedding has it, ids outside are taken for the nearest.
   long word_at(long place) const { return id(in_.tokens[place], n_.words); }
-  long segment_at(long place) const { return id(in_.segments[place], 2); }
+  long segment_at(long place) const { return id(in_.token_types[place], 2); }
   static long id(float value, int count) { return value > 0 ? (long)std::min(value, (float)(count - 1)) : 0; }
 
   // What a layer's attention reads: stream l through its norm.

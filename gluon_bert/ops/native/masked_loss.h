@@ -27,8 +27,8 @@ struct Head {
   Dense decoder;
 };
 
-struct Predictions {
-  const float *encoded, *places, *labels;  // (B, T, C), (2, M), (M,)
+struct MaskedTokens {
+  const float *encoded, *masked_positions, *masked_ids;  // (B, T, C), (2, M), (M,)
   int rows, columns, count;                // B, T, M
 };
 
@@ -43,7 +43,7 @@ template <class T>
 class MaskedLoss {
  public:
   // keep: for a backward pass.
-  MaskedLoss(const Head& head, const Predictions& predictions, bool keep) : h_(head), p_(predictions), keep_(keep) {
+  MaskedLoss(const Head& head, const MaskedTokens& masked, bool keep) : h_(head), p_(masked), keep_(keep) {
     ld_ = stride(h_.units);
     threads_ = std::max(1, std::min(omp_get_max_threads(), panels(h_.words)));
   }
@@ -78,7 +78,7 @@ class MaskedLoss {
   }
 
  private:
-  // Predictions whose scores are there at once, and words that are used up together: the slice's vectors, a
+  // Masked tokens whose scores are there at once, and words that are used up together: the slice's vectors, a
   // tile of scores and the tile's rows of the decoder stay in a second cache.
   static constexpr int kSlice = 240, kTile = 128;
   static constexpr long kTileStride = stride(kTile), kTileSize = kSlice * kTileStride;
@@ -96,11 +96,11 @@ class MaskedLoss {
   };
 
   long place(int m) const {
-    const long row = std::min(std::max(p_.places[m], 0.f), (float)(p_.rows - 1));
-    const long column = std::min(std::max(p_.places[p_.count + m], 0.f), (float)(p_.columns - 1));
+    const long row = std::min(std::max(p_.masked_positions[m], 0.f), (float)(p_.rows - 1));
+    const long column = std::min(std::max(p_.masked_positions[p_.count + m], 0.f), (float)(p_.columns - 1));
     return row * p_.columns + column;
   }
-  int label(int m) const { return (int)std::min(std::max(p_.labels[m], 0.f), (float)(h_.words - 1)); }
+  int label(int m) const { return (int)std::min(std::max(p_.masked_ids[m], 0.f), (float)(h_.words - 1)); }
 
   // A thread's predictions or words, of so many in all.
   static int share(long count, int thread, int threads) { return (int)(count * thread / threads); }
@@ -273,7 +273,7 @@ class MaskedLoss {
   }
 
   Head h_;
-  Predictions p_;
+  MaskedTokens p_;
   bool keep_;
   int threads_;
   long ld_, tiles_ = 0;
@@ -284,7 +284,7 @@ class MaskedLoss {
   Floats d_decoder_, d_bias_, d_ready_, d_transform_;
 
  public:
-  void use(const Head& head, const Predictions& predictions) { h_ = head, p_ = predictions; }
+  void use(const Head& head, const MaskedTokens& masked) { h_ = head, p_ = masked; }
 };
 
 }  // namespace gluon_bert

@@ -1,8 +1,8 @@
 // The operators as MXNet sees them: what they are called with, their shapes, and who does the work.
 //
-// gluon_bert_encoder: tokens (B, T), segments (B, T), lengths (B,), key (2,), then the encoder's parameters in
-// the order of Network, 16 a layer -> (B, T, C). gluon_bert_masked_loss: encoded (B, T, C), predictions (2, M),
-// labels (M,), then the head's six parameters -> the sum of the losses (1,), the hits (1,). All float32.
+// gluon_bert_encoder: tokens (B, T), token_types (B, T), valid_length (B,), key (2,), then the encoder's parameters in
+// the order of Network, 16 a layer -> (B, T, C). gluon_bert_masked_loss: encoded (B, T, C), masked_positions (2, M),
+// masked_ids (M,), then the head's six parameters -> the sum of the losses (1,), the hits (1,). All float32.
 //
 // Gradients fill the arrays that MXNet gives for them, whatever it wants; with the attribute `add` those of the
 // parameters are added to what is there.
@@ -140,7 +140,7 @@ class EncoderState : public CustomStatefulOp {
     const MXTensor& tokens = arrays->at(first);
     Arrays next(arrays, first);
     Inputs in;
-    in.tokens = next.next(), in.segments = next.next(), in.lengths = next.next();
+    in.tokens = next.next(), in.token_types = next.next(), in.valid_length = next.next();
     in.rows = (int)tokens.shape.at(0), in.columns = (int)tokens.shape.at(1);
     const float* key = next.next();  // two numbers from 0 up to 1, of 24 bits each
     in.key = (uint64_t)(key[0] * (1 << 24)) << 24 | (uint64_t)(key[1] * (1 << 24));
@@ -194,7 +194,7 @@ class HeadState : public CustomStatefulOp {
   MXReturnValue Forward(std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs, const OpResource&) override {
     return told([&] {
       const bool keep = whole(a_, "keep");
-      loss_.reset(new MaskedLoss<T>(head(inputs), predictions(inputs), keep));
+      loss_.reset(new MaskedLoss<T>(head(inputs), masked_tokens(inputs), keep));
       loss_->forward(outputs->at(0).data<float>(), outputs->at(1).data<float>());
       if (!keep) loss_.reset();
     });
@@ -205,7 +205,7 @@ class HeadState : public CustomStatefulOp {
       if (!loss_) throw std::runtime_error("nothing was kept of the forward pass for this backward pass");
       for (int i = 1; i < kHeadInputs; ++i) std::fill_n(outputs->at(i).data<float>(), outputs->at(i).size(), 0.f);
       std::vector<MXTensor> given(inputs->begin() + 2, inputs->end());  // after the gradients of both outputs
-      loss_->use(head(&given), predictions(&given));
+      loss_->use(head(&given), masked_tokens(&given));
       Arrays out(outputs, kHeadInputs);
       HeadGradients g;
       g.add = whole(a_, "add");
@@ -217,11 +217,11 @@ class HeadState : public CustomStatefulOp {
   }
 
  private:
-  Predictions predictions(std::vector<MXTensor>* arrays) const {
+  MaskedTokens masked_tokens(std::vector<MXTensor>* arrays) const {
     const std::vector<int64_t>& shape = arrays->at(0).shape;
     Arrays next(arrays, 0);
-    Predictions p;
-    p.encoded = next.next(), p.places = next.next(), p.labels = next.next();
+    MaskedTokens p;
+    p.encoded = next.next(), p.masked_positions = next.next(), p.masked_ids = next.next();
     p.rows = (int)shape.at(0), p.columns = (int)shape.at(1), p.count = (int)arrays->at(2).size();
     return p;
   }

@@ -56,7 +56,7 @@ def main(job: dict[str, Any], benchmark: int, path: Path, kvstore: str) -> None:
         answer = {
             "seconds": seconds,
             "pairs": sum(map(len, made)),
-            "tokens": sum(int(batch.lengths.sum()) for batch in made),
+            "tokens": sum(int(batch.valid_length.sum()) for batch in made),
             "flop": sum(flop(batch, config.model, len(data.vocab)) for batch in made),
             "flop_per_second_of_products": products,
             "parts": parts,

@@ -57,8 +57,8 @@ def finished_step(trainer: Any, batch: Batch) -> Metrics:
 
 def flop(batch: Batch, model: ModelConfig, vocab_size: int) -> float:
     """Floating-point operations of the products that a step on this batch needs; none for padding."""
-    predictions = np.bincount(batch.predictions[0], minlength=len(batch))
-    of_rows = zip(batch.lengths.tolist(), predictions.tolist())
+    predictions = np.bincount(batch.masked_positions[0], minlength=len(batch))
+    of_rows = zip(batch.valid_length.tolist(), predictions.tolist())
     return sum(flops_per_pair(model, vocab_size, length, count) for length, count in of_rows)
 
 

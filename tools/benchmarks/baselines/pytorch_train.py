@@ -133,24 +133,24 @@ class SlicedLoss(torch.autograd.Function):
 
 def grouped(batch: dict[str, Any]) -> tuple[list[Any], Any, Any]:
     """A batch as groups of rows of like length, with its labels and next sentences in their order."""
-    order = np.argsort(batch["lengths"], kind="stable")
-    rows, positions = batch["predictions"]
+    order = np.argsort(batch["valid_length"], kind="stable")
+    rows, positions = batch["masked_positions"]
     groups, labels = [], []
     for members in np.array_split(order, GROUPS):
-        length = batch["lengths"][members].max()
+        length = batch["valid_length"][members].max()
         place = np.full(len(order), -1)
         place[members] = np.arange(len(members))
         mine = place[rows] >= 0
-        labels.append(batch["labels"][mine])
+        labels.append(batch["masked_ids"][mine])
         arrays = (
             batch["tokens"][members, :length],
-            batch["segments"][members, :length],
-            batch["lengths"][members],
+            batch["token_types"][members, :length],
+            batch["valid_length"][members],
             place[rows[mine]],
             positions[mine],
         )
         groups.append([torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for array in arrays])
-    whole = np.concatenate(labels), batch["is_next"][order]
+    whole = np.concatenate(labels), batch["next_sentence_labels"][order]
     return (groups, *(torch.from_numpy(array.astype(np.int64)) for array in whole))
 
 
@@ -161,7 +161,14 @@ def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
     with np.load(sys.argv[1]) as file:
         arrays = dict(file)
     net = Network(int(arrays.pop("vocab_size")))
-    names = ("tokens", "segments", "lengths", "predictions", "labels", "is_next")
+    names = (
+        "tokens",
+        "token_types",
+        "valid_length",
+        "masked_positions",
+        "masked_ids",
+        "next_sentence_labels",
+    )
     count = len(arrays) // len(names)
     batches = [{name: arrays[f"{name}-{number}"] for name in names} for number in range(count)]
     return steps(net, batches), {"with": f"torch {torch.__version__}, {sys.argv[2]}"}
@@ -176,7 +183,7 @@ def steps(net: Any, batches: list[dict[str, Any]]) -> Iterator[Step]:
         optimizer.zero_grad(set_to_none=True)
         (mlm + nsp).backward()
         optimizer.step()
-        yield len(batch["is_next"]), mlm.item(), nsp.item()
+        yield len(batch["next_sentence_labels"]), mlm.item(), nsp.item()
 
 
 if __name__ == "__main__":
