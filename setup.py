@@ -65,6 +65,8 @@ setup(
         "numpy>=1.17",
         "matplotlib>=3.5",
         "requests>=2.20",
+        # Sparse products for word vectors from co-occurrences.
+        "scipy>=1.5",
         "sentencex>=0.6.1",
         "tqdm>=4.60",
         # MXNet imports distutils, which Python 3.12 left to setuptools.

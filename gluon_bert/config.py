@@ -63,6 +63,12 @@ class ModelConfig:
         "weights from Xavier, from N(0, 0.02) (normal), or from RUN, the folder of an earlier run or of "
         "converted weights; its network and its tokenizer are then taken with them",
     )
+    init_embeddings: str = option(
+        "random",
+        "the first vectors of the words: random, or from the co-occurrences of words in the text, which takes "
+        "seconds and is kept with the prepared text",
+        choices=("random", "cooccurrence"),
+    )
     init_checkpoint: str = option(
         "latest", "which of that run's networks: the latest, the best, or that after a step"
     )
@@ -480,6 +486,8 @@ def _model_contradictions(model: ModelConfig) -> List[str]:
         return [f"--init: must be {', '.join(RANDOM_INITS)} or the folder of a run"]
     if model.init in RANDOM_INITS and model.init_checkpoint != "latest":
         return [f"--init-checkpoint {model.init_checkpoint}: has no effect, it needs --init RUN"]
+    if model.init not in RANDOM_INITS and model.init_embeddings != "random":
+        return ["--init-embeddings cooccurrence: has no effect, the vectors come from --init RUN"]
     return []
 
 

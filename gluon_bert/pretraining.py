@@ -278,10 +278,17 @@ def text(config: Config, here: RunPlacement) -> Any:
 
 def network(config: Config, data: Any, contexts: list[Any]) -> Any:
     """A network for the text, with its first weights."""
+    from .data.cooccurrence import cached_word_vectors
     from .model.bert import BERTModel
 
     net = BERTModel(len(data.vocab), config.model)
-    net.setup(contexts, config.train.seed, data.word_counts)
+    vectors = None
+    if config.model.init_embeddings == "cooccurrence":
+        documents = data.train.documents
+        vectors = cached_word_vectors(
+            documents, data.vocab, config.model.units, config.train.seed, documents.folder
+        )
+    net.setup(contexts, config.train.seed, data.word_counts, vectors)
     return net
 
 

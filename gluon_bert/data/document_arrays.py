@@ -45,7 +45,9 @@ class Documents:
         """(size,) int64: how often each id occurs."""
         return np.bincount(self.tokens, minlength=size)
 
-    # A text in memory is one shard of itself, so that who reads `Shards` reads this as well.
+    # A text in memory is one shard of itself, so that code for `Shards` works for it, too.
+
+    folder = None
 
     @property
     def sizes(self) -> np.ndarray:

@@ -51,7 +51,8 @@ class Shards:
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], side: str, counts: np.ndarray) -> None:
-        self._folder, self._shards, self._side, self._counts = folder, manifest["shards"], side, counts
+        self.folder = self._folder = folder
+        self._shards, self._side, self._counts = manifest["shards"], side, counts
         self._lengths = np.array(
             [[shard[side][name] for name in (*ARRAYS, "with_pairs")] for shard in self._shards],
             dtype=np.int64,

@@ -63,11 +63,18 @@ class BERTModel(mx.gluon.HybridBlock):
         """A network of this kind with another configuration and no weights."""
         return BERTModel(self.vocab_size, config, **kwargs)
 
-    def setup(self, contexts: Any, seed: int = 0, word_counts: np.ndarray | None = None) -> None:
+    def setup(
+        self,
+        contexts: Any,
+        seed: int = 0,
+        word_counts: np.ndarray | None = None,
+        word_vectors: np.ndarray | None = None,
+    ) -> None:
         """Draw the initial weights onto these contexts and compile; seeds MXNet, so dropout as well.
 
         word_counts: (V,) how often each word is to be predicted, for a decoder_bias of frequencies: InputError
-        without them.
+        without them. word_vectors: (V, C) with standard deviation 1, the first word embeddings; rows of NaN
+        stay random.
         """
         mx.random.seed(seed)
         self.initialize(initial_weights(self.config), ctx=contexts, force_reinit=True)
@@ -75,7 +82,17 @@ class BERTModel(mx.gluon.HybridBlock):
             if word_counts is None:
                 raise InputError("--decoder-bias unigram: the words' counts in the text are needed")
             self.mlm.decoder.bias.set_data(mx.nd.array(log_frequencies(word_counts)))
+        if word_vectors is not None:
+            self._set_embeddings(word_vectors)
         self.compile()
+
+    def _set_embeddings(self, word_vectors: np.ndarray) -> None:
+        """Replace the embeddings of words that have a vector, at the scale of the random ones."""
+        weight = self.encoder.embeddings.tokens.weight
+        values = weight.data(weight.list_ctx()[0]).asnumpy()
+        known = ~np.isnan(word_vectors[:, 0])
+        values[known] = word_vectors[known] * values.std()
+        weight.set_data(mx.nd.array(values))
 
     def set_matmul_precision(self, precision: str) -> None:
         """Multiply matrices in this precision from now on, as TrainConfig has it; the weights stay float32.
