@@ -29,10 +29,10 @@ void product(int rows, int columns, int depth, const float* left, bool left_tran
 extern "C" void multiply_matrices(bool pairs, int rows, int columns, int depth, const float* left,
                                   bool left_transposed, const float* right, bool right_transposed,
                                   const float* bias, bool add, float* out) {
-  (pairs ? product<Pair> : product<float>)(rows, columns, depth, left, left_transposed, right, right_transposed,
+  (pairs ? product<Bf16x2> : product<float>)(rows, columns, depth, left, left_transposed, right, right_transposed,
                                            bias, add, out);
 }
 
 extern "C" void round_each(int count, const float* numbers, uint32_t* out) {
-  for (int i = 0; i < count; ++i) out[i] = rounded(numbers[i]);
+  for (int i = 0; i < count; ++i) out[i] = to_bf16(numbers[i]);
 }

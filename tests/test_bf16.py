@@ -114,7 +114,7 @@ def test_it_is_told_where_bf16_would_not_be_faster(monkeypatch):
     processors = Path("/proc/cpuinfo")
     if processors.exists():
         here = "avx512_bf16" in processors.read_text("utf-8").split()
-        lacking = "this processor has no products of bfloat16 (AVX512_BF16)"
+        lacking = "this processor does not have the AVX512_BF16 instructions"
         assert ops.bf16_unsupported_reason() == ("" if here else lacking)
     monkeypatch.setenv(ops.VARIABLE, "mxnet")
     ops.select()

@@ -135,7 +135,7 @@ def peak_matmul_flops(repeats: int) -> float:
     """
     if _unavailable_reason():
         return 0.0
-    function = _library().gluon_bert_products
+    function = _library().gluon_bert_peak_matmul_flops
     function.restype = ctypes.c_double
     return float(function(repeats))
 
@@ -148,7 +148,7 @@ def bf16_unsupported_reason() -> str:
     reason = _unavailable_reason()
     if reason:
         return f"only compiled operators multiply bfloat16, and there are none ({reason})"
-    function = _library().gluon_bert_bf16_refusal
+    function = _library().gluon_bert_bf16_unsupported_reason
     function.restype = ctypes.c_char_p
     return str(function().decode())
 

@@ -1,4 +1,4 @@
-// Memory that stays from step to step: what the system gives anew costs a page fault every 4 KiB.
+// Keeps memory from step to step. New memory from the system costs a page fault every 4 KiB.
 #pragma once
 
 #include <cstdlib>
@@ -9,20 +9,20 @@
 
 namespace gluon_bert {
 
-// Blocks of floats that are lent and come back. Safe from several threads.
-class Pool {
+// Blocks of floats that callers acquire and release. Threads may share it.
+class BufferPool {
  public:
-  static Pool& instance() {
-    static Pool* pool = new Pool;  // never destroyed: blocks may come back while the process ends
+  static BufferPool& instance() {
+    static BufferPool* pool = new BufferPool;  // never destroyed: blocks may be released while the process ends
     return *pool;
   }
 
-  // A block of at least `count` floats, on a cache line of its own; its size is set to what it holds.
-  float* lend(size_t count, size_t* size) {
+  // Returns a block of at least `count` floats, on a cache line of its own. Sets `size` to its size.
+  float* acquire(size_t count, size_t* size) {
     std::lock_guard<std::mutex> lock(mutex_);
     auto found = free_.lower_bound(count);
     if (found != free_.end() && found->first <= 2 * count + kSmall) return take(found, size);
-    // What is too small would be kept for nothing: lengths differ, and the longest is soon met.
+    // Frees the smaller blocks. Lengths differ, the longest come early, and small blocks would stay unused.
     while (!free_.empty() && free_.begin()->first < count) std::free(take(free_.begin(), size));
     *size = count + count / 8 + 64;
     *size = (*size + 15) / 16 * 16;
@@ -31,7 +31,7 @@ class Pool {
     return static_cast<float*>(block);
   }
 
-  void give_back(float* block, size_t size) {
+  void release(float* block, size_t size) {
     std::lock_guard<std::mutex> lock(mutex_);
     free_.emplace(size, block);
     while (free_.size() > kMost) {
@@ -54,18 +54,18 @@ class Pool {
   std::multimap<size_t, float*> free_;
 };
 
-// Floats of the pool for as long as this lives. A few more than asked for may be read, as products do.
-class Floats {
+// A block of the pool for as long as this object lives. Products may read a few floats past `count`.
+class PooledBuffer {
  public:
-  Floats() = default;
-  explicit Floats(size_t count) : data_(Pool::instance().lend(count + 64, &size_)) {}
-  Floats(Floats&& other) noexcept { swap(other); }
-  Floats& operator=(Floats&& other) noexcept {
+  PooledBuffer() = default;
+  explicit PooledBuffer(size_t count) : data_(BufferPool::instance().acquire(count + 64, &size_)) {}
+  PooledBuffer(PooledBuffer&& other) noexcept { swap(other); }
+  PooledBuffer& operator=(PooledBuffer&& other) noexcept {
     swap(other);
     return *this;
   }
-  ~Floats() {
-    if (data_) Pool::instance().give_back(data_, size_);
+  ~PooledBuffer() {
+    if (data_) BufferPool::instance().release(data_, size_);
   }
   float* get() const { return data_; }
   // The same memory, for other elements of this size.
@@ -77,7 +77,7 @@ class Floats {
   operator float*() const { return data_; }
 
  private:
-  void swap(Floats& other) {
+  void swap(PooledBuffer& other) {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
   }

@@ -1,4 +1,4 @@
-// What is done row by row: LayerNorm, softmax, activations, dropout. One thread, float32.
+// Operations on one row of numbers: LayerNorm, softmax, activations, dropout. One thread, float32.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace gluon_bert {
 
-// e^x to a few units in the last place, for loops that the compiler turns into vector instructions.
+// e^x to a few units in the last place. The compiler can vectorize loops over it.
 inline float exponential(float x) {
   x = x < -87.f ? -87.f : x > 88.f ? 88.f : x;
   const float n = __builtin_rintf(x * 1.44269504f);
@@ -37,9 +37,9 @@ inline float normal_cdf(float x, float* density) {
   return x < 0 ? 0.5f * tail : 1 - 0.5f * tail;
 }
 
-// What the approximation of GELU multiplies x by, (1 + tanh u) / 2, and the derivative of 2 u; Hendrycks and Gimpel
+// The factor of x in the approximation of GELU, (1 + tanh u) / 2, and the derivative of 2 u; Hendrycks and Gimpel
 // 2016, section 2: u = root(2 / pi) * (x + 0.044715 x^3).
-inline float gelu_tanh_share(float x, float* slope) {
+inline float gelu_tanh_gate(float x, float* slope) {
   const float twice_root = 1.59576912f, square = x * x;
   *slope = twice_root * (1 + 3 * 0.044715f * square);
   return 1 / (1 + exponential(-twice_root * x * (1 + 0.044715f * square)));
@@ -53,7 +53,7 @@ inline void activate(Activation kind, const float* x, int n, float* out) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
       float slope;
-      out[i] = x[i] * gelu_tanh_share(x[i], &slope);
+      out[i] = x[i] * gelu_tanh_gate(x[i], &slope);
     }
   } else {
 #pragma omp simd
@@ -72,7 +72,7 @@ inline void activate_backward(Activation kind, const float* x, int n, float* out
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
       float slope;
-      const float share = gelu_tanh_share(x[i], &slope);
+      const float share = gelu_tanh_gate(x[i], &slope);
       out[i] *= share + x[i] * share * (1 - share) * slope;
     }
   } else {
@@ -85,12 +85,12 @@ inline void activate_backward(Activation kind, const float* x, int n, float* out
   }
 }
 
-// Dropout by counting: whether an element is kept depends on its number, the key of the call and the place in
-// the network alone, so forward and backward agree with nothing stored, on any number of threads.
+// Dropout by counters. Whether an element is kept depends on its number, the key of the call and the place in the
+// network alone. So forward and backward agree without a stored mask, on any number of threads.
 class Dropout {
  public:
   Dropout(float rate, uint64_t key, uint64_t place) : limit_((int32_t)(rate * (1 << 24))), scale_(1 / (1 - rate)) {
-    // A step of splitmix64 (Steele et al. 2014) makes a key of its own for each place.
+    // A step of splitmix64 (Steele et al. 2014) gives each place its own key.
     uint64_t z = key + (place + 1) * 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
@@ -100,17 +100,17 @@ class Dropout {
 
   bool active() const { return limit_ > 0; }
 
-  // What element number `index` is multiplied by: 0, or 1 / (1 - rate).
+  // The factor of element number `index`: 0, or 1 / (1 - rate).
   float factor(uint32_t index) const {
     uint32_t x = index ^ first_;
-    x = (x ^ (x >> 16)) * 0x7feb352du;  // two multipliers of C. Wellons's lowbias32, then one more with a key
+    x = (x ^ (x >> 16)) * 0x7feb352du;  // two multipliers of C. Wellons's lowbias32, then a third with a key
     x = (x ^ (x >> 15)) * 0x846ca68bu;
     x = (x ^ (x >> 16) ^ second_) * 0x9E3779B1u;
     x ^= x >> 15;
     return (int32_t)(x >> 8) >= limit_ ? scale_ : 0.f;
   }
 
-  // out = x * factors, of elements number first, first + 1 and so on.
+  // out = x * factors, for the elements from number `first` on.
   void apply(const float* x, int n, uint32_t first, float* out) const {
     if (!active()) {
       if (out != x) std::memcpy(out, x, n * sizeof(float));
@@ -177,7 +177,7 @@ inline void normalize_backward(
   }
 }
 
-inline float largest(const float* x, int n) {
+inline float row_max(const float* x, int n) {
   float best = x[0];
 #pragma omp simd reduction(max : best)
   for (int i = 0; i < n; ++i) best = x[i] > best ? x[i] : best;
@@ -186,7 +186,7 @@ inline float largest(const float* x, int n) {
 
 // x = softmax(scale * x).
 inline void softmax(float* x, int n, float scale) {
-  const float most = largest(x, n);
+  const float most = row_max(x, n);
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int i = 0; i < n; ++i) {

@@ -1,8 +1,8 @@
-// Products of small matrices on one thread, sums in float32. Knows nothing of threads, layers or MXNet.
+// Products of small matrices on one thread, with sums in float32. Nothing here depends on layers or MXNet.
 //
-// One kernel computes a tile of kRows x kCols sums in registers. Its left side is read through two strides, so
-// it may be transposed; its right side lies in panels of kCols columns, packed or part of a larger matrix. The
-// elements of both are float, or a Pair of neighbouring terms in bfloat16: half as many of half the bytes a term.
+// One kernel computes a tile of kRows x kCols sums in registers. It reads its left side through two strides, so
+// the left side may be transposed. Its right side lies in panels of kCols columns, packed or part of a larger
+// matrix. The elements of both are float, or Bf16x2: two neighbouring terms of a sum in bfloat16.
 #pragma once
 
 #include <algorithm>
@@ -13,14 +13,14 @@
 
 namespace gluon_bert {
 
-// As many sums as the registers hold: 12 of 16 with AVX2, 24 of 32 with AVX-512.
+// The sums fill most registers: 12 of 16 with AVX2, 24 of 32 with AVX-512.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kRows = 12;
 #else
 constexpr int kLanes = 8, kRows = 6;
 #endif
 constexpr int kCols = 2 * kLanes;
-// Terms of a sum that are added up in registers: a panel of so many rows stays in the first cache.
+// Terms of a sum that are added up in registers. A panel of kDepth rows fits the first cache.
 constexpr int kDepth = 256;
 
 template <class T>
@@ -31,7 +31,7 @@ struct Lanes {
 typedef Lanes<float>::Vector Vector;
 typedef Lanes<float>::Unaligned Unaligned;
 
-// How many elements hold so many terms of a sum.
+// Returns how many elements hold this many terms of a sum.
 template <class T>
 constexpr int elements(int terms);
 template <>
@@ -39,7 +39,7 @@ constexpr int elements<float>(int terms) {
   return terms;
 }
 template <>
-constexpr int elements<Pair>(int terms) {
+constexpr int elements<Bf16x2>(int terms) {
   return (terms + 1) / 2;
 }
 
@@ -50,21 +50,21 @@ struct Left {
   long row, col;
 };
 
-// The right side: element (k, j) is data[(j / kCols) * panel + k * row + j % kCols]. What stands beyond the
-// last column is read, and changes nothing.
+// The right side: element (k, j) is data[(j / kCols) * panel + k * row + j % kCols]. The kernel reads past the
+// last column, but those numbers do not change the result.
 template <class T>
 struct Right {
   const T* data;
   long row, panel;
 };
 
-// What the sums begin with: zero, a bias for each column, or what the result holds already.
+// The sums begin with zero, with a bias for each column, or with what the result holds already.
 enum class Start { kZero, kBias, kAdd };
 
 constexpr int panels(int columns) { return (columns + kCols - 1) / kCols; }
 
-// The distance of two rows of so many floats: an odd number of cache lines, or a column of a matrix would fall
-// on a few lines of the cache that throw each other out.
+// Returns the distance between two rows of this many floats, an odd number of cache lines. With an even number a
+// column of a matrix would map to few sets of the cache.
 constexpr long stride(long columns) { return ((columns + 15) / 16 | 1) * 16; }
 
 inline __attribute__((always_inline)) Vector add_products(Vector sum, Vector x, Vector y) { return sum + x * y; }
@@ -106,7 +106,7 @@ inline void last_rows(int rows, int depth, Left<T> a, const T* b, long b_row, fl
     last_rows<R - 1, S>(rows, depth, a, b, b_row, c, ldc, bias);
 }
 
-// A panel of the result, all its columns there to be written.
+// A panel of the result that has all its columns.
 template <Start S, class T>
 void whole_panel(int rows, int depth, Left<T> a, const T* b, long b_row, float* c, long ldc, const float* bias) {
   int i = 0;
@@ -116,7 +116,7 @@ void whole_panel(int rows, int depth, Left<T> a, const T* b, long b_row, float* 
     last_rows<kRows - 1, S, T>(rows - i, depth, {a.data + i * a.row, a.row, a.col}, b, b_row, c + i * ldc, ldc, bias);
 }
 
-// A panel of which only some columns exist: computed aside, tile by tile.
+// A panel of the result that has only some columns. Tiles are computed in a buffer and copied.
 template <Start S, class T>
 void part_of_panel(
     int rows, int columns, int depth, Left<T> a, const T* b, long b_row, float* c, long ldc, const float* bias) {
@@ -164,45 +164,45 @@ void multiply(int rows, int columns, int depth, Left<float> a, Right<float> b, f
   }
 }
 
-// A left side in pairs; a row or a column of it must lie in one piece.
-inline Left<Pair> pack_left(int rows, int depth, Left<float> a, Pair* packed) {
-  const int pairs = elements<Pair>(depth);
+// Packs a left side into pairs. Its rows or its columns must be contiguous.
+inline Left<Bf16x2> pack_left(int rows, int depth, Left<float> a, Bf16x2* packed) {
+  const int pairs = elements<Bf16x2>(depth);
   if (a.col == 1) {
-    for (int i = 0; i < rows; ++i) pair_neighbours(a.data + i * a.row, depth, packed + i * pairs);
+    for (int i = 0; i < rows; ++i) pack_neighbours(a.data + i * a.row, depth, packed + i * pairs);
     return {packed, pairs, 1};
   }
   for (int k = 0; k < depth; k += 2) {
     const float* x = a.data + k * a.col;
-    pair_up(x, k + 1 < depth ? x + a.col : nullptr, rows, packed + k / 2 * rows);
+    interleave_rows(x, k + 1 < depth ? x + a.col : nullptr, rows, packed + k / 2 * rows);
   }
   return {packed, 1, rows};
 }
 
-// The same in bfloat16: the left side is rounded here, some rows at a time, which a second cache holds.
+// The same in bfloat16. The left side is rounded here, as many rows at a time as fit a second cache.
 template <Start S>
-void multiply(int rows, int columns, int depth, Left<float> a, Right<Pair> b, float* c, long ldc,
+void multiply(int rows, int columns, int depth, Left<float> a, Right<Bf16x2> b, float* c, long ldc,
               const float* bias = nullptr) {
   constexpr int kSome = 240;
-  alignas(64) Pair room[kSome * elements<Pair>(kDepth)];
+  alignas(64) Bf16x2 room[kSome * elements<Bf16x2>(kDepth)];
   for (int k = 0; k == 0 || k < depth; k += kDepth)
     for (int i = 0; i < rows; i += kSome) {
       const int some = std::min(kSome, rows - i), terms = std::min(kDepth, depth - k);
-      const Left<Pair> left = pack_left(some, terms, {a.data + i * a.row + k * a.col, a.row, a.col}, room);
-      const Right<Pair> right{b.data + elements<Pair>(k) * b.row, b.row, b.panel};
+      const Left<Bf16x2> left = pack_left(some, terms, {a.data + i * a.row + k * a.col, a.row, a.col}, room);
+      const Right<Bf16x2> right{b.data + elements<Bf16x2>(k) * b.row, b.row, b.panel};
       if (k == 0)
-        add_block<S>(some, columns, elements<Pair>(terms), left, right, c + i * ldc, ldc, bias);
+        add_block<S>(some, columns, elements<Bf16x2>(terms), left, right, c + i * ldc, ldc, bias);
       else
-        add_block<Start::kAdd>(some, columns, elements<Pair>(terms), left, right, c + i * ldc, ldc, nullptr);
+        add_block<Start::kAdd>(some, columns, elements<Bf16x2>(terms), left, right, c + i * ldc, ldc, nullptr);
     }
 }
 
-// The elements of a packed right side.
+// Returns the elements of a packed right side.
 template <class T>
 constexpr long packed_size(int columns, int depth) {
   return (long)panels(columns) * kCols * elements<T>(depth);
 }
 
-// Panel p of a packed right side (depth x columns), from rows that lie where row(k) says.
+// Packs panel p of a right side (depth x columns). row(k) points to its row k.
 template <class Rows>
 void pack_panel(Rows row, int depth, int columns, int p, float* packed) {
   const int first = p * kCols, some = std::min(kCols, columns - first);
@@ -214,16 +214,16 @@ void pack_panel(Rows row, int depth, int columns, int p, float* packed) {
 }
 
 template <class Rows>
-void pack_panel(Rows row, int depth, int columns, int p, Pair* packed) {
+void pack_panel(Rows row, int depth, int columns, int p, Bf16x2* packed) {
   const int first = p * kCols, some = std::min(kCols, columns - first);
-  Pair* out = packed + packed_size<Pair>(first, depth);
+  Bf16x2* out = packed + packed_size<Bf16x2>(first, depth);
   for (int k = 0; k < depth; k += 2, out += kCols) {
-    pair_up(row(k) + first, k + 1 < depth ? row(k + 1) + first : nullptr, some, out);
+    interleave_rows(row(k) + first, k + 1 < depth ? row(k + 1) + first : nullptr, some, out);
     std::fill(out + some, out + kCols, 0);
   }
 }
 
-// Panel p of a packed right side that is the transpose of a matrix (columns x depth) with such rows.
+// Packs panel p of a right side that is the transpose of a matrix (columns x depth).
 template <class Rows>
 void pack_panel_transposed(Rows row, int depth, int columns, int p, float* packed) {
   const int first = p * kCols, some = std::min(kCols, columns - first);
@@ -236,21 +236,21 @@ void pack_panel_transposed(Rows row, int depth, int columns, int p, float* packe
 }
 
 template <class Rows>
-void pack_panel_transposed(Rows row, int depth, int columns, int p, Pair* packed) {
+void pack_panel_transposed(Rows row, int depth, int columns, int p, Bf16x2* packed) {
   const int first = p * kCols, some = std::min(kCols, columns - first);
-  Pair* out = packed + packed_size<Pair>(first, depth);
-  Pair pairs[elements<Pair>(kDepth)];
-  if (some < kCols) std::fill(out, out + packed_size<Pair>(kCols, depth), 0);
-  for (int k = 0; k < depth; k += kDepth, out += elements<Pair>(kDepth) * kCols) {
+  Bf16x2* out = packed + packed_size<Bf16x2>(first, depth);
+  Bf16x2 pairs[elements<Bf16x2>(kDepth)];
+  if (some < kCols) std::fill(out, out + packed_size<Bf16x2>(kCols, depth), 0);
+  for (int k = 0; k < depth; k += kDepth, out += elements<Bf16x2>(kDepth) * kCols) {
     const int terms = std::min(kDepth, depth - k);
     for (int j = 0; j < some; ++j) {
-      pair_neighbours(row(first + j) + k, terms, pairs);
-      for (int i = 0; i < elements<Pair>(terms); ++i) out[i * kCols + j] = pairs[i];
+      pack_neighbours(row(first + j) + k, terms, pairs);
+      for (int i = 0; i < elements<Bf16x2>(terms); ++i) out[i * kCols + j] = pairs[i];
     }
   }
 }
 
-// What says where the rows of a row-major matrix lie.
+// Returns a function from a number to that row of a row-major matrix.
 inline auto rows_of(const float* data, long ld) {
   return [=](int i) { return data + i * ld; };
 }
@@ -267,16 +267,16 @@ Right<T> pack(const float* source, long ld, int depth, int columns, T* packed) {
   return {packed, kCols, packed_size<T>(kCols, depth)};
 }
 
-// Columns of a row-major matrix as a right side: in place, or as pairs, which want room.
+// A row-major matrix as a right side: in place, or packed into pairs in `room`.
 inline Right<float> right_side(const float* data, long ld, int, int, float*) { return {data, ld, kCols}; }
-inline Right<Pair> right_side(const float* data, long ld, int depth, int columns, Pair* room) {
+inline Right<Bf16x2> right_side(const float* data, long ld, int depth, int columns, Bf16x2* room) {
   return pack(data, ld, depth, columns, room);
 }
 
-// The elements of that room.
+// Returns the elements of that room.
 template <class T>
 constexpr long room_size(int columns, int depth) {
-  return std::is_same<T, Pair>::value ? packed_size<T>(columns, depth) : 0;
+  return std::is_same<T, Bf16x2>::value ? packed_size<T>(columns, depth) : 0;
 }
 
 }  // namespace gluon_bert

@@ -1,11 +1,12 @@
-// The operators as MXNet sees them: what they are called with, their shapes, and who does the work.
+// Registers the operators with MXNet: their inputs, their shapes, and the classes that compute them.
 //
 // gluon_bert_encoder: tokens (B, T), token_types (B, T), valid_length (B,), key (2,), then the encoder's parameters in
-// the order of Network, 16 a layer -> (B, T, C). gluon_bert_masked_loss: encoded (B, T, C), masked_positions (2, M),
-// masked_ids (M,), then the head's six parameters -> the sum of the losses (1,), the hits (1,). All float32.
+// the order of Network, 16 per layer -> (B, T, C). gluon_bert_masked_loss: encoded (B, T, C), masked positions
+// (2, M), masked ids (M,), then the head's six parameters -> the sum of the losses (1,), num_correct (1,). All are
+// float32.
 //
-// Gradients fill the arrays that MXNet gives for them, whatever it wants; with the attribute `add` those of the
-// parameters are added to what is there.
+// Gradients overwrite MXNet's arrays, whatever request type MXNet has for them. With the attribute `add` the
+// parameters' gradients are added to the arrays instead.
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -41,7 +42,7 @@ MXReturnValue float32(const Attributes&, std::vector<int>* inputs, std::vector<i
   return MX_SUCCESS;
 }
 
-// Hands out the arrays of a call one after another.
+// Returns the arrays of a call one after another.
 class Arrays {
  public:
   Arrays(std::vector<MXTensor>* all, size_t first) : all_(all), at_(first) {}
@@ -60,9 +61,9 @@ class Arrays {
   size_t at_;
 };
 
-// What went wrong, told to MXNet, which makes an MXNetError of it where the result is waited for.
+// Runs work and reports its exception to MXNet, which raises an MXNetError where a caller waits for the result.
 template <class Work>
-MXReturnValue told(Work work) {
+MXReturnValue catch_errors(Work work) {
   try {
     work();
     return MX_SUCCESS;
@@ -87,7 +88,7 @@ MXReturnValue encoder_counts(const Attributes& a, int* inputs, int* outputs) {
 MXReturnValue encoder_shape(const Attributes&, Shapes* inputs, Shapes* outputs) {
   const unsigned length = inputs->at(0).at(1), positions = inputs->at(kEncoderInputs + 2).at(0);
   if (length > positions) {
-    MX_ERROR_MSG << "texts of " << length << " tokens, where there are embeddings of " << positions << " positions";
+    MX_ERROR_MSG << "tokens must have at most " << positions << " columns (max_positions), got " << length;
     return MX_FAIL;
   }
   outputs->at(0) = {inputs->at(0).at(0), length, inputs->at(kEncoderInputs).at(1)};
@@ -100,24 +101,24 @@ class EncoderState : public CustomStatefulOp {
   explicit EncoderState(const Attributes& attributes) : a_(attributes) {}
 
   MXReturnValue Forward(std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs, const OpResource&) override {
-    return told([&] {
-      encoder_.reset(new Encoder<T>(network(inputs, 0), given(inputs, 0), keep()));
+    return catch_errors([&] {
+      encoder_.reset(new Encoder<T>(network(inputs, 0), inputs_of(inputs, 0), keep()));
       encoder_->forward(outputs->at(0).data<float>());
       if (keep() == Keep::kNothing) encoder_.reset();
     });
   }
 
   MXReturnValue Backward(std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs, const OpResource&) override {
-    return told([&] {
-      if (!encoder_) throw std::runtime_error("nothing was kept of the forward pass for this backward pass");
+    return catch_errors([&] {
+      if (!encoder_) throw std::runtime_error("the forward pass was not recorded, so there is no backward pass");
       const Network net = network(inputs, 1);
-      encoder_->use(net, given(inputs, 1));
+      encoder_->rebind(net, inputs_of(inputs, 1));
       for (int i = 0; i < kEncoderInputs; ++i)
         std::fill_n(outputs->at(i).data<float>(), outputs->at(i).size(), 0.f);
       Arrays out(outputs, kEncoderInputs);
       Gradients g;
       g.add = whole(a_, "add");
-      g.token_embedding = out.next(), g.segment_embedding = out.next(), g.position_embedding = out.next();
+      g.token_embedding = out.next(), g.token_type_embedding = out.next(), g.position_embedding = out.next();
       if (net.embedding_norm)
         for (float*& norm : g.first_norm) norm = out.next();
       g.layers.resize(net.layers.size(), std::vector<float*>(kLayerParameters));
@@ -135,8 +136,8 @@ class EncoderState : public CustomStatefulOp {
     return whole(a_, "recompute") ? Keep::kStream : Keep::kLayers;
   }
 
-  // The inputs begin with array number `first`.
-  Inputs given(std::vector<MXTensor>* arrays, size_t first) const {
+  // The inputs are the arrays from number `first` on.
+  Inputs inputs_of(std::vector<MXTensor>* arrays, size_t first) const {
     const MXTensor& tokens = arrays->at(first);
     Arrays next(arrays, first);
     Inputs in;
@@ -157,7 +158,7 @@ class EncoderState : public CustomStatefulOp {
     n.activation = activation_of(a_);
     n.epsilon = (float)number(a_, "epsilon"), n.dropout = (float)number(a_, "dropout");
     Arrays next(arrays, first);
-    n.token_embedding = next.next(), n.segment_embedding = next.next(), n.position_embedding = next.next();
+    n.token_embedding = next.next(), n.token_type_embedding = next.next(), n.position_embedding = next.next();
     if (n.embedding_norm) n.first_norm = next.norm();
     n.layers.resize(whole(a_, "layers"));
     for (Layer& layer : n.layers) {
@@ -192,7 +193,7 @@ class HeadState : public CustomStatefulOp {
   explicit HeadState(const Attributes& attributes) : a_(attributes) {}
 
   MXReturnValue Forward(std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs, const OpResource&) override {
-    return told([&] {
+    return catch_errors([&] {
       const bool keep = whole(a_, "keep");
       loss_.reset(new MaskedLoss<T>(head(inputs), masked_tokens(inputs), keep));
       loss_->forward(outputs->at(0).data<float>(), outputs->at(1).data<float>());
@@ -201,11 +202,11 @@ class HeadState : public CustomStatefulOp {
   }
 
   MXReturnValue Backward(std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs, const OpResource&) override {
-    return told([&] {
-      if (!loss_) throw std::runtime_error("nothing was kept of the forward pass for this backward pass");
+    return catch_errors([&] {
+      if (!loss_) throw std::runtime_error("the forward pass was not recorded, so there is no backward pass");
       for (int i = 1; i < kHeadInputs; ++i) std::fill_n(outputs->at(i).data<float>(), outputs->at(i).size(), 0.f);
-      std::vector<MXTensor> given(inputs->begin() + 2, inputs->end());  // after the gradients of both outputs
-      loss_->use(head(&given), masked_tokens(&given));
+      std::vector<MXTensor> arrays(inputs->begin() + 2, inputs->end());  // after the gradients of both outputs
+      loss_->rebind(head(&arrays), masked_tokens(&arrays));
       Arrays out(outputs, kHeadInputs);
       HeadGradients g;
       g.add = whole(a_, "add");
@@ -221,7 +222,7 @@ class HeadState : public CustomStatefulOp {
     const std::vector<int64_t>& shape = arrays->at(0).shape;
     Arrays next(arrays, 0);
     MaskedTokens p;
-    p.encoded = next.next(), p.masked_positions = next.next(), p.masked_ids = next.next();
+    p.encoded = next.next(), p.positions = next.next(), p.ids = next.next();
     p.rows = (int)shape.at(0), p.columns = (int)shape.at(1), p.count = (int)arrays->at(2).size();
     return p;
   }
@@ -239,11 +240,11 @@ class HeadState : public CustomStatefulOp {
   std::unique_ptr<MaskedLoss<T>> loss_;
 };
 
-// An operator whose products are in bfloat16 if the attribute bf16 says so.
+// Creates an operator, with products in bfloat16 if the attribute bf16 is set.
 template <template <class> class State>
 MXReturnValue create(const Attributes& attributes, const MXContext&, const Shapes&, const std::vector<int>,
                      CustomStatefulOp** state) {
-  *state = whole(attributes, "bf16") ? CustomStatefulOp::create<State<Pair>>(attributes)
+  *state = whole(attributes, "bf16") ? CustomStatefulOp::create<State<Bf16x2>>(attributes)
                                      : CustomStatefulOp::create<State<float>>(attributes);
   return MX_SUCCESS;
 }
@@ -268,9 +269,9 @@ MXReturnValue initialize(int version) {
   return MX_FAIL;
 }
 
-// What the processor can do at most: products of matrices that stay in the caches, on all threads at once.
-// Returns how many floating-point operations that were; whoever calls has the clock.
-extern "C" double gluon_bert_products(int repeats) {
+// Multiplies matrices that stay in the caches, on all threads at once: the most that the processor can do.
+// Returns the number of floating-point operations. The caller measures the time.
+extern "C" double gluon_bert_peak_matmul_flops(int repeats) {
   constexpr int kSize = 10 * kRows, kDeep = 256, kWide = 256;
   const int threads = omp_get_max_threads();
   const long ld = stride(kDeep);
@@ -284,13 +285,13 @@ extern "C" double gluon_bert_products(int repeats) {
   return 2.0 * kSize * kDeep * kWide * repeats * threads;
 }
 
-// In a phrase, why no instruction multiplies bfloat16 here, without which it is not faster than float32, or nothing.
-extern "C" const char* gluon_bert_bf16_refusal() {
-#if defined(GLUON_BERT_MULTIPLIES_PAIRS)
+// Returns why bfloat16 is not faster than float32 here, or an empty string. It needs an instruction for it.
+extern "C" const char* gluon_bert_bf16_unsupported_reason() {
+#if defined(GLUON_BERT_HAS_BF16_DOT)
   return "";
 #elif defined(__AVX512BF16__)
-  return "clang++ makes no products of bfloat16: name g++ in the variable CXX";
+  return "clang++ does not compile products of bfloat16; set CXX to g++";
 #else
-  return "this processor has no products of bfloat16 (AVX512_BF16)";
+  return "this processor does not have the AVX512_BF16 instructions";
 #endif
 }

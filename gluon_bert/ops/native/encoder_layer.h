@@ -1,0 +1,405 @@
+// One encoder layer, forward and backward, for some rows of a batch, on one thread.
+//
+// encoder.h decides which thread computes which rows, and what stays in memory between the passes.
+#pragma once
+
+#include <omp.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "buffer_pool.h"
+#include "elementwise.h"
+#include "gemm.h"
+
+namespace gluon_bert {
+
+struct Dense {
+  const float *weight, *bias;  // (out, in), (out,)
+};
+
+struct Layer {
+  Dense query, key, value, output;
+  Norm norm1;
+  Dense expand, project;
+  Norm norm2;
+};
+
+// The network. Its pointers are to the parameters of one call.
+struct Network {
+  int units, ffn_units, heads, positions, words;  // C, F, H, P, V
+  bool pre, embedding_norm;
+  Activation activation;
+  float epsilon, dropout;
+  const float *token_embedding, *token_type_embedding, *position_embedding;
+  Norm first_norm;  // on the embeddings, if embedding_norm
+  std::vector<Layer> layers;
+  Norm last_norm;  // of a pre-LayerNorm network
+
+  int num_layers() const { return (int)layers.size(); }
+  int head_size() const { return units / heads; }
+  // The norm between stream l and layer l, or null. Stream num_layers() leaves the last layer.
+  const Norm* norm_after(int l) const {
+    if (pre) return l < num_layers() ? &layers[l].norm1 : &last_norm;
+    return l > 0 ? &layers[l - 1].norm2 : nullptr;
+  }
+  const Norm& middle_norm(int l) const { return pre ? layers[l].norm2 : layers[l].norm1; }
+};
+
+struct Inputs {
+  const float *tokens, *token_types, *valid_length;
+  int rows, columns;  // B, T
+  uint64_t key;       // of the dropout
+};
+
+// A row's real tokens, among the packed tokens of all rows.
+struct Row {
+  long first;
+  int length;
+};
+
+// Rows that one thread takes through a whole layer.
+struct Chunk {
+  int first_row, last_row;
+  long first;
+  int tokens;
+};
+
+// One call of the encoder: network, inputs, packed rows, and the distances of two tokens' vectors in memory.
+struct Call {
+  Network net;
+  Inputs in;
+  std::vector<Row> rows;
+  long ld = 0, ld_ffn = 0, ld_qkv = 0;  // of vectors of C, F and 3 C numbers
+
+  // Places of dropout: 0 is on the embeddings; then each layer has three, the attention weights first.
+  Dropout dropout(int place) const { return {net.dropout, in.key, (uint64_t)place}; }
+  Dropout dropout(int layer, int place) const { return dropout(1 + 3 * layer + place); }
+  // The number of a token's first element for dropout. It depends on padding, but not on the packing.
+  uint32_t element(int row, int position) const {
+    return (uint32_t)(((long)row * in.columns + position) * net.units);
+  }
+  // The number of the first attention weight of a query.
+  uint32_t weight_element(int row, int head, int query) const {
+    return (uint32_t)((((long)row * net.heads + head) * in.columns + query) * in.columns);
+  }
+  // out = x after dropout, a chunk's vectors.
+  void drop_rows(const Chunk& chunk, const Dropout& drop, const float* x, float* out) const {
+    long i = 0;
+    for (int row = chunk.first_row; row < chunk.last_row; ++row)
+      for (int position = 0; position < rows[row].length; ++position, ++i)
+        drop.apply(x + i * ld, net.units, element(row, position), out + i * ld);
+  }
+};
+
+// A layer's weights in panels, for x * weight^T or, backward, for gradient * weight.
+template <class T>
+struct PackedLayer {
+  Right<T> qkv, output, expand, project;
+
+  // The elements that `pack` fills, forward or backward.
+  static size_t size(int c, int f) {
+    return std::max(packed_size<T>(3 * c, c), packed_size<T>(c, 3 * c)) + packed_size<T>(c, c) +
+           2 * std::max(packed_size<T>(f, c), packed_size<T>(c, f));
+  }
+
+  // All threads call this together; each packs some panels.
+  static PackedLayer pack(const Layer& layer, int c, int f, T* out, bool forward) {
+    int number = 0;
+    auto mine = [&number] { return number++ % omp_get_num_threads() == omp_get_thread_num(); };
+    auto pack_one = [&](auto rows, int outputs, int inputs) {
+      const int depth = forward ? inputs : outputs, columns = forward ? outputs : inputs;
+      const Right<T> packed{out, kCols, packed_size<T>(kCols, depth)};
+      for (int p = 0; p < panels(columns); ++p) {
+        if (!mine()) continue;
+        if (forward)
+          pack_panel_transposed(rows, depth, columns, p, out);
+        else
+          pack_panel(rows, depth, columns, p, out);
+      }
+      out += packed_size<T>(columns, depth);
+      return packed;
+    };
+    // Query, key and value are one matrix (3 C, C).
+    const float* three[] = {layer.query.weight, layer.key.weight, layer.value.weight};
+    PackedLayer packed;
+    packed.qkv = pack_one([&](int i) { return three[i / c] + i % c * (long)c; }, 3 * c, c);
+    packed.output = pack_one(rows_of(layer.output.weight, c), c, c);
+    packed.expand = pack_one(rows_of(layer.expand.weight, c), f, c);
+    packed.project = pack_one(rows_of(layer.project.weight, f), c, f);
+    return packed;
+  }
+};
+
+// Values between two layers, before their norm: a vector per token, and each vector's statistics.
+struct Stream {
+  float* values;
+  Statistics* statistics;
+};
+
+// A layer's inner values, a vector per token: query, key and value; attention's result; the sum after attention;
+// the hidden layer before its activation.
+struct Activations {
+  PooledBuffer qkv, context, middle, hidden;
+  std::vector<Statistics> middle_statistics;
+
+  Activations() = default;
+  Activations(long tokens, const Call& call)
+      : qkv(tokens * call.ld_qkv),
+        context(tokens * call.ld),
+        middle(tokens * call.ld),
+        hidden(tokens * call.ld_ffn),
+        middle_statistics(tokens) {}
+};
+
+// Those of a chunk.
+struct ChunkActivations {
+  float *qkv, *context, *middle, *hidden;
+  Statistics* middle_statistics;
+
+  // The chunk's first token is token number `first` of all.
+  ChunkActivations(Activations& all, long first, const Call& call)
+      : qkv(all.qkv + first * call.ld_qkv),
+        context(all.context + first * call.ld),
+        middle(all.middle + first * call.ld),
+        hidden(all.hidden + first * call.ld_ffn),
+        middle_statistics(all.middle_statistics.data() + first) {}
+};
+
+// A thread's working memory for a chunk.
+struct Scratch {
+  PooledBuffer input, after, gradient, wide, qkv, scores, dropped, d_scores, panels;
+  Activations activations;  // if not all layers' are kept
+
+  Scratch() = default;
+  Scratch(const Call& call, long tokens, long longest, long panel_elements) {
+    const long matrix = longest * stride(gluon_bert::panels((int)longest) * kCols);
+    for (PooledBuffer* one : {&input, &after, &gradient}) *one = PooledBuffer(tokens * call.ld);
+    wide = PooledBuffer(tokens * call.ld_ffn);
+    qkv = PooledBuffer(tokens * call.ld_qkv);
+    for (PooledBuffer* one : {&scores, &dropped, &d_scores}) *one = PooledBuffer(matrix);
+    panels = PooledBuffer(panel_elements);
+  }
+};
+
+// A thread's own sums of a layer's gradients, one after another.
+struct LayerGradients {
+  float *begin, *qkv, *qkv_bias, *output, *output_bias, *expand, *expand_bias, *project, *project_bias;
+  float *middle_gamma, *middle_beta, *after_gamma, *after_beta;
+
+  LayerGradients(float* data, long c, long f) : begin(data) {
+    auto next = [&data](long count) {
+      float* here = data;
+      data += count;
+      return here;
+    };
+    qkv = next(3 * c * c), qkv_bias = next(3 * c), output = next(c * c), output_bias = next(c);
+    expand = next(f * c), expand_bias = next(f), project = next(c * f), project_bias = next(c);
+    middle_gamma = next(c), middle_beta = next(c), after_gamma = next(c), after_beta = next(c);
+  }
+  static size_t size(size_t c, size_t f) { return 4 * c * c + 2 * c * f + 9 * c + f + 16; }
+};
+
+// Layer number `l` in one call. T: what products are made of, float or Bf16x2 (gemm.h).
+template <class T>
+class EncoderLayer {
+ public:
+  EncoderLayer(const Call& call, int l, Stream in, Stream out)
+      : call_(call), n_(call.net), layer_(call.net.layers[l]), l_(l), in_(in), out_(out) {}
+
+  // The elements of panels that a thread needs for attention and for the gradients of weights.
+  static long panel_elements(const Call& call, int longest, int tokens) {
+    return std::max(packed_size<T>(longest, call.net.head_size()),
+                    room_size<T>(std::max(call.net.units, call.net.ffn_units), tokens));
+  }
+
+  // A chunk's activations, which the backward pass reads, from stream `in`. This function is not inlined. So a
+  // second call executes the same instructions and gives the same bits.
+  __attribute__((noinline)) void compute_activations(const Chunk& chunk, const PackedLayer<T>& weights,
+                                                     const ChunkActivations& a, Scratch& s) const {
+    const int c = n_.units, f = n_.ffn_units, tokens = chunk.tokens;
+    const float* input = normalized_input(chunk, s.input);
+    multiply<Start::kZero>(tokens, 3 * c, c, {input, call_.ld, 1}, weights.qkv, a.qkv, call_.ld_qkv);
+    for (int i = 0; i < tokens; ++i) {
+      add(layer_.query.bias, c, a.qkv + i * call_.ld_qkv);
+      add(layer_.key.bias, c, a.qkv + i * call_.ld_qkv + c);
+      add(layer_.value.bias, c, a.qkv + i * call_.ld_qkv + 2 * c);
+    }
+    for (int row = chunk.first_row; row < chunk.last_row; ++row)
+      for (int head = 0; head < n_.heads; ++head) attention_forward(row, head, chunk, a, s);
+    multiply<Start::kBias>(tokens, c, c, {a.context, call_.ld, 1}, weights.output, s.after, call_.ld,
+                           layer_.output.bias);
+    const float* residual = n_.pre ? in_.values + chunk.first * call_.ld : input;
+    add_residual(chunk, call_.dropout(l_, 1), s.after, residual, a.middle, a.middle_statistics);
+    normalize_middle(chunk, a, s.gradient);
+    multiply<Start::kBias>(tokens, f, c, {s.gradient, call_.ld, 1}, weights.expand, a.hidden, call_.ld_ffn,
+                           layer_.expand.bias);
+  }
+
+  // Stream `out`, from the activations that `compute_activations` left; s.gradient still holds the normalized middle.
+  void compute_output(const Chunk& chunk, const PackedLayer<T>& weights, const ChunkActivations& a, Scratch& s) const {
+    const int c = n_.units, f = n_.ffn_units, tokens = chunk.tokens;
+    for (int i = 0; i < tokens; ++i)
+      activate(n_.activation, a.hidden + i * call_.ld_ffn, f, s.wide + i * call_.ld_ffn);
+    multiply<Start::kBias>(tokens, c, f, {s.wide, call_.ld_ffn, 1}, weights.project, s.after, call_.ld,
+                           layer_.project.bias);
+    add_residual(chunk, call_.dropout(l_, 2), s.after, n_.pre ? a.middle : s.gradient.get(),
+                 out_.values + chunk.first * call_.ld, out_.statistics + chunk.first);
+  }
+
+  // d_stream holds the gradient of stream `out` and gets that of stream `in`.
+  void backward(const Chunk& chunk, const PackedLayer<T>& weights, float* d_stream, LayerGradients& sums,
+                const ChunkActivations& a, Scratch& s) const {
+    float* gradient = d_stream + chunk.first * call_.ld;
+    feed_forward_backward(chunk, weights, gradient, sums, a, s);
+    sub_layer_input_backward(chunk, {a.middle, a.middle_statistics}, &n_.middle_norm(l_), gradient,
+                             sums.middle_gamma, sums.middle_beta, s);
+    self_attention_backward(chunk, weights, gradient, sums, a, s);
+    const Stream in{in_.values + chunk.first * call_.ld, in_.statistics + chunk.first};
+    sub_layer_input_backward(chunk, in, n_.norm_after(l_), gradient, sums.after_gamma, sums.after_beta, s);
+  }
+
+ private:
+  static T* panels_of(const Scratch& s) { return s.panels.template as<T>(); }
+
+  // Attention's input: stream `in` after its norm.
+  const float* normalized_input(const Chunk& chunk, float* out) const {
+    const Norm* norm = n_.norm_after(l_);
+    const float* x = in_.values + chunk.first * call_.ld;
+    if (!norm) return x;
+    for (int i = 0; i < chunk.tokens; ++i)
+      normalize(x + i * call_.ld, n_.units, in_.statistics[chunk.first + i], *norm, out + i * call_.ld);
+    return out;
+  }
+
+  // The feed-forward network's input.
+  void normalize_middle(const Chunk& chunk, const ChunkActivations& a, float* out) const {
+    for (int i = 0; i < chunk.tokens; ++i)
+      normalize(a.middle + i * call_.ld, n_.units, a.middle_statistics[i], n_.middle_norm(l_), out + i * call_.ld);
+  }
+
+  // out = residual + dropout(x), and the statistics of each vector for the norm that follows.
+  void add_residual(const Chunk& chunk, const Dropout& drop, float* x, const float* residual, float* out,
+                    Statistics* found) const {
+    call_.drop_rows(chunk, drop, x, x);
+    for (long i = 0; i < chunk.tokens; ++i) {
+      const long at = i * call_.ld;
+      for (int j = 0; j < n_.units; ++j) out[at + j] = residual[at + j] + x[at + j];
+      found[i] = statistics(out + at, n_.units, n_.epsilon);
+    }
+  }
+
+  // The attention weights of a row's head, (length, length), without dropout. Returns their stride.
+  long attention_weights(const float* query, int t, Scratch& s) const {
+    const int d = n_.head_size(), padded = panels(t) * kCols;
+    const long ld = stride(padded);
+    const Right<T> keys = pack_transposed(query + n_.units, call_.ld_qkv, d, t, panels_of(s));
+    multiply<Start::kZero>(t, padded, d, {query, call_.ld_qkv, 1}, keys, s.scores, ld);
+    for (int i = 0; i < t; ++i) softmax(s.scores + i * ld, t, attention_scale());
+    return ld;
+  }
+
+  float attention_scale() const { return 1 / std::sqrt((float)n_.head_size()); }
+
+  void attention_forward(int row, int head, const Chunk& chunk, const ChunkActivations& a, Scratch& s) const {
+    const int t = call_.rows[row].length, d = n_.head_size();
+    const long local = call_.rows[row].first - chunk.first;
+    const float* query = a.qkv + local * call_.ld_qkv + head * d;
+    const float* value = query + 2 * n_.units;
+    const long ld = attention_weights(query, t, s);
+    const Dropout drop = call_.dropout(l_, 0);
+    for (int i = 0; i < t; ++i)
+      drop.apply(s.scores + i * ld, t, call_.weight_element(row, head, i), s.scores + i * ld);
+    multiply<Start::kZero>(t, d, t, {s.scores, ld, 1}, right_side(value, call_.ld_qkv, t, d, panels_of(s)),
+                           a.context + local * call_.ld + head * d, call_.ld);
+  }
+
+  // The gradients of query, key and value, into s.qkv, from those of the context, in s.after.
+  void attention_backward(int row, int head, const Chunk& chunk, const ChunkActivations& a, Scratch& s) const {
+    const int t = call_.rows[row].length, d = n_.head_size(), padded = panels(t) * kCols;
+    const long local = call_.rows[row].first - chunk.first, ld_qkv = call_.ld_qkv;
+    const float* query = a.qkv + local * ld_qkv + head * d;
+    const long ld = attention_weights(query, t, s);
+    const float* key = query + n_.units;
+    const float* value = key + n_.units;
+    const float* gradient = s.after + local * call_.ld + head * d;
+    float* d_query = s.qkv + local * ld_qkv + head * d;
+    const Dropout drop = call_.dropout(l_, 0);
+    for (int i = 0; i < t; ++i)
+      drop.apply(s.scores + i * ld, t, call_.weight_element(row, head, i), s.dropped + i * ld);
+    multiply<Start::kZero>(t, d, t, {s.dropped, 1, ld}, right_side(gradient, call_.ld, t, d, panels_of(s)),
+                           d_query + 2 * n_.units, ld_qkv);
+    const Right<T> values = pack_transposed(value, ld_qkv, d, t, panels_of(s));
+    multiply<Start::kZero>(t, padded, d, {gradient, call_.ld, 1}, values, s.d_scores, ld);
+    for (int i = 0; i < t; ++i) {
+      float* row_gradient = s.d_scores + i * ld;
+      drop.apply(row_gradient, t, call_.weight_element(row, head, i), row_gradient);
+      softmax_backward(s.scores + i * ld, t, attention_scale(), row_gradient);
+    }
+    multiply<Start::kZero>(t, d, t, {s.d_scores, ld, 1}, right_side(key, ld_qkv, t, d, panels_of(s)), d_query, ld_qkv);
+    multiply<Start::kZero>(t, d, t, {s.d_scores, 1, ld}, right_side(query, ld_qkv, t, d, panels_of(s)),
+                           d_query + n_.units, ld_qkv);
+  }
+
+  // The gradient of the feed-forward network's input, into s.after.
+  void feed_forward_backward(const Chunk& chunk, const PackedLayer<T>& weights, const float* gradient,
+                             LayerGradients& sums, const ChunkActivations& a, Scratch& s) const {
+    const int c = n_.units, f = n_.ffn_units, tokens = chunk.tokens;
+    const long ld = call_.ld, ld_ffn = call_.ld_ffn;
+    call_.drop_rows(chunk, call_.dropout(l_, 2), gradient, s.after);
+    for (int i = 0; i < tokens; ++i) activate(n_.activation, a.hidden + i * ld_ffn, f, s.wide + i * ld_ffn);
+    add_weight_gradient(tokens, c, f, s.after, ld, s.wide, ld_ffn, sums.project, sums.project_bias, panels_of(s));
+    multiply<Start::kZero>(tokens, f, c, {s.after, ld, 1}, weights.project, s.wide, ld_ffn);
+    for (int i = 0; i < tokens; ++i) activate_backward(n_.activation, a.hidden + i * ld_ffn, f, s.wide + i * ld_ffn);
+    normalize_middle(chunk, a, s.input);
+    add_weight_gradient(tokens, f, c, s.wide, ld_ffn, s.input, ld, sums.expand, sums.expand_bias, panels_of(s));
+    multiply<Start::kZero>(tokens, c, f, {s.wide, ld_ffn, 1}, weights.expand, s.after, ld);
+  }
+
+  // The gradient of self-attention's input, into s.after.
+  void self_attention_backward(const Chunk& chunk, const PackedLayer<T>& weights, const float* gradient,
+                               LayerGradients& sums, const ChunkActivations& a, Scratch& s) const {
+    const int c = n_.units, tokens = chunk.tokens;
+    const long ld = call_.ld, ld_qkv = call_.ld_qkv;
+    call_.drop_rows(chunk, call_.dropout(l_, 1), gradient, s.gradient);
+    add_weight_gradient(tokens, c, c, s.gradient, ld, a.context, ld, sums.output, sums.output_bias, panels_of(s));
+    multiply<Start::kZero>(tokens, c, c, {s.gradient, ld, 1}, weights.output, s.after, ld);
+    for (int row = chunk.first_row; row < chunk.last_row; ++row)
+      for (int head = 0; head < n_.heads; ++head) attention_backward(row, head, chunk, a, s);
+    const float* input = normalized_input(chunk, s.input);
+    add_weight_gradient(tokens, 3 * c, c, s.qkv, ld_qkv, input, ld, sums.qkv, sums.qkv_bias, panels_of(s));
+    multiply<Start::kZero>(tokens, c, 3 * c, {s.qkv, ld_qkv, 1}, weights.qkv, s.after, ld);
+  }
+
+  // From the gradient of a sub-layer's input, in s.after, through the norm to that of the values x before it. The
+  // residual goes around the sub-layer alone (post) or around the norm, too (pre). `gradient` is the residual's
+  // and becomes the result.
+  void sub_layer_input_backward(const Chunk& chunk, Stream x, const Norm* norm, float* gradient, float* gamma,
+                                float* beta, Scratch& s) const {
+    const int c = n_.units;
+    for (int i = 0; i < chunk.tokens; ++i) {
+      const long at = i * call_.ld;
+      float* d_input = s.after + at;
+      if (!n_.pre) add(gradient + at, c, d_input);
+      if (norm) normalize_backward(x.values + at, d_input, c, x.statistics[i], *norm, d_input, gamma, beta);
+      if (n_.pre) add(gradient + at, c, d_input);
+      std::copy_n(d_input, c, gradient + at);
+    }
+  }
+
+  // weight (outputs, inputs) += gradient^T * x; bias += the sum of the gradients.
+  static void add_weight_gradient(int tokens, int outputs, int inputs, const float* gradient, long ld_gradient,
+                                  const float* x, long ld_x, float* weight, float* bias, T* room) {
+    multiply<Start::kAdd>(outputs, inputs, tokens, {gradient, 1, ld_gradient},
+                          right_side(x, ld_x, tokens, inputs, room), weight, inputs);
+    for (int i = 0; i < tokens; ++i) add(gradient + i * ld_gradient, outputs, bias);
+  }
+
+  const Call& call_;
+  const Network& n_;
+  const Layer& layer_;
+  int l_;
+  Stream in_, out_;
+};
+
+}  // namespace gluon_bert
