@@ -282,13 +282,16 @@ def network(config: Config, data: Any, contexts: list[Any]) -> Any:
     from .model.bert import BERTModel
 
     net = BERTModel(len(data.vocab), config.model)
-    vectors = None
+    net.initialize(ctx=contexts, seed=config.train.seed)
+    net.hybridize()
+    if config.model.decoder_bias == "unigram":
+        net.set_unigram_bias(data.word_counts)
     if config.model.init_embeddings == "cooccurrence":
         documents = data.train.documents
         vectors = cached_word_vectors(
             documents, data.vocab, config.model.units, config.train.seed, documents.folder
         )
-    net.setup(contexts, config.train.seed, data.word_counts, vectors)
+        net.set_word_vectors(vectors)
     return net
 
 

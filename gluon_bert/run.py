@@ -15,7 +15,7 @@ from .data.wordpiece import load_vocabulary
 from .errors import InputError
 from .fileio import write_json
 from .model.bert import BERTModel
-from .model.classifier import BERTForTask
+from .model.classifier import BERTForTask, task_of
 from .model.parameters import set_weights
 from .model.task import Task
 from .runtime import mx
@@ -30,6 +30,11 @@ class Run(NamedTuple):
     vocab: Vocabulary
     config: Config
     step: int
+
+    @property
+    def task(self) -> Task | None:
+        """What the network was fine-tuned for, None for a pretrained one."""
+        return task_of(self.net)
 
     @property
     def reader(self) -> Tokenizer:
@@ -127,5 +132,5 @@ def load_run(folder: Path, contexts: Sequence[Any] | None = None, which: str | i
     net = BERTForTask(len(vocab), config.model, task) if task else BERTModel(len(vocab), config.model)
     net.initialize(mx.init.Zero(), ctx=list(contexts or [mx.cpu()]))
     set_weights(net, read_checkpoint(folder, step, weights_only=True).weights, _path(folder, step) / WEIGHTS)
-    net.compile()
+    net.hybridize()
     return Run(net, vocab, config, step)

@@ -92,7 +92,8 @@ def untrained_run(folder: Path, config, vocab):
     from gluon_bert.runtime import mx
 
     net = BERTModel(len(vocab), config.model)
-    net.setup([mx.cpu()], seed=0)
+    net.initialize(ctx=[mx.cpu()], seed=0)
+    net.hybridize()
     create_run(folder, config, vocab)
     save_checkpoint(folder, net, 1)
     return folder

@@ -119,7 +119,7 @@ def test_it_is_told_where_bf16_would_not_be_faster(monkeypatch):
     monkeypatch.setenv(ops.VARIABLE, "mxnet")
     ops.select()
     try:
-        expected = "only compiled operators multiply bfloat16, and there are none (as asked for)"
+        expected = "bf16 needs the compiled operators, which are not available (as chosen)"
         assert ops.bf16_unsupported_reason() == expected
     finally:
         monkeypatch.undo()

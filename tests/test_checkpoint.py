@@ -25,7 +25,8 @@ VOCAB = Vocabulary(["a", "crane", "is", "flying"])
 @pytest.fixture
 def net():
     net = BERTModel(len(VOCAB), CONFIG.model)
-    net.setup([mx.cpu()], seed=1)
+    net.initialize(ctx=[mx.cpu()], seed=1)
+    net.hybridize()
     return net
 
 
@@ -101,7 +102,7 @@ def test_damaged_weights_are_told(run_folder, content):
 
 def test_weights_of_another_size_are_told(run_folder):
     Vocabulary(["a"]).save(run_folder / "vocab.json")
-    with pytest.raises(InputError, match="cannot be read as the weights"):
+    with pytest.raises(InputError, match="the weights do not fit this run"):
         load_run(run_folder)
 
 

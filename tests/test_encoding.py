@@ -18,7 +18,8 @@ VOCAB = Vocabulary(["a", "crane", "is", "flying", "driver", "came", "he", "just"
 @pytest.fixture(scope="module")
 def net():
     net = BERTModel(len(VOCAB), preset("d2l").replace(max_positions=12).model)
-    net.setup([mx.cpu()], seed=0)
+    net.initialize(ctx=[mx.cpu()], seed=0)
+    net.hybridize()
     return net
 
 

@@ -42,7 +42,8 @@ def run_of(seed=0, name="bert-tiny", **changes):
         units=32, ffn_units=48, num_heads=2, max_seq_length=MAX_SEQ_LENGTH, **changes
     )
     net = BERTModel(len(VOCAB), config.model)
-    net.setup([mx.cpu()], seed)
+    net.initialize(ctx=[mx.cpu()], seed=seed)
+    net.hybridize()
     return Run(net, VOCAB, config, step=7)
 
 
@@ -213,7 +214,8 @@ def test_a_run_with_word_pieces(run, tmp_path):
     vocab = WordPieceVocabulary(["[unused0]", *SPECIAL_TOKENS, "the", "crane", "##s", "fly"])
     config = run.config.replace(tokenizer="wordpiece")
     net = BERTModel(len(vocab), config.model)
-    net.setup([mx.cpu()], seed=0)
+    net.initialize(ctx=[mx.cpu()], seed=0)
+    net.hybridize()
     pieces = Run(net, vocab, config, step=1)
     manifest = export_mxnet(pieces, tmp_path / "export")
     assert manifest.tokenizer["ids"] == {"pad": 1, "unk": 2, "cls": 3, "sep": 4, "mask": 5}

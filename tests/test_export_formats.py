@@ -86,7 +86,8 @@ def run_of(corpus, name="bert-tiny", **changes):
     config = preset(name).replace(**{**small, "corpus": (str(corpus),), "init": "xavier", **changes})
     vocab = prepare(config.data).vocab
     net = BERTModel(len(vocab), config.model)
-    net.setup([mx.cpu()], seed=3)
+    net.initialize(ctx=[mx.cpu()], seed=3)
+    net.hybridize()
     return Run(net, vocab, config, step=7)
 
 

@@ -342,7 +342,7 @@ def test_a_fine_tuned_run_is_no_pretrained_one(command, before, tmp_path, capsys
     (folder / "config.json").write_text(
         (folder / "config.json").read_text().replace('"kind": "classification"', '"kind": "poetry"')
     )
-    with pytest.raises(InputError, match="'task' is none that this gluon_bert knows"):
+    with pytest.raises(InputError, match="'task' must be a task that this gluon_bert wrote"):
         load_run(folder)
 
 

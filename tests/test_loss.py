@@ -23,7 +23,8 @@ ROW_ERROR = 5e-6
 @pytest.fixture(scope="module")
 def net():
     net = BERTModel(VOCAB, CONFIG)
-    net.setup([mx.cpu(i) for i in range(4)])
+    net.initialize(ctx=[mx.cpu(i) for i in range(4)])
+    net.hybridize()
     reference.randomise(net)
     return net
 

@@ -42,7 +42,8 @@ both_kinds = pytest.mark.parametrize("config", [D2L, BERT], ids=["d2l", "bert"])
 def build(config, seed=0, hybrid=True):
     """A network with random values in all its parameters."""
     net = BERTModel(VOCAB, config)
-    net.setup(mx.cpu(), seed)
+    net.initialize(ctx=mx.cpu(), seed=seed)
+    net.hybridize()
     reference.randomise(net, seed)
     net.hybridize(active=hybrid, static_alloc=hybrid)
     return net
@@ -334,7 +335,8 @@ def test_a_tied_weight_has_the_gradients_of_both_its_uses():
 
 def initial(config, seed=0, contexts=None):
     net = BERTModel(VOCAB, config)
-    net.setup(contexts or mx.cpu(), seed)
+    net.initialize(ctx=contexts or mx.cpu(), seed=seed)
+    net.hybridize()
     return reference.values(net, np.float32)
 
 
@@ -352,7 +354,8 @@ def test_biases_begin_at_zero_and_layer_norms_at_identity(name):
 
 def test_normal_weights_have_a_deviation_of_0_02():
     net = BERTModel(500, dataclasses.replace(BERT, units=64, ffn_units=128, max_positions=128))
-    net.setup(mx.cpu())
+    net.initialize(ctx=mx.cpu())
+    net.hybridize()
     for name, value in reference.values(net).items():
         if name.endswith("weight") and value.size > 4000:
             # Five standard errors, of the mean and of the deviation.
@@ -363,7 +366,8 @@ def test_normal_weights_have_a_deviation_of_0_02():
 
 def test_xavier_weights_are_uniform_within_their_bound():
     net = BERTModel(500, dataclasses.replace(D2L, units=64, ffn_units=128, max_positions=128))
-    net.setup(mx.cpu())
+    net.initialize(ctx=mx.cpu())
+    net.hybridize()
     for name, value in reference.values(net).items():
         if name.endswith("weight") and value.size > 4000:
             # Glorot and Bengio 2010, equation 16; the book's position embeddings are (1, P, C) to it.
@@ -446,25 +450,20 @@ def test_mxnets_numpy_mode_is_refused_with_the_remedy():
     BERTModel(VOCAB, D2L)
 
 
-def test_setting_up_again_draws_the_weights_anew():
+def test_force_reinit_draws_the_weights_again():
     net = build(D2L)
-    net.setup(mx.cpu(), seed=0)
-    first = reference.values(net)
-    net.setup(mx.cpu(), seed=1)
-    second = reference.values(net)
-    net.setup(mx.cpu(), seed=0)
-    again = reference.values(net)
-    name = "encoder.embeddings.tokens.weight"
-    assert (first[name] != second[name]).any()
-    np.testing.assert_array_equal(first[name], again[name])
+    drawn = []
+    for seed in (0, 1, 0):
+        net.initialize(ctx=mx.cpu(), force_reinit=True, seed=seed)
+        drawn.append(reference.values(net)["encoder.embeddings.tokens.weight"])
+    assert (drawn[0] != drawn[1]).any()
+    np.testing.assert_array_equal(drawn[0], drawn[2])
 
 
-def test_the_decoders_first_scores_are_the_words_frequencies():
-    config = dataclasses.replace(BERT, decoder_bias="unigram")
-    net = BERTModel(VOCAB, config)
+def test_unigram_bias_gives_word_frequencies_as_scores():
+    net = BERTModel(VOCAB, dataclasses.replace(BERT, decoder_bias="unigram"))
     counts = np.arange(VOCAB)
-    net.setup(mx.cpu(), word_counts=counts)
+    net.initialize(ctx=mx.cpu())
+    net.set_unigram_bias(counts)
     shares = np.exp(net.mlm.decoder.bias.data().asnumpy())
     np.testing.assert_allclose(shares, (counts + 1) / (counts + 1).sum(), rtol=1e-5)
-    with pytest.raises(InputError, match="--decoder-bias unigram: the words' counts"):
-        net.setup(mx.cpu())

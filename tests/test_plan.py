@@ -120,7 +120,8 @@ from gluon_bert.training.trainer import Trainer
 config = preset("bert-mini").replace(batch_size=16, micro_batch=8, max_seq_length=128, recompute={recompute})
 before = peak_memory()
 net = BERTModel(30522, config.model)
-net.setup([mx.cpu()])
+net.initialize(ctx=[mx.cpu()])
+net.hybridize()
 trainer = Trainer(net, config.train, [mx.cpu()])
 for seed in range(3):
     trainer.step(reference.random_batch([128] * 16, 128, 30522, seed))

@@ -370,7 +370,7 @@ def test_mxnets_own_operators_do_not_multiply_in_bfloat16(command, monkeypatch, 
     finally:
         monkeypatch.undo()
         ops.select()
-    told = "--precision bf16: only compiled operators multiply bfloat16, and there are none (as asked for)"
+    told = "--precision bf16: bf16 needs the compiled operators, which are not available (as chosen)"
     assert told in capsys.readouterr().err
 
 

@@ -68,7 +68,7 @@ def test_a_run_leaves_all_that_it_promises(command, capsys):
     assert {"gluon_bert", "python", "numpy", "mxnet"} <= content["facts"]["versions"].keys()
 
 
-@pytest.mark.parametrize("name, told", [("mxnet", "MXNet's own (as asked for)"), ("auto", None)])
+@pytest.mark.parametrize("name, told", [("mxnet", "MXNet's own (as chosen)"), ("auto", None)])
 def test_a_run_tells_which_operators_compute(command, capsys, monkeypatch, name, told):
     monkeypatch.setenv(ops.VARIABLE, "auto")  # and back to what it was
     status, folder = command("--operators", name)

@@ -33,7 +33,8 @@ def predictor():
         max_seq_length=12, max_positions=12, units=8, ffn_units=8, num_heads=2, num_layers=1
     )
     net = BERTModel(len(VOCAB), config.model)
-    net.setup([mx.cpu()], seed=0)
+    net.initialize(ctx=[mx.cpu()], seed=0)
+    net.hybridize()
     return Predictor.of(Run(net, VOCAB, config, step=0))
 
 

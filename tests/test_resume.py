@@ -130,7 +130,7 @@ def test_a_run_goes_on_with_the_operators_that_it_was_begun_with(command, stoppi
     assert_same_run(undisturbed, stopped)
 
     assert pretrain.main(["--resume", str(stopped), "--operators", "auto"]) == 0
-    changed = f"operators is {ops.describe()} and was MXNet's own (as asked for): with dropout other numbers"
+    changed = f"operators is {ops.describe()} and was MXNet's own (as chosen): with dropout other numbers"
     assert (changed in capsys.readouterr().err) == (ops.parse_description(ops.describe()) is None)
     monkeypatch.undo()
     ops.select()

@@ -300,7 +300,8 @@ class TestServer:
         config = preset("d2l").replace(max_seq_length=64, units=256, ffn_units=16, num_heads=2, num_layers=1)
         vocab = Vocabulary(WORDS)
         net = BERTModel(len(vocab), config.model)
-        net.setup([mx.cpu()], seed=0)
+        net.initialize(ctx=[mx.cpu()], seed=0)
+        net.hybridize()
         mar = export_archive(Run(net, vocab, config, step=1), tmp_path / "mar", "encoder")
         port, management_port = free_ports()
         with serving(mar, Settings(port=port, management_port=management_port)) as server:

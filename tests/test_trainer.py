@@ -64,7 +64,8 @@ def batch(data):
 def trainer_on(num_contexts, data, model=MODEL, seed=1, **changes):
     contexts = [mx.cpu(i) for i in range(num_contexts)]
     net = BERTModel(len(data.vocab), model)
-    net.setup(contexts, seed)
+    net.initialize(ctx=contexts, seed=seed)
+    net.hybridize()
     return Trainer(net, dataclasses.replace(TRAIN, **changes), contexts)
 
 

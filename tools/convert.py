@@ -200,7 +200,7 @@ def write(arguments: argparse.Namespace, source: Format, target: Format) -> list
     (folder,) = target.paths
     check_new_folder(folder, "--to")
     loaded = load_run(source.paths[0], which=arguments.checkpoint)
-    if loaded.net.task:
+    if loaded.task:
         raise InputError(f"--from {source.paths[0]}: was fine-tuned; name the run that it began with")
     if target.kind == "huggingface":
         notes = write_huggingface(loaded, folder)

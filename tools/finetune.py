@@ -153,7 +153,7 @@ def config_from(arguments: argparse.Namespace) -> FineTuneConfig:
 
 def check(arguments: argparse.Namespace, before: Any, config: FineTuneConfig) -> None:
     """Raise InputError where the run cannot be fine-tuned as the flags say."""
-    if before.net.task:
+    if before.task:
         raise InputError(f"{arguments.run}: was fine-tuned already; name the run that it began with")
     positions = before.config.model.max_positions
     if config.max_seq_length and not 8 <= config.max_seq_length <= positions:

@@ -52,7 +52,8 @@ def network(weights: Mapping[str, np.ndarray], vocab_size: int, config: ModelCon
     The inverse of `checkpoint.weights_of`.
     """
     net = BERTModel(vocab_size, config)
-    net.setup([mx.cpu()], seed)
+    net.initialize(ctx=[mx.cpu()], seed=seed)
+    net.hybridize()
     put_weights(net, weights)
     return net
 

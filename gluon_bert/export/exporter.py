@@ -207,7 +207,7 @@ def _network(folder: Path, manifest: Manifest, context: Any | None = None) -> Ba
 
 def outputs_of_run(run: Run, outputs: str) -> str:
     """The key of OUTPUTS that a run's network has: all of a fine-tuned one's are those of its task."""
-    return "task" if run.net.task and outputs == "all" else outputs
+    return "task" if run.task and outputs == "all" else outputs
 
 
 def check_new_folder(folder: Path, flag: str = "--output") -> None:
@@ -235,7 +235,7 @@ def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:
         step=run.step,
         files=hashes(folder),
         versions=versions(),
-        task=run.net.task.to_json() if run.net.task else None,
+        task=run.task.to_json() if run.task else None,
     )
 
 

@@ -42,7 +42,8 @@ def init_from_pretrained(
     pretrained: False draws the encoder and the pooler anew, too, to see what pretraining is worth.
     """
     tuned = BERTForTask(net.vocab_size, dataclasses.replace(net.config, dropout=config.dropout), task)
-    tuned.setup([context], config.seed)
+    tuned.initialize(ctx=[context], seed=config.seed)
+    tuned.hybridize()
     if pretrained:
         weights = weights_of(net)
         for name, parameter in named_parameters(tuned).items():

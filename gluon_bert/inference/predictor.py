@@ -10,6 +10,7 @@ import numpy as np
 from ..data.tokenizer import EncodedText, PaddedBatch, Tokenizer, bucket_by_length, chunks, pad
 from ..data.vocab import Vocabulary
 from ..errors import InputError
+from ..model.classifier import task_of
 from ..model.task import Task
 from ..runtime import mx
 
@@ -56,7 +57,7 @@ class GluonNetwork:
         """The outputs, brought to the host."""
         encoded = self.net.encoder(*map(self._load, (texts.tokens, texts.token_types, texts.valid_length)))
         pooled = self.net.pooler(encoded)
-        if self.net.task:
+        if task_of(self.net):
             task_scores = self.net.head(pooled).asnumpy()
             return Outputs(encoded.asnumpy(), pooled.asnumpy(), task_scores=task_scores)
         mask_scores = None
@@ -145,7 +146,7 @@ class Predictor:
     @classmethod
     def of(cls, run: Any) -> Predictor:
         """A predictor of a run as `load_run` gives it."""
-        return cls(GluonNetwork(run.net), run.reader, run.net.task)
+        return cls(GluonNetwork(run.net), run.reader, run.task)
 
     def ask(self, texts: Iterable[EncodedText]) -> Iterator[Prediction]:
         """An answer for each text, in their order. Reads ahead no more than one chunk of them."""

@@ -1,4 +1,4 @@
-"""Multi-head self-attention over padded sequences. Knows nothing of layers or of the batch's origin."""
+"""Multi-head self-attention over padded sequences. Contains no other part of a layer."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 from .dropout import Dropout
 from .precision import Dense, MixedPrecisionBlock
 
-# Added to the score of a position past the end: far below any real score, finite so that nothing becomes NaN.
+# Added to the scores of padding. It is far below any real score, and finite, so that nothing becomes NaN.
 PADDING_SCORE = -1e9
 
 
 def padding_scores(F: Any, tokens: Any, valid_length: Any, num_heads: int) -> Any:
-    """What to add to attention scores so that no position attends to padding, (B * H, T, T).
+    """Return what attention scores need so that no position attends to padding, (B * H, T, T).
 
-    It is spelt out for every head and query because an element-wise sum has no reduction in its
-    backward pass; a broadcast one takes longer than the softmax.
+    It has a value for every head and query. A broadcast sum would need a reduction in its backward pass, which
+    takes longer than the softmax.
 
-    Parameters: tokens (B, T) for its shape, valid_length (B,) real tokens a row, both float32.
+    Parameters: tokens (B, T) for its shape, valid_length (B,) real tokens per row, both float32.
     """
     positions = F.contrib.arange_like(tokens, axis=1)  # (T,)
     padded = F.broadcast_greater_equal(positions.expand_dims(0), valid_length.expand_dims(1))  # (B, T)
@@ -27,7 +27,7 @@ def padding_scores(F: Any, tokens: Any, valid_length: Any, num_heads: int) -> An
 
 
 class SelfAttention(MixedPrecisionBlock):
-    """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2) with biases, as BERT has it.
+    """Multi-head self-attention with biases (Vaswani et al. 2017, section 3.2.2).
 
     (B, T, C) and the padding scores (B * H, T, T) -> (B, T, C), all float32.
     """
@@ -44,7 +44,7 @@ class SelfAttention(MixedPrecisionBlock):
             self.dropout = Dropout(dropout)
 
     def hybrid_forward(self, F: Any, x: Any, padding: Any) -> Any:
-        F = self.products(F)
+        F = self.ops_for(F)
         query = self._split_heads(self.query(x) * self._scale)
         key = self._split_heads(self.key(x))
         value = self._split_heads(self.value(x))

@@ -1,4 +1,4 @@
-"""BERT as it is pretrained: the encoder with both heads, one HybridBlock."""
+"""BERT for pretraining: the encoder and both heads in one HybridBlock."""
 
 from __future__ import annotations
 
@@ -18,26 +18,52 @@ from .precision import MixedPrecisionBlock
 NORMAL_SIGMA = 0.02
 
 
-class BERTModel(mx.gluon.HybridBlock):
-    """BERT for pretraining; `net.encoder` alone encodes without predictions.
+class BERTBlock(mx.gluon.HybridBlock):
+    """A network with an encoder; `initialize` and `hybridize` choose what BERT needs."""
 
-    Call it with tokens (B, T), token_types (B, T), valid_length (B,) and masked_positions (2, M) - the rows of the
-    masked positions above their places in the row - all float32. It returns the encoded tokens
-    (B, T, C), the scores of the masked words (M, V) and of the next sentence (B, 2), float32.
+    config: ModelConfig
+    encoder: Encoder
+
+    def initialize(
+        self,
+        init: Any = None,
+        ctx: Any = None,
+        verbose: bool = False,
+        force_reinit: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        """Draw the initial weights, by default as the configuration says.
+
+        seed: seeds MXNet first. The seed then decides the weights and the dropout that follows.
+        """
+        if seed is not None:
+            mx.random.seed(seed)
+        init = initial_weights(self.config) if init is None else init
+        super().initialize(init, ctx=ctx, verbose=verbose, force_reinit=force_reinit)
+
+    def hybridize(self, active: bool = True, **kwargs: Any) -> None:
+        """Hybridize. The encoder meets few shapes, so it keeps its memory from step to step."""
+        super().hybridize(active, **kwargs)
+        self.encoder.hybridize(active, **{"static_alloc": True, **kwargs})
+
+
+class BERTModel(BERTBlock):
+    """BERT for pretraining; `net.encoder` alone encodes tokens.
+
+    Inputs, all float32: tokens (B, T), token_types (B, T), valid_length (B,) and masked_positions (2, M), row
+    numbers above columns. Outputs, float32: encoded tokens (B, T, C), scores of the masked words (M, V) and of
+    the next sentence (B, 2).
 
     >>> net = BERTModel(vocab_size=100, config=ModelConfig())       # doctest: +SKIP
-    >>> net.setup(mx.cpu())
+    >>> net.initialize(ctx=mx.cpu())
+    >>> net.hybridize()
     >>> encoded, mlm_scores, nsp_scores = net(tokens, token_types, valid_length, masked_positions)
     """
-
-    task = None  # see BERTForTask, which has one
 
     def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if mx.util.is_np_array():
-            raise InputError(
-                "gluon_bert computes with MXNet's classic arrays: call mxnet.npx.reset_np() first"
-            )
+            raise InputError("gluon_bert needs MXNet's classic arrays: call mxnet.npx.reset_np() first")
         check_group(config)
         self.vocab_size, self.config = vocab_size, config
         with self.name_scope():
@@ -48,7 +74,7 @@ class BERTModel(mx.gluon.HybridBlock):
             self.nsp = NextSentenceHead(config)
 
     def forward(self, tokens: Any, *others: Any) -> tuple[Any, Any, Any]:
-        """Part by part, where compiled operators compute one, or as one graph."""
+        """Compute part by part if compiled operators compute the encoder, otherwise as one graph."""
         if ops.use_compiled(self, tokens):
             return self.hybrid_forward(mx.nd, tokens, *others)
         return super().forward(tokens, *others)
@@ -60,34 +86,21 @@ class BERTModel(mx.gluon.HybridBlock):
         return encoded, self.mlm(encoded, masked_positions), self.nsp(self.pooler(encoded))
 
     def with_config(self, config: ModelConfig, **kwargs: Any) -> BERTModel:
-        """A network of this kind with another configuration and no weights."""
+        """Return a network of the same kind with another configuration, without weights."""
         return BERTModel(self.vocab_size, config, **kwargs)
 
-    def setup(
-        self,
-        contexts: Any,
-        seed: int = 0,
-        word_counts: np.ndarray | None = None,
-        word_vectors: np.ndarray | None = None,
-    ) -> None:
-        """Draw the initial weights onto these contexts and compile; seeds MXNet, so dropout as well.
+    def set_unigram_bias(self, word_counts: np.ndarray) -> None:
+        """Set the decoder's biases so that its first scores are the words' frequencies.
 
-        word_counts: (V,) how often each word is to be predicted, for a decoder_bias of frequencies: InputError
-        without them. word_vectors: (V, C) with standard deviation 1, the first word embeddings; rows of NaN
-        stay random.
+        word_counts: (V,) how often each word is masked.
         """
-        mx.random.seed(seed)
-        self.initialize(initial_weights(self.config), ctx=contexts, force_reinit=True)
-        if self.config.decoder_bias == "unigram":
-            if word_counts is None:
-                raise InputError("--decoder-bias unigram: the words' counts in the text are needed")
-            self.mlm.decoder.bias.set_data(mx.nd.array(log_frequencies(word_counts)))
-        if word_vectors is not None:
-            self._set_embeddings(word_vectors)
-        self.compile()
+        self.mlm.decoder.bias.set_data(mx.nd.array(log_frequencies(word_counts)))
 
-    def _set_embeddings(self, word_vectors: np.ndarray) -> None:
-        """Replace the embeddings of words that have a vector, at the scale of the random ones."""
+    def set_word_vectors(self, word_vectors: np.ndarray) -> None:
+        """Replace the embeddings of words that have a vector; their standard deviation stays the same.
+
+        word_vectors: (V, C) with standard deviation 1. A row of NaN keeps the word's present embedding.
+        """
         weight = self.encoder.embeddings.tokens.weight
         values = weight.data(weight.list_ctx()[0]).asnumpy()
         known = ~np.isnan(word_vectors[:, 0])
@@ -95,28 +108,23 @@ class BERTModel(mx.gluon.HybridBlock):
         weight.set_data(mx.nd.array(values))
 
     def set_matmul_precision(self, precision: str) -> None:
-        """Multiply matrices in this precision from now on, as TrainConfig has it; the weights stay float32.
+        """Multiply matrices in this precision, as TrainConfig names it. The weights stay float32.
 
-        A copy of the network, such as what is exported, computes in float32.
+        A copy of the network, such as an export, computes in float32.
         """
         if precision == self.nsp.dense.precision:
             return
 
-        def tell(block: Any) -> None:
+        def set_precision(block: Any) -> None:
             if isinstance(block, MixedPrecisionBlock):
                 block.precision = precision
 
-        self.apply(tell)
-        self.compile()
-
-    def compile(self) -> None:
-        """Hybridize; the encoder, whose shapes are few, keeps its memory from step to step."""
+        self.apply(set_precision)
         self.hybridize()
-        self.encoder.hybridize(static_alloc=True)
 
 
 def initial_weights(config: ModelConfig) -> Any:
-    """What draws the weights: Xavier, or N(0, 0.02), also where those of an earlier run will replace them."""
+    """Return MXNet's initializer for a configuration: Xavier or N(0, 0.02)."""
     return mx.init.Xavier() if config.init == "xavier" else mx.init.Normal(NORMAL_SIGMA)
 
 

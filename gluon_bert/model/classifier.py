@@ -1,4 +1,4 @@
-"""BERT as it is fine-tuned: the encoder, the pooler and a head for a task, one HybridBlock."""
+"""BERT for fine-tuning: the encoder, the pooler and a head for one task in one HybridBlock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import ModelConfig, check_group
 from ..runtime import mx
-from .bert import initial_weights
+from .bert import BERTBlock
 from .dropout import Dropout
 from .encoder import Encoder
 from .heads import Pooler
@@ -14,7 +14,7 @@ from .task import Task
 
 
 class TaskHead(mx.gluon.HybridBlock):
-    """The scores of a task: (B, C) -> (B, K). Of a regression in the unit of its scores."""
+    """The scores of a task: (B, C) -> (B, K). A regression's score is in the unit of the task's scores."""
 
     def __init__(self, config: ModelConfig, task: Task, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -27,11 +27,11 @@ class TaskHead(mx.gluon.HybridBlock):
         return self.dense(self.dropout(pooled)) * self._scale + self._mean
 
 
-class BERTForTask(mx.gluon.HybridBlock):
+class BERTForTask(BERTBlock):
     """BERT with one head, for a task (Devlin et al. 2018, section 4 and figure 4).
 
-    Call it with tokens (B, T), token_types (B, T) and valid_length (B,), all float32. It returns the encoded tokens
-    (B, T, C) and the task's scores (B, K), float32.
+    Inputs, all float32: tokens (B, T), token_types (B, T) and valid_length (B,). Outputs, float32: encoded tokens
+    (B, T, C) and the task's scores (B, K).
     """
 
     def __init__(self, vocab_size: int, config: ModelConfig, task: Task, **kwargs: Any) -> None:
@@ -48,16 +48,10 @@ class BERTForTask(mx.gluon.HybridBlock):
         return encoded, self.head(self.pooler(encoded))
 
     def with_config(self, config: ModelConfig, **kwargs: Any) -> BERTForTask:
-        """A network of this kind with another configuration and no weights."""
+        """Return a network of the same kind with another configuration, without weights."""
         return BERTForTask(self.vocab_size, config, self.task, **kwargs)
 
-    def setup(self, contexts: Any, seed: int = 0) -> None:
-        """Draw the initial weights onto these contexts and compile; seeds MXNet, so dropout as well."""
-        mx.random.seed(seed)
-        self.initialize(initial_weights(self.config), ctx=contexts, force_reinit=True)
-        self.compile()
 
-    def compile(self) -> None:
-        """Hybridize; the encoder, whose shapes are few, keeps its memory from step to step."""
-        self.hybridize()
-        self.encoder.hybridize(static_alloc=True)
+def task_of(net: Any) -> Task | None:
+    """Return what a network was fine-tuned for, None for a pretrained one."""
+    return net.task if isinstance(net, BERTForTask) else None

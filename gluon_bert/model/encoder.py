@@ -18,14 +18,14 @@ NUM_SEGMENTS = 2
 
 
 def layer_norm(config: ModelConfig) -> Any:
-    """A LayerNorm over C with the configuration's epsilon."""
+    """Return a LayerNorm over C with the configuration's epsilon."""
     return mx.gluon.nn.LayerNorm(epsilon=config.norm_epsilon, in_channels=config.units)
 
 
 class Embeddings(mx.gluon.HybridBlock):
     """The sum of token, segment and learned position embeddings: (B, T), (B, T) -> (B, T, C).
 
-    More positions than `max_positions` are an error, raised by the graph itself.
+    The graph raises an error for more positions than `max_positions`.
     """
 
     def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
@@ -41,7 +41,7 @@ class Embeddings(mx.gluon.HybridBlock):
             self.dropout: Any = Dropout(config.dropout) if config.embedding_norm else None
 
     def hybrid_forward(self, F: Any, tokens: Any, token_types: Any) -> Any:
-        # slice_like refuses a T above max_positions, where a look-up alone would clip without a word.
+        # slice_like raises an error for a T above max_positions. A lookup alone would silently clip it.
         row = F.slice_like(F.arange(self._max_positions).expand_dims(0), tokens, axes=(1,))
         positions = F.broadcast_like(row, tokens)  # (B, T)
         x = self.tokens(tokens) + self.segments(token_types) + self.positions(positions)
@@ -49,9 +49,9 @@ class Embeddings(mx.gluon.HybridBlock):
 
 
 def _position_initializer(config: ModelConfig) -> Any:
-    """What Xavier makes of the book's position embeddings, an array (1, P, C), or None for N(0, 0.02).
+    """Return Xavier's initializer for an array (1, P, C), as D2L has it, or None for N(0, 0.02).
 
-    Of one (P, C) it would make ten times as much.
+    For the shape (P, C) Xavier would draw values ten times as large.
     """
     if config.init != "xavier":
         return None
@@ -59,7 +59,7 @@ def _position_initializer(config: ModelConfig) -> Any:
 
 
 class FeedForward(mx.gluon.HybridBlock):
-    """Two dense layers with an activation between them, position by position: (B, T, C) -> (B, T, C)."""
+    """Two dense layers with an activation between them, for each position: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -75,7 +75,7 @@ class FeedForward(mx.gluon.HybridBlock):
 class EncoderLayer(mx.gluon.HybridBlock):
     """Self-attention and a feed-forward network, each with dropout, a residual and LayerNorm.
 
-    LayerNorm stands after the residual (post, Devlin et al. 2018) or before the sub-layer (pre, Xiong
+    LayerNorm comes after the residual (post, Devlin et al. 2018) or before the sub-layer (pre, Xiong
     et al. 2020): (B, T, C), (B * H, T, T) -> (B, T, C).
     """
 
@@ -98,7 +98,7 @@ class EncoderLayer(mx.gluon.HybridBlock):
 
 
 class Encoder(MixedPrecisionBlock):
-    """Padded token ids to a vector a position.
+    """Padded token ids to a vector per position.
 
     tokens (B, T), token_types (B, T) of 0 and 1, valid_length (B,), all float32 -> (B, T, C) float32. What
     stands in tokens past a row's length changes nothing before it, and the vectors there mean nothing.
@@ -107,52 +107,54 @@ class Encoder(MixedPrecisionBlock):
     def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._config = config
-        self._tape: CheckpointedForward | None = None
+        self._checkpointed: CheckpointedForward | None = None
         with self.name_scope():
             self.embeddings = Embeddings(vocab_size, config)
             self.layers: Any = mx.gluon.nn.HybridSequential()
             for _ in range(config.num_layers):
                 self.layers.add(EncoderLayer(config))
-            # Pre-LayerNorm leaves the last residual sum unnormalised.
+            # In a pre-LayerNorm network the last residual sum is not normalized.
             self.norm: Any = layer_norm(config) if config.norm == "pre" else None
 
     def forward(self, tokens: Any, token_types: Any, valid_length: Any) -> Any:
-        """By compiled operators, where they compute, or as `hybrid_forward` says."""
+        """Compute with the compiled operators where possible, otherwise with `hybrid_forward`."""
         if ops.use_compiled(self, tokens):
-            recompute, bf16 = self._tape is not None, self.precision == "bf16"
+            recompute, bf16 = self._checkpointed is not None, self.precision == "bf16"
             parameters = self._in_order()
             return ops.encode(
                 self._config, parameters, tokens, token_types, valid_length, recompute, bf16=bf16
             )
-        if self._tape is not None and mx.autograd.is_recording():
-            return self._on_tape(self._tape, tokens, token_types, valid_length)
+        if self._checkpointed is not None and mx.autograd.is_recording():
+            return self._layer_by_layer(self._checkpointed, tokens, token_types, valid_length)
         return super().forward(tokens, token_types, valid_length)
 
-    def _on_tape(self, tape: CheckpointedForward, tokens: Any, token_types: Any, valid_length: Any) -> Any:
+    def _layer_by_layer(
+        self, passes: CheckpointedForward, tokens: Any, token_types: Any, valid_length: Any
+    ) -> Any:
         """The same, of which only what enters each layer is kept."""
         padding = padding_scores(mx.nd, tokens, valid_length, self._config.num_heads)
         blocks: list[tuple[Any, tuple[Any, ...]]] = [(self.embeddings, (tokens, token_types))]
         blocks += [(layer, (padding,)) for layer in self.layers]
-        return tape.forward(blocks + ([(self.norm, ())] if self.norm else []))
+        return passes.forward(blocks + ([(self.norm, ())] if self.norm else []))
 
     def hybridize(self, active: bool = True, **kwargs: Any) -> None:
-        """As every HybridBlock; only the encoder as a whole keeps memory, not a layer called by itself."""
+        """Hybridize. Only the encoder as a whole keeps its memory, not a layer that is called alone."""
         super().hybridize(active, **kwargs)
         for block in self._children.values():
             block.hybridize(active)
 
     @contextmanager
     def recomputing(self, seed: int) -> Iterator[CheckpointedForward]:
-        """Compute each layer again in the backward passes of what is recorded in this block.
+        """Compute each layer again in the backward passes of graphs that are recorded in this context.
 
-        Whoever records calls the tape's `backward` after that of the graph. With this seed dropout is drawn,
-        where MXNet's own operators compute.
+        Call the yielded object's `backward` after the graph's own. seed: decides the dropout of MXNet's
+        operators.
         """
-        self._tape = CheckpointedForward(seed)
+        self._checkpointed = CheckpointedForward(seed)
         try:
-            yield self._tape
+            yield self._checkpointed
         finally:
-            self._tape = None
+            self._checkpointed = None
 
     def hybrid_forward(self, F: Any, tokens: Any, token_types: Any, valid_length: Any) -> Any:
         padding = padding_scores(F, tokens, valid_length, self._config.num_heads)
@@ -162,7 +164,7 @@ class Encoder(MixedPrecisionBlock):
         return self.norm(x) if self.norm else x
 
     def _in_order(self) -> list[Any]:
-        """The parameters in the order in which the encoder computes with them."""
+        """Return the parameters in the order in which the encoder uses them."""
         blocks = [self.embeddings.norm]
         for layer in self.layers:
             attend, feed_forward = layer.attend, layer.feed_forward
@@ -176,7 +178,7 @@ class Encoder(MixedPrecisionBlock):
         ]
 
     def export(self, path: str, **kwargs: Any) -> None:
-        """As every HybridBlock; with MXNet's own operators, whichever computed so far."""
+        """Export the graph of MXNet's own operators, even if the compiled ones computed so far."""
         if not self._cached_graph:
             one = mx.nd.ones((1, 1), ctx=self.embeddings.tokens.weight.list_ctx()[0])
             self._build_cache(one, one, one[0])
@@ -184,7 +186,7 @@ class Encoder(MixedPrecisionBlock):
 
 
 def both_parameters(*blocks: Any) -> list[Any]:
-    """The weight and the bias of each dense block, gamma and beta of each LayerNorm; nothing of None."""
+    """Return the weight and bias of each dense block, gamma and beta of each LayerNorm; skip None."""
     return [p for block in blocks if block for p in block.params.values()]
 
 
@@ -196,6 +198,6 @@ class TanhGELU(mx.gluon.HybridBlock):
 
 
 def activation(name: str) -> Any:
-    """The block of that activation; gelu is the exact one, x times the normal distribution function."""
+    """Return the block of an activation. gelu is exact: x times the normal distribution function."""
     blocks = {"gelu": mx.gluon.nn.GELU, "gelu_tanh": TanhGELU}
     return blocks[name]() if name in blocks else mx.gluon.nn.Activation(name)

@@ -1,4 +1,4 @@
-"""What stands on the encoder: the pooler, the masked-language-model head, the next-sentence head."""
+"""The heads on the encoder: the pooler, the masked-language-model head, the next-sentence head."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class MaskedTransform(mx.gluon.HybridBlock):
 class Decoder(MixedPrecisionBlock):
     """A score for every word of the vocabulary: (M, C) -> (M, V).
 
-    With `params` of an embedding its weight is that embedding's (tied), else it is the decoder's own.
+    params: an embedding's, to share its weight (tied). By default the decoder has its own weight.
     """
 
     def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
@@ -54,14 +54,14 @@ class Decoder(MixedPrecisionBlock):
             self.bias = self.params.get("bias", shape=(vocab_size,), init="zeros")
 
     def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any) -> Any:
-        return self.products(F).FullyConnected(x, weight, bias, num_hidden=self._vocab_size, flatten=False)
+        return self.ops_for(F).FullyConnected(x, weight, bias, num_hidden=self._vocab_size, flatten=False)
 
 
 class MaskedLanguageModelHead(MixedPrecisionBlock):
     """Scores of every word at the masked positions: (B, T, C), (2, M) -> (M, V).
 
-    Its two halves can be called one after the other, since all scores at once take the most memory of all
-    that a network computes.
+    Callers can call its two halves separately. The scores of all masked positions take more memory than
+    any other array of the network.
     """
 
     def __init__(self, vocab_size: int, config: ModelConfig, embedding: Any | None, **kwargs: Any) -> None:
@@ -74,13 +74,13 @@ class MaskedLanguageModelHead(MixedPrecisionBlock):
         return self.decoder(self.transform(encoded, masked_positions))
 
     def in_order(self) -> list[Any]:
-        """The parameters in the order in which the head computes with them."""
+        """Return the parameters in the order in which the head uses them."""
         transform, decoder = self.transform, self.decoder
         return [*both_parameters(transform.dense, transform.norm), decoder.weight, decoder.bias]
 
 
 class NextSentenceHead(mx.gluon.HybridBlock):
-    """Two scores a pair, "does not follow" and "follows": (B, C) -> (B, 2)."""
+    """Two scores per pair, "does not follow" and "follows": (B, C) -> (B, 2)."""
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -1,6 +1,6 @@
-"""Products of matrices, in float32 or with factors and results in float16. All around them is float32.
+"""Matrix products in float32, or with factors and results in float16. All other operations are float32.
 
-Those in bfloat16 are the compiled operators' own (ops/).
+The compiled operators (ops/) have their own products in bfloat16.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from ..runtime import mx
 
 
 class Float16Matmul:
-    """What mx.nd or mx.sym offer, but for the products of matrices: their factors and results are float16.
+    """mx.nd or mx.sym, with matrix products whose factors and results are float16.
 
-    Both what they take and what they give is float32, and so are biases. MXNet multiplies so on GPUs only.
+    Inputs, outputs and biases are float32. MXNet computes these products on GPUs only.
     """
 
     def __init__(self, F: Any) -> None:
@@ -23,13 +23,13 @@ class Float16Matmul:
         return getattr(self._F, name)
 
     def FullyConnected(self, x: Any, weight: Any, bias: Any, no_bias: bool = False, **others: Any) -> Any:
-        """x times the transposed weight, and the bias."""
+        """Multiply x by the transposed weight and add the bias."""
         factors = self._half(x), self._half(weight)
         product = self._whole(self._F.FullyConnected(*factors, no_bias=True, **others))
         return product if no_bias else self._F.broadcast_add(product, bias)
 
     def batch_dot(self, left: Any, right: Any, **others: Any) -> Any:
-        """The product of each matrix with its partner."""
+        """Multiply each matrix with its partner."""
         return self._whole(self._F.batch_dot(self._half(left), self._half(right), **others))
 
     def _half(self, factor: Any) -> Any:
@@ -40,17 +40,17 @@ class Float16Matmul:
 
 
 class MixedPrecisionBlock(mx.gluon.HybridBlock):
-    """A block with products of matrices, in the precision that `set_matmul_precision` of the network sets."""
+    """A block with matrix products; the network's `set_matmul_precision` sets their precision."""
 
     precision = "fp32"
 
-    def products(self, F: Any) -> Any:
-        """What the block is to compute with: F itself, or its products in float16."""
+    def ops_for(self, F: Any) -> Any:
+        """Return the operators that the block computes with: F, or F with products in float16."""
         return Float16Matmul(F) if self.precision == "fp16" else F
 
 
 class Dense(MixedPrecisionBlock, mx.gluon.nn.Dense):
-    """A dense layer like MXNet's, whose product may be in float16."""
+    """MXNet's dense layer; its product may be in float16."""
 
     def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any = None) -> Any:
-        return super().hybrid_forward(self.products(F), x, weight, bias)
+        return super().hybrid_forward(self.ops_for(F), x, weight, bias)

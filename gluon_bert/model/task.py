@@ -1,4 +1,4 @@
-"""What a network was fine-tuned for: classes or a score, of single texts or of pairs. Computes nothing."""
+"""Describes what a network was fine-tuned for: classes or a score, of single texts or of pairs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ KINDS = ("classification", "regression")
 class Task:
     """A task: its kind, whether its texts are pairs, and what the network's scores mean.
 
-    labels: of a classification, in the order of its scores. mean, scale: of a regression, by which the
-    network's one number becomes a score: mean + scale * number.
+    labels: a classification's, in the order of its scores. mean, scale: a regression's; its score is
+    mean + scale * the network's output.
 
     >>> Task("classification", pairs=False, labels=("no", "yes")).outputs
     2
@@ -29,23 +29,25 @@ class Task:
 
     @property
     def outputs(self) -> int:
-        """K, how many scores there are for a text."""
+        """K, the number of scores per text."""
         return len(self.labels) if self.kind == "classification" else 1
 
     @property
     def texts(self) -> int:
-        """How many texts an answer takes."""
+        """The number of texts per example."""
         return 2 if self.pairs else 1
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; the inverse of `from_json`."""
+        """Return plain values; the inverse of `from_json`."""
         return {**asdict(self), "labels": list(self.labels)}
 
     @classmethod
     def from_json(cls, content: Any, where: object) -> Task:
-        """The task that `to_json` gave; InputError where it is none."""
+        """Return the task that `to_json` described; raise InputError for anything else."""
         if not isinstance(content, Mapping) or set(content) != set(cls.__dataclass_fields__):
-            raise InputError(f"{where}: 'task' is none that this gluon_bert knows")
+            raise InputError(
+                f"{where}: 'task' must be a task that this gluon_bert wrote, got {content!r:.80}"
+            )
         labels, mean, scale = content["labels"], content["mean"], content["scale"]
         sound = [
             content["kind"] in KINDS,
@@ -54,5 +56,7 @@ class Task:
             all(type(number) in (int, float) for number in (mean, scale)),
         ]
         if not all(sound) or (content["kind"] == "classification") != (len(labels) >= 2):
-            raise InputError(f"{where}: 'task' is none that this gluon_bert knows")
+            raise InputError(
+                f"{where}: 'task' must be a task that this gluon_bert wrote, got {content!r:.80}"
+            )
         return cls(content["kind"], content["pairs"], tuple(labels), float(mean), float(scale))

@@ -1,4 +1,4 @@
-"""Builds the library of compiled operators, once for each machine and version, into the user's cache."""
+"""Compiles the library of operators into the user's cache, once for each machine and version."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from tempfile import TemporaryDirectory
 from ..runtime import mx
 
 SOURCES = Path(__file__).with_name("native")
-# No -ffast-math: it takes NaN for impossible, and linked with it the process rounds small numbers to zero.
+# Without -ffast-math: it assumes that NaN cannot occur, and it makes the whole process flush small numbers to zero.
 FLAGS = (
     *("-shared", "-fPIC", "-std=c++17", "-O3", "-march=native", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
 )
-# Keeps the library's C++ symbols to itself: the loader would take those of a library that is there before, as
+# Hides the library's C++ symbols. Otherwise the loader could bind them to those of an earlier library, such as
 # Horovod's, which may have the same templates, compiled differently.
 EXPORTS = SOURCES / "exports.map"
-# A compiler that takes longer is taken for one that hangs.
-MOST_SECONDS = 600
+# A compiler that takes longer is considered to hang.
+TIMEOUT_SECONDS = 600
 
 log = logging.getLogger(__name__)
 
 
 class BuildError(Exception):
-    """Why there can be no library here, in a phrase."""
+    """The reason why the library cannot be built, in a phrase."""
 
 
 def built_library() -> Path:
-    """The library's file, built now if it is not in the cache; raises BuildError."""
+    """Return the library's file; build it first if it is not in the cache. Raise BuildError if that fails."""
     compiler = _compiler()
     header, source = _interface()
     folder = Path(mx.base.data_dir(), "gluon_bert", "operators").absolute()
     path = folder / f"{_key(compiler, header, source)}.so"
     if not path.is_file():
-        log.info("compiling operators for this processor, once: half a minute")
+        log.info("compiling the operators for this processor (once, about half a minute)")
         _build(compiler, header, source, path)
     return path
 
@@ -49,21 +49,21 @@ def _compiler() -> str:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
-        raise BuildError(f"there is no C++ compiler ({' or '.join(names)})")
+        raise BuildError(f"no C++ compiler was found ({' or '.join(names)})")
     return found
 
 
 def _interface() -> tuple[Path, Path]:
-    """The header and the source of MXNet's interface for operators from outside, which its wheel brings."""
+    """Return the header and the source of MXNet's interface for external operators, from its wheel."""
     package = Path(mx.__file__).parent
     header, source = package / "include" / "mxnet" / "lib_api.h", package / "src" / "lib_api.cc"
     if not (header.is_file() and source.is_file()):
-        raise BuildError(f"this MXNet has no {header.name} and {source.name}")
+        raise BuildError(f"this MXNet lacks {header.name} or {source.name}")
     return header, source
 
 
 def _key(compiler: str, header: Path, source: Path) -> str:
-    """What tells libraries apart: the sources, the compiler and its flags, MXNet, the processor."""
+    """Return a hash of all that the library depends on: sources, compiler and flags, MXNet, processor."""
     content = hashlib.sha256()
     for path in sorted([*SOURCES.iterdir(), header, source]):
         content.update(path.read_bytes())
@@ -76,21 +76,21 @@ def _version(compiler: str) -> str:
     try:
         return subprocess.run([compiler, "--version"], stdout=subprocess.PIPE, timeout=60).stdout.decode()
     except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(f"{compiler} does not run ({error})") from error
+        raise BuildError(f"{compiler} cannot be run ({error})") from error
 
 
 def _processor() -> str:
-    """What -march=native depends on: the model and its instructions, whose order may change."""
+    """Return what -march=native depends on: the processor's model and its instructions, sorted."""
     try:
         text = Path("/proc/cpuinfo").read_text()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return f"{platform.machine()} {platform.processor()}"
     lines = re.findall(r"^(?:model name|flags|Features|CPU part)\s*:(.*)$", text, re.M)
     return f"{platform.machine()} {sorted({word for line in lines for word in line.split()})}"
 
 
 def _build(compiler: str, header: Path, source: Path, path: Path) -> None:
-    """Compile into a folder beside the library, which takes its name when it is whole."""
+    """Compile in a temporary folder beside the library's place, and move the finished library there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
@@ -99,19 +99,19 @@ def _build(compiler: str, header: Path, source: Path, path: Path) -> None:
             flags = [*FLAGS, f"-Wl,--version-script={EXPORTS}", f"-I{header.parent.parent}"]
             command = [compiler, *flags, "-o", str(library), *sources]
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=MOST_SECONDS
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_SECONDS
             )
             if done.returncode:
                 raise BuildError(f"{compiler} fails: {_first_error(done.stdout.decode(errors='replace'))}")
             with library.open("rb") as file:
-                os.fsync(file.fileno())  # a library that is cut short would be kept
+                os.fsync(file.fileno())  # otherwise a power failure could leave a truncated library
             library.replace(path)
     except subprocess.TimeoutExpired:
-        raise BuildError(f"{compiler} has not ended after {MOST_SECONDS} seconds") from None
+        raise BuildError(f"{compiler} did not finish within {TIMEOUT_SECONDS} seconds") from None
     except OSError as error:
-        raise BuildError(f"{path.parent} cannot be written ({error.strerror or error})") from error
+        raise BuildError(f"{path.parent} is not writable ({error.strerror or error})") from error
 
 
 def _first_error(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "it says nothing")
+    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no output")

@@ -281,12 +281,14 @@ class EncoderLayer {
   // out = residual + dropout(x), and the statistics of each vector for the norm that follows.
   void add_residual(const Chunk& chunk, const Dropout& drop, float* x, const float* residual, float* out,
                     Statistics* found) const {
-    call_.drop_rows(chunk, drop, x, x);
-    for (long i = 0; i < chunk.tokens; ++i) {
-      const long at = i * call_.ld;
-      for (int j = 0; j < n_.units; ++j) out[at + j] = residual[at + j] + x[at + j];
-      found[i] = statistics(out + at, n_.units, n_.epsilon);
-    }
+    long i = 0;
+    for (int row = chunk.first_row; row < chunk.last_row; ++row)
+      for (int position = 0; position < call_.rows[row].length; ++position, ++i) {
+        const long at = i * call_.ld;
+        drop.apply(x + at, n_.units, call_.element(row, position), x + at);
+        for (int j = 0; j < n_.units; ++j) out[at + j] = residual[at + j] + x[at + j];
+        found[i] = statistics(out + at, n_.units, n_.epsilon);
+      }
   }
 
   // The attention weights of a row's head, (length, length), without dropout. Returns their stride.

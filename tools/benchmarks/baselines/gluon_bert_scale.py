@@ -37,7 +37,8 @@ def main(job: dict[str, Any], benchmark: int, path: Path, kvstore: str) -> None:
         contexts = devices.contexts(cpus=job["contexts"])
         data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
         net = BERTModel(len(data.vocab), config.model)
-        net.setup(contexts, config.train.seed)
+        net.initialize(ctx=contexts, seed=config.train.seed)
+        net.hybridize()
         trainer = Trainer(net, config.train, contexts, workers)
         batches = data.train.batches()
         finished_step(trainer, next(batches))  # makes what the others use

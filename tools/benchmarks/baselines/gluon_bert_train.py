@@ -27,7 +27,8 @@ def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
     data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
     contexts = devices.contexts(cpus=1)
     net = BERTModel(len(data.vocab), config.model)
-    net.setup(contexts, config.train.seed)
+    net.initialize(ctx=contexts, seed=config.train.seed)
+    net.hybridize()
     trainer = Trainer(net, config.train, contexts)
     facts = {
         "with": f"{runtime.versions()['mxnet']}, operators: {ops.describe(contexts)}",
