@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+from contextlib import contextmanager
+
 import numpy as np
 
 from gluon_bert.data.batch import Batch
@@ -182,3 +184,25 @@ def randomise(net, seed=0):
         array = parameter.data(parameter.list_ctx()[0]).copy()
         array[:] = value.astype(np.float32)
         parameter.set_data(array)
+
+
+@contextmanager
+def moved_weights(net, seed=0):
+    """Move each weight by float32's last digit, up or down, until the context ends.
+
+    How far results move tells how well the network is conditioned. Two sides that round in different orders
+    differ by a few times as much: a LayerNorm over few units, for instance, divides by a small deviation.
+    """
+    rng = np.random.default_rng(seed)
+    parameters = net.collect_params().values()
+    kept = [parameter.data(parameter.list_ctx()[0]).copy() for parameter in parameters]
+    for parameter, array in zip(parameters, kept):
+        moved = array.copy()
+        signs = rng.choice(np.array([-1, 1], np.float32), array.shape)
+        moved[:] = array.asnumpy() * (1 + np.finfo(np.float32).eps * signs)
+        parameter.set_data(moved)
+    try:
+        yield
+    finally:
+        for parameter, array in zip(parameters, kept):
+            parameter.set_data(array)

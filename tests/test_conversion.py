@@ -86,12 +86,15 @@ def real(encoded, batch):
 def assert_same(net, batch, theirs, gradients, layout):
     """Scores to 1e-5 and gradients to 1e-4 of the other package's, relative to the largest.
 
-    Both sides round to float32, each in its order: from float64 the larger of the book's networks is 2e-5
-    off, where the values reach 3.
+    Both sides round to float32, each in its order. Scores may differ by four times what the last digit of
+    the weights changes in them, where that is more than 1e-5.
     """
-    encoded, mlm, nsp, own_gradients = ours(net, batch)
-    for one, other in zip((encoded, mlm, nsp), theirs):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+    *scores, own_gradients = ours(net, batch)
+    with reference.moved_weights(net):
+        moved = ours(net, batch)
+    for one, other, after in zip(scores, theirs, moved):
+        atol = max(1e-5 * np.abs(other).max(), 4 * np.abs(after - one).max())
+        np.testing.assert_allclose(one, other, rtol=0, atol=atol)
     names = list(shapes(net.vocab_size, net.config))
     assert set(gradients) == {layout.name(name) for name in names}
     for name in names:
