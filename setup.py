@@ -33,7 +33,7 @@ ONNX = ["onnx>=1.13,<1.19", "onnxruntime>=1.12"]
 CONVERT = ["safetensors>=0.3.2"]
 # Reads the checkpoints of google-research/bert: no other reader of them is kept up.
 GOOGLE = ["tensorflow-cpu>=2.10"]
-# An sdist with a C extension: installing it takes a C compiler, so pretraining does without it.
+# Compared with, and read and written by conversions. An sdist: installing it takes a C compiler.
 GLUONNLP = ["gluonnlp==0.10.0"]
 # Its last release, and the last with MXNet. It has to be built beside MXNet, as docs/scale.md says.
 HOROVOD = ["horovod==0.28.1"]
@@ -82,7 +82,7 @@ setup(
         "convert": [*CONVERT, *WORDPIECE],
         "convert-google": [*GOOGLE, *WORDPIECE],
         "serve": ["multi-model-server==1.1.11", "model-archiver==1.0.3"],
-        "test": ["pytest>=7", "pytest-xdist", "hypothesis", *CONVERT, *WORDPIECE, *ONNX, *GLUONNLP],
+        "test": ["pytest>=7", "pytest-xdist", "hypothesis", *CONVERT, *WORDPIECE, *ONNX],
         # What conversions are compared with. The book's package, d2l 0.17.6, pins versions that exclude ours:
         # pandas and ipython are what it imports, and it is installed beside them with --no-deps. Metrics are
         # compared with scikit-learn's.

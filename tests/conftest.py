@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from gluon_bert.data.prepared import prepare
 from gluon_bert.errors import InputError
 
+# Threads that wait must not spin: as many test files run at once as there are cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 ROOT = Path(__file__).resolve().parent.parent
 WIKITEXT = ROOT.parent / "shared" / "wikitext-2"
 
@@ -47,6 +50,14 @@ def wikitext_prepared(wikitext):
     from gluon_bert.presets import preset
 
     return prepare(preset("d2l").replace(corpus=(str(wikitext),)).data)
+
+
+def skip_without_compiled_operators():
+    """Skip where the compiled operators cannot be had, with the reason."""
+    from gluon_bert import ops
+
+    if ops.describe() != "compiled for this processor":
+        pytest.skip(f"the operators are {ops.describe()}")
 
 
 def skip_without(format):

@@ -7,7 +7,6 @@ are arrays by their structural names, such as "encoder.layers.0.attend.query.wei
 from __future__ import annotations
 
 import math
-
 from contextlib import contextmanager
 
 import numpy as np

@@ -12,7 +12,7 @@ from benchmarks import encode as encoders
 from benchmarks import prepare as preparations
 from benchmarks import scale as scaling
 from benchmarks import train as trainers
-from conftest import ROOT, small_text, untrained_run
+from conftest import ROOT, skip_without_compiled_operators, small_text, untrained_run
 
 from gluon_bert.data.loader import load_pretraining_data
 from gluon_bert.errors import InputError
@@ -108,6 +108,7 @@ def corpus(tmp_path):
 
 
 def test_both_sides_train_in_turns(corpus, tmp_path, capsys):
+    skip_without_compiled_operators()
     figures = tmp_path / "speed.json"
     command = ["train", "--corpus", str(corpus), "--steps", "2", "--rounds", "1", "--json", str(figures)]
     assert benchmark.main(command) == 0
@@ -282,6 +283,7 @@ def scaled(corpus, tmp_path, *flags):
 
 
 def test_contexts_share_the_steps_of_a_row(articles, tmp_path, capsys):
+    skip_without_compiled_operators()
     rows = scaled(articles, tmp_path, "--contexts", "1,2", "--workers", "1")
     assert [row["contexts"] for row in rows] == [1, 2]
     one, two = (row["rounds"][0] for row in rows)
@@ -374,7 +376,7 @@ def test_an_estimate_is_of_the_gradients_bytes_and_the_products(capsys):
     assert scaling.passed_on(12.0, 4) == pytest.approx(sent_in_a_ring(12.0, 4))
     assert benchmark.main(["scale", "--estimate"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    page = (ROOT / "docs" / "scaling.md").read_text("utf-8")
+    page = (ROOT / "docs" / "performance.md").read_text("utf-8")
     assert "".join(f"    {line}\n" for line in lines) in page
     rows = [line.split() for line in lines if line.startswith("bert-")]
     assert [row[:2] for row in rows[::2]] == [

@@ -26,6 +26,7 @@ def compare(*flags):
     return compare_recipes.main([str(each) for each in flags])
 
 
+@pytest.mark.slow
 def test_recipes_train_for_the_same_time_and_are_measured_on_the_same_text(
     recipes, text_file, tmp_path, capsys, monkeypatch
 ):

@@ -71,6 +71,7 @@ def test_the_real_text_has_every_kind_in_both_files(wikitext):
         assert len(rows) > 500
 
 
+@pytest.mark.slow
 def test_the_command(corpus, tmp_path, capsys):
     small = [
         "--units",

@@ -145,8 +145,8 @@ def test_mxnet_alone_serves_it(run, exports, tmp_path):
     code = """
 import json, sys, numpy
 vars(numpy).setdefault("bool", bool)
-for name in "PZERO NZERO PINF NINF NAN NaN alltrue in1d mirr msort npv pmt ppmt pv rate trapz".split():
-    vars(numpy).setdefault(name, None)
+for name in "Inf PZERO NZERO PINF NINF NAN NaN alltrue in1d mirr msort npv pmt ppmt pv rate trapz".split():
+    vars(numpy).setdefault(name, numpy.inf)
 import mxnet as mx
 folder, found = sys.argv[1:]
 manifest = json.load(open(f"{folder}/manifest.json"))

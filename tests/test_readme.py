@@ -107,6 +107,7 @@ def test_what_was_pretrained_is_fine_tuned_and_exported_as_told(runs, capsys):
     capsys.readouterr()
     assert encode.main(asking) == 0
     assert set(capsys.readouterr().out.split()) >= {"sees", "lifts"}
+    pytest.importorskip("model_archiver", reason="needs the extra serve")
     (packing,) = commands("export", of="runs/base-finetuned-1")
     assert export.main(packing) == 0
     (serving,) = commands("serve", of="runs/base-finetuned-1")
