@@ -51,7 +51,8 @@ def test_sentences_longer_than_the_network_are_left_out(text):
 
 def test_best_words_are_those_of_each_sentence_alone(text):
     net = BERTModel(len(VOCAB), preset("d2l").model)
-    net.setup(mx.cpu())
+    net.initialize(ctx=mx.cpu())
+    net.hybridize()
     sentences = masked_sentences(text, VOCAB)
     together = best_words(net, VOCAB, sentences, mx.cpu())
     assert together == [best_words(net, VOCAB, [each], mx.cpu())[0] for each in sentences]
