@@ -105,7 +105,19 @@ class DataConfig:
         at_least=0.0,
         at_most=0.5,
     )
-    lowercase: bool = option(True, "lower-case the text; WordPiece then takes off the accents, too")
+    lowercase: bool = option(True, "lower-case the text")
+    strip_accents: str = option(
+        "auto",
+        "WordPiece: remove accents; auto removes them from lower-cased text",
+        choices=("auto", "yes", "no"),
+    )
+    tokenize_chinese_chars: bool = option(True, "WordPiece: make each Chinese character a word")
+    added_tokens: Tuple[str, ...] = option(
+        (), "WordPiece: tokens that are found in the text, after lower-casing, before it is split into words"
+    )
+    additional_special_tokens: Tuple[str, ...] = option(
+        (), "WordPiece: the same, but found as they are written, before lower-casing"
+    )
     tokenizer: str = option(
         "words",
         "what a token is: a word, or a piece of one (WordPiece, as the original BERT has; it needs the extra "
@@ -518,6 +530,10 @@ def _without_effect(data: DataConfig) -> List[str]:
         "vocab_file": (
             data.tokenizer == "wordpiece" or data.vocab_file.endswith(".json"),
             "needs --tokenizer wordpiece; a vocabulary of words is the vocab.json of a run",
+        ),
+        **dict.fromkeys(
+            ("strip_accents", "tokenize_chinese_chars", "added_tokens", "additional_special_tokens"),
+            (data.tokenizer == "wordpiece", "needs --tokenizer wordpiece"),
         ),
         "vocab_size": (makes_pieces, "needs --tokenizer wordpiece, and no --vocab-file, which has its size"),
         "short_seq_prob": (data.pairs == "packed", "needs --pairs packed"),

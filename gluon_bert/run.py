@@ -10,7 +10,7 @@ from typing import Any, Mapping, NamedTuple, Sequence
 from .checkpoint import CHECKPOINTS, CONFIG, FORMAT, WEIGHTS, _path, find_checkpoint, read_checkpoint
 from .config import GROUPS, Config
 from .data.tokenizer import Tokenizer
-from .data.vocab import Vocabulary
+from .data.vocab import Normalization, Vocabulary
 from .data.wordpiece import load_vocabulary
 from .errors import InputError
 from .fileio import write_json
@@ -39,7 +39,9 @@ class Run(NamedTuple):
     @property
     def reader(self) -> Tokenizer:
         """What makes texts into the network's inputs, as it was trained on them."""
-        return Tokenizer(self.vocab, self.config.data.max_seq_length, self.config.data.lowercase)
+        return Tokenizer(
+            self.vocab, self.config.data.max_seq_length, Normalization.from_config(self.config.data)
+        )
 
 
 def check_new_run(folder: Path, flag: str = "--output") -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .config import RANDOM_INITS, Config, ModelConfig, flag_name
-from .data.vocab import Vocabulary
+from .data.vocab import Normalization, Vocabulary
 from .errors import InputError
 from .model.parameters import put_weights, weights_of
 from .run import Run, load_run
@@ -18,7 +18,7 @@ from .run import Run, load_run
 _FREE = ("dropout", "init", "init_checkpoint", "decoder_bias")
 _FROM_RUN = {
     "model": tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE),
-    "data": ("tokenizer", "lowercase"),
+    "data": ("tokenizer", *Normalization._fields),
 }
 # The parameters with a row for each token.
 _BY_TOKEN = {"encoder.embeddings.tokens.weight", "mlm.decoder.weight", "mlm.decoder.bias"}

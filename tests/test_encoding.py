@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gluon_bert.data.tokenizer import Tokenizer
-from gluon_bert.data.vocab import Vocabulary
+from gluon_bert.data.vocab import Normalization, Vocabulary
 from gluon_bert.errors import InputError
 from gluon_bert.inference import predictor as encoding
 from gluon_bert.inference.predictor import GluonNetwork, Predictor, encode
@@ -66,7 +66,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def predictor(net):
-    return Predictor(GluonNetwork(net), Tokenizer(VOCAB, 12, lowercase=True))
+    return Predictor(GluonNetwork(net), Tokenizer(VOCAB, 12, Normalization(lowercase=True)))
 
 
 def read(predictor, texts=TEXTS):

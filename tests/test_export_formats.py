@@ -11,6 +11,7 @@ from conftest import ROOT, skip_without, small_text
 
 from gluon_bert.data.prepared import prepare
 from gluon_bert.data.tokenizer import Tokenizer, pad
+from gluon_bert.data.vocab import Normalization
 from gluon_bert.errors import InputError
 from gluon_bert.export import low_precision as quantized
 from gluon_bert.export import onnx_graph
@@ -92,7 +93,7 @@ def run_of(corpus, name="bert-tiny", **changes):
 
 
 def reader_of(run):
-    return Tokenizer(run.vocab, MAX_SEQ_LENGTH, run.config.data.lowercase)
+    return Tokenizer(run.vocab, MAX_SEQ_LENGTH, Normalization(run.config.data.lowercase))
 
 
 @pytest.mark.parametrize("outputs", OF_PRETRAINED)

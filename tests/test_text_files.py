@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from gluon_bert.data.tokenizer import Tokenizer
-from gluon_bert.data.vocab import Vocabulary
+from gluon_bert.data.vocab import Normalization, Vocabulary
 from gluon_bert.errors import InputError
 from gluon_bert.inference.predictor import Prediction
 from gluon_bert.inference.text_files import count_lines, parse_line, read_lines, vector_file
 
-READER = Tokenizer(Vocabulary(["a", "crane"]), max_seq_length=8, lowercase=True)
+READER = Tokenizer(Vocabulary(["a", "crane"]), 8, Normalization(lowercase=True))
 
 
 def answers(count, units=4, pooled=True):

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from gluon_bert.data.tokenizer import Tokenizer, bucket_by_length, chunks, pad
-from gluon_bert.data.vocab import Vocabulary
+from gluon_bert.data.vocab import Normalization, Vocabulary
 from gluon_bert.errors import InputError
 
 VOCAB = Vocabulary(["a", "crane", "is", "flying", "@-@", "don", "'t", "he", "left", "A"])
 
 
 def reader(max_seq_length=16, lowercase=True):
-    return Tokenizer(VOCAB, max_seq_length, lowercase)
+    return Tokenizer(VOCAB, max_seq_length, Normalization(lowercase))
 
 
 def test_a_single_text():
@@ -124,7 +124,7 @@ def random_texts(count=300, max_seq_length=40):
         words = rng.choice(
             ["a", "crane", "<mask>"], size=rng.integers(1, max_seq_length - 2), p=[0.6, 0.39, 0.01]
         )
-        yield Tokenizer(VOCAB, max_seq_length, True).tokens(list(words))
+        yield Tokenizer(VOCAB, max_seq_length, Normalization(True)).tokens(list(words))
 
 
 def test_chunks_keep_the_order_and_their_bounds():

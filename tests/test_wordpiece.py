@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from gluon_bert import run
 from gluon_bert.config import DataConfig
+from gluon_bert.data.basic_tokenizer import split_words
 from gluon_bert.data.loader import Loader
 from gluon_bert.data.prepared import numbered, prepare
 from gluon_bert.data.tokenizer import Tokenizer, pad
-from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary, load_vocabulary, split_words
+from gluon_bert.data.vocab import Normalization, Vocabulary
+from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary, load_vocabulary
 from gluon_bert.errors import InputError
 from gluon_bert.presets import preset
 
@@ -51,7 +52,7 @@ def vocabulary(tokens=PUBLISHED):
 
 def pieces_of(vocab, text, lowercase):
     """The tokens that a text becomes, with [UNK] for words that have none."""
-    tokens = [piece for word in vocab.split(text, lowercase) for piece in vocab.pieces(word)]
+    tokens = [piece for word in vocab.split(text, Normalization(lowercase)) for piece in vocab.pieces(word)]
     return vocab.to_tokens(vocab.to_indices(tokens))
 
 
@@ -65,7 +66,7 @@ def published_pieces(tokens, text, lowercase):
 
 def small_counts():
     counts: dict = {}
-    for word in split_words(small_text(), lowercase=True):
+    for word in split_words(small_text(), Normalization(True)):
         counts[word] = counts.get(word, 0) + 1
     return counts
 
@@ -90,7 +91,7 @@ def made():
     counts: dict = {}
     for lowercase in (True, False):
         for text in TEXTS:
-            for word in split_words(text, lowercase):
+            for word in split_words(text, Normalization(lowercase)):
                 counts[word] = counts.get(word, 0) + 1
     return WordPieceVocabulary.from_counts(counts, min_freq=3, size=1000)
 
@@ -115,13 +116,13 @@ def test_most_pieces_compared_are_known_ones(made):
 
 
 def test_half_a_character_is_left_out():
-    assert split_words("cra\ud83dne \udc00", lowercase=True) == ["crane"]
+    assert split_words("cra\ud83dne \udc00", Normalization(True)) == ["crane"]
     assert reader().text("the cra\ud83dne").tokens[2] == "crane"
 
 
 def test_accents_go_with_the_case_only():
-    assert split_words("Été", lowercase=True) == ["ete"]
-    assert split_words("Été", lowercase=False) == ["Été"]
+    assert split_words("Été", Normalization(True)) == ["ete"]
+    assert split_words("Été", Normalization(False)) == ["Été"]
 
 
 def test_special_tokens_stand_where_the_file_has_them():
@@ -206,8 +207,9 @@ def test_the_same_words_give_the_same_vocabulary_in_any_process(tmp_path):
     text.write_text(small_text(400), "utf-8")
     code = f"""if True:
         import random, sys
-        from gluon_bert.data.wordpiece import WordPieceVocabulary, split_words
-        words = split_words(open({str(text)!r}, encoding="utf-8").read().replace("\\n", " "), True)
+        from gluon_bert.data.basic_tokenizer import Normalization, split_words
+        from gluon_bert.data.wordpiece import WordPieceVocabulary
+        words = split_words(open({str(text)!r}, encoding="utf-8").read().replace("\\n", " "), Normalization(True))
         random.shuffle(words)
         words = [a + b for a, b in zip(sorted(set(words)) * 40, sorted(set(words) | {{"x"}}) * 40)] + words
         counts = {{word: words.count(word) for word in dict.fromkeys(words)}}
@@ -388,7 +390,7 @@ def test_tokens_that_are_not_in_the_training_text_count_as_met_once():
 
 
 def reader(max_seq_length=20):
-    return Tokenizer(vocabulary(), max_seq_length, lowercase=True)
+    return Tokenizer(vocabulary(), max_seq_length, Normalization(lowercase=True))
 
 
 def test_a_text_is_read_in_pieces_with_the_words_they_belong_to():
@@ -458,3 +460,28 @@ def test_wikitext2_in_pieces(wikitext):
     assert 0.01 < vocab.is_continuation[train.tokens].mean() < 0.1
     assert (train.tokens == vocab.unk).mean() < 0.03
     assert set(np.unique(train.tokens)) <= {*vocab.ordinary_ids.tolist(), vocab.unk}
+
+
+GERMAN = "Möchten Sie heute fahren?\nWir fahren nach [ORT] und nach Zürich.\n\n" * 3
+
+
+def test_corpus_without_strip_accents_keeps_umlauts(tmp_path):
+    text, options = tmp_path / "german.txt", {"min_freq": 2, "vocab_size": 100, "validation_fraction": 0.0}
+    text.write_text(GERMAN, "utf-8")
+    kept = prepare(config_of(text, strip_accents="no", **options), tmp_path / "cache")
+    assert set("öü") <= set("".join(kept.vocab.tokens))
+    stripped = prepare(config_of(text, **options), tmp_path / "cache")
+    assert not set("öü") & set("".join(stripped.vocab.tokens))
+    assert kept.fingerprint != stripped.fingerprint
+
+
+def test_corpus_added_tokens_are_one_token_each(tmp_path):
+    text, options = tmp_path / "german.txt", {"min_freq": 1, "vocab_size": 100, "validation_fraction": 0.0}
+    text.write_text(GERMAN, "utf-8")
+    config = config_of(text, added_tokens=("Zürich",), additional_special_tokens=("[ORT]",), **options)
+    prepared = prepare(config, tmp_path / "cache")
+    assert prepared.vocab.tokens[-2:] == ["Zürich", "[ORT]"] and len(prepared.vocab) <= 100
+    counts = prepared.train.counts(len(prepared.vocab))
+    assert counts[-2:].tolist() == [3, 3]
+    with pytest.raises(InputError, match=r"added_tokens must not hold white space.*'New York'"):
+        prepare(config_of(text, added_tokens=("New York",)), tmp_path / "cache")

@@ -21,6 +21,7 @@ from gluon_bert.cli import (
     yes_or_no,
 )
 from gluon_bert.config import FineTuneConfig, check_group
+from gluon_bert.data.vocab import Normalization
 from gluon_bert.errors import InputError
 from gluon_bert.fileio import atomic_write, nan_to_null
 
@@ -109,7 +110,7 @@ def finetune(arguments: argparse.Namespace) -> int:
     task = infer_task(rows["--train"], arguments.task)
     check_metric(config, task)
     max_seq_length = config.max_seq_length or before.config.data.max_seq_length
-    reader = Tokenizer(before.vocab, max_seq_length, before.config.data.lowercase)
+    reader = Tokenizer(before.vocab, max_seq_length, Normalization.from_config(before.config.data))
     data = {flag: examples(its_rows, task, reader, flag) for flag, its_rows in rows.items()}
     tuner = FineTuner(init_from_pretrained(before.net, task, config, context), reader, config)
     create(output, before, arguments, tuner, len(rows["--train"]))

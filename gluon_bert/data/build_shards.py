@@ -23,13 +23,14 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from ..config import DataConfig
+from ..errors import InputError
 from ..fileio import atomic_write
 from . import shards
 from .corpora.corpus import Corpus
 from .corpora.text_formats import TextChunk, parse
 from .document_arrays import DocumentBuilder, WordIndexedDocuments, index_words, numbering
 from .process_pool import Map, processes
-from .vocab import Vocabulary
+from .vocab import Normalization, Vocabulary
 from .wordpiece import WordPieceVocabulary, installed_version
 
 log = logging.getLogger(__name__)
@@ -56,31 +57,49 @@ def vocabulary_maker(config: DataConfig) -> VocabularyOf:
     vocab: Vocabulary
     if config.tokenizer == "wordpiece":
         installed_version()
+        check_added_tokens(config)
         if not config.vocab_file:
-            return lambda counts: WordPieceVocabulary.from_counts(counts, config.min_freq, config.vocab_size)
+            return partial(_make_wordpiece, config=config)
         vocab = WordPieceVocabulary.load(Path(config.vocab_file))
         vocab.check_case(config.vocab_file, config.lowercase)
     elif config.vocab_file:
         vocab = Vocabulary.load(Path(config.vocab_file))
     else:
         return lambda counts: Vocabulary.from_counts(counts, config.min_freq)
+    vocab = vocab.with_tokens(Normalization.from_config(config).all_added)
     return lambda counts: vocab.extended(counts, config.extend_vocab, config.min_freq)
+
+
+def _make_wordpiece(counts: Mapping[str, int], config: DataConfig) -> Vocabulary:
+    """The vocabulary of a text; its added tokens are not cut into pieces."""
+    added = Normalization.from_config(config).all_added
+    counts = {word: n for word, n in counts.items() if word not in added}
+    vocab = WordPieceVocabulary.from_counts(counts, config.min_freq, config.vocab_size - len(set(added)))
+    return vocab.with_tokens(added)
+
+
+def check_added_tokens(config: DataConfig) -> None:
+    """Raise InputError where an added token cannot be one word of a text that is prepared."""
+    for name in ("added_tokens", "additional_special_tokens"):
+        for token in getattr(config, name):
+            if not token or token.split() != [token]:
+                raise InputError(f"{name} must not hold white space to prepare a corpus, got {token!r}")
 
 
 class WordIds:
     """The ids of numbered words: those of word n are ids[starts[n]:starts[n + 1]].
 
-    A special token that stands in the text as a word is an unknown word, never the token itself.
+    A special token that stands in the text as a word is an unknown word, unless it is an added token.
     """
 
-    def __init__(self, words: Sequence[str], vocab: Vocabulary) -> None:
+    def __init__(self, words: Sequence[str], vocab: Vocabulary, added_tokens: Sequence[str] = ()) -> None:
         ids, sizes = [np.zeros(0, np.int32)], [0]
         for start in range(0, len(words), _LOOKED_UP):
             pieces = [vocab.pieces(word) for word in words[start : start + _LOOKED_UP]]
             ids.append(vocab.to_indices([piece for word in pieces for piece in word]))
             sizes += [len(word) for word in pieces]
         self.ids = np.concatenate(ids)
-        self.ids[vocab.special[self.ids]] = vocab.unk
+        self.ids[vocab.special_but(added_tokens)[self.ids]] = vocab.unk
         self.starts = np.cumsum(sizes, dtype=np.int64)
         self._vocab_size = len(vocab)
 
@@ -241,7 +260,7 @@ def _number_all(num_shards: int, folder: Path, config: DataConfig) -> int:
         if not count:  # it is in validation text only
             del counts[word]
     vocab = vocabulary_maker(config)(counts)
-    of_words = WordIds(words, vocab)
+    of_words = WordIds(words, vocab, Normalization.from_config(config).all_added)
     ids = of_words.ids.astype(shards.id_type(len(vocab)))
     np.savez(folder / "ids.npz", ids=ids, starts=of_words.starts)
     with atomic_write(folder / shards.VOCABULARY, "wb") as file:

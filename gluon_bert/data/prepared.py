@@ -25,7 +25,7 @@ from .corpora.text_formats import Document
 from .corpora.wikitext2 import data_folder
 from .document_arrays import Documents, index_words
 from .shards import Shards
-from .vocab import SPECIAL_TOKENS, Vocabulary
+from .vocab import SPECIAL_TOKENS, Normalization, Vocabulary
 from .wordpiece import WordPieceVocabulary, installed_version
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def _check(prepared: PreparedCorpus, config: DataConfig) -> None:
 
 def _made_by(corpus: Corpus, config: DataConfig) -> dict[str, Any]:
     """What the ids depend on, for the manifest: the settings, and the fingerprint of these and the text."""
-    names = ["text_format", "language", "lowercase", "validation_fraction", "min_freq"]
+    names = ["text_format", "language", *Normalization._fields, "validation_fraction", "min_freq"]
     settings = {name: getattr(config, name) for name in names}
     if config.vocab_file:
         settings["vocab_file"] = file_hash(Path(config.vocab_file))

@@ -8,7 +8,7 @@ from typing import Iterable, Iterator, NamedTuple, Sequence
 import numpy as np
 
 from ..errors import InputError
-from .vocab import Vocabulary
+from .vocab import Normalization, Vocabulary
 
 # Padded lengths are multiples of this, so that a network meets few shapes; each costs a plan of its memory.
 _LENGTH_STEP = 8
@@ -56,14 +56,17 @@ class EncodedText:
 class Tokenizer:
     """Makes a Text of words, tokens or ids; knows the vocabulary and what length the network was trained on.
 
-    >>> reader = Tokenizer(Vocabulary(["crane", "a"]), max_seq_length=8, lowercase=True)
+    >>> reader = Tokenizer(Vocabulary(["crane", "a"]), 8, Normalization(lowercase=True))
     >>> text = reader.text("A <mask> crane.")
     >>> text.tokens, text.ids.tolist(), text.unknown
     (['<cls>', 'a', '<mask>', 'crane', '.', '<sep>'], [3, 6, 2, 5, 0, 4], ['.'])
     """
 
-    def __init__(self, vocab: Vocabulary, max_seq_length: int, lowercase: bool) -> None:
-        self.vocab, self.max_seq_length, self.lowercase = vocab, max_seq_length, lowercase
+    def __init__(self, vocab: Vocabulary, max_seq_length: int, normalization: Normalization) -> None:
+        self.vocab, self.max_seq_length, self.normalization = vocab, max_seq_length, normalization
+        # A special token in a text is an unknown word, as in training. <mask> is to be filled in.
+        self._unknown = vocab.special_but(normalization.all_added)
+        self._unknown[vocab.mask] = False
 
     def text(self, first: str, second: str | None = None, truncate: bool = False) -> EncodedText:
         """Running text, or a pair of texts; InputError where one is empty or they are too long together.
@@ -100,13 +103,12 @@ class Tokenizer:
         return self._text([self.vocab.to_tokens(segment) for segment in segments], truncate)
 
     def _pieces(self, text: str) -> list[str]:
-        words = self.vocab.split(text, self.lowercase)
+        words = self.vocab.split(text, self.normalization)
         return [piece for word in words for piece in self.vocab.pieces(word)]
 
     def _ids(self, tokens: Sequence[str]) -> np.ndarray:
         ids = self.vocab.to_indices(tokens)
-        # A special token that stands in a text is an unknown word, as in training; <mask> is a question.
-        ids[self.vocab.special[ids] & (ids != self.vocab.mask)] = self.vocab.unk
+        ids[self._unknown[ids]] = self.vocab.unk
         return ids
 
     def _text(self, segments: list[Sequence[str]], truncate: bool) -> EncodedText:

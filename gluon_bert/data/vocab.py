@@ -6,10 +6,11 @@ import json
 import re
 import unicodedata
 from pathlib import Path
-from typing import Iterable, Mapping, Sequence
+from typing import Iterable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
+from ..config import DataConfig
 from ..errors import InputError
 from ..fileio import write_json
 
@@ -24,6 +25,29 @@ _WORD = re.compile(rf"<unk>|<mask>|{_LETTER}+(?:['’-]{_LETTER}+)*|[^\s]")
 
 # Above this share of tokens with capitals a vocabulary is a cased one; in the uncased ones a few are strays.
 _CASED_SHARE = 0.1
+
+
+class Normalization(NamedTuple):
+    """How text becomes words: the fields of these names in DataConfig, which describes them.
+
+    The word vocabulary uses `lowercase` alone.
+    """
+
+    lowercase: bool
+    strip_accents: str = "auto"
+    tokenize_chinese_chars: bool = True
+    added_tokens: tuple[str, ...] = ()
+    additional_special_tokens: tuple[str, ...] = ()
+
+    @classmethod
+    def from_config(cls, config: DataConfig) -> Normalization:
+        """Take the fields from a configuration."""
+        return cls(**{name: getattr(config, name) for name in cls._fields})
+
+    @property
+    def all_added(self) -> tuple[str, ...]:
+        """All tokens that are cut out of the text."""
+        return self.added_tokens + self.additional_special_tokens
 
 
 def split_words(text: str) -> list[str]:
@@ -101,12 +125,12 @@ class Vocabulary:
         """The tokens of these ids, the inverse of `ids`."""
         return [self.tokens[i] for i in ids]
 
-    def split(self, text: str, lowercase: bool) -> list[str]:
+    def split(self, text: str, normalization: Normalization) -> list[str]:
         """The words of a text: what stands between spaces if it is known, else as `split_words` parts it.
 
         So text whose tokens stand apart already, such as WikiText's `@-@`, is read as it was in training.
         """
-        text = text.lower() if lowercase else text
+        text = text.lower() if normalization.lowercase else text
         return [
             word for part in text.split() for word in ([part] if self._known(part) else split_words(part))
         ]
@@ -115,6 +139,17 @@ class Vocabulary:
         """Whether it was made of text with capitals, as far as its tokens tell."""
         capitals = sum(self.tokens[i] != self.tokens[i].lower() for i in self.ordinary_ids)
         return capitals > _CASED_SHARE * len(self.ordinary_ids)
+
+    def special_but(self, tokens: Sequence[str]) -> np.ndarray:
+        """(V,) bool: `special` without these tokens, which a text may hold."""
+        special = self.special.copy()
+        special[self.to_indices([token for token in tokens if token in self])] = False
+        return special
+
+    def with_tokens(self, tokens: Sequence[str]) -> Vocabulary:
+        """This vocabulary and, behind it, those of the tokens that it lacks."""
+        new = [token for token in dict.fromkeys(tokens) if token not in self]
+        return self._with(new) if new else self
 
     def _known(self, part: str) -> bool:
         return part in self and (part == MASK or part not in SPECIAL_TOKENS)

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
-from itertools import repeat
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from ..errors import InputError
 from ..fileio import atomic_write
-from . import vocab as words
-from .vocab import Vocabulary
+from .basic_tokenizer import MARKERS, MASK, UNK, split_words, tokenizers_library
+from .vocab import Normalization, Vocabulary
 
-PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+PAD, CLS, SEP = "[PAD]", "[CLS]", "[SEP]"
+SPECIAL_TOKENS = (PAD, UNK, CLS, SEP, MASK)
 
-# Special tokens that a text may hold, one word each, and how the word vocabulary and WikiText spell them.
-_IN_TEXT = {UNK: UNK, MASK: MASK, words.UNK: UNK, words.MASK: MASK}
-_MARKER = re.compile("(" + "|".join(map(re.escape, _IN_TEXT)) + ")")
 # Places that the published vocabularies keep free for tokens of one's own.
 _UNUSED = re.compile(r"\[unused\d+\]")
-# Halves of characters, which a text from a program may hold and `tokenizers` cannot.
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _PREFIX = "##"
 # Above this a word is [UNK] as a whole, as in Devlin et al.'s tokenization.py.
 _LONGEST_WORD = 100
@@ -41,7 +35,7 @@ class WordPieceVocabulary(Vocabulary):
     stands twice, and where the package `tokenizers` is not installed.
 
     >>> vocab = WordPieceVocabulary([*SPECIAL_TOKENS, "crane", "##s", "fly"])
-    >>> vocab.split("Cranes fly!", lowercase=True), vocab.pieces("cranes"), vocab.pieces("!")
+    >>> vocab.split("Cranes fly!", Normalization(lowercase=True)), vocab.pieces("cranes"), vocab.pieces("!")
     (['cranes', 'fly', '!'], ['crane', '##s'], ['!'])
     >>> vocab.to_indices(["crane", "##s", "!"]).tolist(), vocab.is_continuation.tolist()[5:]
     ([5, 6, 1], [False, True, False])
@@ -58,11 +52,11 @@ class WordPieceVocabulary(Vocabulary):
         if problems:
             raise InputError(f"a WordPiece vocabulary: {', '.join(problems)}")
         self.pad, self.unk, self.cls, self.sep, self.mask = (ids[token] for token in SPECIAL_TOKENS)
-        self._model = _library().models.WordPiece(
+        self._model = tokenizers_library().models.WordPiece(
             ids, unk_token=UNK, max_input_chars_per_word=_LONGEST_WORD, continuing_subword_prefix=_PREFIX
         )
         # <mask> and <unk> may be said, too, where tokens are looked up one by one.
-        self._ids = {**{marker: ids[token] for marker, token in _IN_TEXT.items()}, **ids}
+        self._ids = {**{marker: ids[token] for marker, token in MARKERS.items()}, **ids}
         self._sort_out(
             special=np.array([t in SPECIAL_TOKENS or bool(_UNUSED.fullmatch(t)) for t in self.tokens]),
             is_continuation=np.array([t.startswith(_PREFIX) and len(t) > len(_PREFIX) for t in self.tokens]),
@@ -75,7 +69,7 @@ class WordPieceVocabulary(Vocabulary):
         Pieces are joined as long as they stand side by side `min_freq` times. The same counts give the
         same vocabulary, in whatever order they come and with however many threads.
         """
-        markers = set(_IN_TEXT.values())
+        markers = set(MARKERS.values())
         alphabet = _alphabet({word: n for word, n in counts.items() if word not in markers})
         # A word with another character is [UNK] as a whole, so its pieces would never be met.
         counts = {w: n for w, n in counts.items() if w not in markers and alphabet.issuperset(w)}
@@ -92,14 +86,14 @@ class WordPieceVocabulary(Vocabulary):
         return cls(_joined(counts, needed, min_freq, size))
 
     def _is_new(self, word: str) -> bool:
-        return word not in self and word not in _IN_TEXT and len(word) <= _LONGEST_WORD
+        return word not in self and word not in MARKERS and len(word) <= _LONGEST_WORD
 
     def _with(self, new: Sequence[str]) -> WordPieceVocabulary:
         return type(self)([*self.tokens, *new])
 
-    def split(self, text: str, lowercase: bool) -> list[str]:
-        """The words of a text, as BERT parts them; <mask> and <unk> are [MASK] and [UNK]."""
-        return split_words(text, lowercase)
+    def split(self, text: str, normalization: Normalization) -> list[str]:
+        """Split a text into words as BERT does; <mask> and <unk> become [MASK] and [UNK]."""
+        return split_words(text, normalization)
 
     def pieces(self, word: str) -> list[str]:
         """The tokens that a word becomes, longest first from its left; the word itself if it has none."""
@@ -157,64 +151,9 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     return Vocabulary.load(Path(folder) / Vocabulary.FILE)
 
 
-def split_words(text: str, lowercase: bool) -> list[str]:
-    """Running text to words and punctuation marks as BERT parts it, before they are cut into pieces.
-
-    lowercase: lower-case it and take off the accents, as the uncased models do. <unk> and [UNK] are [UNK],
-    <mask> and [MASK] are [MASK]; of all other text no special token is made.
-
-    >>> split_words("It's <unk> 3.5 km", lowercase=True)
-    ['it', "'", 's', '[UNK]', '3', '.', '5', 'km']
-    """
-    return spaced_words(text, lowercase).split()
-
-
-def spaced_words(text: str, lowercase: bool) -> str:
-    """The words of `split_words` as one text, apart by single spaces."""
-    # Between spaces nothing depends on what is around: most parts have been met before.
-    return " ".join(filter(None, map(_spaced_part, text.split(" "), repeat(lowercase))))
-
-
-@lru_cache(maxsize=1 << 17)
-def _spaced_part(part: str, lowercase: bool) -> str:
-    normalizer, splitter = _splitting(lowercase)
-    found: list[str] = []
-    for i, text in enumerate(_MARKER.split(_SURROGATE.sub("", part))):
-        if i % 2:
-            found.append(_IN_TEXT[text])
-        elif text:
-            found += [word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))]
-    return " ".join(found)
-
-
-class _Splitting(NamedTuple):
-    normalizer: Any
-    splitter: Any
-
-
-@lru_cache(maxsize=None)
-def _splitting(lowercase: bool) -> _Splitting:
-    library = _library()
-    normalizer = library.normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=True, strip_accents=lowercase, lowercase=lowercase
-    )
-    return _Splitting(normalizer, library.pre_tokenizers.BertPreTokenizer())
-
-
 def installed_version() -> str:
     """The version of the package `tokenizers`, which may part words as another does not; InputError without."""
-    return str(_library().__version__)
-
-
-def _library() -> Any:
-    # Here and not above: whoever has a word vocabulary does without it.
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise InputError(
-            f"a WordPiece vocabulary needs the package tokenizers ({error}): pip install -e '.[wordpiece]'"
-        ) from error
-    return tokenizers
+    return str(tokenizers_library().__version__)
 
 
 def _alphabet(counts: Mapping[str, int]) -> set[str]:
@@ -228,7 +167,7 @@ def _alphabet(counts: Mapping[str, int]) -> set[str]:
 
 def _joined(counts: Mapping[str, int], needed: Sequence[str], min_freq: int, size: int) -> list[str]:
     """The needed tokens, and then those that joining makes of them."""
-    library = _library()
+    library = tokenizers_library()
     trainer = library.trainers.WordPieceTrainer(
         vocab_size=size,
         min_frequency=min_freq,

@@ -11,6 +11,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 import numpy as np
 
 from ..data.tokenizer import EncodedText, PaddedBatch, Tokenizer
+from ..data.vocab import Normalization
 from ..errors import InputError
 from ..fileio import atomic_folder
 from ..inference.predictor import Backend, GluonNetwork, Predictor
@@ -229,7 +230,7 @@ def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:
         vocabulary_size=len(run.vocab),
         tokenizer={
             "kind": run.config.data.tokenizer,
-            "lowercase": run.config.data.lowercase,
+            **Normalization.from_config(run.config.data)._asdict(),
             "ids": {name: getattr(run.vocab, name) for name in ("unk", "pad", "mask", "cls", "sep")},
         },
         step=run.step,

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
+from ..config import Config
 from ..data.tokenizer import Tokenizer
+from ..data.vocab import Normalization
 from ..data.wordpiece import load_vocabulary
 from ..errors import InputError
 from ..fileio import file_hash, write_json
@@ -118,7 +120,11 @@ class Manifest:
             raise InputError(
                 f"{folder}: {vocab.FILE} has {len(vocab)} tokens, the network {self.vocabulary_size}"
             )
-        return Tokenizer(vocab, self.max_seq_length, self.tokenizer["lowercase"])
+        return Tokenizer(vocab, self.max_seq_length, self._normalization(folder))
+
+    def _normalization(self, path: Path) -> Normalization:
+        fields = {name: self.tokenizer[name] for name in Normalization._fields}
+        return Normalization.from_config(Config.from_json({"data": fields}, str(path)).data)
 
     def _check(self, path: Path) -> None:
         sizes = [self.max_seq_length, self.vocabulary_size]
@@ -127,11 +133,12 @@ class Manifest:
             self.outputs in list(OUTPUTS),  # a dict cannot be asked for what is not hashable
             all(type(size) is int and size > 0 for size in sizes),
             isinstance(self.tokenizer, Mapping) and self.tokenizer.get("kind") in TOKENIZERS,
-            isinstance(self.tokenizer, Mapping) and type(self.tokenizer.get("lowercase")) is bool,
+            isinstance(self.tokenizer, Mapping) and set(Normalization._fields) <= set(self.tokenizer),
             isinstance(self.files, Mapping),
         ]
         if not all(sound):
             raise InputError(f"{path}: does not say what this gluon_bert knows; export the run again")
+        self._normalization(path)
         if self.task is not None:
             Task.from_json(self.task, path)
         for name, expected in self.files.items():

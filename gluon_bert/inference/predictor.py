@@ -8,7 +8,7 @@ from typing import Any, Iterable, Iterator, NamedTuple, Protocol, Sequence
 import numpy as np
 
 from ..data.tokenizer import EncodedText, PaddedBatch, Tokenizer, bucket_by_length, chunks, pad
-from ..data.vocab import Vocabulary
+from ..data.vocab import Normalization, Vocabulary
 from ..errors import InputError
 from ..model.classifier import task_of
 from ..model.task import Task
@@ -191,7 +191,7 @@ def encode(
     >>> encode(net, vocab, ["a", "crane", "is", "flying"]).shape        # doctest: +SKIP
     (1, 6, 128)
     """
-    reader = Tokenizer(vocab, net.config.max_positions, lowercase=False)
+    reader = Tokenizer(vocab, net.config.max_positions, Normalization(lowercase=False))
     text = reader.tokens(tokens_a, tokens_b)
     context = net.pooler.dense.weight.list_ctx()[0]
     inputs = ([text.ids], [text.token_types], [len(text)])

@@ -63,7 +63,7 @@ def refused(why: object) -> tuple[int, dict[str, Any]]:
 def read(body: bytes, reader: Tokenizer, ask_by_default: str = "vectors") -> Request:
     """The question in a request's body; InputError says what is wrong with it.
 
-    >>> reader = Tokenizer(Vocabulary(["crane", "a"]), max_seq_length=8, lowercase=True)     # doctest: +SKIP
+    >>> reader = Tokenizer(Vocabulary(["crane", "a"]), 8, Normalization(lowercase=True))     # doctest: +SKIP
     >>> read(b'{"text": "A <mask>", "ask": "masks", "top": 2}', reader).text.tokens    # doctest: +SKIP
     ['<cls>', 'a', '<mask>', '<sep>']
     """

@@ -216,9 +216,10 @@ def _read_shard(folder: Path, content: bytes) -> None:
 
 
 def _export() -> bytes:
+    from gluon_bert.data.vocab import Normalization
     from gluon_bert.export.manifest import Manifest
 
-    words = {"kind": "words", "lowercase": True}
+    words = {"kind": "words", **Normalization(lowercase=True)._asdict()}
     return _written(
         "manifest.json",
         lambda path: Manifest("mxnet", "all", 8, 5, words, 1, {"vocab.json": "0"}, {}).save(path.parent),
@@ -238,10 +239,10 @@ def _request() -> bytes:
 
 def _read_request(folder: Path, content: bytes) -> None:
     from gluon_bert.data.tokenizer import Tokenizer
-    from gluon_bert.data.vocab import Vocabulary
+    from gluon_bert.data.vocab import Normalization, Vocabulary
     from gluon_bert.serving.request_json import read
 
-    read(content, Tokenizer(Vocabulary(["a", "crane"]), 16, lowercase=True))
+    read(content, Tokenizer(Vocabulary(["a", "crane"]), 16, Normalization(lowercase=True)))
 
 
 def _text() -> bytes:

@@ -6,15 +6,16 @@ import gzip
 import re
 import zlib
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, Iterator, List, NamedTuple
+from typing import IO, Callable, Iterator, List, NamedTuple
 
 import sentencex
 
 from ...config import DataConfig
 from ...errors import InputError
-from .. import wordpiece
-from ..vocab import split_words
+from .. import basic_tokenizer
+from ..vocab import Normalization, split_words
 from . import pydoc
 
 Document = List[str]
@@ -132,9 +133,9 @@ def parse(piece: TextChunk, config: DataConfig) -> ParsedChunk:
 
 def _documents(piece: TextChunk, config: DataConfig) -> list[Document]:
     """All documents of a piece, of however many sentences, none of which is empty."""
-    text, lowercase, tokenizer = piece.text, config.lowercase, config.tokenizer
+    text, tokenizer = piece.text, config.tokenizer
     if piece.text_format in ("wikitext", "articles"):
-        text = text.lower() if lowercase and tokenizer == "words" else text
+        text = text.lower() if config.lowercase and tokenizer == "words" else text
         articles = _ARTICLE.split(text) if piece.text_format == "articles" else text.split("\n")
         documents = [_wikitext_sentences(article) for article in articles]
         if tokenizer == "words":  # which stand apart already
@@ -146,7 +147,8 @@ def _documents(piece: TextChunk, config: DataConfig) -> list[Document]:
     else:
         lines = text.split("\n") if piece.text_format == "paragraphs" else _between_blank_lines(text)
         documents = [split_sentences(line, config.language) for line in lines]
-    spaced = [[_spaced_words(s, lowercase, tokenizer) for s in sentences] for sentences in documents]
+    spaced_words = _word_splitter(config)
+    spaced = [[spaced_words(sentence) for sentence in sentences] for sentences in documents]
     return [[s for s in sentences if s] for sentences in spaced]
 
 
@@ -169,10 +171,11 @@ def _wikitext_sentences(text: str) -> list[str]:
     return [s for line in text.split("\n") if " . " in line for s in line.strip().split(" . ")]
 
 
-def _spaced_words(sentence: str, lowercase: bool, tokenizer: str) -> str:
-    if tokenizer == "wordpiece":
-        return wordpiece.spaced_words(sentence, lowercase)
-    return " ".join(split_words(sentence.lower() if lowercase else sentence))
+def _word_splitter(config: DataConfig) -> Callable[[str], str]:
+    """What splits a sentence into words and joins them by single spaces."""
+    if config.tokenizer == "wordpiece":
+        return partial(basic_tokenizer.spaced_words, normalization=Normalization.from_config(config))
+    return lambda text: " ".join(split_words(text.lower() if config.lowercase else text))
 
 
 def _between_blank_lines(text: str) -> list[str]:
