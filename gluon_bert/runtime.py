@@ -71,6 +71,8 @@ def import_mxnet() -> Any:
         # It would tell of every bound graph that its CPU library is in use.
         os.environ.setdefault("MXNET_SUBGRAPH_VERBOSE", "0")
         if wheel is not None and wheel.name == CUDA_WHEEL:
+            # Memory is shared among arrays of one size. By default a float16 array takes that of a larger one.
+            os.environ.setdefault("NNVM_EXEC_MATCH_RANGE", "1")
             driver = load_driver()
             load_cuda_libraries(cuda_folders(sys.path))
             disable_fusion_for_old_driver(driver, ctypes.CDLL(NVRTC))

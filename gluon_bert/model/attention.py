@@ -44,13 +44,22 @@ class SelfAttention(MixedPrecisionBlock):
             self.dropout = Dropout(dropout)
 
     def hybrid_forward(self, F: Any, x: Any, padding: Any) -> Any:
-        F = self.ops_for(F)
-        query = self._split_heads(self.query(x) * self._scale)
-        key = self._split_heads(self.key(x))
-        value = self._split_heads(self.value(x))
+        attend = self._attend_in_float16 if self.precision == "fp16" else self._attend
+        return self.output(attend(self.ops_for(F), self.query(x), self.key(x), self.value(x), padding))
+
+    def _attend(self, F: Any, query: Any, key: Any, value: Any, padding: Any) -> Any:
+        """Compute what each position takes from all values, (B, T, C)."""
+        query, key, value = map(self._split_heads, (query * self._scale, key, value))
         scores = F.batch_dot(query, key, transpose_b=True) + padding  # (B * H, T, T)
         weights = self.dropout(F.softmax(scores, axis=-1))
-        return self.output(self._join_heads(F.batch_dot(weights, value)))
+        return self._join_heads(F.batch_dot(weights, value))
+
+    def _attend_in_float16(self, F: Any, query: Any, key: Any, value: Any, padding: Any) -> Any:
+        """Compute the same. These operators add up in float32; `batch_dot` of float16 adds up in float16."""
+        interleaved = F.interleave(query, key, value, self._num_heads)
+        scores = F.attention_scores(interleaved, self._num_heads) + padding
+        weights = self.dropout(F.softmax(scores, axis=-1))
+        return F.attention_values(interleaved, weights, self._num_heads).swapaxes(0, 1)
 
     def _split_heads(self, x: Any) -> Any:
         """(B, T, C) -> (B * H, T, C / H)."""

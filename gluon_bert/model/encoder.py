@@ -12,7 +12,7 @@ from ..runtime import mx
 from .attention import SelfAttention, padding_scores
 from .dropout import Dropout
 from .gradient_checkpointing import CheckpointedForward
-from .precision import Dense, MixedPrecisionBlock
+from .precision import GELU, Dense, MixedPrecisionBlock
 
 NUM_SEGMENTS = 2
 
@@ -199,5 +199,5 @@ class TanhGELU(mx.gluon.HybridBlock):
 
 def activation(name: str) -> Any:
     """Return the block of an activation. gelu is exact: x times the normal distribution function."""
-    blocks = {"gelu": mx.gluon.nn.GELU, "gelu_tanh": TanhGELU}
+    blocks = {"gelu": GELU, "gelu_tanh": TanhGELU}
     return blocks[name]() if name in blocks else mx.gluon.nn.Activation(name)

@@ -1,4 +1,4 @@
-"""Matrix products in float32, or with factors and results in float16. All other operations are float32.
+"""Matrix products in float32, or with factors and results in float16. All sums are float32.
 
 The compiled operators (ops/) have their own products in bfloat16.
 """
@@ -11,9 +11,9 @@ from ..runtime import mx
 
 
 class Float16Matmul:
-    """mx.nd or mx.sym, with matrix products whose factors and results are float16.
+    """mx.nd or mx.sym, with matrix products in float16 and sums in float32.
 
-    Inputs, outputs and biases are float32. MXNet computes these products on GPUs only.
+    Inputs and outputs of the methods are float32. MXNet computes these products on GPUs only.
     """
 
     def __init__(self, F: Any) -> None:
@@ -22,15 +22,29 @@ class Float16Matmul:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._F, name)
 
-    def FullyConnected(self, x: Any, weight: Any, bias: Any, no_bias: bool = False, **others: Any) -> Any:
+    def FullyConnected(self, x: Any, weight: Any, bias: Any, **others: Any) -> Any:
         """Multiply x by the transposed weight and add the bias."""
-        factors = self._half(x), self._half(weight)
-        product = self._whole(self._F.FullyConnected(*factors, no_bias=True, **others))
-        return product if no_bias else self._F.broadcast_add(product, bias)
+        return self._whole(self._F.FullyConnected(*map(self._half, (x, weight, bias)), **others))
 
-    def batch_dot(self, left: Any, right: Any, **others: Any) -> Any:
-        """Multiply each matrix with its partner."""
-        return self._whole(self._F.batch_dot(self._half(left), self._half(right), **others))
+    def LeakyReLU(self, x: Any, **others: Any) -> Any:
+        """Compute GELU of float16; inside, MXNet computes in float32."""
+        return self._whole(self._F.LeakyReLU(self._half(x), **others))
+
+    def interleave(self, query: Any, key: Any, value: Any, num_heads: int) -> Any:
+        """Put the three vectors of each head side by side: three times (B, T, C) -> (T, B, 3 C)."""
+        heads = [self._half(x).reshape(shape=(0, 0, num_heads, -1)) for x in (query, key, value)]
+        return self._F.stack(*heads, axis=3).reshape(shape=(0, 0, -1)).swapaxes(0, 1)
+
+    def attention_scores(self, interleaved: Any, num_heads: int) -> Any:
+        """Multiply queries by keys, divided by the root of their size: (T, B, 3 C) -> (B * H, T, T)."""
+        return self._whole(self._F.contrib.interleaved_matmul_selfatt_qk(interleaved, heads=num_heads))
+
+    def attention_values(self, interleaved: Any, weights: Any, num_heads: int) -> Any:
+        """Add up values by their weights: (T, B, 3 C), (B * H, T, T) -> (T, B, C)."""
+        weights = self._half(weights)
+        return self._whole(
+            self._F.contrib.interleaved_matmul_selfatt_valatt(interleaved, weights, heads=num_heads)
+        )
 
     def _half(self, factor: Any) -> Any:
         return self._F.cast(factor, dtype="float16")
@@ -47,6 +61,13 @@ class MixedPrecisionBlock(mx.gluon.HybridBlock):
     def ops_for(self, F: Any) -> Any:
         """Return the operators that the block computes with: F, or F with products in float16."""
         return Float16Matmul(F) if self.precision == "fp16" else F
+
+
+class GELU(MixedPrecisionBlock, mx.gluon.nn.GELU):
+    """MXNet's GELU; its input and output may be in float16."""
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        return super().hybrid_forward(self.ops_for(F), x)
 
 
 class Dense(MixedPrecisionBlock, mx.gluon.nn.Dense):
