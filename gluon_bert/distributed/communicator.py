@@ -1,4 +1,4 @@
-"""Processes that train one network together: what they add up, compare and agree on. Takes no step."""
+"""The interface between the workers of a run: sum, gather, compare, decide. Takes no training step."""
 
 from __future__ import annotations
 
@@ -13,59 +13,60 @@ from ..runtime import mx
 
 Result = TypeVar("Result")
 
-START = "start the workers with tools/launch.py"
+START = "Start the workers with tools/launch.py."
 
+# Keys of summed arrays. Gradients use the keys from 0 on. MXNet multiplies a key by 9973 in 32 bits to choose
+# a server, so keys must stay small.
+_DECISION_KEY, _GATHER_KEY = 100_000, 100_001
 
-# Keys of arrays that are summed, where those of the gradients count up from 0. To choose a server MXNet
-# multiplies a key by 9973 in 32 bits.
-_AGREED, _GATHERED = 100_000, 100_001
-
-_DIGEST = 16  # bytes of a hash that are compared
+_HASH_BYTES = 16  # compared bytes of a hash
 
 
 class Communicator:
-    """One process, which trains alone: what each way of training together has to offer.
+    """The communicator of a single process, and the interface of all others.
 
-    rank: this worker's number, from 0; the first one writes the run's folder. count: how many there are.
-    alone: whether no other process takes part in the job. kvstore: what a Gluon Trainer sums gradients with:
-    those of all contexts, and those of all workers unless `add_up` does that.
+    rank: this worker's number, from 0. Rank 0 writes the run folder.
+    count: the number of workers.
+    alone: True if the job has only this process.
+    kvstore: sums gradients in a Gluon Trainer, over all contexts. It also sums over all workers unless
+        `all_reduce` does.
     """
 
     rank, count, alone = 0, 1, True
     kvstore: Any = "device"
 
     def begin(self, trainer: Any) -> None:
-        """Make a Gluon Trainer's kvstore ready, before its first step."""
+        """Initialize the kvstore of a Gluon Trainer before its first step."""
 
     def all_reduce(self, gradients: Sequence[Sequence[Any]]) -> None:
-        """Sum each context's gradients over the workers, in place, where the kvstore has not. Does not wait.
+        """Sum gradients over the workers in place, unless the kvstore has done so. Does not wait.
 
-        The kvstore has summed those of this worker's contexts.
+        gradients: for each context a list of arrays, already summed over the contexts of this worker.
         """
 
     def all_gather(self, content: bytes) -> list[bytes]:
-        """Every worker's bytes, by rank, of the same length on all. Waits for all workers."""
+        """Return the bytes of each worker in rank order. All must have one length. Waits for all workers."""
         return [content]
 
     def broadcast_decision(self, squared_norms: Any, stop: bool) -> tuple[Any, Any]:
-        """The first worker's squared norms, (P,), and how many workers want to stop, (1,). Does not wait.
+        """Return rank 0's squared norms, (P,), and the number of workers that want to stop, (1,). Does not wait.
 
-        Gradients are the same on all workers, but processors of different kinds may differ in the last digit
-        of a norm: so one of them decides for all.
+        Gradients are equal on all workers. Norms may differ in the last digit between processor models. So
+        rank 0 decides for all.
         """
         return squared_norms, mx.nd.array([stop], ctx=squared_norms.context)
 
     def shutdown(self) -> None:
-        """Part from the other workers. Waits for them."""
+        """Leave the job. Waits for the other workers."""
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """The sum over all workers of float64 values, added by rank. Waits for all workers."""
+        """Return the sum of float64 values over all workers, added in rank order. Waits for all workers."""
         values = np.ascontiguousarray(values, dtype=np.float64)
         rows = [np.frombuffer(row).reshape(values.shape) for row in self.all_gather(values.tobytes())]
         return np.sum(rows, axis=0)
 
     def root_first(self, action: Callable[[], Result]) -> Result:
-        """What an action gives, which the others begin when the first worker has done it."""
+        """Return the result of an action. Other workers begin it after rank 0 has finished it."""
         if self.rank:
             self.all_gather(b"+")
         result = action()
@@ -74,76 +75,80 @@ class Communicator:
         return result
 
     def ranks_differing_from_root(self, fact: Any) -> list[int]:
-        """The ranks of the workers for which a fact is another than for the first. Waits for all workers."""
-        rows = self.all_gather(_digest(fact))
+        """Return the ranks whose fact differs from that of rank 0. Waits for all workers."""
+        rows = self.all_gather(_hash(fact))
         return [rank for rank, row in enumerate(rows) if row != rows[0]]
 
     def check_same_on_all(self, facts: Mapping[str, Any]) -> None:
-        """Raise InputError, on every worker, where facts differ from the first worker's; names them."""
+        """Raise InputError on every worker if a fact differs from rank 0. The message names the facts."""
         names = sorted(facts)
         if self.ranks_differing_from_root(names):
-            raise InputError("the workers run different versions of gluon_bert: install one on all machines")
-        rows = self.all_gather(b"".join(_digest(facts[name]) for name in names))
+            raise InputError(
+                "workers run different versions of gluon_bert. Install one version on all machines."
+            )
+        rows = self.all_gather(b"".join(_hash(facts[name]) for name in names))
         for rank, row in enumerate(rows):
-            places = [slice(i * _DIGEST, (i + 1) * _DIGEST) for i in range(len(names))]
+            places = [slice(i * _HASH_BYTES, (i + 1) * _HASH_BYTES) for i in range(len(names))]
             different = [name for name, place in zip(names, places) if row[place] != rows[0][place]]
             if different:
                 raise InputError(
-                    f"worker {rank} differs from worker 0 in {join_words(different)}: all workers of a run "
-                    "need the same"
+                    f"worker {rank} differs from worker 0 in {join_words(different)}. Start all workers with "
+                    "the same values."
                 )
 
 
 class DistributedCommunicator(Communicator):
-    """Workers that have a way to sum an array of each; the rest comes from that."""
+    """Builds all operations from one: the sum of an array over the workers."""
 
     alone = False
 
     def __init__(self, rank: int, count: int) -> None:
         self.rank, self.count = rank, count
-        self.has_left = False
+        self.is_shut_down = False
 
     def check_distinct_ranks(self) -> None:
-        """Raise InputError where two workers have the same rank."""
-        # A row that two workers fill is the sum of both, 2, and another row is 0.
+        """Raise InputError if two workers have the same rank."""
+        # If two workers fill one row, its sum is 2 and another row stays 0.
         if set(self.all_gather(b"\1")) != {b"\1"}:
-            raise InputError(f"worker {self.rank}: two of {self.count} workers have the same number; {START}")
+            raise InputError(
+                f"each of the {self.count} workers must have its own rank, got {self.rank} twice. {START}"
+            )
 
     def all_gather(self, content: bytes) -> list[bytes]:
-        # The sum is in float32, which is exact where all but one of the summands are 0.
+        # Sums in float32 are exact here, because all but one of the summands are 0.
         table = np.zeros((self.count, len(content)), dtype=np.float32)
         table[self.rank] = np.frombuffer(content, dtype=np.uint8)
-        summed = self._sum(_GATHERED + len(content), mx.nd.array(table, dtype=np.float32))
+        summed = self._sum(_GATHER_KEY + len(content), mx.nd.array(table, dtype=np.float32))
         return [row.astype(np.uint8).tobytes() for row in summed.asnumpy()]
 
     def broadcast_decision(self, squared_norms: Any, stop: bool) -> tuple[Any, Any]:
-        told = mx.nd.zeros_like(squared_norms) if self.rank else squared_norms
-        asked = mx.nd.array([stop], ctx=squared_norms.context)
-        summed = self._sum(_AGREED, mx.nd.concat(told, asked, dim=0))
+        norms = mx.nd.zeros_like(squared_norms) if self.rank else squared_norms
+        stops = mx.nd.array([stop], ctx=squared_norms.context)
+        summed = self._sum(_DECISION_KEY, mx.nd.concat(norms, stops, dim=0))
         return summed[:-1], summed[-1:]
 
     def shutdown(self) -> None:
-        """Wait until all workers are here, and part from them."""
-        self.has_left = True
+        """Leave the job when all workers do."""
+        self.is_shut_down = True
         mx.nd.waitall()
-        self._part()
+        self._leave()
 
     def _sum(self, key: int, array: Any) -> Any:
-        """The sum of the workers' arrays, of one shape for each key; in place, without a wait."""
+        """Sum an array over the workers in place. Does not wait. A key always has one array shape."""
         raise NotImplementedError
 
-    def _part(self) -> None:
-        """Leave, when all others do."""
+    def _leave(self) -> None:
+        """Disconnect from the other workers, which do the same."""
         raise NotImplementedError
 
 
 def weights_hash(weights: Mapping[str, np.ndarray]) -> str:
-    """A hash of all weights, bit for bit."""
+    """Return a hash of all weights, bit by bit."""
     content = hashlib.blake2b()
     for name in sorted(weights):
         content.update(name.encode() + np.ascontiguousarray(weights[name]).tobytes())
     return content.hexdigest()
 
 
-def _digest(fact: Any) -> bytes:
-    return hashlib.sha256(json.dumps(fact, sort_keys=True, default=str).encode()).digest()[:_DIGEST]
+def _hash(fact: Any) -> bytes:
+    return hashlib.sha256(json.dumps(fact, sort_keys=True, default=str).encode()).digest()[:_HASH_BYTES]

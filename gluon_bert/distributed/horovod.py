@@ -12,15 +12,15 @@ from .communicator import DistributedCommunicator
 
 
 class HorovodCommunicator(DistributedCommunicator):
-    """Workers that add up their gradients among themselves, by Horovod's allreduce, which here sums."""
+    """Sums gradients between workers with Horovod's allreduce."""
 
     def __init__(self, rank: int, count: int) -> None:
         super().__init__(rank, count)
         self._horovod, self._sums = horovod(), 0
-        # To sum several arrays as one it takes those that are ready, which is not the same in each run; and
-        # where an array begins decides in which order its values are added.
+        # Fusion sums whichever arrays are ready as one. The offset of an array decides the order of additions.
+        # So fusion would make runs differ in the last digits.
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
-        # Seconds. One worker may take longer than another to read the text.
+        # Seconds. One worker may read the text more slowly than another.
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "600")
         interface = _interface_of(os.environ.get("HOROVOD_HOSTNAME", ""))
         if interface:
@@ -34,32 +34,32 @@ class HorovodCommunicator(DistributedCommunicator):
                 first.copyto(other)
 
     def _sum(self, key: int, array: Any) -> Any:
-        # Another name each time, as that of the step before may still be under way.
+        # Each sum needs a new name: the previous one may still be in progress.
         self._sums += 1
         return self._all_reduce(array, f"sum {self._sums}")
 
     def _all_reduce(self, array: Any, name: str) -> Any:
         return self._horovod.allreduce_(array, op=self._horovod.Sum, name=name)
 
-    def _part(self) -> None:
-        self.all_gather(b"+")  # whoever leaves ends it for all
+    def _leave(self) -> None:
+        self.all_gather(b"+")  # the first worker to leave ends Horovod on all workers
         self._horovod.shutdown()
 
 
 def horovod() -> Any:
-    """The module horovod.mxnet; InputError where it is not there, or was built without MXNet."""
+    """Import horovod.mxnet. Raise InputError if it is missing or built without MXNet."""
     try:
         return importlib.import_module("horovod.mxnet")
     except ImportError as error:
         raise InputError(
-            f"--kvstore horovod: needs Horovod, built for MXNet ({one_line(error)}); docs/scale.md says how"
+            f"kvstore horovod needs Horovod built for MXNet ({one_line(error)}). See docs/distributed.md."
         ) from error
 
 
-def _check_not_loopback() -> None:
-    """Raise InputError where Horovod's workers on other hosts could not reach this one.
+def check_not_loopback() -> None:
+    """Raise InputError if workers on other hosts cannot reach this host by its name.
 
-    Horovod 0.28.1 does not use the interface for its second set of connections: it looks for the host's name.
+    Horovod 0.28.1 ignores HOROVOD_GLOO_IFACE for its second set of connections. It resolves the host name.
     """
     if os.environ.get("HOROVOD_CROSS_SIZE", "1") == "1":
         return
@@ -67,17 +67,19 @@ def _check_not_loopback() -> None:
     try:
         address = socket.gethostbyname(name)
     except OSError as error:
-        raise InputError(f"--kvstore horovod: this host's name, {name}, has no address ({error})") from error
+        raise InputError(
+            f"kvstore horovod needs a host name with an address: {name} has none ({error})"
+        ) from error
     if address.startswith("127."):
         raise InputError(
-            f"--kvstore horovod: this host's name, {name}, stands for {address}, which other hosts do not "
-            "reach; /etc/hosts has to give it an address that they do"
+            f"kvstore horovod: the host name {name} must resolve to an address that other hosts can reach, "
+            f"got {address}. Correct it in /etc/hosts."
         )
 
 
 def _interface_of(address: str) -> str | None:
-    """This machine's network interface with an address, None where none has it."""
-    import psutil  # Horovod needs it, too
+    """Return the network interface with this address, or None."""
+    import psutil  # a dependency of Horovod
 
     interfaces = psutil.net_if_addrs().items()
     return next((name for name, has in interfaces if address in {each.address for each in has}), None)

@@ -1,4 +1,4 @@
-"""Where Horovod's workers find each other, as ADDRESS PORT HOST:WORKERS[,...]; tools/launch.py starts it."""
+"""Runs the rendezvous server of Horovod's workers. Arguments: ADDRESS PORT HOST:WORKERS[,...]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPSer
 
 if __name__ == "__main__":
     address, port, hosts = sys.argv[1:]
-    # Not Horovod's own RendezvousServer, which listens to all addresses, at a port of its choice.
+    # Horovod's own RendezvousServer would listen on all addresses, at a random port.
     server = RendezvousHTTPServer((address, int(port)), RendezvousHandler, 0)
     server.init(get_host_assignments(parse_hosts(hosts), 1))
     server.serve_forever()

@@ -9,9 +9,9 @@ from .communicator import DistributedCommunicator
 
 
 class ParameterServerCommunicator(DistributedCommunicator):
-    """Workers that add up their gradients on MXNet's parameter servers, synchronously.
+    """Sums gradients on MXNet's parameter servers, synchronously.
 
-    The servers only add: optimizers run on the workers, so that no server has to unpickle one.
+    Optimizers run on the workers. So the servers never unpickle an optimizer.
     """
 
     def __init__(self, rank: int, count: int) -> None:
@@ -20,7 +20,7 @@ class ParameterServerCommunicator(DistributedCommunicator):
         self._known: set[int] = set()
 
     def begin(self, trainer: Any) -> None:
-        # A worker that steps before the servers have all first weights takes gradients for weights.
+        # Without this barrier a fast worker could receive gradients instead of initial weights.
         trainer.optimizer.rescale_grad = 1.0
         trainer._init_kvstore()
         trainer._init_params()
@@ -34,7 +34,7 @@ class ParameterServerCommunicator(DistributedCommunicator):
         self.kvstore.pushpull(key, array, out=array)
         return array
 
-    def _part(self) -> None:
-        # The servers end when the last worker has let its kvstore go.
+    def _leave(self) -> None:
+        # The servers exit after the last worker has freed its kvstore.
         mx.base.check_call(mx.base._LIB.MXKVStoreFree(self.kvstore.handle))
-        self.kvstore.handle = mx.base.KVStoreHandle()  # or it would be freed once more
+        self.kvstore.handle = mx.base.KVStoreHandle()  # prevents a second free

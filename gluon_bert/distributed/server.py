@@ -1,4 +1,4 @@
-"""A scheduler or a server of MXNet's kvstore, as DMLC_ROLE says; tools/launch.py starts them."""
+"""Runs a scheduler or a server of MXNet's kvstore, depending on DMLC_ROLE."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from .. import runtime
 
 
-def refuse(*_: Any, **__: Any) -> Any:
-    """Stand in for pickle.loads: whoever reaches a server's port could send it code."""
-    raise pickle.UnpicklingError("a server of gluon_bert adds up gradients, and takes no optimizer")
+def reject(*_: Any, **__: Any) -> Any:
+    """Replace pickle.loads: anyone who can reach the port could send code."""
+    raise pickle.UnpicklingError("servers of gluon_bert sum gradients only; they accept no optimizer")
 
 
 if __name__ == "__main__":
-    pickle.loads = refuse
-    runtime.import_mxnet()  # serves, and leaves the process when all workers have left
+    pickle.loads = reject
+    runtime.import_mxnet()  # serves, and exits when all workers have left

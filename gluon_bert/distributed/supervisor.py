@@ -1,7 +1,7 @@
-"""Runs a command and ends it, with all that it started, when standard input closes; used by tools/launch.py.
+"""Runs a command and ends its whole process group when standard input closes.
 
-Whoever holds the other end of that pipe, here or over ssh, need not do anything to end the command: to be
-gone is enough. A line with a number sends the command that signal.
+The launcher holds the other end of that pipe, here or over ssh. If the launcher dies, the command ends too.
+A line with a number sends the command that signal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def supervise(command: list[str]) -> int:
-    """Run a command as long as standard input is open; its exit status, 128 + n if signal n ended it."""
+    """Run a command while standard input is open. Return its exit status: 128 + n after signal n."""
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent
@@ -27,21 +27,21 @@ def supervise(command: list[str]) -> int:
     except OSError as error:
         print(f"{command[0]}: {error.strerror or error}", file=sys.stderr)
         return 127
-    threading.Thread(target=_obey, args=(process,), daemon=True).start()
+    threading.Thread(target=_follow_input, args=(process,), daemon=True).start()
     status = process.wait()
-    _end(process)
+    _kill_group(process)
     return status if status >= 0 else 128 - status
 
 
-def _obey(process: subprocess.Popen[bytes]) -> None:
+def _follow_input(process: subprocess.Popen[bytes]) -> None:
     for line in sys.stdin.buffer:
         with suppress(ProcessLookupError):
             os.kill(process.pid, int(line))
-    _end(process)
+    _kill_group(process)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of the command's process group."""
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill the remaining processes of the command's group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -52,10 +52,10 @@ def _die_with_parent() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command of the command line and leave with its exit status."""
+    """Run the given command and exit with its status."""
     status = supervise(sys.argv[1:])
     sys.stderr.flush()
-    os._exit(status)  # the thread may still be reading
+    os._exit(status)  # the reading thread may still block
 
 
 if __name__ == "__main__":
