@@ -35,7 +35,7 @@ CONVERT = ["safetensors>=0.3.2"]
 GOOGLE = ["tensorflow-cpu>=2.10"]
 # Compared with, and read and written by conversions. An sdist: installing it takes a C compiler.
 GLUONNLP = ["gluonnlp==0.10.0"]
-# Its last release, and the last with MXNet. It has to be built beside MXNet, as docs/scale.md says.
+# Its last release, and the last with MXNet. It has to be built beside MXNet, as docs/distributed.md says.
 HOROVOD = ["horovod==0.28.1"]
 
 

@@ -10,12 +10,12 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pretrain
 import pytest
 from conftest import ROOT
+from support.processes import children_of, wait_for, wait_until_gone
 
 from gluon_bert import checkpoint
 from gluon_bert.training import checkpointer as saving
@@ -173,18 +173,6 @@ def test_a_thread_that_fails_ends_the_run_with_its_own_traceback(command, monkey
     assert threading.active_count() == before
 
 
-def children_of(pid):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], stdout=subprocess.PIPE, text=True)
-    return [int(child) for child in found.stdout.split()]
-
-
-def alive(pid):
-    try:
-        return b"\nState:\tZ" not in Path(f"/proc/{pid}/status").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_no_process_is_left_when_a_run_ends_while_it_reads_text(tmp_path, number):
     text = "\n".join(f"the crane number {i} lifts a tower . it leaves the city ." for i in range(400_000))
@@ -203,17 +191,11 @@ def test_no_process_is_left_when_a_run_ends_while_it_reads_text(tmp_path, number
         stderr=subprocess.DEVNULL,
         env={**os.environ, "MXNET_HOME": str(tmp_path / "home")},
     )
-    deadline = time.monotonic() + 60
-    while len(children := children_of(process.pid)) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: len(children_of(process.pid)) >= 2, process, seconds=60)
     time.sleep(0.3)
     children = children_of(process.pid)
     process.send_signal(number)
     status = process.wait(timeout=60)
     assert status == {signal.SIGTERM: 143, signal.SIGINT: 130}.get(number, -signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while any(map(alive, children)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until_gone(children)
     assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ import pytest
 import reference
 from conftest import ROOT
 from simulated_fp16 import simulate
-from test_launch import Launched, ended  # noqa: F401
+from support.jobs import LaunchedJob
 from test_micro_batch import random_batch
 from test_trainer import BERT, MODEL, NOISY, gradients_of, small_data, trainer_on
 
@@ -323,7 +323,7 @@ def test_two_workers_skip_the_same_steps_as_one(command, half, text_file, tmp_pa
     script = tmp_path / "scaled.py"
     script.write_text(SCALED.format(tests=str(ROOT / "tests"), first=LARGEST))
     given = [*SMALL, *flags, "--output", tmp_path / "two", "--kvstore", "dist_sync", "--step-timeout", "30"]
-    status, told = Launched(tmp_path, "-n", "2", "-s", "1", "--", sys.executable, script, *given).wait()
+    status, told = LaunchedJob(tmp_path, "-n", "2", "-s", "1", "--", sys.executable, script, *given).wait()
     assert status == 0 and "worker 1 are not those of worker 0" not in told
     (one, one_scale), (two, two_scale) = everything(alone), everything(tmp_path / "two")
     assert one_scale == two_scale and one_scale["value"] < LARGEST

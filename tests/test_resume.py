@@ -14,6 +14,7 @@ import numpy as np
 import pretrain
 import pytest
 from conftest import ROOT, small_text
+from support.processes import wait_for
 
 from gluon_bert import checkpoint, ops, run
 from gluon_bert.npz import read_arrays
@@ -400,13 +401,6 @@ def test_a_second_signal_ends_at_once(command, text_file, tmp_path):
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) in (-signal.SIGTERM, 143)
-
-
-def wait_for(what, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
 
 
 @pytest.mark.slow

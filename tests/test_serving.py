@@ -26,6 +26,7 @@ import pytest
 import requests
 import serve
 from conftest import ROOT, untrained_run
+from support.processes import processes_under
 
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.errors import InputError
@@ -412,12 +413,6 @@ def worker_of(server):
 
 def group_of(server):
     return processes_under(server._process.pid)
-
-
-def processes_under(pid):
-    import psutil  # comes with the extra serve
-
-    return psutil.Process(pid).children(recursive=True)
 
 
 def ask_all(server, bodies, connections):

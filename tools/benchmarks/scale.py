@@ -73,7 +73,8 @@ class ScaleCase(NamedTuple):
             given = [json.dumps(asked), str(os.getpid()), str(answer), f"--kvstore={self.kvstore}"]
             command = [python_of(None), "gluon_bert_scale.py", *given]
             if self.workers > 1:
-                command = [python_of(None), str(LAUNCH), "-n", str(self.workers), "--", *command]
+                job = ["-n", str(self.workers), "--kvstore", self.kvstore]
+                command = [python_of(None), str(LAUNCH), *job, "--", *command]
             done = subprocess.run(
                 command,
                 cwd=BASELINE_SCRIPTS,

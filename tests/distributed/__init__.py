@@ -1,0 +1,1 @@
+"""Tests of gluon_bert/distributed and tools/launch.py."""
