@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import logging
 import signal
 import sys
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, get_type_hints
 
 from . import devices
 from .config import GROUPS, Config, flag_name
-from .errors import InputError, one_line
+from .errors import InputError, gpu_failure, one_line
 from .presets import PRESETS
 
 TITLES = {"model": "the network", "data": "the text and its masks", "train": "training"}
@@ -176,6 +177,11 @@ def _terminated_by_exception() -> Iterator[None]:
 def _failed(name: str, error: BaseException) -> int:
     """Tell in a line what went wrong outside the user's input; its origin only where the log asks for it."""
     logging.debug("where it went wrong", exc_info=error)
+    reason = gpu_failure(error)
+    if reason:
+        print(f"{name}: {_gpu_advice(reason)}", file=sys.stderr)
+        _shut_mxnet_down()
+        return 1
     told = one_line(error)
     if isinstance(error, OSError) and error.strerror:
         told = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -187,6 +193,28 @@ def _failed(name: str, error: BaseException) -> int:
         told += " (less memory: a smaller --batch-size, --max-seq-length or network)"
     print(f"{name}: {type(error).__name__}: {told}", file=sys.stderr)
     return 1
+
+
+def _gpu_advice(reason: str) -> str:
+    """Return the sentences for a GPU that has failed, by CUDA's reason."""
+    if reason == "out of memory":
+        return (
+            "the GPU is out of memory. Use a smaller --micro-batch, --recompute yes, a smaller --batch-size or "
+            "--max-seq-length, or more GPUs."
+        )
+    return (
+        f"the GPU failed: {reason}. Check it with nvidia-smi, and run the command again, with --resume if the "
+        "run has a checkpoint."
+    )
+
+
+def _shut_mxnet_down() -> None:
+    """End MXNet's work now. After a failure of CUDA it raises again, and at the exit it would print a trace."""
+    notify = getattr(sys.modules.get("mxnet.base"), "_notify_shutdown", None)
+    if notify is not None:
+        atexit.unregister(notify)
+        with suppress(Exception):
+            notify()
 
 
 def _defaults(group_name: str, name: str) -> str:

@@ -1,5 +1,8 @@
 """The one exception that means "what you gave is wrong", and how others' errors fit into a sentence."""
 
+from __future__ import annotations
+
+import re
 from typing import Sequence
 
 
@@ -10,10 +13,25 @@ class InputError(ValueError):
     """
 
 
+# Lines of the traces that MXNet puts before its errors, and of Python's.
+_TRACE = ("Traceback", "Stack trace", "[bt]", "File ")
+_GPU_ERROR = re.compile(r"\b(?:CUDA|cuda|cuBLAS|CUBLAS|cuDNN|CUDNN|cuRAND|NVRTC).*: *([^:]+)$")
+
+
 def one_line(error: BaseException) -> str:
-    """What an error says, in a line: MXNet's errors begin with a trace, and say what it was at its end."""
+    """Return the reason of an error as one line. MXNet's errors begin with a trace and end with the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else repr(error))
+    reasons = [line for line in lines if not line.startswith(_TRACE)]
+    if not reasons:
+        return repr(error)
+    last_or_first = reasons[-1] if len(reasons) < len(lines) else reasons[0]
+    return next((line for line in reversed(reasons) if "Error" in line), last_or_first)
+
+
+def gpu_failure(error: BaseException) -> str | None:
+    """Return CUDA's reason where one of its libraries has failed, else None. MXNet raises all as MXNetError."""
+    found = _GPU_ERROR.search(one_line(error)) if type(error).__name__ == "MXNetError" else None
+    return found[1].strip().rstrip(".") if found else None
 
 
 def join_words(items: Sequence[str]) -> str:

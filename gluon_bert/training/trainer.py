@@ -294,6 +294,8 @@ class Trainer:
                 run.meter.add(done.shards, done.losses, done.count_mlm_correct)
                 run.skipped = 0
                 continue
+            # A GPU that has failed gives memory that nothing has written; this raises its error.
+            mx.nd.waitall()
             scale = done.scale and float(done.scale.value.asscalar())
             if scale and scale > SMALLEST:  # else a smaller one would not help
                 reporter.overflowed(done.step, scale)
