@@ -1,7 +1,8 @@
-"""Files and folders that are whole or not there at all: written aside, synced, renamed; locks, hashes."""
+"""Files and folders that are whole or not there at all: written aside, synced, renamed; locks, hashes, UTF-8."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -140,6 +141,24 @@ def stream_hash(file: IO[bytes], algorithm: str) -> str:
     for block in iter(lambda: file.read(1 << 20), b""):
         content.update(block)
     return content.hexdigest()
+
+
+def decode_utf8(content: bytes, where: str, first_line: int = 1) -> str:
+    """Decode UTF-8; InputError names the line of the first byte that is not UTF-8.
+
+    where: names the file in the message. first_line: the number of the first line of this part of the file,
+    whose first part may begin with a byte order mark.
+    """
+    if first_line == 1 and content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{where}: must be UTF-8, got UTF-16. Convert it: iconv -f UTF-16 -t UTF-8")
+    try:
+        return content.decode("utf-8-sig" if first_line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + content.count(b"\n", 0, error.start)
+        raise InputError(
+            f"{where}, line {line}: byte {content[error.start]:#04x} is not UTF-8. Convert the file, as in "
+            "iconv -f WINDOWS-1252 -t UTF-8"
+        ) from error
 
 
 def _umask() -> int:

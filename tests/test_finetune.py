@@ -147,14 +147,41 @@ def test_the_task_is_told_by_the_labels():
     [
         (["yes", "yes"], "auto", "all 2 labels are 'yes'"),
         (["2.5", "2.5"], "auto", "all 2 scores are 2.5"),
-        (["1.5", "x"], "regression", "t.tsv, line 3: 'x' is no number"),
-        (["nan", "1"], "regression", "t.tsv, line 2: 'nan' is no number"),
+        (["1.5", "x"], "regression", "t.tsv, line 3: label 'x' must be a number"),
+        (["nan", "1"], "regression", "t.tsv, line 2: label 'nan' must be a number"),
+        (["0.4", "3.1", "None"], "auto", "t.tsv, line 4: label 'None' must be a number\nif .* --task class"),
+        (["0.4", "nan", "1", "1_0"], "regression", "line 3: label 'nan' .*\n.*line 5: label '1_0' must"),
+        (
+            ["0,42", "3,78", "1"],
+            "auto",
+            "line 2: label '0,42' may be a score with a decimal comma or a class",
+        ),
         ([str(i) for i in range(21)], "auto", "--task: 21 different whole numbers may be classes or a score"),
     ],
 )
 def test_labels_that_make_no_task_are_refused(labels, kind, told):
     with pytest.raises(InputError, match=told):
         infer_task(some_rows(*labels), kind)
+
+
+def test_infer_task_prints_classes_with_counts(caplog):
+    caplog.set_level("INFO")
+    infer_task(some_rows(*["pos"] * 3, "neg", "neg", "POS", "-"))
+    assert "classes: 'pos' 3, 'neg' 2, 'POS' 1, '-' 1" in caplog.text
+    assert "class '-' may mean that a row has no label" in caplog.text
+    assert "classes that differ in capitals only: 'POS', 'pos'" in caplog.text
+
+
+def test_infer_task_regression_reads_decimal_comma():
+    task = infer_task(some_rows("0,5", "1,5", "1"), "regression")
+    assert (task.kind, task.mean) == ("regression", 1.0)
+
+
+def test_examples_test_file_with_foreign_labels_has_none(before):
+    reader, task = load_run(before).reader, Task("classification", False, ("no", "yes"))
+    assert examples(some_rows("-1", "-1"), task, reader, "--test").targets is None
+    with pytest.raises(InputError, match="label '-1' does not occur"):
+        examples(some_rows("-1", "-1"), task, reader, "--dev")
 
 
 def test_a_label_that_is_unseen_in_training_is_told(before):
@@ -315,7 +342,7 @@ def test_encode_tells_labels_and_scores(command, tmp_path, capsys):
         (["--epochs", "0"], "--epochs 0: must be at least 1"),
         (["--lr", "0"], "--lr 0.0: must be above 0"),
         (["--text", "a", "b", "c"], "--text a b c: must be one column, or two of pairs"),
-        (["--text", "words"], "has no column 'words'; it has text, label"),
+        (["--text", "words"], "has no column 'words'; it has the columns 'text', 'label'"),
         (["--max-seq-length", "4"], "--max-seq-length 4: must be from 8 to the run's 1000 positions"),
         (
             ["--best-metric", "pearson"],

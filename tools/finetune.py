@@ -24,6 +24,7 @@ from gluon_bert.config import FineTuneConfig, check_group
 from gluon_bert.data.vocab import Normalization
 from gluon_bert.errors import InputError
 from gluon_bert.fileio import atomic_write, nan_to_null
+from gluon_bert.finetuning.tables import QUOTING
 
 EXAMPLES = """\
 examples:
@@ -34,9 +35,9 @@ examples:
   python tools/encode.py runs/base-finetuned-1 "a text to be judged" --checkpoint best
   python tools/export.py runs/base-finetuned-1 --checkpoint best --format mar
 
-RUN is the folder of a pretraining run or of converted weights. A table is UTF-8 and ends in .tsv (fields
-apart by tabs, never quoted), .csv (as RFC 4180 has it) or .jsonl (an object a line), a row each. Its first
-line names the columns, unless --header no numbers them from 1.
+RUN is the folder of a pretraining run or of converted weights. A table is a UTF-8 file that ends in .tsv
+(fields separated by tabs), .csv (as in RFC 4180; the separator may also be a semicolon) or .jsonl (an object
+a line), with one row a line. Its first line names the columns. With --header no they are numbered from 1.
 
 The new run's folder holds config.json, the vocabulary, log.jsonl (an object an epoch), checkpoints/ (the last
 and the best epoch's network) and predictions.jsonl, those of the best one on the dev or the test file.
@@ -74,6 +75,12 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         metavar="{yes,no}",
         help="the first line names the columns (yes)",
+    )
+    p.add_argument(
+        "--quoting",
+        choices=QUOTING,
+        default="auto",
+        help="of .tsv: minimal reads fields in quotation marks as pandas writes them, none keeps the marks (auto)",
     )
     p.add_argument(
         "--task",
@@ -127,10 +134,11 @@ def read_rows(arguments: argparse.Namespace) -> dict[str, Any]:
     from gluon_bert.finetuning.tables import choose_columns, read_table
 
     header = arguments.header
-    columns = choose_columns(arguments.train, "--train", header, arguments.text, arguments.label)
+    quoting = arguments.quoting
+    columns = choose_columns(arguments.train, "--train", header, arguments.text, arguments.label, quoting)
     tables = {"--train": arguments.train, "--dev": arguments.dev, "--test": arguments.test}
     return {
-        flag: read_table(path, flag, header, columns, labels_needed=flag != "--test")
+        flag: read_table(path, flag, header, columns, labels_needed=flag != "--test", quoting=quoting)
         for flag, path in tables.items()
         if path is not None
     }

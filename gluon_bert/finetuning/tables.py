@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import logging
+import re
+import sys
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence, Union
 
 from ..errors import InputError
+from ..fileio import decode_utf8
+
+log = logging.getLogger(__name__)
 
 # The columns that are taken where none is named: texts, the first of these that are all there, and labels.
 TEXT_COLUMNS = (
     ("text", "pair"),
     ("sentence1", "sentence2"),
+    ("question1", "question2"),
     ("question", "sentence"),
     ("premise", "hypothesis"),
     ("text",),
     ("sentence",),
 )
-LABEL_COLUMNS = ("label", "score")
+LABEL_COLUMNS = ("label", "score", "gold_label", "is_duplicate")
 ENDINGS = (".tsv", ".csv", ".jsonl")
+QUOTING = ("auto", "none", "minimal")
 
-# Problems of a file that are told; what is wrong with one line is often so with all.
-_MOST_TOLD = 10
+# Problems of a file that are shown; what is wrong with one line is often so with all.
+_MAX_SHOWN = 10
+# A field that a program wrote in quotation marks because it has quotation marks inside.
+_QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
+# Whole numbers as programs write them: 1, 1.0, 1.; not 01, which may be a name.
+_WHOLE = re.compile(r"([+-]?(?:0|[1-9]\d*))(?:\.0*)?", re.ASCII)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+# The fields of a row, in order or by name, or what is wrong with it.
+_Fields = Union["list[str]", "dict[str, str]", str]
 
 
 class TableRow(NamedTuple):
@@ -41,67 +58,92 @@ class Columns(NamedTuple):
 
 
 def choose_columns(
-    path: Path, flag: str, header: bool, texts: Sequence[str] = (), label: str | None = None
+    path: Path,
+    flag: str,
+    header: bool,
+    texts: Sequence[str] = (),
+    label: str | None = None,
+    quoting: str = "auto",
 ) -> Columns:
-    """The columns of a table that are named, or that have names known for it; InputError says what there is.
+    """Choose the columns that are named, or else those with known names; InputError lists the columns.
 
-    header: the first line names the columns; else they are numbered from 1.
+    header: the first line names the columns; else they are numbered from 1. quoting: see `read_table`.
     """
-    names = _names(path, flag, header)
-    there = f"it has {', '.join(names)}"
+    names = _Table(path, flag, header, quoting).names
+    there = f"it has the columns {', '.join(map(repr, names))}"
     named = [*texts, label] if label else texts
     problems = [f"{flag} {path}: has no column {name!r}; {there}" for name in named if name not in names]
     if not texts:
         texts = next((known for known in TEXT_COLUMNS if set(known) <= set(names)), ())
         if not texts:
             problems.append(
-                f"{flag} {path}: say with --text which column has the texts, or which two; {there}"
+                f"{flag} {path}: name with --text the column with the texts, or both of pairs; {there}"
             )
     if label is None:
         label = next((known for known in LABEL_COLUMNS if known in names and known not in texts), None)
         if label is None:
-            problems.append(f"{flag} {path}: say with --label which column has the labels; {there}")
+            problems.append(f"{flag} {path}: name with --label the column with the labels; {there}")
     if problems:
         raise InputError("\n".join(problems))
     return Columns(tuple(texts), label)
 
 
 def read_table(
-    path: Path, flag: str, header: bool, columns: Columns, labels_needed: bool = True
+    path: Path,
+    flag: str,
+    header: bool,
+    columns: Columns,
+    labels_needed: bool = True,
+    quoting: str = "auto",
 ) -> list[TableRow]:
-    """The rows of a UTF-8 file; InputError names each line that is none, and the first ten if there are more.
+    """Read the rows of a UTF-8 file; InputError names the lines and columns that are wrong, ten at most.
 
-    labels_needed: every row must have a label; else a file without that column has none at all.
+    Labels lose the blanks around them, and 1.0 is the label 1. labels_needed: every row must have a label;
+    else a file without that column has none. quoting: of a TSV; minimal reads fields in quotation marks as
+    pandas writes them, none keeps all quotation marks, auto finds out.
     """
-    names = _names(path, flag, header)
+    table = _Table(path, flag, header, quoting)
+    table.log_reading()
     label = columns.label
-    if not labels_needed and label not in names:
+    if not labels_needed and label not in table.names:
         label = None
     wanted = [*columns.texts, *([label] if label else [])]
-    missing = [name for name in wanted if name not in names]
+    missing = [name for name in wanted if name not in table.names]
     if missing:
         raise InputError(
             f"{flag} {path}: has no column {' and '.join(map(repr, missing))}, as the training file has; it "
-            f"has {', '.join(names)}"
+            f"has the columns {', '.join(map(repr, table.names))}"
         )
     rows, problems = [], []
-    for where, fields in _rows(path, flag, header):
+    for where, fields in table.rows():
         problem = fields if isinstance(fields, str) else _problem(fields, wanted)
         if problem:
             problems.append(f"{where}: {problem}")
         elif not isinstance(fields, str):
-            rows.append(
-                TableRow(
-                    where, tuple(fields[n].strip() for n in columns.texts), fields[label] if label else None
-                )
-            )
+            texts = tuple(fields[name].strip() for name in columns.texts)
+            rows.append(TableRow(where, texts, same_label(fields[label]) if label else None))
     if problems:
-        more = len(problems) - _MOST_TOLD
-        told = problems[:_MOST_TOLD] + ([f"{path}: and {more} more lines"] if more > 0 else [])
-        raise InputError("\n".join(told))
+        raise InputError("\n".join(first_lines(problems, str(path))))
     if not rows:
-        raise InputError(f"{flag} {path}: has no row; a line for each text is needed")
+        raise InputError(f"{flag} {path}: must have a line for each text, got none")
     return rows
+
+
+def same_label(label: str) -> str:
+    """The label without blanks around it; equal whole numbers become equal.
+
+    >>> [same_label(each) for each in (" yes ", "1.0", "1", "-0", "1.5", "01")]
+    ['yes', '1', '1', '0', '1.5', '01']
+    """
+    label = label.strip()
+    whole = _WHOLE.fullmatch(label)
+    return str(int(whole[1])) if whole else label
+
+
+def first_lines(problems: Sequence[str], path: str) -> list[str]:
+    """The first problems of a file, and how many lines more have one."""
+    more = len(problems) - _MAX_SHOWN
+    return [*problems[:_MAX_SHOWN], *([f"{path}: and {more} more lines"] if more > 0 else [])]
 
 
 def _problem(fields: Mapping[str, str], wanted: Sequence[str]) -> str:
@@ -109,68 +151,120 @@ def _problem(fields: Mapping[str, str], wanted: Sequence[str]) -> str:
     if absent:
         return f"has no {' and no '.join(map(repr, absent))}"
     empty = [name for name in wanted if not fields[name].strip()]
-    return f"column {' and '.join(map(repr, empty))} is empty" if empty else ""
+    if empty:
+        return f"column {' and '.join(map(repr, empty))} is empty"
+    halves = [name for name in wanted if _SURROGATE.search(fields[name])]
+    return f"column {halves[0]!r} holds half a surrogate pair, which is not a character" if halves else ""
 
 
-def _names(path: Path, flag: str, header: bool) -> list[str]:
-    """The names of a table's columns: of its first line, or 1, 2 and so on; of JSONL the first object's."""
-    if path.suffix not in ENDINGS:
-        raise InputError(f"{flag} {path}: must end in {', '.join(ENDINGS)}, which says how it is read")
-    first = next(_lines(path, flag), None)
-    if first is None:
-        raise InputError(f"{flag} {path}: is empty")
-    fields = first[1]
-    if isinstance(fields, str):
-        raise InputError(f"{first[0]}: {fields}")
-    names = list(fields) if header or isinstance(fields, dict) else [str(i + 1) for i in range(len(fields))]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"{first[0]}: names the column {twice[0]!r} twice")
-    return names
+class _Table:
+    """A file's column names and rows. Reads the file once."""
+
+    def __init__(self, path: Path, flag: str, header: bool, quoting: str) -> None:
+        self._path, self._ending = path, path.suffix.lower()
+        if self._ending not in ENDINGS:
+            raise InputError(
+                f"{flag} {path}: must end in {', '.join(ENDINGS)}, which tells how it is read; got "
+                f"{path.suffix or 'no ending'!r}"
+            )
+        try:
+            text = decode_utf8(path.read_bytes(), str(path))
+        except OSError as error:
+            raise InputError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
+        # Not splitlines, which also splits at characters such as U+2028. NUL characters carry no text.
+        text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").rstrip("\n")
+        lines = text.split("\n")
+        while lines and not lines[-1].strip():
+            lines.pop()
+        if not lines:
+            raise InputError(f"{flag} {path}: is empty")
+        self._lines, self._separator = lines, _separator(lines[0], self._ending)
+        self._notes: list[str] = []
+        self._quoted = self._ending == ".csv" or (self._ending == ".tsv" and self._is_quoted(quoting))
+        self._header = header and self._ending != ".jsonl"
+        self.names = self._names()
+
+    def log_reading(self) -> None:
+        """Log how the file is read, where that is not as its ending says."""
+        if self._ending == ".csv" and self._separator != ",":
+            log.info("%s: fields are separated by %r", self._path, self._separator)
+        for note in self._notes:
+            log.warning("%s: %s", self._path, note)
+
+    def rows(self) -> Iterator[tuple[str, dict[str, str] | str]]:
+        """Each row with where it stands: its fields by name, or what is wrong with it."""
+        numbered = self._numbered_fields()
+        if self._header:
+            next(numbered)
+        for number, fields in numbered:
+            if isinstance(fields, list):
+                if len(fields) != len(self.names):
+                    what = "the header has" if self._header else "the first line has"
+                    fields = f"has {len(fields)} columns, where {what} {len(self.names)}"
+                else:
+                    fields = dict(zip(self.names, fields))
+            yield f"{self._path}, line {number}", fields
+
+    def _names(self) -> list[str]:
+        """The names of the columns: of the first line, or 1, 2 and so on; of JSONL the first object's."""
+        number, fields = next(self._numbered_fields())
+        where = f"{self._path}, line {number}"
+        if isinstance(fields, str):
+            raise InputError(f"{where}: {fields}")
+        if self._header or isinstance(fields, dict):
+            names = [name.strip() for name in fields]
+        else:
+            names = [str(i + 1) for i in range(len(fields))]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise InputError(f"{where}: names the column {twice[0]!r} twice")
+        return names
+
+    def _numbered_fields(self) -> Iterator[tuple[int, _Fields]]:
+        if self._quoted:
+            yield from _quoted_fields(self._lines, self._separator)
+            return
+        for number, line in enumerate(self._lines, 1):
+            if not line.strip():
+                yield number, "is blank; remove the line"
+            else:
+                yield number, line.split("\t") if self._ending == ".tsv" else _object(line)
+
+    def _is_quoted(self, quoting: str) -> bool:
+        """Whether the fields of this TSV are to be read as quoted."""
+        if quoting != "auto":
+            return quoting == "minimal"
+        suspects = [
+            number
+            for number, line in enumerate(self._lines, 1)
+            if any(map(_QUOTED.fullmatch, line.split("\t")))
+        ]
+        found = list(_quoted_fields(self._lines, "\t"))
+        sound = len({len(fields) if isinstance(fields, list) else -1 for _, fields in found}) == 1
+        multi_line = sound and any("\n" in field or "\t" in field for _, fields in found for field in fields)
+        if sound and (suspects or multi_line):
+            self._notes.append("fields in quotation marks are read as quoted (--quoting none changes that)")
+            return True
+        if suspects:
+            self._notes.append(
+                f"line {suspects[0]}: a field looks quoted, but not all fields are; quotation marks are kept "
+                "(--quoting minimal changes that)"
+            )
+        return False
 
 
-def _rows(path: Path, flag: str, header: bool) -> Iterator[tuple[str, dict[str, str] | str]]:
-    """Each row with where it stands: its fields by name, or what is wrong with it."""
-    names = _names(path, flag, header)
-    lines = _lines(path, flag)
-    if header and path.suffix != ".jsonl":
-        next(lines)
-    for where, fields in lines:
-        if isinstance(fields, list):
-            if len(fields) != len(names):
-                what = "the header has" if header else "the first line has"
-                yield where, f"has {len(fields)} columns, where {what} {len(names)}"
-                continue
-            fields = dict(zip(names, fields))
-        yield where, fields
+def _separator(header: str, ending: str) -> str:
+    """What separates the fields: a tab in TSV; in CSV a comma, or what the first line has in its place."""
+    if ending == ".tsv":
+        return "\t"
+    outside = re.sub(r'"(?:[^"]|"")*"', "", header)
+    return next((each for each in (",", ";", "\t", "|") if each in outside), ",")
 
 
-def _lines(path: Path, flag: str) -> Iterator[tuple[str, list[str] | dict[str, str] | str]]:
-    """Each line's fields, in order or by name, or what is wrong with it; empty lines are none of a table."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = content.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path}, line {number}: byte {content[error.start]:#04x} is not UTF-8; convert it first"
-        ) from error
-    lines = text.replace("\r\n", "\n").split("\n")
-    if not lines[-1]:
-        lines.pop()
-    if path.suffix == ".csv":
-        yield from _csv_lines(path, lines)
-        return
-    for number, line in enumerate(lines, 1):
-        # A quotation mark in a TSV is one: its fields are never quoted.
-        yield f"{path}, line {number}", line.split("\t") if path.suffix == ".tsv" else _object(line)
-
-
-def _csv_lines(path: Path, lines: Sequence[str]) -> Iterator[tuple[str, list[str] | str]]:
-    reader = csv.reader((line + "\n" for line in lines), strict=True)
+def _quoted_fields(lines: Iterable[str], separator: str) -> Iterator[tuple[int, _Fields]]:
+    """Rows whose fields may be in quotation marks and may then have several lines."""
+    csv.field_size_limit(sys.maxsize)  # Python's limit is 131,072 characters
+    reader = csv.reader(io.StringIO("\n".join(lines), newline=""), delimiter=separator, strict=True)
     while True:
         start = reader.line_num + 1
         try:
@@ -178,23 +272,32 @@ def _csv_lines(path: Path, lines: Sequence[str]) -> Iterator[tuple[str, list[str
         except StopIteration:
             return
         except csv.Error as error:
-            yield f"{path}, line {start}", f"is no line of a CSV ({error})"
+            end = str(error) == "unexpected end of data"
+            yield (
+                start,
+                (
+                    "has a quotation mark that opens a field and is never closed"
+                    if end
+                    else "has text behind a closing quotation mark; one inside a quoted field is written twice"
+                ),
+            )
             return
-        yield f"{path}, line {start}", [field.rstrip("\n") for field in fields]
+        yield start, fields or "is blank; remove the line"
 
 
 def _object(line: str) -> dict[str, str] | str:
-    """The fields of a JSON object as text; of other values than text and numbers none."""
+    """The fields of a JSON object that are text or numbers, as text; or what is wrong with the line."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
         return f"is not JSON ({error})"
     if not isinstance(content, dict):
-        return 'is no JSON object such as {"text": "...", "label": "..."}'
-    return {name: _as_text(value) for name, value in content.items() if _as_text(value) is not None}
+        return 'must be a JSON object such as {"text": "...", "label": "..."}'
+    texts = {name.strip(): _as_text(value) for name, value in content.items()}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
-def _as_text(value: Any) -> Any:
+def _as_text(value: Any) -> str | None:
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value) if isinstance(value, (str, int, float)) else None
