@@ -12,6 +12,9 @@ from ..runtime import mx
 
 # Biases and the two of a LayerNorm, as in Devlin et al.'s code (optimization.py).
 UNDECAYED = ("bias", "gamma", "beta")
+# Parameters that one operator updates on a GPU: a start of a kernel takes longer than most updates. MXNet's own
+# LAMB takes as many. On a CPU such operators take 1.6 to 2.6 times as long as one for each parameter.
+MOST_AT_ONCE = 45
 
 
 def gluon_trainer(parameters: Mapping[str, Any], config: TrainConfig, kvstore: Any = "device") -> Any:
@@ -28,6 +31,8 @@ def gluon_trainer(parameters: Mapping[str, Any], config: TrainConfig, kvstore: A
         epsilon=config.epsilon,
         wd=config.weight_decay,
     )
+    if any(context.device_type == "gpu" for p in parameters.values() for context in p.list_ctx()):
+        optimizer.aggregate_num = MOST_AT_ONCE
     return mx.gluon.Trainer(parameters, optimizer, kvstore=kvstore, update_on_kvstore=False)
 
 
@@ -93,10 +98,9 @@ def mark_undecayed(parameters: Mapping[str, Any]) -> None:
 
 
 class _WithMoments(mx.optimizer.Optimizer):
-    """What the optimizers here share: running means m of the gradient and v of its square, from zeros.
+    """Optimizers with running means m of the gradient and v of its square, which begin at zero.
 
-    Parameters are updated one by one: MXNet's operators for many at once take 1.6 to 2.6 times as long on
-    a CPU.
+    `update` gets one parameter, or lists of up to `aggregate_num` parameters.
     """
 
     def __init__(self, beta1: float, beta2: float, epsilon: float, **kwargs: Any) -> None:
@@ -105,6 +109,7 @@ class _WithMoments(mx.optimizer.Optimizer):
         # By context: (1,) 1 where the step is to be made, NaN where its gradient is unusable and it changes
         # nothing. So the devices decide, and nobody waits for them. A context that is not there: it is made.
         self.usable: dict[Any, Any] = {}
+        self._ones: dict[Any, Any] = {}
 
     def create_state(self, index: int, weight: Any) -> tuple[Any, Any]:
         """m and v of one parameter, of its shape."""
@@ -118,20 +123,26 @@ class BERTAdam(_WithMoments):
     longer than Adam's, by (1 - beta1^t) / sqrt(1 - beta2^t): 3.2 times at the first, 6.6 at most.
     """
 
-    def update(self, index: int, weight: Any, gradient: Any, state: tuple[Any, Any]) -> None:
-        """Make one step of one parameter."""
+    def update(self, index: Any, weight: Any, gradient: Any, state: Any) -> None:
+        """Make one step of one parameter, or of lists of them."""
         self._update_count(index)
-        self._step(index, weight, gradient, state, 1.0, self.epsilon)
+        if isinstance(index, (list, tuple)):
+            self._step_together(index, weight, gradient, state)
+        else:
+            self._step(index, weight, gradient, state)
 
-    def _step(
-        self, index: int, weight: Any, gradient: Any, state: Any, correction: float, epsilon: float
-    ) -> None:
+    def _factors(self, count: int) -> tuple[float, float]:
+        """What m is multiplied by, and what is added to the root of v, in the step of that number."""
+        return 1.0, self.epsilon
+
+    def _step(self, index: int, weight: Any, gradient: Any, state: Any) -> None:
         """w -= lr * (correction * m / (sqrt(v) + epsilon) + weight_decay * w), after m and v are updated.
 
         The operator skips the update if rescale_grad is no number. Unless that is asked for it would hide
         what went wrong: so clipping multiplies the gradients themselves.
         """
         mean, variance = state
+        correction, epsilon = self._factors(self._index_update_count[index])
         mx.nd.contrib.adamw_update(
             weight,
             gradient,
@@ -147,6 +158,38 @@ class BERTAdam(_WithMoments):
             epsilon=epsilon,
         )
 
+    def _step_together(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
+        """The same by one operator, for parameters that have made equally many steps."""
+        counts = {self._index_update_count[index] for index in indices}
+        if len(counts) > 1:  # never in a run: its parameters take all steps together
+            for each in zip(indices, weights, gradients, states):
+                self._step(*each)
+            return
+        correction, epsilon = self._factors(counts.pop())
+        means, variances = zip(*states)
+        mx.nd.contrib.multi_adamw_update(
+            weights,
+            gradients,
+            means,
+            variances,
+            out=weights,
+            rescale_grad=self._rescale(weights[0].context),
+            lrs=[correction] * len(weights),
+            etas=self._get_lrs(indices),
+            wds=self._get_wds(indices),
+            beta1=self.beta1,
+            beta2=self.beta2,
+            epsilon=epsilon,
+        )
+
+    def _rescale(self, context: Any) -> Any:
+        """What gradients are multiplied by, (1,), in an array that stays on its context."""
+        if context in self.usable:
+            return self.usable[context]
+        if context not in self._ones:
+            self._ones[context] = mx.nd.full((1,), self.rescale_grad, ctx=context)
+        return self._ones[context]
+
 
 class Adam(BERTAdam):
     """Adam (Kingma and Ba 2015, section 2's faster form), as mx.optimizer.Adam.
@@ -154,12 +197,8 @@ class Adam(BERTAdam):
     w -= lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + epsilon).
     """
 
-    def update(self, index: int, weight: Any, gradient: Any, state: tuple[Any, Any]) -> None:
-        """Make one step of one parameter."""
-        self._update_count(index)
-        t = self._index_update_count[index]
-        correction = math.sqrt(1 - self.beta2**t) / (1 - self.beta1**t)
-        self._step(index, weight, gradient, state, correction, self.epsilon)
+    def _factors(self, count: int) -> tuple[float, float]:
+        return math.sqrt(1 - self.beta2**count) / (1 - self.beta1**count), self.epsilon
 
 
 class AdamW(BERTAdam):
@@ -169,13 +208,10 @@ class AdamW(BERTAdam):
     v' = v / (1 - beta2^t).
     """
 
-    def update(self, index: int, weight: Any, gradient: Any, state: tuple[Any, Any]) -> None:
-        """Make one step of one parameter."""
-        self._update_count(index)
-        t = self._index_update_count[index]
+    def _factors(self, count: int) -> tuple[float, float]:
         # Multiplied through by the root, m' / (sqrt(v') + epsilon) is in terms of m and v.
-        root = math.sqrt(1 - self.beta2**t)
-        self._step(index, weight, gradient, state, root / (1 - self.beta1**t), self.epsilon * root)
+        root = math.sqrt(1 - self.beta2**count)
+        return root / (1 - self.beta1**count), self.epsilon * root
 
 
 class LAMB(_WithMoments):
@@ -187,14 +223,24 @@ class LAMB(_WithMoments):
     step of BERT-base's embedding 11 % too long.
     """
 
-    def update(self, index: int, weight: Any, gradient: Any, state: tuple[Any, Any]) -> None:
-        """Make one step of one parameter."""
+    def update(self, index: Any, weight: Any, gradient: Any, state: Any) -> None:
+        """Make one step of one parameter, or of lists of them."""
         self._update_count(index)
+        if not isinstance(index, (list, tuple)):
+            index, weight, gradient, state = [index], [weight], [gradient], [state]
+        usable = self.usable.get(weight[0].context)
+        made = None if usable is None else usable == usable  # NaN is not
+        directions = [self._direction(*each, made) for each in zip(index, weight, gradient, state)]
+        norms, lengths = squared_norms(weight).sqrt(), squared_norms(directions).sqrt()
+        for i, (array, direction) in enumerate(zip(weight, directions)):
+            ratio = norms[i : i + 1], lengths[i : i + 1]
+            mx.nd.lamb_update_phase2(array, direction, *ratio, lr=self._get_lr(index[i]), out=array)
+
+    def _direction(self, index: int, weight: Any, gradient: Any, state: Any, made: Any) -> Any:
+        """r of one parameter, and its new means; zero, and the old means, where `made` is 0."""
         mean, variance = state
-        usable = self.usable.get(weight.context)
-        if usable is not None:
+        if made is not None:
             before = mean.copy(), variance.copy()
-            made = usable == usable  # NaN is not
             everywhere = made.reshape((1,) * gradient.ndim).broadcast_to(gradient.shape)
             gradient = mx.nd.where(everywhere, gradient, mx.nd.zeros_like(gradient))
         direction = mx.nd.lamb_update_phase1(
@@ -210,12 +256,11 @@ class LAMB(_WithMoments):
             beta2=self.beta2,
             epsilon=self.epsilon,
         )
-        if usable is not None:
+        if made is not None:
             direction = direction * made
             for array, old in zip(state, before):
                 array[:] = array * made + old * (1 - made)
-        norms = global_norm([weight]), global_norm([direction])
-        mx.nd.lamb_update_phase2(weight, direction, *norms, lr=self._get_lr(index), out=weight)
+        return direction
 
 
 OPTIMIZERS = {"adam": Adam, "adamw": AdamW, "bertadam": BERTAdam, "lamb": LAMB}
@@ -244,15 +289,17 @@ def usable_on(squared: Any, contexts: Sequence[Any]) -> dict[Any, Any]:
 
 
 def global_norm(arrays: Sequence[Any]) -> Any:
-    """The Euclidean norm of all arrays of one context together, (1,), on that context. Does not wait.
-
-    By dot products: `norm` and `multi_sum_sq` add up one by one in float32 on a CPU, which for the 23
-    million values of BERT-base's embedding gives 3 % too little, and takes 5 times as long.
-    """
+    """Return the Euclidean norm of all arrays of one context together, (1,), on that context. Does not wait."""
     return squared_norms(arrays).sum().sqrt()
 
 
 def squared_norms(arrays: Sequence[Any]) -> Any:
-    """(P,) the squared Euclidean norm of each of the P arrays of one context. Does not wait."""
+    """Return (P,) the squared Euclidean norm of each of the P arrays of one context. Does not wait.
+
+    A CPU multiplies with `dot`: there `norm` and `multi_sum_sq` add up one by one in float32, which gives 3 % too
+    little for the 23 million values of BERT-base's embedding, and takes 5 times as long. A GPU adds up in parts.
+    """
+    if arrays[0].context.device_type == "gpu":
+        return mx.nd.multi_sum_sq(*arrays, num_arrays=len(arrays))
     flat = [array.reshape(-1) for array in arrays]
     return mx.nd.concat(*[mx.nd.dot(array, array) for array in flat], dim=0)
