@@ -38,7 +38,8 @@ def train(given: RunContext) -> int:
     from .training.resources import estimate_resources
 
     config, contexts, output, snapshot = given.config.train, given.contexts, given.output, given.snapshot
-    print(f"{describe(given)}\noperators: {ops.describe(contexts)}", file=sys.stderr)
+    operators = f"{ops.describe(contexts)}, precision {config.precision}"
+    print(f"{describe(given)}\noperators: {operators}", file=sys.stderr)
     planned = estimate_resources(
         given.config, len(given.data.vocab), len(contexts), ops.compiled(contexts), given.workers.count
     )

@@ -114,7 +114,7 @@ def test_both_sides_train_in_turns(corpus, tmp_path, capsys):
     assert benchmark.main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:4]] == ["compiled", "mxnet"]
-    assert "compiled: mxnet 1.9.1, operators: compiled for this processor" in lines
+    assert "compiled: mxnet 1.9.1, operators: compiled for this processor, precision fp32" in lines
     content = json.loads(figures.read_text("utf-8"))
     ours, theirs = (content["rounds"][name][0] for name in ("compiled", "mxnet"))
     assert ours["pairs"] == theirs["pairs"] > 100
@@ -173,7 +173,9 @@ def test_what_training_is_measured_with_is_checked(run_folder, capsys):
         assert benchmark.main([*arguments]) == 2
         return capsys.readouterr().err
 
-    assert "--against jax: must be some of compiled, mxnet, seed" in told("train", "--against", "jax")
+    assert "--against jax: must be some of compiled, compiled-bf16, mxnet, seed" in told(
+        "train", "--against", "jax"
+    )
     assert "--steps 0: must be at least 1" in told("train", "--steps", "0")
     assert "takes no run; --corpus names a text" in told("train", str(run_folder))
     assert "encode: name the folder of a run" in told("encode")

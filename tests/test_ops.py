@@ -221,8 +221,10 @@ def test_a_seed_repeats_dropout_on_any_number_of_threads():
     assert_close(three, one)
 
 
-def test_products_are_counted():
-    assert ops.peak_matmul_flops(2) == 2 * ops.peak_matmul_flops(1) > 1e6
+@pytest.mark.parametrize("bf16", [False, True])
+def test_products_are_counted(bf16):
+    assert ops.peak_matmul_flops(2, bf16) == 2 * ops.peak_matmul_flops(1, bf16) > 1e6
+    assert ops.peak_matmul_flops(1, bf16) == ops.peak_matmul_flops(1)
 
 
 @pytest.mark.slow

@@ -333,16 +333,21 @@ def test_two_workers_skip_the_same_steps_as_one(command, half, text_file, tmp_pa
 
 @pytest.mark.parametrize(("precision", "with_it"), [("fp16", "half"), ("bf16", "brain")])
 def test_the_learning_curve_is_that_of_float32(command, request, precision, with_it):
+    """Rounding moves the curve by less than a quarter of what another seed does.
+
+    The learning rate is one at which no step is a cliff: where a network leaves its plateau all at once, a
+    rounding moves that moment by several steps.
+    """
     request.getfixturevalue(with_it)
-    flags = ["--dropout", "0", "--num-steps", "80", "--log-every", "10", "--lr", "0.01"]
+    flags = ["--dropout", "0", "--num-steps", "80", "--log-every", "10", "--lr", "0.003"]
     curves = []
-    for each in ("fp32", precision):
-        status, folder = command(*flags, "--precision", each, name=each)
+    for each, seed in (("fp32", "0"), (precision, "0"), ("fp32", "1")):
+        status, folder = command(*flags, "--precision", each, "--seed", seed, name=each + seed)
         assert status == 0
-        curves.append([record["mlm_loss"] for record in log_of(folder, "mlm_loss")])
-    exact, ours = curves
+        curves.append(np.array([record["mlm_loss"] for record in log_of(folder, "mlm_loss")]))
+    exact, ours, other_seed = curves
     assert exact[0] - exact[-1] > 0.5
-    assert ours == pytest.approx(exact, abs=0.05)
+    assert np.abs(ours - exact).max() < np.abs(other_seed - exact).max() / 4
 
 
 # Refusals

@@ -74,7 +74,7 @@ def test_a_run_tells_which_operators_compute(command, capsys, monkeypatch, name,
     status, folder = command("--operators", name)
     assert status == 0
     told = told or ops.describe()
-    assert f"\noperators: {told}\n" in capsys.readouterr().err
+    assert f"\noperators: {told}, precision fp32\n" in capsys.readouterr().err
     assert json.loads((folder / "config.json").read_text())["facts"]["operators"] == told
     monkeypatch.undo()
     ops.select()

@@ -30,7 +30,7 @@ machine does meets them all. Told are the medians over the rounds, and the media
 first. A contestant whose results are not the first one's is an error.
 
 train: optimizer steps of the book's model, 512 pairs each, from text in memory to new weights and their loss
-  compiled      this package with its compiled operators
+  compiled      this package with its compiled operators; compiled-bf16: in bf16
   mxnet         this package with MXNet's own operators
   seed          the book's own code, d2l 0.17.6 on MXNet
   pytorch       the same network in PyTorch, as fast as its own operators make it; pytorch-bf16: in bf16

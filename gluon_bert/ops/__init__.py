@@ -127,16 +127,17 @@ def masked_loss(
     return loss, num_correct
 
 
-def peak_matmul_flops(repeats: int) -> float:
+def peak_matmul_flops(repeats: int, bf16: bool = False) -> float:
     """Multiply matrices that stay in the caches, on all cores; return the number of floating-point operations.
 
-    Divided by the time it is the peak of the compiled operators. Return 0 if there are none.
+    Divided by the time it is the peak of the compiled operators, in float32 or in bfloat16. Return 0 if there are
+    none.
     """
     if _unavailable_reason():
         return 0.0
     function = _library().gluon_bert_peak_matmul_flops
     function.restype = ctypes.c_double
-    return float(function(repeats))
+    return float(function(repeats, int(bf16)))
 
 
 def bf16_unsupported_reason() -> str:

@@ -46,6 +46,9 @@ class BaselineSpec(NamedTuple):
 # The arguments CORPUS and BATCHES stand for the corpus and for a file of ready batches.
 BASELINES = {
     "compiled": BaselineSpec("gluon_bert_train.py", ("CORPUS",), None, {"GLUON_BERT_OPERATORS": "compiled"}),
+    "compiled-bf16": BaselineSpec(
+        "gluon_bert_train.py", ("CORPUS", "bf16"), None, {"GLUON_BERT_OPERATORS": "compiled"}
+    ),
     "mxnet": BaselineSpec("gluon_bert_train.py", ("CORPUS",), None, {"GLUON_BERT_OPERATORS": "mxnet"}),
     "seed": BaselineSpec("d2l_train.py", ("CORPUS",), "seed"),
     "pytorch": BaselineSpec("pytorch_train.py", ("BATCHES", "fp32"), "pytorch"),

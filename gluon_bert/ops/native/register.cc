@@ -270,19 +270,26 @@ MXReturnValue initialize(int version) {
 }
 
 // Multiplies matrices that stay in the caches, on all threads at once: the most that the processor can do.
-// Returns the number of floating-point operations. The caller measures the time.
-extern "C" double gluon_bert_peak_matmul_flops(int repeats) {
-  constexpr int kSize = 10 * kRows, kDeep = 256, kWide = 256;
+// Returns the number of floating-point operations. T: what products are made of, float or Bf16x2 (gemm.h).
+template <class T>
+double peak_matmul_flops(int repeats) {
+  constexpr int kSize = 10 * kRows, kWide = 256, kDeep = elements<T>(kDepth);
   const int threads = omp_get_max_threads();
   const long ld = stride(kDeep);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> left(kSize * ld, 1), right(kDeep * kWide, 1), out(kSize * stride(kWide));
+    std::vector<T> left(kSize * ld), right(kDeep * kWide);
+    std::vector<float> out(kSize * stride(kWide));
     for (int i = 0; i < repeats; ++i)
-      multiply<Start::kZero>(kSize, kWide, kDeep, {left.data(), ld, 1},
-                             Right<float>{right.data(), kCols, kDeep * (long)kCols}, out.data(), stride(kWide));
+      add_block<Start::kZero>(kSize, kWide, kDeep, Left<T>{left.data(), ld, 1},
+                              Right<T>{right.data(), kCols, kDeep * (long)kCols}, out.data(), stride(kWide), nullptr);
   }
-  return 2.0 * kSize * kDeep * kWide * repeats * threads;
+  return 2.0 * kSize * kDepth * kWide * repeats * threads;
+}
+
+// The caller measures the time.
+extern "C" double gluon_bert_peak_matmul_flops(int repeats, int bf16) {
+  return bf16 ? peak_matmul_flops<Bf16x2>(repeats) : peak_matmul_flops<float>(repeats);
 }
 
 // Returns why bfloat16 is not faster than float32 here, or an empty string. It needs an instruction for it.

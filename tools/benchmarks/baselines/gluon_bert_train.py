@@ -1,4 +1,7 @@
-"""A contestant of `benchmark.py train`: this package, on the corpus named first, with the preset d2l."""
+"""A contestant of `benchmark.py train`: this package, on the corpus named first, with the preset d2l.
+
+A second argument is the precision: fp32, the default, or bf16.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ from gluon_bert.training.trainer import Trainer
 
 def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
     """The steps, and with what they are made."""
-    config = preset("d2l").replace(corpus=(sys.argv[1],))
+    precision = sys.argv[2] if len(sys.argv) > 2 else "fp32"
+    config = preset("d2l").replace(corpus=(sys.argv[1],), precision=precision)
     data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
     contexts = devices.contexts(cpus=1)
     net = BERTModel(len(data.vocab), config.model)
@@ -31,10 +35,10 @@ def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
     net.hybridize()
     trainer = Trainer(net, config.train, contexts)
     facts = {
-        "with": f"{runtime.versions()['mxnet']}, operators: {ops.describe(contexts)}",
+        "with": f"{runtime.versions()['mxnet']}, operators: {ops.describe(contexts)}, precision {precision}",
         "flop_per_pair": flop(next(data.train.epoch(0)), config.model, len(data.vocab))
         / config.train.batch_size,
-        "fastest_products": best_rate_of_products(),
+        "fastest_products": best_rate_of_products(precision),
     }
     return steps(trainer, data.train), facts
 
@@ -63,8 +67,9 @@ def flop(batch: Batch, model: ModelConfig, vocab_size: int) -> float:
     return sum(flops_per_pair(model, vocab_size, length, count) for length, count in of_rows)
 
 
-def best_rate_of_products() -> dict[str, float]:
+def best_rate_of_products(precision: str) -> dict[str, float]:
     """Floating-point operations of the fastest products that this process knows, by both clocks."""
+    bf16 = precision == "bf16"
     size = 1024
     array = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
     on_device = mx.nd.array(array)
@@ -79,7 +84,7 @@ def best_rate_of_products() -> dict[str, float]:
 
     best = {"flop_per_second": 0.0, "flop_per_cpu_second": 0.0}
     for _ in range(8):
-        for product in (by_numpy, by_mxnet, lambda: ops.peak_matmul_flops(150)):
+        for product in (by_numpy, by_mxnet, lambda: ops.peak_matmul_flops(150, bf16)):
             before, used = time.perf_counter(), time.process_time()
             flop = product()
             seconds, cpu_seconds = time.perf_counter() - before, time.process_time() - used
