@@ -79,6 +79,15 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         raise
 
 
+def check_new_folder(folder: Path, flag: str = "--output") -> None:
+    """Raise InputError, naming the flag, where a folder is not empty or cannot be written; write nothing."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{flag} {folder}: is there already; name a new folder, or remove it")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {folder}: cannot be written, as {there} is no folder that can")
+
+
 def remove_temporary_files(folder: Path) -> None:
     """Remove what `atomic_write` and `atomic_folder` left in a folder whose process was killed meanwhile."""
     for path in folder.glob(".*.part"):
@@ -172,6 +181,20 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     with atomic_write(path) as file:
         json.dump(nan_to_null(content), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Return the JSON object in a UTF-8 file, or a list; raise InputError where it holds anything else."""
+    try:
+        content = json.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, kind):
+        wanted = "an object" if kind is dict else "a list"
+        raise InputError(f"{path}: must hold {wanted} of JSON, got {type(content).__name__}")
+    return content
 
 
 def nan_to_null(content: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
@@ -13,23 +12,32 @@ from .data.tokenizer import Tokenizer
 from .data.vocab import Normalization, Vocabulary
 from .data.wordpiece import load_vocabulary
 from .errors import InputError
-from .fileio import write_json
+from .fileio import check_new_folder, write_json
 from .model.bert import BERTModel
 from .model.classifier import BERTForTask, task_of
+from .model.head_names import checked_heads
 from .model.parameters import set_weights
+from .model.pooling import Pooling
 from .model.task import Task
 from .runtime import mx
 
-TASK = "task"  # the key in config.json
+# Keys in config.json, which are there where they apply.
+TASK, UNTRAINED, POOLING = "task", "untrained", "pooling"
 
 
 class Run(NamedTuple):
-    """A run read back from its folder: the network of one of its checkpoints, and what belongs to it."""
+    """A run read back from its folder: the network of one of its checkpoints, and what belongs to it.
+
+    untrained: the heads, keys of HEADS, that no training has changed. pooling: how a text gets one vector,
+    None where the run does not say it.
+    """
 
     net: Any
     vocab: Vocabulary
     config: Config
     step: int
+    untrained: tuple[str, ...] = ()
+    pooling: Pooling | None = None
 
     @property
     def task(self) -> Task | None:
@@ -45,14 +53,10 @@ class Run(NamedTuple):
 
 
 def check_new_run(folder: Path, flag: str = "--output") -> None:
-    """Raise InputError where no new run can be written, naming the flag; writes nothing."""
+    """Raise InputError where no new run can be written, naming the flag; write nothing."""
     if (folder / CONFIG).exists():
         raise InputError(f"{flag} {folder}: holds a run already; name a new folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{flag} {folder}: is not empty; name a new folder")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {folder}: cannot be written, as {there} is no folder that can")
+    check_new_folder(folder, flag)
 
 
 def create_run(
@@ -61,27 +65,42 @@ def create_run(
     vocab: Vocabulary,
     facts: Mapping[str, Any] | None = None,
     task: Task | None = None,
+    untrained: Sequence[str] = (),
+    pooling: Pooling | None = None,
 ) -> None:
     """Make a run's folder with its configuration and vocabulary.
 
     facts: what else it takes to repeat the run, such as versions and contexts. task: what the network is
-    fine-tuned for. Raises InputError where the
-    folder holds a run already or cannot be written.
+    fine-tuned for. untrained, pooling: as in Run. Raises InputError where the folder holds a run already or
+    cannot be written.
     """
     folder = Path(folder)
     check_new_run(folder)
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         vocab.save(folder / vocab.FILE)
-        write_config(folder, config, facts or {}, task)
+        write_config(folder, config, facts or {}, task, untrained, pooling)
     except OSError as error:
         raise InputError(f"--output {folder}: cannot be written ({error.strerror or error})") from error
 
 
-def write_config(folder: Path, config: Config, facts: Mapping[str, Any], task: Task | None = None) -> None:
-    """Write a run's config.json; `read_config`, `read_facts` and `read_task` are the inverse."""
+def write_config(
+    folder: Path,
+    config: Config,
+    facts: Mapping[str, Any],
+    task: Task | None = None,
+    untrained: Sequence[str] = (),
+    pooling: Pooling | None = None,
+) -> None:
+    """Write a run's config.json; `read_config`, `read_environment` and so on are the inverse."""
     content = {"format": FORMAT, **config.to_json(), "facts": facts}
-    write_json(folder / CONFIG, {**content, TASK: task.to_json()} if task else content)
+    if task:
+        content[TASK] = task.to_json()
+    if untrained:
+        content[UNTRAINED] = list(untrained)
+    if pooling:
+        content[POOLING] = pooling.to_json()
+    write_json(folder / CONFIG, content)
 
 
 def read_config(path: Path) -> Config:
@@ -119,6 +138,17 @@ def read_task(path: Path) -> Task | None:
     return Task.from_json(content[TASK], path) if TASK in content else None
 
 
+def read_untrained(path: Path) -> tuple[str, ...]:
+    """Return the heads that the run of a config.json has without training; InputError for unknown ones."""
+    return checked_heads(_config_in(path).get(UNTRAINED, []), path)
+
+
+def read_pooling(path: Path) -> Pooling | None:
+    """Return how the run of a config.json makes one vector of a text, None where it does not say it."""
+    content = _config_in(path)
+    return Pooling.from_json(content[POOLING], path) if POOLING in content else None
+
+
 def load_run(folder: Path, contexts: Sequence[Any] | None = None, which: str | int = "latest") -> Run:
     """Read a run's checkpoint onto the contexts, by default one CPU; InputError says what is missing.
 
@@ -135,4 +165,5 @@ def load_run(folder: Path, contexts: Sequence[Any] | None = None, which: str | i
     net.initialize(mx.init.Zero(), ctx=list(contexts or [mx.cpu()]))
     set_weights(net, read_checkpoint(folder, step, weights_only=True).weights, _path(folder, step) / WEIGHTS)
     net.hybridize()
-    return Run(net, vocab, config, step)
+    untrained, pooling = read_untrained(folder / CONFIG), read_pooling(folder / CONFIG)
+    return Run(net, vocab, config, step, untrained, pooling)

@@ -61,11 +61,12 @@ def export(arguments: argparse.Namespace) -> int:
     """Export as the flags say."""
     from gluon_bert.export import exporter as formats
     from gluon_bert.export import model_archive as archive
+    from gluon_bert.fileio import check_new_folder
     from gluon_bert.run import load_run
 
     check(arguments)
     folder = arguments.output or arguments.run / "export" / arguments.format
-    formats.check_new_folder(folder)
+    check_new_folder(folder)
     run = load_run(arguments.run, which=arguments.checkpoint)
     if arguments.format == "mar":
         path = archive.export_archive(run, folder, arguments.outputs)

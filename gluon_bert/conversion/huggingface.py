@@ -1,9 +1,8 @@
-"""Folders of PyTorch transformers' BertForPreTraining, read and written without PyTorch or transformers."""
+"""Folders of PyTorch transformers' BERT, read and written without PyTorch or transformers."""
 
 from __future__ import annotations
 
-import importlib
-import json
+import math
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -13,16 +12,24 @@ from ..config import ModelConfig, check_group
 from ..data.vocab import Vocabulary
 from ..data.wordpiece import WordPieceVocabulary
 from ..errors import InputError
-from ..fileio import atomic_folder, atomic_write, write_json
+from ..fileio import atomic_folder, atomic_write, read_json, write_json
 from ..model.parameters import weights_of
+from ..model.task import Task
 from ..run import Run
-from .converter import ConvertedModel, to_foreign_names, to_own_names
-from .torch_pickle import read_tensors
-from .vocabularies import read_vocabulary
+from .converter import ConvertedModel, to_foreign_names, to_own_names, untrained_note
+from .sentence_transformers import SentenceFolder, pooling_files, read_sentence_folder
+from .tokenizer_files import (
+    ADDED_TOKENS,
+    TOKENIZER_CONFIG,
+    AddedToken,
+    TokenizerFiles,
+    read_tokenizer_files,
+)
+from .vocabularies import VOCAB, looks_cased, read_vocabulary, vocabulary_file
+from .weight_files import SAFETENSORS, check_downloaded, read_weights, safetensors_package
 from .weight_names import HUGGINGFACE
 
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-WEIGHTS, SHARDS, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+CONFIG = "config.json"
 
 # transformers' names of activations -> ours. Its three forms of the tanh approximation differ in the last
 # digits of their constants.
@@ -48,7 +55,7 @@ _DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-12,
     "tie_word_embeddings": True,
 }
-# What this network has no other way of, and what other values would mean.
+# What this network has one value of, and what other values would mean.
 _FIXED = {
     "model_type": ("bert", "another network"),
     "type_vocab_size": (2, "another number of segments"),
@@ -68,123 +75,129 @@ _SIZES = (
 _BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
 _BIAS, _BIAS_COPY = "cls.predictions.bias", "cls.predictions.decoder.bias"
 _DECODER, _EMBEDDING = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
+# The parts of a BertModel, whatever stands before them.
+_PARTS = ("embeddings.", "encoder.", "pooler.")
+_WORDS = "embeddings.word_embeddings.weight"
+_CLASSIFIER = "classifier.weight"
 
 
 def read_huggingface(
-    folder: Path, lowercase: bool | None = None, init_missing_heads: bool = False
+    folder: Path, lowercase: bool | None = None, pairs: bool | None = None
 ) -> ConvertedModel:
-    """The network in a folder with config.json, vocab.txt or tokenizer.json, and model.safetensors or
-    pytorch_model.bin.
+    """Return the network in a folder with config.json, a tokenizer's files and weights.
 
-    lowercase: whether its text is lower-cased, where the tokenizer's files do not say it. init_missing_heads: heads
-    that are missing as a whole are drawn anew. InputError says what cannot be used, all at once.
+    The folder may also be one of sentence-transformers. lowercase: whether text is lower-cased, where no file
+    says it. pairs: whether a classifier takes pairs of texts, None for either. Raises InputError for
+    everything that cannot be used.
     """
-    folder = Path(folder)
+    sentences = read_sentence_folder(Path(folder))
+    folder = sentences.bert
     notes: list[str] = []
-    settings = read_json(folder / "config.json")
-    model = model_config(settings, folder / "config.json", notes)
+    path = folder / CONFIG
+    check_downloaded(path)
+    settings = read_json(path)
+    model = model_config(settings, path, notes)
     vocab_size = settings.get("vocab_size", _DEFAULTS["vocab_size"])
-    arrays = _renamed(_read_weights(folder, notes), model, notes)
-    weights = to_own_names(arrays, HUGGINGFACE, vocab_size, model, folder, init_missing_heads)
-    vocab = read_vocabulary(_vocabulary_file(folder), vocab_size, notes)
-    return ConvertedModel(weights, model, vocab, _lowercase(folder, vocab, lowercase, notes), notes)
+    files = read_tokenizer_files(folder)
+    arrays = _renamed(read_weights(folder), model, folder, notes)
+    task = _task(settings, arrays, path, pairs, notes)
+    weights, untrained = to_own_names(arrays, HUGGINGFACE, vocab_size, model, folder, notes, task)
+    added = {token.content: token.id for token in files.added_tokens}
+    vocab = read_vocabulary(vocabulary_file(folder), vocab_size, notes, added)
+    tokenizer = _tokenizer(folder, files, sentences, vocab, lowercase, notes)
+    notes += untrained_note(untrained)
+    notes += [f"texts do not get the prompt {prompt!r} by themselves" for prompt in sentences.prompts]
+    longest = sentences.max_seq_length or files.max_length
+    return ConvertedModel(
+        weights, model, vocab, tokenizer, longest, untrained, sentences.pooling, task, notes
+    )
 
 
-def write_huggingface(run: Run, folder: Path) -> list[str]:
-    """Write a run for transformers, the inverse of `read_huggingface`; returns what a user should know.
-
-    Raises InputError where its BertForPreTraining has no place for the network, or where the folder is taken.
-    """
-    safetensors = _safetensors()
-    config = run.net.config
-    _refuse_without_place(config)
-    arrays = to_foreign_names(weights_of(run.net), HUGGINGFACE)
-    if not config.tied_decoder:
-        arrays[_BIAS_COPY] = arrays[_BIAS].copy()
-    specials = {f"{name}_token": run.vocab.tokens[getattr(run.vocab, name)] for name in _SPECIALS}
-    with atomic_folder(folder) as aside:
-        write_json(aside / "config.json", bert_config(config, len(run.vocab), run.vocab.pad))
-        tokenizer = {
-            "tokenizer_class": "BertTokenizer",
-            "do_lower_case": run.config.data.lowercase,
-            "model_max_length": run.config.data.max_seq_length,
-            **specials,
-        }
-        write_json(aside / TOKENIZER_CONFIG, tokenizer)
-        with atomic_write(aside / "vocab.txt") as file:
-            file.writelines(token + "\n" for token in run.vocab.tokens)
-        safetensors.numpy.save_file(arrays, str(aside / WEIGHTS), metadata={"format": "pt"})
-    if isinstance(run.vocab, WordPieceVocabulary):
-        return []
-    return [
-        "vocab.txt holds whole words, and BertTokenizer parts text at hyphens and apostrophes inside words, "
-        "which is not done here: ids of gluon_bert.Vocabulary are safe"
+def _tokenizer(
+    folder: Path,
+    files: TokenizerFiles,
+    sentences: SentenceFolder,
+    vocab: Vocabulary,
+    asked: bool | None,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Return the fields of DataConfig that say how text is split."""
+    lowercase = _lowercase(folder, files.lowercase, vocab, asked, notes)
+    strip_accents = files.strip_accents
+    if sentences.lowercase and not lowercase:
+        # sentence-transformers lower-cases before the tokenizer, which then keeps the accents.
+        lowercase, strip_accents = True, bool(strip_accents)
+    problems = [
+        f"{folder}: the added token {token.content!r} must have {name} false, got true"
+        for token in files.added_tokens
+        for name in ("single_word", "lstrip", "rstrip")
+        if getattr(token, name)
     ]
-
-
-_SPECIALS = ("unk", "pad", "mask", "cls", "sep")
-
-
-def bert_config(config: ModelConfig, vocab_size: int, pad: int = 0) -> dict[str, Any]:
-    """The arguments of transformers.BertConfig for a network, as they stand in config.json."""
-    activations = {ours: theirs for theirs, ours in reversed(list(_ACTIVATIONS.items()))}
+    problems += [
+        f"{folder}: the added token {token.content!r} must not hold white space"
+        for token in files.added_tokens
+        if token.content.split() != [token.content]
+    ]
+    if problems:
+        raise InputError("\n".join(problems))
     return {
-        "architectures": ["BertForPreTraining"],
-        "model_type": "bert",
-        "vocab_size": vocab_size,
-        "hidden_size": config.units,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.ffn_units,
-        "hidden_act": activations[config.activation],
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
-        "max_position_embeddings": config.max_positions,
-        "type_vocab_size": 2,
-        "layer_norm_eps": config.norm_epsilon,
-        "pad_token_id": pad,
-        "tie_word_embeddings": config.tied_decoder,
+        "lowercase": lowercase,
+        "strip_accents": "auto" if strip_accents is None else "yes" if strip_accents else "no",
+        "tokenize_chinese_chars": files.tokenize_chinese_chars,
+        "added_tokens": tuple(t.content for t in files.added_tokens if t.normalized),
+        "additional_special_tokens": tuple(t.content for t in files.added_tokens if not t.normalized),
     }
 
 
-def _refuse_without_place(config: ModelConfig) -> None:
-    problems = []
-    if config.norm != "post":
-        problems.append("LayerNorm before the sub-layers (--norm pre)")
-    if not config.embedding_norm:
-        problems.append("embeddings without a LayerNorm (--embedding-norm no, as the preset d2l has)")
-    if problems:
-        raise InputError(
-            "\n".join(f"--to huggingface: its BERT has no place for {each}" for each in problems)
-        )
+def _lowercase(
+    folder: Path, said: bool | None, vocab: Vocabulary, asked: bool | None, notes: list[str]
+) -> bool:
+    if asked is not None:
+        if said is not None and said != asked:
+            flag = "--lowercase" if asked else "--no-lowercase"
+            raise InputError(f"{flag}: the tokenizer in {folder} says the contrary. Leave the flag out.")
+        return asked
+    if said is not None:
+        return said
+    found = not looks_cased(vocab)
+    flag = "--no-lowercase" if found else "--lowercase"
+    kind = "lower-cased" if found else "cased"
+    notes.append(f"no file says whether text is lower-cased; the vocabulary looks {kind} ({flag} if not)")
+    return found
 
 
 def model_config(settings: Mapping[str, Any], path: Path, notes: list[str]) -> ModelConfig:
-    """The configuration in a config.json; InputError for everything that this network cannot be."""
+    """Return the configuration in a config.json; raise InputError for all that this network cannot be."""
+    if not {"model_type", *_SIZES} & settings.keys():
+        raise InputError(
+            f"{path}: must be the configuration of a BERT, with hidden_size and so on; it has none"
+        )
+    if settings.get("model_type", "bert") != "bert":
+        raise InputError(f"{path}: model_type must be 'bert', got {settings['model_type']!r}")
     problems = [
-        f"{name} {settings[name]!r}: is {meaning}, which this one cannot be; it must be {value!r}"
+        f"{name} must be {value!r}, got {settings[name]!r}, which is {meaning}"
         for name, (value, meaning) in _FIXED.items()
         if name in settings and settings[name] != value
     ]
     s = {**_DEFAULTS, **settings}
     problems += [
-        f"{name} {s[name]!r}: must be a whole number above 0"
+        f"{name} must be a whole number above 0, got {s[name]!r}"
         for name in _SIZES
         if type(s[name]) is not int or s[name] < 1
     ]
     problems += [
-        f"{name} {s[name]!r}: must be a number"
+        f"{name} must be a number, got {s[name]!r}"
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps")
-        if type(s[name]) not in (int, float)
+        if type(s[name]) not in (int, float) or not math.isfinite(s[name])
     ]
-    if s["hidden_act"] not in _ACTIVATIONS:
-        problems.append(f"hidden_act {s['hidden_act']!r}: must be one of {', '.join(_ACTIVATIONS)}")
+    if not isinstance(s["hidden_act"], str) or s["hidden_act"] not in _ACTIVATIONS:
+        problems.append(f"hidden_act must be one of {', '.join(_ACTIVATIONS)}, got {s['hidden_act']!r}")
     if problems:
         raise InputError("\n".join(f"{path}: {problem}" for problem in problems))
     if s["hidden_dropout_prob"] != s["attention_probs_dropout_prob"]:
         notes.append(
-            f"dropout of attention is {s['attention_probs_dropout_prob']}, of the rest "
-            f"{s['hidden_dropout_prob']}: here one rate serves all, and it is the latter"
+            f"attention's dropout of {s['attention_probs_dropout_prob']} becomes "
+            f"{s['hidden_dropout_prob']}, as one rate serves the whole network"
         )
     config = ModelConfig(
         num_layers=s["num_hidden_layers"],
@@ -203,42 +216,15 @@ def model_config(settings: Mapping[str, Any], path: Path, notes: list[str]) -> M
     return config
 
 
-def _read_weights(folder: Path, notes: list[str]) -> dict[str, np.ndarray]:
-    if (folder / SHARDS).is_file():
-        files = sorted(set(read_json(folder / SHARDS).get("weight_map", {}).values()))
-        foreign = [name for name in files if Path(name).name != name]
-        if foreign:
-            raise InputError(f"{folder / SHARDS}: {foreign[0]!r} is no file of this folder")
-        return {name: array for file in files for name, array in _read_safetensors(folder / file).items()}
-    if (folder / WEIGHTS).is_file():
-        return _read_safetensors(folder / WEIGHTS)
-    if (folder / PICKLED).is_file():
-        return read_tensors(folder / PICKLED)
-    raise InputError(f"{folder}: has neither {WEIGHTS} nor {PICKLED}")
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    safetensors = _safetensors()
-    kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "BOOL": "?"}
-    try:
-        tensors = safetensors.deserialize(path.read_bytes())
-        arrays = {}
-        for name, tensor in tensors:
-            array = np.frombuffer(tensor["data"], kinds[tensor["dtype"]]).reshape(tensor["shape"])
-            if tensor["dtype"] == "BF16":  # which NumPy does not have: the upper half of a float32
-                array = (array.astype(np.uint32) << 16).view(np.float32)
-            arrays[name] = array
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
-    return arrays
-
-
-def _renamed(arrays: dict[str, np.ndarray], model: ModelConfig, notes: list[str]) -> dict[str, np.ndarray]:
-    """The arrays under the names that BertForPreTraining has for them today, each once."""
-    if not any(name.startswith("bert.") for name in arrays):  # saved by a BertModel
-        arrays = {f"bert.{name}": array for name, array in arrays.items()}
+def _renamed(
+    arrays: dict[str, np.ndarray], model: ModelConfig, folder: Path, notes: list[str]
+) -> dict[str, np.ndarray]:
+    """Return the arrays under the names that BertForPreTraining has for them today, each once."""
+    prefix = _prefix(arrays, folder)
+    outer = prefix[: -len("bert.")] if prefix.endswith("bert.") else ""
+    if outer:
+        notes.append(f"names without their prefix {outer!r}")
+    arrays = {_without_prefix(name, prefix, outer): array for name, array in arrays.items()}
     old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
     for before, now in old.items():
         arrays = {name.replace(before, now): array for name, array in arrays.items()}
@@ -259,56 +245,198 @@ def _renamed(arrays: dict[str, np.ndarray], model: ModelConfig, notes: list[str]
     return arrays
 
 
-def _vocabulary_file(folder: Path) -> Path:
-    for name in ("vocab.txt", TOKENIZER):
-        if (folder / name).is_file():
-            return folder / name
-    raise InputError(f"{folder}: has neither vocab.txt nor {TOKENIZER}")
+def _prefix(arrays: Mapping[str, np.ndarray], folder: Path) -> str:
+    """Return what stands before the names of the BertModel; raise InputError unless there is exactly one."""
+    found = sorted(name[: -len(_WORDS)] for name in arrays if name.endswith(_WORDS))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        shown = " and ".join(repr(prefix) for prefix in found)
+        raise InputError(f"{folder}: the weights must be one BERT's, got those of several, named {shown}...")
+    shown = " ".join(sorted(arrays)[:3])
+    raise InputError(f"{folder}: the weights must have {_WORDS}. It has {shown} ...: another network.")
 
 
-def _said_of_case(folder: Path) -> bool | None:
-    """Whether the tokenizer's files say that text is lower-cased; None where they say nothing."""
-    for name in (TOKENIZER_CONFIG, TOKENIZER):
-        content = read_json(folder / name) if (folder / name).is_file() else {}
-        normalizer = content.get("normalizer")
-        said = content.get("do_lower_case")
-        said = normalizer.get("lowercase") if said is None and isinstance(normalizer, dict) else said
-        if isinstance(said, bool):
-            return said
-    return None
+def _without_prefix(name: str, prefix: str, outer: str) -> str:
+    rest = name[len(prefix) :]
+    if name.startswith(prefix) and rest.startswith(_PARTS):
+        return f"bert.{rest}"
+    return name[len(outer) :] if name.startswith(outer) else name
 
 
-def _lowercase(folder: Path, vocab: Vocabulary, asked: bool | None, notes: list[str]) -> bool:
-    said = _said_of_case(folder)
-    if asked is not None:
-        if said is not None and said != asked:
+def _task(
+    settings: Mapping[str, Any],
+    arrays: dict[str, np.ndarray],
+    path: Path,
+    pairs: bool | None,
+    notes: list[str],
+) -> Task | None:
+    """Return the task of a BertForSequenceClassification, None for other networks."""
+    architectures = settings.get("architectures")
+    named = architectures if isinstance(architectures, list) else []
+    if named != ["BertForSequenceClassification"] or _CLASSIFIER not in arrays:
+        if pairs is not None:
             raise InputError(
-                f"--lowercase {'yes' if asked else 'no'}: the tokenizer in {folder} says the contrary"
+                f"--pairs: is for BertForSequenceClassification, got {' '.join(map(str, named))}"
             )
-        return asked
-    if said is not None:
-        return said
-    found = not vocab.is_cased()
-    told = "lower-cased" if found else "cased"
-    notes.append(f"nothing says whether text is lower-cased: by its tokens the vocabulary is a {told} one")
-    return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: is no JSON object")
-    return content
-
-
-def _safetensors() -> Any:
-    try:
-        importlib.import_module("safetensors.numpy")
-        return importlib.import_module("safetensors")
-    except ImportError as error:
+        return None
+    kind = settings.get("problem_type")
+    outputs = len(arrays[_CLASSIFIER])
+    if kind is None:
+        kind = "regression" if outputs == 1 else "single_label_classification"
+    if kind == "regression" and outputs == 1:
+        return Task("regression", pairs)
+    if kind != "single_label_classification" or outputs < 2:
         raise InputError(
-            "model.safetensors needs the package safetensors: pip install -e '.[convert]'"
-        ) from error
+            f"{path}: problem_type must be single_label_classification, or regression with one output, "
+            f"got {kind!r} with {outputs}"
+        )
+    labels = settings.get("id2label")
+    labels = labels if isinstance(labels, dict) else {str(i): f"LABEL_{i}" for i in range(outputs)}
+    if set(labels) != {str(i) for i in range(outputs)} or len(set(map(str, labels.values()))) != outputs:
+        raise InputError(f"{path}: id2label must have another label for each of 0 to {outputs - 1}")
+    return Task("classification", pairs, tuple(str(labels[str(i)]) for i in range(outputs)))
+
+
+def write_huggingface(run: Run, folder: Path) -> list[str]:
+    """Write a run for transformers, the inverse of `read_huggingface`; return what a user should know.
+
+    Untrained heads are left out. Raises InputError where its BERT has no place for the network, or where the
+    folder is taken.
+    """
+    safetensors = safetensors_package()
+    config = run.net.config
+    _check_has_place(config)
+    arrays, architecture = _arrays(run), _architecture(run)
+    with atomic_folder(folder) as aside:
+        settings = bert_config(config, len(run.vocab), run.vocab.pad, architecture)
+        write_json(aside / CONFIG, {**settings, **_task_settings(run.task)})
+        _write_tokenizer(run, aside)
+        safetensors.numpy.save_file(arrays, str(aside / SAFETENSORS), metadata={"format": "pt"})
+        if run.pooling:
+            for name, content in pooling_files(
+                run.pooling, config.units, run.config.data.max_seq_length
+            ).items():
+                (aside / name).parent.mkdir(exist_ok=True)
+                write_json(aside / name, content)
+    notes = [f"{folder}: a {architecture}"]
+    if run.untrained:
+        notes.append(f"left out, as untrained: {' '.join(run.untrained)}")
+    if not isinstance(run.vocab, WordPieceVocabulary):
+        notes.append(
+            "vocab.txt holds whole words. BertTokenizer splits text at hyphens and apostrophes inside words, "
+            "and gluon_bert does not; pass it ids of gluon_bert.Vocabulary."
+        )
+    return notes
+
+
+def _arrays(run: Run) -> dict[str, np.ndarray]:
+    weights = weights_of(run.net)
+    task = run.task
+    if task and task.kind == "regression":
+        # Here a score is mean + scale * output; there it is the output itself.
+        weights["head.dense.weight"] = weights["head.dense.weight"] * np.float32(task.scale)
+        weights["head.dense.bias"] = weights["head.dense.bias"] * np.float32(task.scale) + np.float32(
+            task.mean
+        )
+    arrays = to_foreign_names(weights, HUGGINGFACE, run.untrained)
+    if _BIAS in arrays and not run.net.config.tied_decoder:
+        arrays[_BIAS_COPY] = arrays[_BIAS].copy()
+    return arrays
+
+
+def _architecture(run: Run) -> str:
+    """Return the class of transformers that has a run's trained heads and no other ones."""
+    if run.task:
+        return "BertForSequenceClassification"
+    heads = "mlm" in run.untrained, "nsp" in run.untrained
+    return {
+        (False, False): "BertForPreTraining",
+        (False, True): "BertForMaskedLM",
+        (True, False): "BertForNextSentencePrediction",
+        (True, True): "BertModel",
+    }[heads]
+
+
+def _task_settings(task: Task | None) -> dict[str, Any]:
+    if task is None:
+        return {}
+    if task.kind == "regression":
+        return {"problem_type": "regression", "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {
+        "problem_type": "single_label_classification",
+        "id2label": {str(i): label for i, label in enumerate(task.labels)},
+        "label2id": {label: i for i, label in enumerate(task.labels)},
+    }
+
+
+def _write_tokenizer(run: Run, folder: Path) -> None:
+    data, vocab = run.config.data, run.vocab
+    strip_accents = {"auto": None, "yes": True, "no": False}[data.strip_accents]
+    specials = {f"{name}_token": vocab.tokens[getattr(vocab, name)] for name in _SPECIALS}
+    normalized = [AddedToken(token, None) for token in data.added_tokens]
+    raw = [AddedToken(token, None, normalized=False) for token in data.additional_special_tokens]
+    ids = {token: row for row, token in enumerate(vocab.tokens)}
+    content = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": data.lowercase,
+        "strip_accents": strip_accents,
+        "tokenize_chinese_chars": data.tokenize_chinese_chars,
+        "model_max_length": data.max_seq_length,
+        **specials,
+    }
+    decoder = {str(ids[token.content]): _decoded(token) for token in (*normalized, *raw)}
+    if decoder:
+        decoder.update(
+            {str(ids[token]): _decoded(AddedToken(token, None, False)) for token in specials.values()}
+        )
+        content["added_tokens_decoder"] = dict(sorted(decoder.items(), key=lambda each: int(each[0])))
+        added = [*data.added_tokens, *data.additional_special_tokens]
+        write_json(folder / ADDED_TOKENS, {token: ids[token] for token in added})
+    if raw:
+        content["additional_special_tokens"] = [token.content for token in raw]
+    write_json(folder / TOKENIZER_CONFIG, content)
+    with atomic_write(folder / VOCAB) as file:
+        file.writelines(token + "\n" for token in vocab.tokens)
+
+
+def _decoded(token: AddedToken) -> dict[str, Any]:
+    flags = {name: getattr(token, name) for name in ("normalized", "single_word", "lstrip", "rstrip")}
+    return {"content": token.content, **flags, "special": not token.normalized}
+
+
+_SPECIALS = ("unk", "pad", "mask", "cls", "sep")
+
+
+def bert_config(
+    config: ModelConfig, vocab_size: int, pad: int = 0, architecture: str = "BertForPreTraining"
+) -> dict[str, Any]:
+    """Return the arguments of transformers.BertConfig for a network, as they stand in config.json."""
+    activations = {ours: theirs for theirs, ours in reversed(list(_ACTIVATIONS.items()))}
+    return {
+        "architectures": [architecture],
+        "model_type": "bert",
+        "vocab_size": vocab_size,
+        "hidden_size": config.units,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.ffn_units,
+        "hidden_act": activations[config.activation],
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "max_position_embeddings": config.max_positions,
+        "type_vocab_size": 2,
+        "layer_norm_eps": config.norm_epsilon,
+        "pad_token_id": pad,
+        "tie_word_embeddings": config.tied_decoder,
+    }
+
+
+def _check_has_place(config: ModelConfig) -> None:
+    problems = []
+    if config.norm != "post":
+        problems.append("norm must be 'post', as its BERT has, got 'pre'")
+    if not config.embedding_norm:
+        problems.append("embedding_norm must be true, as its BERT has, got false (the preset d2l has that)")
+    if problems:
+        raise InputError("\n".join(f"--to huggingface: {problem}" for problem in problems))

@@ -1,4 +1,4 @@
-"""Parameter files of two other BERTs for MXNet: GluonNLP 0.10's and the book's. Imports neither package."""
+"""Parameter files of two other BERTs for MXNet: GluonNLP 0.10's and D2L's. Imports neither package."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from ..model.parameters import weights_of
 from ..presets import preset
 from ..run import Run
 from ..runtime import mx
-from .converter import ConvertedModel, to_foreign_names, to_own_names
-from .vocabularies import read_vocabulary
+from .converter import ConvertedModel, to_foreign_names, to_own_names, untrained_note
+from .vocabularies import looks_cased, read_vocabulary
 from .weight_names import D2L, GLUONNLP, WeightNames
 
 PARAMETERS = "bert.params"
+D2L_MAX_SEQ_LENGTH = 64
 _TIED = "mlm.decoder.weight"
 
 
 class PackageFormat(NamedTuple):
-    """One of the two: how its parameters are laid out, and what no file says of its network."""
+    """One of the two packages: how its parameters are laid out, and what no file says of its network."""
 
     layout: WeightNames
-    preset: str  # whose network it is, but for the sizes
-    heads: str  # where one finds how many heads there are
-    lowercase: bool | None  # whether its text is; None: as the vocabulary tells
+    preset: str  # which has the same network, apart from the sizes
+    heads: str  # how many attention heads its models have
+    lowercase: bool | None  # whether its text is lower-cased; None: guess from the vocabulary
 
 
 KINDS = {
     "gluonnlp": PackageFormat(GLUONNLP, "bert-tiny", "bert_12_768_12 has 12, bert_24_1024_16 has 16", None),
-    "d2l": PackageFormat(D2L, "d2l", "the book's model has 2", True),
+    "d2l": PackageFormat(D2L, "d2l", "D2L's model has 2", True),
 }
 
 
@@ -45,47 +46,52 @@ def read_parameters(
     vocab_path: Path,
     num_heads: int | None,
     lowercase: bool | None = None,
-    init_missing_heads: bool = False,
 ) -> ConvertedModel:
-    """The network in a file that `save_parameters` of the other package's BERTModel wrote.
+    """Return the network in a file that `save_parameters` of the other package's BERTModel wrote.
 
-    kind: a key of KINDS. The sizes are those of the arrays; the number of heads must be said. What is left,
-    such as dropout, is what the published models have. Raises InputError as `translate` does.
+    kind: a key of KINDS. The sizes are those of the arrays; the number of attention heads must be given. All
+    else, such as dropout, is what the published models have. Raises InputError as `to_own_names` does.
     """
     layout, like, heads, default_case = KINDS[kind]
     if num_heads is None:
-        raise InputError(f"--num-heads: {path} does not say how many attention heads there are; {heads}")
+        raise InputError(
+            f"num_heads must be given, as {path} does not say how many attention heads there are; {heads}"
+        )
     arrays = _load(path)
     config = _config(arrays, layout, like, num_heads, path)
     tokens = arrays[layout.name("encoder.embeddings.tokens.weight")]
     decoder = arrays.pop(layout.name(_TIED), tokens) if config.tied_decoder else tokens
     if not np.array_equal(decoder, tokens):
         raise InputError(
-            f"{path}: the decoder's weights are not those of the embeddings, as they are in {kind}"
+            f"{path}: the decoder must share its weights with the embeddings, as in {kind}; they differ"
         )
-    weights = to_own_names(arrays, layout, len(tokens), config, path, init_missing_heads)
     notes = [
         f"activation {config.activation}, LayerNorm epsilon {config.norm_epsilon:g} and dropout "
         f"{config.dropout:g} are those of {kind}'s models: the file does not say them"
     ]
+    weights, untrained = to_own_names(arrays, layout, len(tokens), config, path, notes)
     vocab = read_vocabulary(vocab_path, len(tokens), notes)
     known = default_case if lowercase is None else lowercase
-    return ConvertedModel(weights, config, vocab, not vocab.is_cased() if known is None else known, notes)
+    tokenizer = {"lowercase": not looks_cased(vocab) if known is None else known}
+    notes += untrained_note(untrained)
+    # D2L's model has position embeddings for 1,000 tokens and is trained on pairs of at most 64.
+    longest = D2L_MAX_SEQ_LENGTH if kind == "d2l" else None
+    return ConvertedModel(weights, config, vocab, tokenizer, longest, untrained, notes=notes)
 
 
 def write_parameters(kind: str, run: Run, folder: Path) -> list[str]:
     """Write bert.params and the vocabulary for the other package, the inverse of `read_parameters`.
 
-    Returns what a user should know. Raises InputError where its BERTModel has no place for the network, or
-    where the folder is taken.
+    Untrained heads are left out. Returns what a user should know. Raises InputError where its BERTModel has
+    no place for the network, or where the folder is taken.
     """
     layout, like, _, _ = KINDS[kind]
     config, published = run.net.config, preset(like).model
     fixed = ["activation", "norm", "embedding_norm", "tied_decoder"]
-    # GluonNLP's encoder takes an epsilon; the book's LayerNorm has MXNet's own.
+    # GluonNLP's encoder takes an epsilon; D2L's LayerNorm has MXNet's own.
     fixed += ["norm_epsilon"] if kind == "d2l" else []
     problems = [
-        f"--to {kind}: its BERT has {name} {getattr(published, name)}, this run {getattr(config, name)}"
+        f"--to {kind}: {name} must be {getattr(published, name)}, as in its BERT, got {getattr(config, name)}"
         for name in fixed
         if getattr(config, name) != getattr(published, name)
     ]
@@ -94,15 +100,16 @@ def write_parameters(kind: str, run: Run, folder: Path) -> list[str]:
     weights = weights_of(run.net)
     if config.tied_decoder:
         weights[_TIED] = weights["encoder.embeddings.tokens.weight"]
-    arrays = to_foreign_names(weights, layout)
+    arrays = to_foreign_names(weights, layout, run.untrained)
     with atomic_folder(folder) as aside, mx.util.np_shape(kind == "d2l"):
         mx.nd.save(str(aside / PARAMETERS), {name: mx.nd.array(array) for name, array in arrays.items()})
         run.vocab.save(aside / run.vocab.FILE)
-    return [
-        f"{PARAMETERS} is read by a BERTModel of {config.num_layers} layers, {config.units} units, "
+    notes = [
+        f"{PARAMETERS} is for a BERTModel of {config.num_layers} layers, {config.units} units, "
         f"{config.ffn_units} in the feed-forward network, {config.num_heads} heads, {config.max_positions} "
         f"positions and LayerNorm epsilon {config.norm_epsilon:g}"
     ]
+    return notes + ([f"left out, as untrained: {' '.join(run.untrained)}"] if run.untrained else [])
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
@@ -114,12 +121,12 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     except (mx.MXNetError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as MXNet's parameters ({one_line(error)})") from error
     if not isinstance(arrays, dict):
-        raise InputError(f"{path}: its arrays have no names; write it with net.save_parameters")
+        raise InputError(f"{path}: its arrays must have names. Write it with net.save_parameters.")
     return {name: array.asnumpy() for name, array in arrays.items()}
 
 
 def _load_either(path: Path) -> Any:
-    """What is in a file, which MXNet reads only with NumPy's shapes if it was written so, as by the book."""
+    """Return the content of a file; MXNet reads one that was written with NumPy's shapes only with them."""
     try:
         return mx.nd.load(str(path))
     except mx.MXNetError as error:
@@ -132,13 +139,13 @@ def _load_either(path: Path) -> Any:
 def _config(
     arrays: dict[str, np.ndarray], layout: WeightNames, like: str, num_heads: int, path: Path
 ) -> ModelConfig:
-    """The network's configuration by the shapes of its arrays."""
+    """Return the network's configuration by the shapes of its arrays."""
 
     def shape(ours: str) -> tuple[int, ...]:
         name = layout.name(ours)
         if name not in arrays:
             found = " ".join(list(arrays)[:5])
-            raise InputError(f"{path}: has no {name}: it is another network's; it has {found} ...")
+            raise InputError(f"{path}: must have {name}; it is another network's and has {found} ...")
         return arrays[name].shape
 
     prefix = re.escape(layout.name("encoder.layers") + ".")

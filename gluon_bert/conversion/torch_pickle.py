@@ -1,17 +1,18 @@
 """The tensors in a file of torch.save, read without PyTorch and without running what the file says.
 
-Such a file is a zip with a pickle, which may name any function to be called. Here the few that make tensors
-are known, and each other one is refused before anything is called.
+Such a file holds a pickle, which may name any function to be called. Here the few that make tensors are
+known. Every other one is refused before anything is called.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import IO, Any, Callable, Mapping
 
 import numpy as np
 
@@ -26,8 +27,18 @@ _STORAGES: dict[str, np.dtype] = {
     "BFloat16Storage": np.dtype("<u2"),
     "LongStorage": np.dtype("<i8"),
     "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("<i1"),
+    "ByteStorage": np.dtype("<u1"),
     "BoolStorage": np.dtype("?"),
 }
+# Where training scripts put the weights beside the optimizer's state.
+_NESTED = ("state_dict", "model_state_dict", "model", "module")
+# How a file before PyTorch 1.6 begins: a number and the version of the format, a pickle each.
+_LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
+
+# The numbers of a storage, by its key, type and length.
+_Storages = Callable[[str, np.dtype, int], np.ndarray]
 
 
 class _Storage:
@@ -38,34 +49,83 @@ class _Storage:
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays by name, floating ones as float32 or as they are; InputError where it is anything else."""
+    """Return the arrays by name, bfloat16 as float32; raise InputError where the file holds anything else."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            reader = _Reader(archive, name[: -len("data.pkl")])
-            content = reader.load()
-    except zipfile.BadZipFile as error:
+        content = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+    except (
+        *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, MemoryError),
+        *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OverflowError, RecursionError),
+    ) as error:
         raise InputError(
-            f"{path}: is not a file that torch.save of PyTorch 1.6 or later wrote ({error}); save the "
-            "weights as model.safetensors"
+            f"{path}: cannot be read as weights ({error}). Save them as model.safetensors."
         ) from error
-    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: cannot be read as weights ({error})") from error
+    for name in _NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
     if not isinstance(content, Mapping) or not all(isinstance(each, np.ndarray) for each in content.values()):
-        raise InputError(f"{path}: holds something else than named tensors, the state_dict of a network")
-    return dict(content)
+        raise InputError(f"{path}: must hold named tensors, the state_dict of a network, and nothing else")
+    return {str(name): array for name, array in content.items()}
+
+
+def _read_zip(path: Path) -> Any:
+    """Return the content of a file of PyTorch 1.6 or later."""
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        folder = name[: -len("data.pkl")]
+
+        def storage(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+            return np.frombuffer(archive.read(f"{folder}data/{key}"), dtype, count)
+
+        return _Reader(io.BytesIO(archive.read(name)), storage).load()
+
+
+def _read_legacy(path: Path) -> Any:
+    """Return the content of a file of an older PyTorch: pickles, then the numbers of all storages."""
+    with path.open("rb") as file:
+        header = [_Reader(file, _no_storage).load() for _ in range(2)]
+        if header != [_LEGACY_MAGIC, _LEGACY_VERSION]:
+            raise ValueError("it does not begin as torch.save begins")
+        _Reader(file, _no_storage).load()  # of the system that saved it
+        start = file.tell()
+        # Which storages there are stands in the tensors, and the tensors stand before them: read twice.
+        dtypes: dict[str, np.dtype] = {}
+
+        def note(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+            dtypes[key] = dtype
+            return np.broadcast_to(np.zeros(1, dtype), (count,))
+
+        _Reader(file, note, with_tensors=False).load()
+        storages = {key: _numbers(file, dtypes[key]) for key in _Reader(file, _no_storage).load()}
+        file.seek(start)
+        return _Reader(file, lambda key, dtype, count: storages[key][:count]).load()
+
+
+def _numbers(file: IO[bytes], dtype: np.dtype) -> np.ndarray:
+    (count,) = struct.unpack("<q", file.read(8))
+    size = count * dtype.itemsize
+    content = file.read(size) if count >= 0 else b""
+    if count < 0 or len(content) != size:
+        raise ValueError("it ends before its tensors do")
+    return np.frombuffer(content, dtype)
+
+
+def _no_storage(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+    raise pickle.UnpicklingError("a tensor stands where none belongs")
 
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
-        super().__init__(io.BytesIO(archive.read(folder + "data.pkl")))
-        self._archive, self._folder = archive, folder
+    """Builds tensors from the storages that a function gives, and nothing else but plain values."""
+
+    def __init__(self, file: IO[bytes], storages: _Storages, with_tensors: bool = True) -> None:
+        super().__init__(file)
+        self._storages, self._with_tensors = storages, with_tensors
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a name in the pickle stands for, of those that tensors need; pickle calls this."""
+        """Return what a name in the pickle stands for, of those that tensors need; pickle calls this."""
         known: dict[tuple[str, str], Callable[..., Any]] = {
             ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): _tensor if self._with_tensors else lambda *_: None,
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
         }
         if module == "torch" and name in _STORAGES:
@@ -75,12 +135,12 @@ class _Reader(pickle.Unpickler):
         return known[module, name]
 
     def persistent_load(self, pid: Any) -> np.ndarray:
-        """The numbers of a storage, one after the other; pickle calls this."""
-        kind, storage, key, _, count = pid
-        if kind != "storage" or not isinstance(storage, _Storage):
-            raise pickle.UnpicklingError(f"{kind!r} is no storage of numbers")
-        content = self._archive.read(f"{self._folder}data/{key}")
-        numbers = np.frombuffer(content, _STORAGES[storage.name], count)
+        """Return the numbers of a storage, one after the other; pickle calls this."""
+        # Older files have a sixth part: a view of another storage, which no network's weights are.
+        kind, storage, key, _, count, *view = pid
+        if kind != "storage" or not isinstance(storage, _Storage) or any(view):
+            raise pickle.UnpicklingError(f"{kind!r} must be a storage of numbers")
+        numbers = self._storages(key, _STORAGES[storage.name], count)
         if storage.name == "BFloat16Storage":
             return (numbers.astype(np.uint32) << 16).view(np.float32)
         return numbers

@@ -2,43 +2,112 @@
 
 from __future__ import annotations
 
-import json
+import unicodedata
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from ..data.vocab import SPECIAL_TOKENS, Vocabulary
 from ..data.wordpiece import WordPieceVocabulary
 from ..errors import InputError
+from ..fileio import read_json
+from .tokenizer_files import TOKENIZER
+from .weight_files import check_downloaded
+
+VOCAB = "vocab.txt"
+
+# Above this share of tokens that lower-casing would change a vocabulary is a cased one.
+_CASED_SHARE = 0.1
+
+# A row of the embeddings without a token of its own.
+_NAMELESS = None
 
 
-def read_vocabulary(path: Path, rows: int, notes: list[str]) -> Vocabulary:
-    """A vocabulary for embeddings of so many rows, of a vocab.txt, a token a line, or of JSON.
+def read_vocabulary(
+    path: Path, rows: int, notes: list[str], added: Mapping[str, int | None] | None = None
+) -> Vocabulary:
+    """Return a vocabulary for embeddings of this many rows, from a file with a token a line or from JSON.
 
-    The JSON is that of gluonnlp.Vocab, or a tokenizer.json, in which transformers keep WordPiece today.
-
-    Rows without a token, with which some pad the embeddings, get the names [unused...] that published
-    vocabularies have for that; a note tells. Raises InputError where the vocabulary cannot be read or does not
-    fit.
+    The JSON is gluonnlp.Vocab's, or a tokenizer.json. added: further tokens and their rows, None for the next
+    free one. Rows without a token get the names [unused...] of published vocabularies; a note says so. Raises
+    InputError where the vocabulary cannot be read or does not fit.
     """
-    vocab = _read(path)
-    if len(vocab) > rows:
-        raise InputError(f"{path}: has {len(vocab)} tokens, where the weights have rows for {rows}")
-    if len(vocab) == rows:
-        return vocab
-    if not isinstance(vocab, WordPieceVocabulary):
+    check_downloaded(path)
+    tokens = _tokens_in_json(path) if path.suffix == ".json" else _lines(path)
+    if tuple(tokens[: len(SPECIAL_TOKENS)]) == SPECIAL_TOKENS:
+        return _word_vocabulary(path, tokens, rows)
+    if tokens and isinstance(tokens[0], str) and tokens[0] in SPECIAL_TOKENS:
+        raise InputError(f"{path}: a vocabulary of words must begin with {' '.join(SPECIAL_TOKENS)}")
+    tokens = _with_added(path, tokens, added or {})
+    if len(tokens) > rows:
         raise InputError(
-            f"{path}: has {len(vocab)} tokens, where the weights have rows for {rows}: it is another "
-            "network's vocabulary"
+            f"{path}: must have at most {rows} tokens, a row of the weights each, got {len(tokens)}"
         )
-    names = _unused_names(vocab.tokens, rows - len(vocab))
-    notes.append(
-        f"{path.name} has {len(vocab)} tokens and the embeddings have {rows} rows: the others are named "
-        f"{names[0]} to {names[-1]}"
-    )
-    return WordPieceVocabulary([*vocab.tokens, *names])
+    return _piece_vocabulary(path, [*tokens, *[_NAMELESS] * (rows - len(tokens))], notes)
 
 
-def _unused_names(tokens: Sequence[str], count: int) -> list[str]:
+def looks_cased(vocab: Vocabulary) -> bool:
+    """Return whether a vocabulary was made of text that was not lower-cased, as far as its tokens show.
+
+    Lower-casing removes accents, too, and takes Hangul apart. In vocabularies of such text the tokens that
+    this would change are strays.
+    """
+    tokens = [vocab.tokens[i] for i in vocab.ordinary_ids]
+    if not isinstance(vocab, WordPieceVocabulary):
+        return vocab.is_cased()
+    changed = sum(token != _lowered(token) for token in tokens)
+    return changed > _CASED_SHARE * len(tokens)
+
+
+def _lowered(token: str) -> str:
+    parts = unicodedata.normalize("NFD", token.lower())
+    return "".join(c for c in parts if unicodedata.category(c) != "Mn")
+
+
+def vocabulary_file(folder: Path) -> Path:
+    """Return the vocabulary of a folder; raise InputError where there is none, or two that differ."""
+    paths = [folder / name for name in (VOCAB, TOKENIZER) if (folder / name).is_file()]
+    if not paths:
+        raise InputError(f"{folder}: must hold {VOCAB} or {TOKENIZER}")
+    if len(paths) == 2:
+        for path in paths:
+            check_downloaded(path)
+        lines, tokens = _lines(paths[0]), _tokens_in_json(paths[1])
+        for row, (one, other) in enumerate(zip(lines, tokens)):
+            if _NAMELESS not in (one, other) and one != other:
+                raise InputError(
+                    f"{folder}: {VOCAB} and {TOKENIZER} must agree, got {one!r} and {other!r} in row {row}. "
+                    "Remove the file that is wrong."
+                )
+    return paths[0]
+
+
+def _word_vocabulary(path: Path, tokens: Sequence[Any], rows: int) -> Vocabulary:
+    if len(tokens) != rows:
+        raise InputError(
+            f"{path}: must have {rows} tokens, a row of the weights each, got {len(tokens)}. "
+            "Name this network's vocabulary."
+        )
+    return Vocabulary(tokens[len(SPECIAL_TOKENS) :])
+
+
+def _piece_vocabulary(path: Path, tokens: list[Any], notes: list[str]) -> WordPieceVocabulary:
+    """Return the vocabulary, once every row has a name."""
+    nameless = [row for row, token in enumerate(tokens) if token is _NAMELESS]
+    names = _unused_names(tokens, len(nameless))
+    for row, name in zip(nameless, names):
+        tokens[row] = name
+    if names:
+        ends = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        notes.append(
+            f"{path.name} names {len(tokens) - len(names)} of {len(tokens)} rows; the others are {ends}"
+        )
+    try:
+        return WordPieceVocabulary(tokens)
+    except InputError as problem:
+        raise InputError(f"{path}: {problem}") from problem
+
+
+def _unused_names(tokens: Sequence[Any], count: int) -> list[str]:
     names: list[str] = []
     taken, number = set(tokens), 0
     while len(names) < count:
@@ -48,47 +117,71 @@ def _unused_names(tokens: Sequence[str], count: int) -> list[str]:
     return names
 
 
-def _read(path: Path) -> Vocabulary:
-    if path.suffix != ".json":
-        try:
-            first = path.read_bytes()[:1000].decode("utf-8", "replace").split("\n")[: len(SPECIAL_TOKENS)]
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read as a vocabulary ({error.strerror or error})") from error
-        if tuple(first) != SPECIAL_TOKENS:
-            return WordPieceVocabulary.load(path)
-        tokens = path.read_text("utf-8").split("\n")
-        return Vocabulary(tokens[len(SPECIAL_TOKENS) : len(tokens) - (not tokens[-1])])
-    tokens = _tokens_in_json(path)
-    if tuple(tokens[: len(SPECIAL_TOKENS)]) == SPECIAL_TOKENS:
-        return Vocabulary(tokens[len(SPECIAL_TOKENS) :])
-    try:
-        return WordPieceVocabulary(tokens)
-    except InputError as problem:
-        raise InputError(
-            f"{path}: {problem}; a vocabulary of words begins with {' '.join(SPECIAL_TOKENS)}"
-        ) from problem
-
-
-def _tokens_in_json(path: Path) -> list[str]:
-    """The tokens in the JSON of a gluonnlp.Vocab, or of a WordPiece tokenizer of the package tokenizers."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        tokens = content["idx_to_token"] if "idx_to_token" in content else _tokens_of_tokenizer(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path}: cannot be read as a vocabulary ({type(error).__name__}: {error})"
-        ) from error
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise InputError(f"{path}: idx_to_token must be a list of strings")
+def _with_added(path: Path, tokens: list[Any], added: Mapping[str, int | None]) -> list[Any]:
+    """Return the tokens with further ones in their rows."""
+    tokens = list(tokens)
+    for token, row in added.items():
+        if row is None:
+            row = tokens.index(token) if token in tokens else len(tokens)
+        # Far rows are refused for their number, not made.
+        tokens += [_NAMELESS] * max(0, min(row, 10_000_000) + 1 - len(tokens))
+        if tokens[min(row, len(tokens) - 1)] not in (_NAMELESS, token):
+            raise InputError(
+                f"{path}: row {row} must be {token!r}, as an added token says, got {tokens[row]!r}"
+            )
+        tokens[min(row, len(tokens) - 1)] = token
     return tokens
 
 
-def _tokens_of_tokenizer(content: Any) -> list[str]:
-    model = content["model"]
+def _lines(path: Path) -> list[Any]:
+    """Return a token a line; nameless are blank lines and tokens that stand there again further down.
+
+    Blanks behind a token are no part of it, as in transformers, which finds the later of two equal tokens.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as a vocabulary ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: must be UTF-8, a token a line") from error
+    # Not splitlines: published vocabularies have tokens that it takes for ends of lines.
+    tokens = [line.rstrip(" \t\r") for line in text.split("\n")]
+    while tokens and not tokens[-1]:
+        tokens.pop()
+    last = {token: row for row, token in enumerate(tokens)}
+    return [token if token and last[token] == row else _NAMELESS for row, token in enumerate(tokens)]
+
+
+def _tokens_in_json(path: Path) -> list[Any]:
+    """Return the tokens in the JSON of a gluonnlp.Vocab, or of a WordPiece tokenizer."""
+    content = read_json(path)
+    if "idx_to_token" in content:
+        tokens = content["idx_to_token"]
+        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+            raise InputError(f"{path}: idx_to_token must be a list of strings")
+        return _encodable(path, tokens)
+    model = content.get("model")
+    ids = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(ids, dict) or not all(type(row) is int and row >= 0 for row in ids.values()):
+        raise InputError(f"{path}: must hold the tokens of a gluonnlp.Vocab or of a WordPiece tokenizer")
     if model.get("type", "WordPiece") != "WordPiece":
-        raise ValueError(f"its tokens are made by {model['type']}, not WordPiece")
-    ids = {**model["vocab"], **{added["content"]: added["id"] for added in content.get("added_tokens", [])}}
-    tokens = sorted(ids, key=ids.__getitem__)
-    if [ids[token] for token in tokens] != list(range(len(tokens))):
-        raise ValueError("its ids are not 0, 1, 2 and so on")
+        raise InputError(f"{path}: its tokens must be of type WordPiece, got {model['type']}")
+    size = max(ids.values(), default=-1) + 1
+    if len(set(ids.values())) != len(ids) or size > 2 * len(ids) + 1000:
+        raise InputError(f"{path}: its ids must be 0, 1, 2 and so on, each once")
+    tokens = [_NAMELESS] * size
+    for token, row in ids.items():
+        tokens[row] = token
+    return _encodable(path, tokens)
+
+
+def _encodable(path: Path, tokens: list[Any]) -> list[Any]:
+    for row, token in enumerate(tokens):
+        try:
+            (token or "").encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{path}: token {row}, {token!a}, must be valid Unicode. It holds half of a surrogate pair."
+            ) from error
     return tokens

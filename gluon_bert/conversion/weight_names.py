@@ -16,16 +16,18 @@ class WeightNames:
 
     parts: parts of our names and theirs, replaced in this order. follows_first: row 0 of their next-sentence
     head is the score for "follows", which here is row 1. kernels: an ending of the names of dense weights
-    that are stored transposed. batch_of_positions: the position embeddings are (1, P, C).
+    that are stored transposed. batch_of_positions: the position embeddings are (1, P, C). encoder: how the
+    names of the encoder and the pooler begin; what begins otherwise is a head.
     """
 
     parts: Mapping[str, str]
     follows_first: bool = False
     kernels: str = ""
     batch_of_positions: bool = False
+    encoder: tuple[str, ...] = ("",)
 
     def name(self, ours: str) -> str:
-        """Their name of a parameter.
+        """Return their name of a parameter.
 
         >>> HUGGINGFACE.name("encoder.layers.0.norm1.gamma")
         'bert.encoder.layer.0.attention.output.LayerNorm.weight'
@@ -34,14 +36,22 @@ class WeightNames:
             ours = ours.replace(our_part, their_part)
         return ours
 
+    def is_of_encoder(self, theirs: str) -> bool:
+        """Return whether one of their names belongs to the encoder or the pooler, not to a head."""
+        return theirs.startswith(self.encoder)
+
+    def foreign_shape(self, ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of their array for our parameter of that name."""
+        return self.to_theirs(ours, np.empty(shape, np.bool_)).shape
+
     def to_ours(self, ours: str, array: np.ndarray) -> np.ndarray:
-        """Their array as our parameter of that name; the inverse of `to_theirs`."""
+        """Return their array as our parameter of that name; the inverse of `to_theirs`."""
         if self.batch_of_positions and ours == _POSITIONS:
             return array[0]
         return self._turned(ours, array)
 
     def to_theirs(self, ours: str, array: np.ndarray) -> np.ndarray:
-        """Our parameter of that name as their array."""
+        """Return our parameter of that name as their array."""
         if self.batch_of_positions and ours == _POSITIONS:
             return array[None]
         return self._turned(ours, array)
@@ -52,7 +62,8 @@ class WeightNames:
         return array.T if self.kernels and self.name(ours).endswith(self.kernels) else array
 
 
-# BertForPreTraining of PyTorch transformers. Its label 0 is "follows" (modeling_bert.py).
+# BertForPreTraining and BertForSequenceClassification of PyTorch transformers. The label 0 of the first is
+# "follows" (modeling_bert.py).
 HUGGINGFACE = WeightNames(
     {
         "encoder.embeddings.tokens": "bert.embeddings.word_embeddings",
@@ -74,10 +85,12 @@ HUGGINGFACE = WeightNames(
         "mlm.decoder.bias": "cls.predictions.bias",
         "mlm.decoder": "cls.predictions.decoder",
         "nsp.dense": "cls.seq_relationship",
+        "head.dense": "classifier",
         "gamma": "weight",
         "beta": "bias",
     },
     follows_first=True,
+    encoder=("bert.",),
 )
 
 # The TensorFlow checkpoints of google-research/bert. Its label 1 is a random second segment
@@ -108,6 +121,7 @@ TENSORFLOW = WeightNames(
     },
     follows_first=True,
     kernels="/kernel",
+    encoder=("bert/",),
 )
 
 # BERTModel of GluonNLP 0.10 with pooler, decoder and classifier. Its published weights come from
@@ -136,7 +150,7 @@ GLUONNLP = WeightNames(
     follows_first=True,
 )
 
-# The book's BERTModel for MXNet (d2l 0.17). Its label 1 is "follows", as here.
+# D2L's BERTModel for MXNet (d2l 0.17). Its label 1 is "follows", as here.
 D2L = WeightNames(
     {
         "encoder.embeddings.tokens": "encoder.token_embedding",

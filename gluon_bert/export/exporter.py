@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
@@ -13,8 +12,9 @@ import numpy as np
 from ..data.tokenizer import EncodedText, PaddedBatch, Tokenizer
 from ..data.vocab import Normalization
 from ..errors import InputError
-from ..fileio import atomic_folder
+from ..fileio import atomic_folder, check_new_folder
 from ..inference.predictor import Backend, GluonNetwork, Predictor
+from ..model.pooling import Pooling
 from ..model.task import Task
 from ..run import Run
 from ..runtime import versions
@@ -48,9 +48,15 @@ class Exported(NamedTuple):
 
     @property
     def predictor(self) -> Predictor:
-        """What answers questions about texts."""
-        task = self.manifest.task
-        return Predictor(self.network, self.reader, None if task is None else Task.from_json(task, MANIFEST))
+        """Return what answers questions about texts."""
+        task, pooling = self.manifest.task, self.manifest.pooling
+        return Predictor(
+            self.network,
+            self.reader,
+            None if task is None else Task.from_json(task, MANIFEST),
+            self.manifest.untrained,
+            None if pooling is None else Pooling.from_json(pooling, MANIFEST),
+        )
 
 
 def load_exported(folder: Path, context: Any | None = None) -> Exported:
@@ -207,17 +213,15 @@ def _network(folder: Path, manifest: Manifest, context: Any | None = None) -> Ba
 
 
 def outputs_of_run(run: Run, outputs: str) -> str:
-    """The key of OUTPUTS that a run's network has: all of a fine-tuned one's are those of its task."""
-    return "task" if run.task and outputs == "all" else outputs
+    """Return the key of OUTPUTS that a run's network has.
 
-
-def check_new_folder(folder: Path, flag: str = "--output") -> None:
-    """Raise InputError where a folder holds something already, naming the flag; writes nothing."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{flag} {folder}: is there already; name a new folder, or remove it")
-    there = next(path for path in folder.absolute().parents if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {folder}: cannot be written, as {there} is no folder that can")
+    All outputs of a fine-tuned network are those of its task. Without a trained head they are the encoder's.
+    """
+    if outputs != "all":
+        return outputs
+    if run.task:
+        return "task"
+    return "encoder" if {"mlm", "nsp"} <= set(run.untrained) else "all"
 
 
 def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:
@@ -237,6 +241,8 @@ def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:
         files=hashes(folder),
         versions=versions(),
         task=run.task.to_json() if run.task else None,
+        untrained=list(run.untrained),
+        pooling=run.pooling.to_json() if run.pooling else None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable, Mapping, Sequence
 
 from ..config import Config
 from ..data.tokenizer import Tokenizer
@@ -13,6 +13,8 @@ from ..data.vocab import Normalization
 from ..data.wordpiece import load_vocabulary
 from ..errors import InputError
 from ..fileio import file_hash, write_json
+from ..model.head_names import checked_heads
+from ..model.pooling import Pooling
 from ..model.task import Task
 
 MANIFEST = "manifest.json"
@@ -59,7 +61,8 @@ class Manifest:
     tokenizer: how text becomes tokens, and the ids of the special ones. vocabulary_size, step: of the run.
     files: the SHA-256 of each file. versions: what the export was made with. comparison: how far the
     results are from the run's, and at which shapes or on which text. task: what the network was fine-tuned
-    for, as Task.to_json gives it, or None.
+    for, as Task.to_json gives it, or None. untrained: the heads whose outputs mean nothing, as no training has
+    changed them. pooling: how a text gets one vector, as Pooling.to_json gives it, or None.
     """
 
     format: str
@@ -72,6 +75,8 @@ class Manifest:
     versions: Mapping[str, str]
     comparison: Mapping[str, Any] = field(default_factory=dict)
     task: Mapping[str, Any] | None = None
+    untrained: Sequence[str] = field(default_factory=list)
+    pooling: Mapping[str, Any] | None = None
 
     @property
     def input_names(self) -> list[str]:
@@ -100,7 +105,6 @@ class Manifest:
         try:
             content = json.loads(path.read_text("utf-8"))
             version = content["manifest"]
-            content.setdefault("task", None)  # which older exports do not have
             manifest = cls(**{each.name: content[each.name] for each in fields(cls)})
         except FileNotFoundError as error:
             raise InputError(f"{folder}: holds no export: there is no {MANIFEST}") from error
@@ -141,6 +145,9 @@ class Manifest:
         self._normalization(path)
         if self.task is not None:
             Task.from_json(self.task, path)
+        if self.pooling is not None:
+            Pooling.from_json(self.pooling, path)
+        checked_heads(self.untrained, path)
         for name, expected in self.files.items():
             if Path(name).name != name:
                 raise InputError(f"{path}: {name!r} is no file of this folder")

@@ -13,9 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..errors import InputError
-from ..fileio import atomic_folder
+from ..fileio import atomic_folder, check_new_folder
 from ..run import Run
-from .exporter import check_new_folder, export_mxnet
+from .exporter import export_mxnet
 from .manifest import MANIFEST, Manifest
 
 MODEL, ARCHIVE = "bert", "bert.mar"

@@ -11,6 +11,8 @@ from ..data.tokenizer import EncodedText, PaddedBatch, Tokenizer, bucket_by_leng
 from ..data.vocab import Normalization, Vocabulary
 from ..errors import InputError
 from ..model.classifier import task_of
+from ..model.head_names import check_trained
+from ..model.pooling import Pooling
 from ..model.task import Task
 from ..runtime import mx
 
@@ -85,6 +87,7 @@ class Prediction:
     next_scores: np.ndarray | None
     task_scores: np.ndarray | None = None
     task: Task | None = None
+    untrained: tuple[str, ...] = ()
 
     @property
     def cls(self) -> np.ndarray:
@@ -100,6 +103,7 @@ class Prediction:
         """For each <mask> the likeliest tokens, each with its probability among the whole vocabulary."""
         if not len(self.text.masks):
             raise InputError("the text has no <mask>: put one where a word is to be found")
+        check_trained(self.untrained, "mlm")
         return [_likeliest(vocab, row, top) for row in softmax(self._given(self.mask_scores, "masked words"))]
 
     @property
@@ -107,6 +111,7 @@ class Prediction:
         """The probability that the second text follows the first."""
         if not self.text.is_pair:
             raise InputError("a single text has no next sentence: give a pair")
+        check_trained(self.untrained, "nsp", "pooler")
         return float(softmax(self._given(self.next_scores, "the next sentence"))[1])
 
     @property
@@ -114,7 +119,7 @@ class Prediction:
         """What a fine-tuned network says: {"label", "probabilities"} of classes, or {"score"}."""
         if self.task is None:
             raise InputError("the network was pretrained, not fine-tuned: it knows no labels and no scores")
-        if self.text.is_pair != self.task.pairs:
+        if self.task.pairs is not None and self.text.is_pair != self.task.pairs:
             wanted = "pairs of texts: give two" if self.task.pairs else "single texts: give one"
             raise InputError(f"the network was fine-tuned on {wanted}")
         scores = self._given(self.task_scores, _TASK)
@@ -140,13 +145,21 @@ class Predictor:
     ...     print(answer.mean, answer.fill_masks(run.vocab))
     """
 
-    def __init__(self, network: Backend, reader: Tokenizer, task: Task | None = None) -> None:
+    def __init__(
+        self,
+        network: Backend,
+        reader: Tokenizer,
+        task: Task | None = None,
+        untrained: Sequence[str] = (),
+        pooling: Pooling | None = None,
+    ) -> None:
         self.network, self.reader, self.task = network, reader, task
+        self.untrained, self.pooling = tuple(untrained), pooling
 
     @classmethod
     def of(cls, run: Any) -> Predictor:
         """A predictor of a run as `load_run` gives it."""
-        return cls(GluonNetwork(run.net), run.reader, run.task)
+        return cls(GluonNetwork(run.net), run.reader, run.task, run.untrained, run.pooling)
 
     def ask(self, texts: Iterable[EncodedText]) -> Iterator[Prediction]:
         """An answer for each text, in their order. Reads ahead no more than one chunk of them."""
@@ -165,11 +178,12 @@ class Predictor:
             yield Prediction(
                 text,
                 encoded[row, : len(text)],
-                None if pooled is None else pooled[row],
+                None if pooled is None or "pooler" in self.untrained else pooled[row],
                 None if mask_scores is None else mask_scores[mine],
                 None if next_scores is None else next_scores[row],
                 None if task_scores is None else task_scores[row],
                 self.task,
+                self.untrained,
             )
 
 

@@ -14,6 +14,7 @@ KINDS = ("classification", "regression")
 class Task:
     """A task: its kind, whether its texts are pairs, and what the network's scores mean.
 
+    pairs: None where no file says it; single texts and pairs are then both taken.
     labels: a classification's, in the order of its scores. mean, scale: a regression's; its score is
     mean + scale * the network's output.
 
@@ -22,7 +23,7 @@ class Task:
     """
 
     kind: str
-    pairs: bool
+    pairs: bool | None
     labels: tuple[str, ...] = ()
     mean: float = 0.0
     scale: float = 1.0
@@ -51,7 +52,7 @@ class Task:
         labels, mean, scale = content["labels"], content["mean"], content["scale"]
         sound = [
             content["kind"] in KINDS,
-            type(content["pairs"]) is bool,
+            content["pairs"] is None or type(content["pairs"]) is bool,
             isinstance(labels, list) and all(isinstance(label, str) for label in labels),
             all(type(number) in (int, float) for number in (mean, scale)),
         ]

@@ -1,0 +1,27 @@
+"""The names of the pretraining heads, and which of them no training has changed. Computes nothing."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+from ..errors import InputError
+
+# The heads by the first part of their parameters' names, and what they are called in a sentence.
+HEADS = {"pooler": "the pooler", "mlm": "the masked-language-model head", "nsp": "the next-sentence head"}
+
+
+def checked_heads(names: Any, where: object) -> tuple[str, ...]:
+    """Return names of heads as a tuple; raise InputError where they are anything else."""
+    if not isinstance(names, (list, tuple)) or not all(name in list(HEADS) for name in names):
+        raise InputError(f"{where}: 'untrained' must be a list of {', '.join(HEADS)}, got {names!r}")
+    return tuple(names)
+
+
+def check_trained(untrained: Sequence[str], *heads: str) -> None:
+    """Raise InputError where one of these heads is among the untrained ones."""
+    for head in heads:
+        if head in untrained:
+            raise InputError(
+                f"{HEADS[head]} must be trained first: the converted weights came without it. "
+                "Pretrain with --init, or fine-tune."
+            )
