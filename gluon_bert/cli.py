@@ -25,7 +25,7 @@ def parser_of(name: str, usage: str, description: str, epilog: str | None = None
     """A parser for tools/NAME.py, without flags yet; usage: what follows the name, a line for each way."""
     ways = [f"python tools/{name}.py {way}" for way in usage.splitlines()]
     return argparse.ArgumentParser(
-        prog=name,
+        prog=name.rpartition("/")[2],
         usage="\n       ".join(ways),
         description=description,
         epilog=epilog,

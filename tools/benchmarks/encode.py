@@ -1,4 +1,4 @@
-"""What `benchmark.py encode` measures side by side: networks and servers that make vectors of texts."""
+"""Measures networks and servers that compute vectors of texts: `benchmark.py encode`."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from gluon_bert.inference.predictor import GluonNetwork, Outputs, Predictor
 from gluon_bert.model.parameters import weights_of
 from gluon_bert.run import Run
 
-# Rows of a batch where nobody sorts by length.
+# Rows per batch without sorting by length.
 PLAIN_BATCH = 64
 
-# Connections to the server, and so requests that wait at once.
+# Connections to the server, and therefore simultaneous requests.
 CONNECTIONS = 8
 
-# What transformers' BertForPreTraining calls its BertModel.
-OF_BERT = "bert."
+# The prefix of BertModel's parameters in transformers' BertForPreTraining.
+BERT_PREFIX = "bert."
 
 Vectors = Callable[[Sequence[EncodedText]], np.ndarray]
 
 
 def plain(run: Run, folder: Path, stack: ExitStack) -> Vectors:
-    """The hybridized network as it comes: batches in the order of the texts."""
+    """Use the hybridized network with batches in text order."""
     network = GluonNetwork(run.net)
 
     def vectors(texts: Sequence[EncodedText]) -> np.ndarray:
@@ -57,25 +57,25 @@ def _means(network: Any, texts: Sequence[EncodedText], max_seq_length: int) -> n
     return np.stack([row[:length].mean(axis=0) for row, length in zip(encoded, batch.valid_length)])
 
 
-def _predicting(predictor: Predictor) -> Vectors:
+def _vectors_by(predictor: Predictor) -> Vectors:
     return lambda texts: np.stack([answer.mean for answer in predictor.ask(texts)])
 
 
-def encode(run: Run, folder: Path, stack: ExitStack) -> Vectors:
-    """What tools/encode.py does."""
-    return _predicting(Predictor.of(run))
+def by_length(run: Run, folder: Path, stack: ExitStack) -> Vectors:
+    """Batch texts of similar length, as tools/encode.py does."""
+    return _vectors_by(Predictor.of(run))
 
 
 def exported(run: Run, folder: Path, stack: ExitStack) -> Vectors:
-    """The exported symbol, read back by gluon.SymbolBlock."""
+    """Export the symbol and load it with gluon.SymbolBlock."""
     from gluon_bert.export.exporter import export_mxnet, load_exported
 
     export_mxnet(run, folder / "mxnet")
-    return _predicting(load_exported(folder / "mxnet").predictor)
+    return _vectors_by(load_exported(folder / "mxnet").predictor)
 
 
 def served(run: Run, folder: Path, stack: ExitStack) -> Vectors:
-    """Requests to multi-model-server, a text each."""
+    """Send requests of one text each to multi-model-server."""
     import requests
 
     from gluon_bert.export.model_archive import export_archive
@@ -100,21 +100,21 @@ def served(run: Run, folder: Path, stack: ExitStack) -> Vectors:
 
 
 def onnxruntime(run: Run, folder: Path, stack: ExitStack) -> Vectors:
-    """The exported ONNX graph."""
+    """Export the ONNX graph and run it with onnxruntime."""
     from gluon_bert.export.evaluation_texts import validation_texts
     from gluon_bert.export.exporter import export_onnx, load_exported
 
     export_onnx(run, folder / "onnx", "all", validation_texts(run))
-    return _predicting(load_exported(folder / "onnx").predictor)
+    return _vectors_by(load_exported(folder / "onnx").predictor)
 
 
 def transformers(run: Run, folder: Path, stack: ExitStack) -> Vectors:
-    """PyTorch transformers' BertModel with the run's weights."""
-    return _predicting(Predictor(TransformersNetwork(run.net), run.reader))
+    """Use PyTorch transformers' BertModel with the run's weights."""
+    return _vectors_by(Predictor(TransformersNetwork(run.net), run.reader))
 
 
 class TransformersNetwork:
-    """transformers.BertModel with the weights of a BERTModel; a Network without masks and next sentences."""
+    """A backend of transformers.BertModel, without masked words and next sentences."""
 
     def __init__(self, net: Any) -> None:
         import torch
@@ -122,7 +122,9 @@ class TransformersNetwork:
 
         config = net.config
         if config.norm != "post":
-            raise InputError("--against transformers: its BertModel has no LayerNorm before the sub-layers")
+            raise InputError(
+                "--against transformers needs norm post, got pre: its BertModel has no pre-LayerNorm"
+            )
         self._torch = torch
         torch.set_num_threads(int(runtime.versions()["threads"]))
         self._model = BertModel(BertConfig(**bert_config(config, net.vocab_size))).eval()
@@ -130,14 +132,14 @@ class TransformersNetwork:
             self._model.embeddings.LayerNorm = torch.nn.Identity()
         arrays = to_foreign_names(weights_of(net), HUGGINGFACE)
         weights = {
-            name[len(OF_BERT) :]: torch.from_numpy(array)
+            name[len(BERT_PREFIX) :]: torch.from_numpy(array)
             for name, array in arrays.items()
-            if name.startswith(OF_BERT)
+            if name.startswith(BERT_PREFIX)
         }
         self._model.load_state_dict(weights, strict=True)
 
     def __call__(self, texts: PaddedBatch) -> Outputs:
-        """The outputs, as arrays."""
+        """Return the outputs as arrays."""
         torch = self._torch
         tokens, segments = (torch.from_numpy(array).long() for array in (texts.tokens, texts.token_types))
         real = torch.arange(tokens.shape[1]) < torch.from_numpy(texts.valid_length)[:, None]
@@ -146,10 +148,10 @@ class TransformersNetwork:
         return Outputs(found.last_hidden_state.numpy(), found.pooler_output.numpy())
 
 
-# In the order in which they take their turns, with the packages that they need.
+# Baselines in the order of their turns, with the packages that they need.
 ENCODERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "plain": (plain, ()),
-    "encode": (encode, ()),
+    "encode": (by_length, ()),
     "exported": (exported, ()),
     "served": (served, ("mms", "model_archiver")),
     "onnxruntime": (onnxruntime, ("onnx", "onnxruntime")),
@@ -158,21 +160,21 @@ ENCODERS: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 
 def installed() -> list[str]:
-    """The contestants whose packages are there."""
+    """Return the baselines whose packages are installed."""
     return [name for name in ENCODERS if not missing(name)]
 
 
 def missing(name: str) -> list[str]:
-    """The packages that a contestant lacks."""
+    """Return the missing packages of a baseline."""
     return [package for package in ENCODERS[name][1] if importlib.util.find_spec(package) is None]
 
 
-# Two ways to compute the same vectors in single precision are no further apart.
-SAME = 1e-3
+# The largest difference between correct vectors in single precision.
+TOLERANCE = 1e-3
 
 
 class Result(NamedTuple):
-    """How fast a contestant was: units a second round by round, and their ratios to the first one's."""
+    """The units per second of a baseline in each round, and their ratios to the first baseline."""
 
     name: str
     rates: list[float]
@@ -180,89 +182,88 @@ class Result(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """The median rate."""
+        """Return the median rate."""
         return statistics.median(self.rates)
 
     @property
     def ratio(self) -> float:
-        """The median ratio to the first contestant."""
+        """Return the median ratio to the first baseline."""
         return statistics.median(self.ratios)
 
 
-def encode(arguments: argparse.Namespace) -> int:
-    """Vectors of texts by contestants in turns."""
-
+def run(arguments: argparse.Namespace) -> int:
+    """Compute vectors of the same texts with all baselines in turns."""
     from gluon_bert.run import load_run
 
     names = chosen(arguments.against)
-    run = load_run(arguments.run)
-    texts = texts_of(run, arguments)
+    pretrained = load_run(arguments.run)
+    texts = texts_of(pretrained, arguments)
     with TemporaryDirectory(prefix="gluon_bert-benchmark-") as folder, ExitStack() as stack:
         works = {}
         for name in names:
-            print(f"getting {name} ready", file=sys.stderr)
-            works[name] = ENCODERS[name][0](run, Path(folder), stack)
+            print(f"preparing {name}", file=sys.stderr)
+            works[name] = ENCODERS[name][0](pretrained, Path(folder), stack)
         check_same_results({name: work(texts) for name, work in works.items()})
         results = in_rounds(
             {n: partial(work, texts) for n, work in works.items()}, arguments.rounds, len(texts)
         )
     lengths = [len(text) for text in texts]
-    told = (
+    summary = (
         f"{len(texts)} texts of {min(lengths)} to {max(lengths)} tokens, {arguments.rounds} rounds, "
         f"{runtime.versions()['threads']} threads"
     )
-    print(table(told, results))
+    print(table(summary, results))
     if arguments.json:
-        content = {"what": arguments.what, "work": told, "versions": runtime.versions()}
+        content = {"benchmark": "encode", "work": summary, "versions": runtime.versions()}
         figures = {each.name: each._asdict() for each in results}
-        write_json(arguments.json, {**content, "texts a second": figures})
+        write_json(arguments.json, {**content, "texts_per_second": figures})
     return 0
 
 
 def chosen(against: str | None) -> list[str]:
-    """The contestants, in their order; InputError for one that is unknown or not installed."""
-
+    """Return the baselines in order; raise InputError for unknown or missing ones."""
     if against is None:
         left_out = [f"{name} (needs {' and '.join(missing(name))})" for name in ENCODERS if missing(name)]
         if left_out:
-            print(f"left out, as not installed: {', '.join(left_out)}", file=sys.stderr)
+            print(f"not installed: {', '.join(left_out)}", file=sys.stderr)
         return installed()
     names = against.split(",")
     unknown = [name for name in names if name not in ENCODERS]
     if unknown:
-        raise InputError(f"--against {unknown[0]}: must be some of {', '.join(ENCODERS)}")
+        raise InputError(f"--against must be some of {', '.join(ENCODERS)}, got {unknown[0]}")
     absent = {name: missing(name) for name in names if missing(name)}
     if absent:
         raise InputError(
-            "\n".join(f"--against {n}: needs {' and '.join(p)} installed" for n, p in absent.items())
+            "\n".join(f"--against {n} needs the packages {' and '.join(p)}" for n, p in absent.items())
         )
     return [name for name in ENCODERS if name in {"plain", "encode", *names}]
 
 
 def texts_of(run: Any, arguments: argparse.Namespace) -> Sequence[Any]:
-    """The texts to encode: of a file, over and over if they are fewer, or held out by the run."""
-    if arguments.text is None:
+    """Return the texts of a file, repeated if too few, or the validation texts of the run."""
+    if arguments.text_file is None:
         from gluon_bert.export.evaluation_texts import validation_texts
 
         return validation_texts(run, arguments.texts)
     from gluon_bert.inference.text_files import count_lines, read_lines
 
-    count_lines(arguments.text, "--text")
-    texts = [run.reader.text(*line.given, truncate=True) for line in read_lines(arguments.text, "--text")]
+    count_lines(arguments.text_file, "--text-file")
+    lines = read_lines(arguments.text_file, "--text-file")
+    texts = [run.reader.text(*line.given, truncate=True) for line in lines]
     return list(islice(cycle(texts), arguments.texts))
 
 
-def check_same_results(found: Mapping[str, np.ndarray]) -> None:
-    """Raise InputError unless all made the same: what computes something else is not faster."""
-    (first, expected), *others = found.items()
+def check_same_results(vectors_by_name: Mapping[str, np.ndarray]) -> None:
+    """Raise InputError if a baseline computes other vectors than the first one."""
+    (first, expected), *others = vectors_by_name.items()
     for name, vectors in others:
         difference = float(np.abs(vectors - expected).max())
-        if not difference <= SAME:
+        if not difference <= TOLERANCE:
             raise InputError(f"the vectors of {name} differ by {difference:.1e} from those of {first}")
 
 
 def in_rounds(works: Mapping[str, Callable[[], Any]], rounds: int, units: int) -> list[Result]:
-    """Let all do the same work in turns; `units` is how much work it is. All have done it once before."""
+    """Time the same work in turns. units: the amount of work. Every work has run once before."""
     rates: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
@@ -273,9 +274,9 @@ def in_rounds(works: Mapping[str, Callable[[], Any]], rounds: int, units: int) -
     return [Result(name, own, [a / b for a, b in zip(own, first)]) for name, own in rates.items()]
 
 
-def table(told: str, results: Sequence[Result]) -> str:
-    """The results for people."""
-    lines = [told, f"{'':14}{'texts/s':>10}{'ratio':>8}   from .. to"]
+def table(summary: str, results: Sequence[Result]) -> str:
+    """Return the results as text."""
+    lines = [summary, f"{'':14}{'texts/s':>10}{'ratio':>8}   from .. to"]
     for each in results:
         spread = f"{min(each.ratios):.2f} .. {max(each.ratios):.2f}"
         lines.append(f"{each.name:14}{each.rate:10.1f}{each.ratio:8.2f}   {spread}")

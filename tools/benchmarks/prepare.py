@@ -1,4 +1,4 @@
-"""The contestants of `benchmark.py prepare`: processes that make a text ready, up to a batch."""
+"""Measures the way from text files to a batch: `benchmark.py prepare`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Mapping
 
-from benchmarks.common import corpus_folder, machine
+from benchmarks.rates import corpus_folder, machine
 from benchmarks.train import BASELINE_SCRIPTS, python_of
 
 from gluon_bert import runtime
@@ -21,20 +21,19 @@ from gluon_bert.data.corpora.wikitext2 import FILES
 from gluon_bert.errors import InputError
 from gluon_bert.fileio import write_json
 
-TRAIN, VALID = FILES  # the names of its two files
-# Of the order of a larger text's paragraphs.
+TRAIN, VALID = FILES
+# Seeds the order of paragraphs in an enlarged text.
 _SEED = 20_201
 
 
 class Preparation:
-    """A way to make a text ready: with so many workers, from what is kept of the last time, or the seed's."""
+    """A baseline: workers-N, cached or d2l. home: a new folder for caches."""
 
     def __init__(self, name: str, corpus: Path, home: Path) -> None:
-        """home: a new folder for what is kept."""
         self.name = name
         self._home = home
-        if name == "seed":
-            self._command = [python_of("seed"), "d2l_prepare.py", str(corpus)]
+        if name == "d2l":
+            self._command = [python_of("d2l"), "d2l_prepare.py", str(corpus)]
         else:
             workers = "0" if name == "cached" else name.split("-")[1]
             self._command = [python_of(None), "gluon_bert_prepare.py", str(corpus), workers]
@@ -42,7 +41,7 @@ class Preparation:
             self._once(home)
 
     def make(self) -> dict[str, Any]:
-        """Make the text ready in a new process; see `baselines/protocol.py` for the answer."""
+        """Prepare the text in a new process; return its report (see `baselines/protocol.py`)."""
         if self.name == "cached":
             return self._once(self._home)
         with TemporaryDirectory(dir=self._home) as home:
@@ -54,15 +53,16 @@ class Preparation:
             self._command, cwd=BASELINE_SCRIPTS, env=variables, capture_output=True, encoding="utf-8"
         )
         if done.returncode:
-            last = (done.stderr.strip() or "it says nothing").splitlines()[-1]
+            last = (done.stderr.strip() or "no output").splitlines()[-1]
             raise InputError(f"{self.name} ended with status {done.returncode}: {last}")
-        return json.loads(done.stdout)
+        report: dict[str, Any] = json.loads(done.stdout)
+        return report
 
 
 def enlarged(corpus: Path, megabytes: int, folder: Path) -> Path:
-    """A corpus whose training text has the paragraphs of another's, again and again in new orders.
+    """Write a corpus that repeats the paragraphs of another in random orders; return its new folder.
 
-    It has so many MB or a paragraph more, in `folder`, which is made.
+    It has the given size or at most one paragraph more.
     """
     folder.mkdir()
     paragraphs = [line + b"\n" for line in (corpus / TRAIN).read_bytes().splitlines()]
@@ -77,16 +77,15 @@ def enlarged(corpus: Path, megabytes: int, folder: Path) -> Path:
     return folder
 
 
-def check_same_batches(answers: dict[str, list[dict[str, Any]]]) -> None:
-    """Raise InputError unless this package has made the same first batch each time, in all its ways."""
-    made = {name: {each["made"] for each in own} for name, own in answers.items() if name != "seed"}
+def check_same_batches(rounds: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise InputError unless this package has made the same first batch every time."""
+    made = {name: {each["first_batch"] for each in own} for name, own in rounds.items() if name != "d2l"}
     if len(set().union(*made.values())) > 1:
-        raise InputError(f"not the same first batch was made by {', '.join(made)}")
+        raise InputError(f"first batches must be equal, but differ between {', '.join(made)}")
 
 
-def prepare(arguments: argparse.Namespace) -> int:
-    """A text made ready, by processes in turns."""
-
+def run(arguments: argparse.Namespace) -> int:
+    """Prepare a text with all baselines in turns."""
     names = [f"workers-{number}" for number in arguments.workers.split(",")]
     names += arguments.against.split(",") if arguments.against else []
     corpus = corpus_folder(arguments.corpus)
@@ -94,29 +93,29 @@ def prepare(arguments: argparse.Namespace) -> int:
         if arguments.megabytes:
             corpus = enlarged(corpus, arguments.megabytes, Path(folder, "text"))
         megabytes = sum((corpus / name).stat().st_size for name in (TRAIN, VALID)) / 1e6
-        contestants = []
+        baselines = []
         for name in dict.fromkeys(names):
-            print(f"getting {name} ready", file=sys.stderr)
+            print(f"preparing {name}", file=sys.stderr)
             Path(folder, name).mkdir()
-            contestants.append(Preparation(name, corpus, Path(folder, name)))
-        answers: dict[str, list[dict[str, Any]]] = {each.name: [] for each in contestants}
+            baselines.append(Preparation(name, corpus, Path(folder, name)))
+        rounds: dict[str, list[dict[str, Any]]] = {each.name: [] for each in baselines}
         for _ in range(arguments.rounds):
-            for each in contestants:
-                answers[each.name].append(each.make())
-    check_same_batches(answers)
-    told = f"{megabytes:.1f} MB, {arguments.rounds} rounds, {machine()}"
-    print(prepare_table(told, megabytes, answers))
+            for each in baselines:
+                rounds[each.name].append(each.make())
+    check_same_batches(rounds)
+    summary = f"{megabytes:.1f} MB, {arguments.rounds} rounds, {machine()}"
+    print(table(summary, megabytes, rounds))
     if arguments.json:
-        content = {"what": "prepare", "work": told, "versions": runtime.versions()}
-        write_json(arguments.json, {**content, "rounds": answers})
+        content = {"benchmark": "prepare", "work": summary, "versions": runtime.versions()}
+        write_json(arguments.json, {**content, "rounds": rounds})
     return 0
 
 
-def prepare_table(told: str, megabytes: float, answers: Mapping[str, list[dict[str, Any]]]) -> str:
-    """How long it took to make a text ready, for people."""
-    first = next(iter(answers.values()))
-    lines = [told, f"{'':14}{'seconds':>9}{'MB/s':>8}{'ratio':>7}   {'from .. to':14}{'peak GB':>9}"]
-    for name, own in answers.items():
+def table(summary: str, megabytes: float, rounds: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Return the times of preparation as text."""
+    first = next(iter(rounds.values()))
+    lines = [summary, f"{'':14}{'seconds':>9}{'MB/s':>8}{'ratio':>7}   {'from .. to':14}{'peak GB':>9}"]
+    for name, own in rounds.items():
         seconds = statistics.median(each["seconds"] for each in own)
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(first, own)]
         spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"

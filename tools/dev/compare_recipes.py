@@ -1,4 +1,4 @@
-"""Trains by several recipes for the same time and compares what they learnt: `--help` tells how."""
+"""Trains with several recipes for the same time and compares the results."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ from gluon_bert.presets import preset
 
 EXAMPLES = """\
 examples:
-  python tools/dev/compare_recipes.py --corpus wikitext-2 --minutes 30 --seeds 0,1,2 --recipes book,quick
+  python tools/dev/compare_recipes.py --corpus wikitext-2 --minutes 30 --seeds 0,1,2 --recipes d2l,quick
   python tools/dev/compare_recipes.py --corpus wikitext-2 --minutes 10 --output runs/what-matters
 
-Every recipe trains by tools/pretrain.py, one run after the other, each in a process of its own that has the
-whole machine. What was learnt is then measured on the same validation examples, whatever a run was trained on:
-pairs of sentences of up to 64 tokens, 15 % of whose words are masked, <unk> not among them.
+Every recipe trains with tools/pretrain.py, one run after another, each with the whole machine. Then all runs
+are evaluated on the same validation examples: sentence pairs of up to 64 tokens with 15 % of the words masked,
+except <unk>.
 
-FOLDER gets the runs, results.json and learning.png; the table is printed. A run that is there already is not
-made again, so a comparison that was stopped goes on.
+FOLDER gets the runs, results.json and learning.png. The command prints a table. Existing runs are kept, so
+a stopped comparison continues.
 """
 
-# Sentence pairs between two evaluations in a comparison of half an hour, and in proportion in others: some
-# ten points of a curve.
+# Sentence pairs between evaluations in a comparison of half an hour; proportional in others. This gives about
+# ten points per curve.
 PAIRS_BETWEEN = 50_000
-# Of the examples that all are measured on: their masks, and which pairs are random ones.
+# Seeds the masks and random pairs of the common examples.
 EXAMPLES_SEED = 20_201
 
 
 class Recipe(NamedTuple):
-    """A way to train: a preset with changes, fields of the configuration by their names."""
+    """A preset with changed fields of the configuration."""
 
     title: str
     preset: str
     changes: Mapping[str, Any] = {}
 
     def config(self) -> Config:
-        """The configuration, but for text, time and seed."""
+        """Return the configuration without text, time and seed."""
         return preset(self.preset).replace(**self.changes)
 
     def but(self, title: str, **changes: Any) -> Recipe:
-        """This recipe with something changed."""
+        """Return this recipe with further changes."""
         return Recipe(title, self.preset, {**self.changes, **changes})
 
 
 class RunResult(NamedTuple):
-    """What a run reached.
+    """The results of a run.
 
-    curve: minutes of training and the MLM loss on the common examples after them. steps, pairs: of the whole
-    run. mlm_accuracy, nsp_accuracy: at its end, on the common examples.
+    curve: minutes of training and the MLM loss on the common examples. steps, pairs: totals of the run.
+    mlm_accuracy, nsp_accuracy: final values on the common examples.
     """
 
     recipe: str
@@ -70,13 +70,13 @@ class RunResult(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """The MLM loss at the end, in nats."""
+        """Return the final MLM loss in nats."""
         return self.curve[-1][1]
 
 
 QUICK = Recipe("the preset quick", "quick")
 RECIPES = {
-    "book": Recipe("the book's", "d2l"),
+    "d2l": Recipe("D2L", "d2l"),
     "quick": QUICK,
     "mask-15": QUICK.but("quick, 15 % masked", mlm_probability=0.15),
     "mask-40": QUICK.but("quick, 40 % masked", mlm_probability=0.4),
@@ -96,46 +96,48 @@ RECIPES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Return the parser of the command's flags."""
     p = parser_of(
-        "compare_recipes",
+        "dev/compare_recipes",
         "[flags]",
-        "Train by several recipes for the same time, and compare what they learnt.",
+        "Train with several recipes for the same time and compare the results.",
         EXAMPLES,
     )
     p.add_argument(
-        "--corpus", default="wikitext-2", metavar="NAME", help="as tools/pretrain.py takes it (wikitext-2)"
+        "--corpus", default="wikitext-2", metavar="NAME", help="as for tools/pretrain.py (wikitext-2)"
     )
-    p.add_argument("--minutes", type=float, default=30.0, metavar="X", help="of each run (30)")
-    p.add_argument("--seeds", default="0", metavar="N[,N...]", help="a run of each recipe for each seed (0)")
+    p.add_argument("--minutes", type=float, default=30.0, metavar="X", help="minutes per run (30)")
+    p.add_argument(
+        "--seeds", default="0", metavar="N[,N...]", help="seeds; each recipe runs once per seed (0)"
+    )
     names = ", ".join(f"{name} ({recipe.title})" for name, recipe in RECIPES.items())
-    p.add_argument("--recipes", metavar="NAME[,NAME...]", help=literal(f"which ones: {names} (all)"))
+    p.add_argument("--recipes", metavar="NAME[,NAME...]", help=literal(f"recipes: {names} (all)"))
     p.add_argument(
         "--output",
         type=Path,
         default=Path("runs", "recipes"),
         metavar="FOLDER",
-        help="a new folder, or that of a comparison to go on with (runs/recipes)",
+        help="a new folder, or that of a stopped comparison (runs/recipes)",
     )
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     return main_with_exit_status(parser(), argv, compare_recipes)
 
 
 def compare_recipes(arguments: argparse.Namespace) -> int:
-    """Compare as the flags say."""
+    """Train, evaluate and compare."""
     recipes, seeds = check(arguments)
     runs = {(name, seed): arguments.output / f"{name}-{seed}" for seed in seeds for name in recipes}
     for (name, seed), folder in runs.items():
         train(folder, recipes[name], seed, arguments)
     data = examples(arguments.corpus)
-    found = []
+    results = []
     for (name, seed), folder in runs.items():
-        print(f"{folder}: measuring what was learnt", file=sys.stderr)
-        found.append(measure(folder, name, seed, data))
+        print(f"{folder}: evaluating", file=sys.stderr)
+        results.append(measure(folder, name, seed, data))
     references = references_of(data)
     write_json(
         arguments.output / "results.json",
@@ -143,26 +145,26 @@ def compare_recipes(arguments: argparse.Namespace) -> int:
             "minutes": arguments.minutes,
             "machine": machine(),
             "reference_losses": references,
-            "runs": [each._asdict() for each in found],
+            "runs": [each._asdict() for each in results],
         },
     )
-    draw(arguments.output / "learning.png", found, references["held_out_unigram"])
-    print(table(found))
+    draw(arguments.output / "learning.png", results, references["held_out_unigram"])
+    print(table(results))
     return 0
 
 
 def check(arguments: argparse.Namespace) -> tuple[dict[str, Recipe], list[int]]:
-    """The recipes and the seeds that the flags name; one InputError tells everything that is wrong."""
+    """Return the recipes and seeds of the flags; raise one InputError for all problems."""
     problems = []
     if not 0 < arguments.minutes < 1e6:
-        problems.append(f"--minutes {arguments.minutes}: must be above 0")
+        problems.append(f"--minutes must be above 0, got {arguments.minutes}")
     names = arguments.recipes.split(",") if arguments.recipes else list(RECIPES)
     unknown = [name for name in names if name not in RECIPES]
     if unknown:
-        problems.append(f"--recipes {','.join(unknown)}: the recipes are {', '.join(RECIPES)}")
+        problems.append(f"--recipes must be some of {', '.join(RECIPES)}, got {','.join(unknown)}")
     seeds = arguments.seeds.split(",")
     if not all(seed.isdecimal() for seed in seeds):
-        problems.append(f"--seeds {arguments.seeds}: numbers with commas between them, such as 0,1,2")
+        problems.append(f"--seeds must be numbers with commas, such as 0,1,2, got {arguments.seeds}")
     if problems:
         raise InputError("\n".join(problems))
     return {name: RECIPES[name] for name in names}, [int(seed) for seed in seeds]
@@ -172,24 +174,26 @@ def check(arguments: argparse.Namespace) -> tuple[dict[str, Recipe], list[int]]:
 
 
 def train(folder: Path, recipe: Recipe, seed: int, arguments: argparse.Namespace) -> None:
-    """Make a run by this recipe in its folder, unless it is there; InputError where that fails."""
+    """Train a run with this recipe unless its folder exists; raise InputError if that fails."""
     if folder.exists():
         return
     unfinished = folder.with_name(f"{folder.name}.part")
     if unfinished.exists():
-        raise InputError(f"{unfinished}: is of a comparison that runs, or that was stopped; then remove it")
+        raise InputError(
+            f"{unfinished} belongs to a comparison that is running or was stopped. If it was stopped, remove it."
+        )
     print(f"{folder}: training for {arguments.minutes:g} minutes", file=sys.stderr)
     command = [sys.executable, str(Path(__file__).parent.parent / "pretrain.py")]
     flags = ["--corpus", arguments.corpus, "--output", str(unfinished)]
     flags += flags_of(recipe, arguments.minutes, seed)
     status = subprocess.call([*command, *flags], stdout=subprocess.DEVNULL)
     if status:
-        raise InputError(f"{unfinished}: the training failed with exit status {status}")
+        raise InputError(f"{unfinished}: training failed with exit status {status}")
     unfinished.rename(folder)
 
 
 def flags_of(recipe: Recipe, minutes: float, seed: int) -> list[str]:
-    """What tools/pretrain.py is to be told: all evaluations' weights are kept, to be measured afterwards."""
+    """Return the flags of tools/pretrain.py. All checkpoints are kept for the evaluation."""
     between = round(PAIRS_BETWEEN * minutes / 30 / recipe.config().train.batch_size)
     given = {"eval_every": max(1, between), "max_minutes": minutes, "seed": seed, "keep_checkpoints": 0}
     flags = ["--preset", recipe.preset]
@@ -201,22 +205,24 @@ def flags_of(recipe: Recipe, minutes: float, seed: int) -> list[str]:
     return flags
 
 
-# What was learnt
+# Evaluation
 
 
 def measure(folder: Path, name: str, seed: int, data: Any) -> RunResult:
-    """What a run had learnt when each of its checkpoints was written; data: the common examples."""
+    """Evaluate all checkpoints of a run on the common examples, `data`."""
     from gluon_bert.checkpoint import CONFIG, steps
     from gluon_bert.run import load_run, read_config
 
-    learnt = [(step, averages_of(load_run(folder, which=step), data)) for step in steps(folder)]
+    if not steps(folder):
+        raise InputError(f"{folder} must have at least one checkpoint. Remove it to train it again.")
+    evaluated = [(step, averages_of(load_run(folder, which=step), data)) for step in steps(folder)]
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
     minutes = {r["step"]: r["seconds"] / 60 for r in records if "seconds" in r}
-    last_step, last = learnt[-1]
+    last_step, last = evaluated[-1]
     return RunResult(
         recipe=name,
         seed=seed,
-        curve=[(minutes[step], averages.mlm_loss) for step, averages in learnt],
+        curve=[(minutes[step], averages.mlm_loss) for step, averages in evaluated],
         steps=last_step,
         pairs=last_step * read_config(folder / CONFIG).train.batch_size,
         mlm_accuracy=last.mlm_accuracy,
@@ -225,45 +231,45 @@ def measure(folder: Path, name: str, seed: int, data: Any) -> RunResult:
 
 
 def averages_of(run: Any, data: Any) -> Any:
-    """The losses and accuracies of a network on the common examples."""
+    """Return the losses and accuracies of a network on the common examples."""
     from gluon_bert.runtime import mx
     from gluon_bert.training.trainer import Trainer
 
     if run.vocab.tokens != data.vocab.tokens:
         raise InputError(
-            "the run has another vocabulary than the common examples: its recipe changes the text"
+            "the run's vocabulary differs from that of the common examples. Recipes must not change the text."
         )
     return Trainer(run.net, TrainConfig(), [mx.cpu()]).evaluate(data.validation.epoch(0))
 
 
 def examples(corpus: str) -> Any:
-    """The text whose validation batches all runs are measured on; InputError where too little is held out."""
+    """Return the data whose validation batches evaluate all runs; raise InputError without validation text."""
     from gluon_bert.data.loader import load_pretraining_data
 
     data = load_pretraining_data(DataConfig(corpus=(corpus,)), batch_size=256, seed=EXAMPLES_SEED)
     if data.validation is None:
-        raise InputError(f"--corpus {corpus}: has too little validation text to measure anything on")
+        raise InputError(f"--corpus {corpus} has too little validation text")
     return data
 
 
 def references_of(data: Any) -> dict[str, float]:
-    """Losses on the common examples of models that know less, as a run's config.json has them."""
+    """Return the losses of simpler models on the common examples, as in a run's config.json."""
     from gluon_bert.training.plots import References
 
     return References.of(data)._asdict()
 
 
-# What is told
+# Reports
 
 
-def table(found: Sequence[RunResult]) -> str:
-    """A row for each recipe, in Markdown: means over its seeds and, of the loss, the range."""
+def table(results: Sequence[RunResult]) -> str:
+    """Return a Markdown table of means over seeds, with the range of the losses."""
     lines = [
         "| recipe | runs | steps | pairs | MLM loss | MLM accuracy | NSP accuracy |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name in dict.fromkeys(each.recipe for each in found):
-        runs = [each for each in found if each.recipe == name]
+    for name in dict.fromkeys(each.recipe for each in results):
+        runs = [each for each in results if each.recipe == name]
         losses = [each.loss for each in runs]
         spread = f" ({min(losses):.3f} to {max(losses):.3f})" if len(runs) > 1 else ""
         cells = [
@@ -279,8 +285,8 @@ def table(found: Sequence[RunResult]) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, found: Sequence[RunResult], unigram: float) -> None:
-    """Draw the loss over the minutes, a curve for each run in its recipe's colour, as a PNG."""
+def draw(path: Path, results: Sequence[RunResult], unigram: float) -> None:
+    """Draw the loss over minutes as a PNG, with a curve per run and a colour per recipe."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -289,13 +295,13 @@ def draw(path: Path, found: Sequence[RunResult], unigram: float) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    names = list(dict.fromkeys(each.recipe for each in found))
-    for each in found:
-        first = each.seed == next(run.seed for run in found if run.recipe == each.recipe)
+    names = list(dict.fromkeys(each.recipe for each in results))
+    for each in results:
+        first = each.seed == next(run.seed for run in results if run.recipe == each.recipe)
         label = RECIPES[each.recipe].title if first else None
         color = f"C{names.index(each.recipe) % 10}"
         axes.plot(*zip(*each.curve), "-o", ms=3, color=color, label=label)
-    axes.axhline(unigram, color="grey", ls="--", label=f"word frequencies alone = {unigram:.2f}")
+    axes.axhline(unigram, color="grey", ls="--", label=f"unigram = {unigram:.2f}")
     axes.set(xlabel="minutes of training", ylabel="MLM loss on validation text [nats]", xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -304,7 +310,7 @@ def draw(path: Path, found: Sequence[RunResult], unigram: float) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the runs had to compute with."""
+    """Return the number of cores and the versions of the libraries."""
     from gluon_bert.runtime import versions
 
     return {"cores": os.cpu_count(), **versions()}

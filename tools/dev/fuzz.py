@@ -1,4 +1,4 @@
-"""Feeds broken files to everything that reads one: `python tools/dev/fuzz.py --help` tells how."""
+"""Feeds broken files to every reader of files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from gluon_bert.cli import main_with_exit_status, parser_of, run
 from gluon_bert.errors import InputError
 
 EXAMPLES = """\
-pip install -e '.[cpu,wordpiece,fuzz]' brings what searches for inputs by the code that they reach (atheris).
+examples:
+  python tools/dev/fuzz.py config --minutes 10       search until an error other than InputError
+  python tools/dev/fuzz.py arrays --keep found/      continue with the inputs of an earlier search
+  python tools/dev/fuzz.py state --input crash-0a1b  read one input
 
-  python tools/dev/fuzz.py config --minutes 10       until something is raised that is no InputError
-  python tools/dev/fuzz.py arrays --keep-checkpoints found/      go on with the inputs of last time
-  python tools/dev/fuzz.py state --input crash-0a1b  once more with one input
-
-An input that breaks something is written to crash-... in the current folder, and the exit status is not 0.
+pip install -e '.[cpu,wordpiece,fuzz]' installs atheris, a fuzzer guided by code coverage.
+An input that causes another error is written to crash-... in the current folder. The exit status is then not 0.
 """
 
 
 class Target(NamedTuple):
-    """Something that reads a file: `valid` makes a file that it reads, `read` reads any bytes in a folder."""
+    """A reader of files. valid: returns a valid file. read: reads any bytes, written to a folder."""
 
     valid: Callable[[], bytes]
     read: Callable[[Path, bytes], Any]
@@ -90,7 +90,7 @@ def _read_arrays(folder: Path, content: bytes) -> None:
 
 
 def _checkpoint(folder: Path) -> Path:
-    """A checkpoint in a run's folder."""
+    """Write a checkpoint to a run folder."""
     import numpy as np
 
     from gluon_bert.checkpoint import Snapshot, write_checkpoint
@@ -148,7 +148,7 @@ def _read_log(folder: Path, content: bytes) -> None:
 
 
 def _shards(folder: Path) -> None:
-    """A prepared corpus in a folder."""
+    """Write a prepared corpus to a folder."""
     import numpy as np
 
     from gluon_bert.data import shards
@@ -290,7 +290,7 @@ TARGETS: dict[str, Target] = {
 
 
 def read(name: str, folder: Path, content: bytes) -> bool:
-    """Let a target read a file of this content; returns whether it could. Raises all but InputError."""
+    """Read a file of this content; return False after an InputError. Other errors are raised."""
     try:
         TARGETS[name].read(folder, content)
     except InputError:
@@ -312,17 +312,17 @@ def _written(name: str, write: Callable[[Path], Any]) -> bytes:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    p = parser_of("fuzz", "TARGET [flags]", "Search for files that break what reads them.", EXAMPLES)
+    """Return the parser of the command's flags."""
+    p = parser_of("dev/fuzz", "TARGET [flags]", "Search for files that break their readers.", EXAMPLES)
     p.add_argument("target", metavar="TARGET", choices=TARGETS, help=", ".join(TARGETS))
-    p.add_argument("--minutes", type=float, default=10.0, metavar="X", help="how long it searches (10)")
-    p.add_argument("--keep", type=Path, metavar="FOLDER", help="of inputs that reach new code (a new one)")
-    p.add_argument("--input", type=Path, metavar="FILE", help="read this one instead of searching")
+    p.add_argument("--minutes", type=float, default=10.0, metavar="X", help="length of the search (10)")
+    p.add_argument("--keep", type=Path, metavar="FOLDER", help="inputs that reach new code (a new folder)")
+    p.add_argument("--input", type=Path, metavar="FILE", help="read this file instead of searching")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status. A search ends the process itself."""
+    """Run the command; return its exit status. A search exits by itself."""
     return main_with_exit_status(parser(), argv, fuzz)
 
 
@@ -331,8 +331,8 @@ def fuzz(arguments: argparse.Namespace) -> int:
     folder = Path(tempfile.mkdtemp(prefix="gluon_bert.fuzz."))
     try:
         if arguments.input is not None:
-            could = read(arguments.target, folder, arguments.input.read_bytes())
-            print("it can be read" if could else "it is refused in words")
+            readable = read(arguments.target, folder, arguments.input.read_bytes())
+            print("valid" if readable else "refused with an InputError")
             return 0
         return search(arguments.target, arguments.minutes, arguments.keep or folder / "kept", folder)
     finally:
@@ -340,18 +340,18 @@ def fuzz(arguments: argparse.Namespace) -> int:
 
 
 def search(name: str, minutes: float, kept: Path, folder: Path) -> int:
-    """Let atheris search for so long; it ends the process, with status 0 where it found nothing."""
+    """Search with atheris, which exits with status 0 if it finds nothing."""
     try:
         import atheris
     except ImportError as error:
-        install = "pip install -e '.[cpu,wordpiece,fuzz]'"
-        raise InputError(f"atheris is not installed ({error}): {install}") from error
+        install = "Run pip install -e '.[cpu,wordpiece,fuzz]'."
+        raise InputError(f"atheris is not installed ({error}). {install}") from error
     from gluon_bert.runtime import mx
 
-    assert mx  # before what follows, which would instrument it
+    assert mx  # must not be instrumented below
     kept.mkdir(parents=True, exist_ok=True)
     (kept / "valid").write_bytes(TARGETS[name].valid())
-    # Again, with the branches of this package's code counted; NumPy's and the library's own are not.
+    # Import this package again, so that atheris counts its branches, but not those of NumPy and MXNet.
     for module in [module for module in sys.modules if module.startswith("gluon_bert.")]:
         if module not in ("gluon_bert.runtime", "gluon_bert.errors"):
             del sys.modules[module]

@@ -17,43 +17,48 @@ from gluon_bert.config import FineTuneConfig
 from gluon_bert.errors import InputError
 from gluon_bert.fileio import atomic_write, write_json
 
-# Each network sees so many examples at least, if few ones over and over, and each of them so often at least.
+# Each network sees at least this many examples, with repetitions, and each example at least EPOCHS times.
 EXAMPLES_SEEN, EPOCHS = 5000, 3
 
 DESCRIPTION = """\
-Fine-tune the encoder of RUN, and one of the same size with random weights, to tell from which kind of section
-of an article a paragraph is (history, reception, plot and so on, by the section's heading). Both see the same
-examples of WikiText's train file in the same order, and are asked about the paragraphs of its valid file,
-whose articles neither has seen. Told is how many they get right, by how many examples they learnt from.
+Fine-tune the encoder of RUN and one of the same size with random weights. The task is the kind of section that
+a paragraph is from, such as history, reception or plot. Both networks see the same examples of WikiText's train
+file in the same order. They are tested on its valid file, whose articles neither has seen. The command reports
+the accuracy by the number of training examples.
 """
 NAMES = {True: "pretrained", False: "from scratch"}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    p = parser_of("does_pretraining_help", "RUN [flags]", DESCRIPTION)
-    p.add_argument("run", type=Path, metavar="RUN", help="the pretrained run")
+    """Return the parser of the command's flags."""
+    p = parser_of("dev/pretraining_vs_scratch", "RUN [flags]", DESCRIPTION)
+    p.add_argument("run", type=Path, metavar="RUN", help="folder of the pretrained run")
     p.add_argument(
         "--corpus", default="wikitext-2", metavar="NAME", help="wikitext-2, or its folder (wikitext-2)"
     )
     p.add_argument(
-        "--sizes", type=int, nargs="+", default=[100, 400, 1600], metavar="N", help="examples (100 400 1600)"
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[100, 400, 1600],
+        metavar="N",
+        help="numbers of training examples (100 400 1600)",
     )
-    p.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions of each (3)")
-    p.add_argument("--lr", type=float, default=5e-4, metavar="X", help="the learning rate of both (0.0005)")
-    p.add_argument("--output", type=Path, metavar="FOLDER", help="where figures and plot go (RUN/study)")
+    p.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions of each size (3)")
+    p.add_argument("--lr", type=float, default=5e-4, metavar="X", help="learning rate (0.0005)")
+    p.add_argument("--output", type=Path, metavar="FOLDER", help="folder for figures and plot (RUN/study)")
     add_checkpoint_flag(p)
     add_device_flag(p)
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     return main_with_exit_status(parser(), argv, study)
 
 
 def study(arguments: argparse.Namespace) -> int:
-    """Fine-tune as the flags say, tell and draw what came of it."""
+    """Fine-tune all networks, then print, write and draw their accuracy."""
     from dev.wikitext_sections import sample, section_rows
 
     from gluon_bert.data.corpora.corpus import WIKITEXT_TRAIN, WIKITEXT_VALID
@@ -63,11 +68,11 @@ def study(arguments: argparse.Namespace) -> int:
 
     check(arguments)
     folder = wikitext2_folder() if arguments.corpus == "wikitext-2" else Path(arguments.corpus)
-    rows, asked = (section_rows(folder / name) for name in (WIKITEXT_TRAIN, WIKITEXT_VALID))
+    rows, test_rows = (section_rows(folder / name) for name in (WIKITEXT_TRAIN, WIKITEXT_VALID))
     before = load_run(arguments.run, [device(arguments)], arguments.checkpoint)
     task = infer_task(rows, "classification")
-    asked = [row for row in asked if row.label in task.labels]
-    dev = examples(asked, task, before.reader, "valid file")
+    test_rows = [row for row in test_rows if row.label in task.labels]
+    dev = examples(test_rows, task, before.reader, "valid file")
     results: list[dict[str, Any]] = []
     for size in arguments.sizes:
         for seed in range(arguments.seeds):
@@ -75,26 +80,26 @@ def study(arguments: argparse.Namespace) -> int:
             for pretrained in (True, False):
                 result = fine_tuned(before, task, train, dev, tuning(size, seed, arguments.lr), pretrained)
                 results.append({"size": size, "seed": seed, "pretrained": pretrained, **result})
-                print(in_words(results[-1]), file=sys.stderr)
-    most = Counter(row.label for row in asked).most_common(1)[0][1] / len(asked)
-    write(arguments, results, most, len(asked))
+                print(format_result(results[-1]), file=sys.stderr)
+    most = Counter(row.label for row in test_rows).most_common(1)[0][1] / len(test_rows)
+    write(arguments, results, most, len(test_rows))
     print("\n".join(table(results, most)))
     return 0
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raise one InputError that tells everything that is wrong with the flags."""
-    problems = [f"--sizes {size}: must be at least 16" for size in arguments.sizes if size < 16]
+    """Raise one InputError for all problems with the flags."""
+    problems = [f"--sizes must be at least 16, got {size}" for size in arguments.sizes if size < 16]
     if arguments.seeds < 1:
-        problems.append(f"--seeds {arguments.seeds}: must be at least 1")
+        problems.append(f"--seeds must be at least 1, got {arguments.seeds}")
     if not arguments.lr > 0:
-        problems.append(f"--lr {arguments.lr}: must be above 0")
+        problems.append(f"--lr must be above 0, got {arguments.lr}")
     if problems:
         raise InputError("\n".join(problems))
 
 
 def tuning(size: int, seed: int, lr: float) -> FineTuneConfig:
-    """How a network learns from so many examples."""
+    """Return the options of fine-tuning on this many examples."""
     return FineTuneConfig(
         epochs=max(EPOCHS, math.ceil(EXAMPLES_SEEN / size)), batch_size=16, lr=lr, seed=seed
     )
@@ -103,7 +108,7 @@ def tuning(size: int, seed: int, lr: float) -> FineTuneConfig:
 def fine_tuned(
     before: Any, task: Any, train: Any, dev: Any, config: FineTuneConfig, pretrained: bool
 ) -> dict[str, Any]:
-    """What a network gets right on the dev examples after its last epoch."""
+    """Fine-tune a network; return its metrics on the dev examples after the last epoch."""
     from gluon_bert.finetuning.finetune import FineTuner, init_from_pretrained
 
     started = time.perf_counter()
@@ -116,50 +121,52 @@ def fine_tuned(
     return {**right, "train_loss": losses[-1], "seconds": round(time.perf_counter() - started, 1)}
 
 
-def in_words(result: dict[str, Any]) -> str:
-    """One fine-tuned network for a person."""
+def format_result(result: dict[str, Any]) -> str:
+    """Return a line about one fine-tuned network."""
     return (
         f"{result['size']} examples, seed {result['seed']}, {NAMES[result['pretrained']]}: "
-        f"{result['accuracy']:.1%} right, F1 {result['f1']:.3f} ({result['seconds']} s)"
+        f"accuracy {result['accuracy']:.1%}, F1 {result['f1']:.3f} ({result['seconds']} s)"
     )
 
 
-def found(results: Sequence[dict[str, Any]], name: str, size: int, pretrained: bool) -> list[float]:
-    """A metric of the networks that learnt from so many examples, one a seed."""
+def metric(results: Sequence[dict[str, Any]], name: str, size: int, pretrained: bool) -> list[float]:
+    """Return a metric of all seeds for a number of training examples."""
     return [r[name] for r in results if r["size"] == size and r["pretrained"] == pretrained]
 
 
 def table(results: Sequence[dict[str, Any]], most: float) -> list[str]:
-    """The results for people: means over the seeds, of the accuracy also the smallest and the largest."""
+    """Return the lines of a table: means over seeds, with the range of the accuracy."""
     lines = [f"{'examples':>8}  {'pretrained':>34}  {'from scratch':>34}"]
     for size in sorted({result["size"] for result in results}):
         cells = []
         for pretrained in (True, False):
-            right, f1 = (found(results, name, size, pretrained) for name in ("accuracy", "f1"))
+            right, f1 = (metric(results, name, size, pretrained) for name in ("accuracy", "f1"))
             spread = f"{min(right):.1%} to {max(right):.1%}"
             cells.append(f"{statistics.mean(right):.1%} ({spread}), F1 {statistics.mean(f1):.3f}")
         lines.append(f"{size:>8}  {cells[0]:>34}  {cells[1]:>34}")
-    return [*lines, f"the most frequent kind alone: {most:.1%} right"]
+    return [*lines, f"most frequent class: {most:.1%}"]
 
 
-def write(arguments: argparse.Namespace, results: Sequence[dict[str, Any]], most: float, asked: int) -> None:
-    """Write every figure, and the plot."""
+def write(
+    arguments: argparse.Namespace, results: Sequence[dict[str, Any]], most: float, num_test: int
+) -> None:
+    """Write all figures and the plot."""
     folder = arguments.output or arguments.run / "study"
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "run": str(arguments.run),
         "lr": arguments.lr,
-        "paragraphs_asked": asked,
-        "most_frequent_kind": most,
+        "test_paragraphs": num_test,
+        "most_frequent_class": most,
         "versions": runtime.versions(),
         "results": list(results),
     }
-    write_json(folder / "does-pretraining-help.json", content)
-    draw(folder / "does-pretraining-help.png", results, most)
+    write_json(folder / "pretraining-vs-scratch.json", content)
+    draw(folder / "pretraining-vs-scratch.png", results, most)
 
 
 def draw(path: Path, results: Sequence[dict[str, Any]], most: float) -> None:
-    """Draw the accuracy over the number of examples, a mark for each seed, as a PNG."""
+    """Draw the accuracy over the number of training examples as a PNG, with a mark per seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -168,17 +175,17 @@ def draw(path: Path, results: Sequence[dict[str, Any]], most: float) -> None:
     axes = figure.subplots()
     sizes = sorted({result["size"] for result in results})
     for pretrained, color in ((True, "tab:blue"), (False, "tab:orange")):
-        means = [100 * statistics.mean(found(results, "accuracy", size, pretrained)) for size in sizes]
+        means = [100 * statistics.mean(metric(results, "accuracy", size, pretrained)) for size in sizes]
         axes.plot(sizes, means, "-", color=color, label=NAMES[pretrained])
         own = [r for r in results if r["pretrained"] == pretrained]
         axes.plot([r["size"] for r in own], [100 * r["accuracy"] for r in own], "o", color=color, ms=5)
-    axes.axhline(100 * most, color="grey", ls="--", label="the most frequent kind alone")
+    axes.axhline(100 * most, color="grey", ls="--", label="most frequent class")
     axes.set(
-        xscale="log", xlabel="training examples", ylabel="right on articles not seen [%]", ylim=(0, None)
+        xscale="log", xlabel="training examples", ylabel="accuracy on unseen articles [%]", ylim=(0, None)
     )
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
-    axes.set_title("Which kind of section is a paragraph from?")
+    axes.set_title("Kind of section of a paragraph")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     with atomic_write(path, "wb") as file:

@@ -1,4 +1,4 @@
-"""Trains for hours and watches memory, open files and throughput."""
+"""Trains for hours and records memory, open files and throughput."""
 
 from __future__ import annotations
 
@@ -17,55 +17,56 @@ from gluon_bert.errors import InputError
 from gluon_bert.fileio import atomic_write
 
 EXAMPLES = """\
+examples:
   python tools/dev/soak.py soak/ --minutes 120
   python tools/dev/soak.py soak/ --minutes 10 -- --preset bert-tiny --corpus wikitext-2 --checkpoint-every 60
 
-Behind -- stand flags of tools/pretrain.py. The folder gets the run, samples.csv and soak.png. How far the
-second half of the time differs from the first, without its first tenth, is printed. Linux only.
+Flags of tools/pretrain.py follow --. The folder gets the run, samples.csv and soak.png. The command prints the
+medians of both halves of the time, without its first tenth. Linux only.
 """
 EVERY = 2.0  # seconds between two samples
-BEGINNING = 0.1  # share of the time in which memory may still grow: every shape of a batch is met once
+WARM_UP = 0.1  # share of the time in which memory may grow, until every batch shape has occurred
 
 
 class Sample(NamedTuple):
-    """What a process holds at a time."""
+    """The resources of a process at a time."""
 
     seconds: float
-    memory: float  # MB that are resident
-    files: int  # that are open
+    memory: float  # resident MB
+    files: int  # open files
     threads: int
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Return the parser of the command's flags."""
     p = parser_of(
-        "soak",
+        "dev/soak",
         "FOLDER [--minutes X] [-- FLAGS]",
-        "Train for long, and see whether memory, open files and throughput stay what they are.",
+        "Train for hours and check that memory, open files and throughput stay constant.",
         EXAMPLES,
     )
     p.add_argument("folder", type=Path, metavar="FOLDER", help="a new folder")
-    p.add_argument("--minutes", type=float, default=120.0, metavar="X", help="of training (120)")
+    p.add_argument("--minutes", type=float, default=120.0, metavar="X", help="minutes of training (120)")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     return main_with_inner_command(parser(), argv, soak)
 
 
 def soak(arguments: argparse.Namespace, flags: list[str]) -> int:
-    """Train, sample, tell."""
+    """Train, record samples and print their medians."""
     folder, minutes = arguments.folder, arguments.minutes
     if folder.exists():
-        raise InputError(f"{folder}: is there already; name a new folder")
+        raise InputError(f"FOLDER must be a new folder, but {folder} exists")
     if not minutes > 0:
-        raise InputError(f"--minutes {minutes}: must be above 0")
+        raise InputError(f"--minutes must be above 0, got {minutes}")
     folder.mkdir(parents=True)
-    command = [sys.executable, str(Path(__file__).with_name("pretrain.py"))]
-    # A checkpoint and an evaluation every 50 steps are about one a minute on two cores.
-    ours = ["--eval-every", "50", "--checkpoint-every", "50", "--max-minutes", str(minutes)]
-    process = subprocess.Popen([*command, *ours, *flags, "--output", str(folder / "run")])
+    command = [sys.executable, str(Path(__file__).parent.with_name("pretrain.py"))]
+    # 50 steps take about a minute on two cores.
+    defaults = ["--eval-every", "50", "--checkpoint-every", "50", "--max-minutes", str(minutes)]
+    process = subprocess.Popen([*command, *defaults, *flags, "--output", str(folder / "run")])
     samples = []
     try:
         began = time.monotonic()
@@ -82,18 +83,19 @@ def soak(arguments: argparse.Namespace, flags: list[str]) -> int:
     windows = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text("utf-8").splitlines()]
     speeds = [(w["seconds"], w["pairs_per_second"]) for w in windows if "pairs_per_second" in w]
     draw(folder / "soak.png", samples, speeds)
-    for name, unit, points in (
+    series: list[tuple[str, str, list[tuple[float, float]]]] = [
         ("memory", "MB", [(s.seconds, s.memory) for s in samples]),
         ("open files", "", [(s.seconds, s.files) for s in samples]),
         ("threads", "", [(s.seconds, s.threads) for s in samples]),
         ("throughput", "pairs/s", speeds),
-    ):
+    ]
+    for name, unit, points in series:
         print(f"{name}: {halves(points)} {unit}".rstrip())
     return 0
 
 
 def sampled(pid: int, seconds: float) -> list[Sample]:
-    """A sample of a process, or none where it has just ended."""
+    """Return a sample of a process, or nothing if it has ended."""
     try:
         status = dict(
             line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
@@ -106,22 +108,22 @@ def sampled(pid: int, seconds: float) -> list[Sample]:
 
 
 def halves(points: list[tuple[float, float]]) -> str:
-    """The medians of the first and of the second half of the time, without its beginning.
+    """Return the medians of both halves of the time, without the warm-up.
 
     >>> halves([(0, 9.0), (1, 1.0), (4, 1.0), (6, 3.0), (10, 3.0)])
     '1.0 in the first half, 3.0 in the second'
     """
     end = points[-1][0] if points else 0.0
-    middle = (1 + BEGINNING) / 2 * end
-    first = [value for seconds, value in points if BEGINNING * end <= seconds < middle]
+    middle = (1 + WARM_UP) / 2 * end
+    first = [value for seconds, value in points if WARM_UP * end <= seconds < middle]
     second = [value for seconds, value in points if seconds >= middle]
     if not first or not second:
-        return "too short a time to tell"
+        return "too few samples"
     return f"{statistics.median(first):.1f} in the first half, {statistics.median(second):.1f} in the second"
 
 
 def draw(path: Path, samples: list[Sample], speeds: list[tuple[float, float]]) -> None:
-    """Draw all that was sampled over the time, as a PNG."""
+    """Draw the samples over time as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""A task made of WikiText: from which kind of section of an article is a paragraph? Trains nothing."""
+"""Makes a classification task from WikiText: the kind of section that a paragraph is from. Trains nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from gluon_bert.errors import InputError
 from gluon_bert.finetuning.tables import TableRow
 
-# Words of a section's heading -> its kind, of those that are frequent in many articles.
+# Kinds of sections that are frequent in many articles, with the words of their headings.
 KINDS = {
     "background": ("background",),
     "career": ("career",),
@@ -22,15 +22,15 @@ KINDS = {
     "reception": ("reception",),
 }
 _HEADING = re.compile(r"((?:= )+)(.*?)(?: =)+")
-# A shorter paragraph is a caption or a line of a list.
-_FEWEST_WORDS = 20
+# Shorter paragraphs are captions or lines of lists.
+_MIN_WORDS = 20
 
 
 def section_rows(path: Path) -> list[TableRow]:
-    """The paragraphs of a WikiText file whose section has one of KINDS, with that as their label.
+    """Return the paragraphs of a WikiText file in sections of one of KINDS, labelled with the kind.
 
-    A section is one of an article's own; those within it count as its parts. The heading is no part of the
-    text. InputError where the file cannot be read or has no such section.
+    Subsections belong to their section. Headings are left out. Raise InputError if the file cannot be read or
+    has no such section.
     """
     try:
         lines = path.read_text("utf-8").split("\n")
@@ -41,15 +41,15 @@ def section_rows(path: Path) -> list[TableRow]:
         heading = _HEADING.fullmatch(line)
         if heading and heading[1].count("=") <= 2:
             kind = _kind(heading[2]) if heading[1].count("=") == 2 else None
-        elif kind and not heading and len(line.split()) >= _FEWEST_WORDS:
+        elif kind and not heading and len(line.split()) >= _MIN_WORDS:
             rows.append(TableRow(f"{path}, line {number}", (line,), kind))
     if not rows:
-        raise InputError(f"{path}: has no section whose heading names one of {', '.join(KINDS)}")
+        raise InputError(f"{path} must have a section whose heading names one of {', '.join(KINDS)}")
     return rows
 
 
 def _kind(heading: str) -> str | None:
-    """The one kind that a heading names, None where it names none or several.
+    """Return the kind that a heading names, or None if it names none or several.
 
     >>> _kind("Early life"), _kind("Life and career"), _kind("Themes")
     ('life', None, None)
@@ -60,11 +60,13 @@ def _kind(heading: str) -> str | None:
 
 
 def sample(rows: list[TableRow], size: int, seed: int) -> list[TableRow]:
-    """So many of the rows, drawn from the seed; a smaller sample of the same seed is a part of a larger one.
+    """Draw rows by a seed. A smaller sample of the same seed is a part of a larger one.
 
-    InputError where there are fewer.
+    Raise InputError if there are too few rows.
     """
     if size > len(rows):
-        raise InputError(f"--sizes {size}: the training text has {len(rows)} labelled paragraphs")
+        raise InputError(
+            f"--sizes must be at most {len(rows)}, the number of labelled paragraphs, got {size}"
+        )
     order = np.random.default_rng(seed).permutation(len(rows))
     return [rows[i] for i in order[:size]]

@@ -1,7 +1,7 @@
-"""A contestant of `benchmark.py train`: the book's own package, d2l, on MXNet, from the folder named first.
+"""The baseline d2l of `benchmark.py train`: d2l on MXNet. Argument: the folder of the corpus.
 
-The loop is that of the section "Pretraining BERT", around the package's network, data and loss. Left out is
-the drawing of the losses after each step, which would only take time.
+The loop follows the section "Pretraining BERT" of Dive into Deep Learning, with d2l's network, data and loss.
+It does not draw the losses after each step.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ npx.set_np()
 
 
 def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
-    """The steps, and with what they are made."""
-    d2l.download_extract = lambda *_: sys.argv[1]  # where the package would download to
-    # In place of the 4 processes of the section, which on a small machine only take turns.
+    """Return the steps and facts to report."""
+    d2l.download_extract = lambda *_: sys.argv[1]  # the folder of d2l's download
+    # The section uses 4 processes, which only take turns on a small machine.
     d2l.get_dataloader_workers = lambda: 0
     train_iter, vocab = d2l.load_data_wiki(512, 64)
     net = d2l.BERTModel(
@@ -32,11 +32,11 @@ def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
     net.initialize(init.Xavier(), ctx=devices)
     import mxnet
 
-    return steps(net, train_iter, vocab, devices), {"with": f"d2l 0.17.6, mxnet {mxnet.__version__}"}
+    return steps(net, train_iter, vocab, devices), {"software": f"d2l 0.17.6, mxnet {mxnet.__version__}"}
 
 
 def steps(net: Any, train_iter: Any, vocab: Any, devices: Any) -> Iterator[Step]:
-    """The section's training loop."""
+    """Run the training loop of the section."""
     loss = gluon.loss.SoftmaxCELoss()
     trainer = gluon.Trainer(net.collect_params(), "adam", {"learning_rate": 1e-3})
     while True:

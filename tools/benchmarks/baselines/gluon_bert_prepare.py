@@ -1,18 +1,18 @@
-"""A contestant of `benchmark.py prepare`: this package, from a corpus to the first batch of d2l."""
+"""The baselines workers-N and cached of `benchmark.py prepare`: this package, preset d2l."""
 
 from __future__ import annotations
 
 import sys
 from hashlib import sha256
 
-from protocol import tell_preparation
+from protocol import report_preparation
 
 from gluon_bert.data.loader import load_pretraining_data
 from gluon_bert.presets import preset
 
 
 def prepare() -> str:
-    """A hash of the first batch, which says that the same was made."""
+    """Make the first batch and return its hash."""
     config = preset("d2l").replace(corpus=(sys.argv[1],), preprocessing_workers=int(sys.argv[2]))
     data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
     batch = next(data.train.epoch(0))
@@ -20,4 +20,4 @@ def prepare() -> str:
 
 
 if __name__ == "__main__":
-    tell_preparation(prepare)
+    report_preparation(prepare)

@@ -1,7 +1,6 @@
-"""A row of `benchmark.py scale`: steps of a network on some contexts, of one worker or of several.
+"""A row of `benchmark.py scale`: steps of a network on some contexts, in one worker or several.
 
-Its arguments are JSON: what to measure, the benchmark's process, the file for the answer, which the first
-worker writes, and --kvstore=NAME. See `scaling.py` for both.
+Arguments: the case as JSON, the benchmark's process id, the file for the report of rank 0, --kvstore=NAME.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import numpy as np
-from gluon_bert_train import best_rate_of_products, finished_step, flop
+from gluon_bert_train import finished_step, flop, peak_matmul
 
 from gluon_bert import devices
 from gluon_bert.config import Config
@@ -30,51 +29,52 @@ from gluon_bert.system import peak_memory
 from gluon_bert.training.trainer import Trainer
 
 
-def main(job: dict[str, Any], benchmark: int, path: Path, kvstore: str) -> None:
-    """Make the steps and, as the first worker, tell of them."""
-    config = Config.from_json(job["config"])
-    with init_distributed(kvstore) as workers:
-        contexts = devices.contexts(cpus=job["contexts"])
+def main(case: dict[str, Any], benchmark: int, path: Path, kvstore: str) -> None:
+    """Take the steps; rank 0 writes the report."""
+    config = Config.from_json(case["config"])
+    with init_distributed(kvstore) as communicator:
+        contexts = devices.contexts(cpus=case["contexts"])
         data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
         net = BERTModel(len(data.vocab), config.model)
         net.initialize(ctx=contexts, seed=config.train.seed)
         net.hybridize()
-        trainer = Trainer(net, config.train, contexts, workers)
+        trainer = Trainer(net, config.train, contexts, communicator)
         batches = data.train.batches()
-        finished_step(trainer, next(batches))  # makes what the others use
-        workers.all_gather(b"+")
-        products = best_rate_of_products()["flop_per_second"]
-        workers.all_gather(b"+")
+        finished_step(trainer, next(batches))  # warms up
+        communicator.all_gather(b"+")
+        products = peak_matmul("fp32")["flop_per_second"]
+        communicator.all_gather(b"+")
         before = time.perf_counter()
-        made = []
-        for batch in islice(batches, job["steps"]):
+        taken = []
+        for batch in islice(batches, case["steps"]):
             finished_step(trainer, batch)
-            made.append(batch)
+            taken.append(batch)
         seconds = time.perf_counter() - before
         parts = parts_of_a_step(trainer, batches)
-        products = float(workers.total(np.array(products)))
-        # All workers are still there.
-        answer = {
+        products = float(communicator.total(np.array(products)))
+        # The memory of all workers counts, so none may have left yet.
+        report = {
             "seconds": seconds,
-            "pairs": sum(map(len, made)),
-            "tokens": sum(int(batch.valid_length.sum()) for batch in made),
-            "flop": sum(flop(batch, config.model, len(data.vocab)) for batch in made),
-            "flop_per_second_of_products": products,
+            "pairs": sum(map(len, taken)),
+            "tokens": sum(int(batch.valid_length.sum()) for batch in taken),
+            "flop": sum(flop(batch, config.model, len(data.vocab)) for batch in taken),
+            "peak_matmul_flops": products,
             "parts": parts,
-            "even": dict(zip(("tokens", "predictions"), trainer.load_balance.shares())),
-            "peak_gigabytes": sum(peak_memory(process=process) or 0.0 for process in below(benchmark)) / 1e9,
+            "load_balance": dict(zip(("tokens", "predictions"), trainer.load_balance.shares())),
+            "peak_gigabytes": sum(peak_memory(process=process) or 0.0 for process in descendants(benchmark))
+            / 1e9,
             "vocabulary": len(data.vocab),
         }
-        workers.all_gather(b"+")
-        if not workers.rank:
-            path.write_text(json.dumps(answer), "utf-8")
+        communicator.all_gather(b"+")
+        if not communicator.rank:
+            path.write_text(json.dumps(report), "utf-8")
 
 
 def parts_of_a_step(trainer: Any, batches: Iterator[Batch]) -> dict[str, float]:
-    """Seconds of the parts of one more step, each of which waits until the one before is done.
+    """Return the seconds of the parts of one step, with a wait after each part.
 
-    batch: making it. computing: losses and gradients. summing: the gradients of all contexts, of all workers,
-    with the wait for these. updating: norm, clipping and optimizer.
+    batch: make the batch. computing: losses and gradients. summing: sum the gradients over contexts and
+    workers, and wait for these. updating: norm, clipping and optimizer.
     """
     seconds: dict[str, float] = {}
 
@@ -106,11 +106,11 @@ def parts_of_a_step(trainer: Any, batches: Iterator[Batch]) -> dict[str, float]:
     return seconds
 
 
-def below(process: int) -> list[int]:
-    """The processes that a process has started, and that those have, as far as the system tells."""
+def descendants(process: int) -> list[int]:
+    """Return the descendants of a process, according to /proc."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # it has ended
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
     found = [process]
     for each in found:
@@ -120,9 +120,9 @@ def below(process: int) -> list[int]:
 
 if __name__ == "__main__":
     try:
-        job, benchmark, path, kvstore = sys.argv[1:]
-        main(json.loads(job), int(benchmark), Path(path), kvstore.partition("=")[2])
+        case, benchmark, path, kvstore = sys.argv[1:]
+        main(json.loads(case), int(benchmark), Path(path), kvstore.partition("=")[2])
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # at a normal end it would wait for the other workers
+        os._exit(1)  # a normal exit would wait for the other workers

@@ -1,6 +1,6 @@
-"""A contestant of `benchmark.py train`: this package, on the corpus named first, with the preset d2l.
+"""The baselines compiled and mxnet of `benchmark.py train`: this package.
 
-A second argument is the precision: fp32, the default, or bf16.
+Arguments: the corpus, and the precision fp32 (default) or bf16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gluon_bert.training.trainer import Trainer
 
 
 def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
-    """The steps, and with what they are made."""
+    """Return the steps and facts to report."""
     precision = sys.argv[2] if len(sys.argv) > 2 else "fp32"
     config = preset("d2l").replace(corpus=(sys.argv[1],), precision=precision)
     data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
@@ -35,23 +35,23 @@ def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
     net.hybridize()
     trainer = Trainer(net, config.train, contexts)
     facts = {
-        "with": f"{runtime.versions()['mxnet']}, operators: {ops.describe(contexts)}, precision {precision}",
+        "software": f"{runtime.versions()['mxnet']}, operators: {ops.describe(contexts)}, precision {precision}",
         "flop_per_pair": flop(next(data.train.epoch(0)), config.model, len(data.vocab))
         / config.train.batch_size,
-        "fastest_products": best_rate_of_products(precision),
+        "peak_matmul": peak_matmul(precision),
     }
     return steps(trainer, data.train), facts
 
 
 def steps(trainer: Any, batches: Loader) -> Iterator[Step]:
-    """A step after the other, each from the text to the new weights and to its losses on the host."""
+    """Take one step after another, each from the text to new weights and losses on the host."""
     for batch in batches.batches():
         means = finished_step(trainer, batch)
         yield len(batch), means.mlm_loss, means.nsp_loss
 
 
 def finished_step(trainer: Any, batch: Batch) -> Metrics:
-    """A step to its new weights and to its losses on the host."""
+    """Take a step; return its losses after the weights are updated."""
     shards, losses = trainer.step(batch)
     meter = Meter()
     meter.add(shards, losses, count_mlm_correct=False)
@@ -61,14 +61,14 @@ def finished_step(trainer: Any, batch: Batch) -> Metrics:
 
 
 def flop(batch: Batch, model: ModelConfig, vocab_size: int) -> float:
-    """Floating-point operations of the products that a step on this batch needs; none for padding."""
+    """Return the FLOPs of a step on this batch, without padding."""
     predictions = np.bincount(batch.masked_positions[0], minlength=len(batch))
     of_rows = zip(batch.valid_length.tolist(), predictions.tolist())
     return sum(flops_per_pair(model, vocab_size, length, count) for length, count in of_rows)
 
 
-def best_rate_of_products(precision: str) -> dict[str, float]:
-    """Floating-point operations of the fastest products that this process knows, by both clocks."""
+def peak_matmul(precision: str) -> dict[str, float]:
+    """Return the FLOP/s of the fastest matrix products in this process, by wall-clock and CPU time."""
     bf16 = precision == "bf16"
     size = 1024
     array = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)

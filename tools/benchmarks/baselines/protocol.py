@@ -1,8 +1,8 @@
-"""What a contestant's process and the benchmark say to each other: lines of JSON. Needs nothing but Python.
+"""The protocol between the benchmark and the process of a baseline: lines of JSON. Needs Python only.
 
-The process says once that it is ready. Each line with a number asks for so many optimizer steps; the answer
-tells their seconds on the clock and on all cores together, their pairs and mean losses, and the process's
-peak memory. A preparation is a process each time, and tells of itself once. The rest is for people.
+The process reports once that it is ready. Each input line is a number of optimizer steps to take. The report
+of these steps has their wall-clock and CPU seconds, pairs, mean losses and the peak memory of the process. A
+preparation reports once and exits.
 """
 
 from __future__ import annotations
@@ -12,56 +12,56 @@ import os
 import resource
 import sys
 import time
-from typing import Any, Callable, Iterator, Tuple
+from typing import IO, Any, Callable, Iterator, Tuple
 
-# Pairs, MLM loss, NSP loss of one step, of which the losses are read when it is done.
+# Pairs, MLM loss and NSP loss of a finished step.
 Step = Tuple[int, float, float]
 
 
 def serve(prepare: Callable[[], tuple[Iterator[Step], dict[str, Any]]]) -> None:
-    """Answer the benchmark until it closes the line; `prepare` gives the steps, and facts to tell."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not stand between the answers
+    """Take steps until standard input closes. prepare: returns the steps and facts to report."""
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # keeps prints of libraries out of the protocol
     began = time.perf_counter()
     steps, facts = prepare()
-    _say(answers, {"ready_seconds": time.perf_counter() - began, **facts})
+    _report(output, {"ready_seconds": time.perf_counter() - began, **facts})
     for line in sys.stdin:
         before, used = time.perf_counter(), time.process_time()
-        made = [next(steps) for _ in range(int(line))]
+        taken = [next(steps) for _ in range(int(line))]
         seconds, cpu_seconds = time.perf_counter() - before, time.process_time() - used
-        pairs, mlm, nsp = map(sum, zip(*made))
-        _say(
-            answers,
+        pairs, mlm, nsp = map(sum, zip(*taken))
+        _report(
+            output,
             {
                 "seconds": seconds,
                 "cpu_seconds": cpu_seconds,
                 "pairs": pairs,
-                "mlm_loss": mlm / len(made),
-                "nsp_loss": nsp / len(made),
+                "mlm_loss": mlm / len(taken),
+                "nsp_loss": nsp / len(taken),
                 "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
             },
         )
 
 
-def tell_preparation(prepare: Callable[[], str]) -> None:
-    """Prepare a text once and tell of it; `prepare` returns what says which batch was made."""
-    answers = os.fdopen(os.dup(1), "w")
+def report_preparation(prepare: Callable[[], str]) -> None:
+    """Time a preparation and report it. prepare: returns an identifier of the first batch."""
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     before = time.perf_counter()
-    made = prepare()
+    first_batch = prepare()
     seconds = time.perf_counter() - before
-    each = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    _say(
-        answers,
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    _report(
+        output,
         {
             "seconds": seconds,
-            "made": made,
-            # Of the process that took the most.
-            "peak_gigabytes": max(usage.ru_maxrss for usage in each) / 1e6,
+            "first_batch": first_batch,
+            # Of the process with the highest peak.
+            "peak_gigabytes": max(usage.ru_maxrss for usage in usages) / 1e6,
         },
     )
 
 
-def _say(answers: Any, content: dict[str, Any]) -> None:
-    answers.write(json.dumps(content) + "\n")
-    answers.flush()
+def _report(output: IO[str], content: dict[str, Any]) -> None:
+    output.write(json.dumps(content) + "\n")
+    output.flush()

@@ -1,9 +1,8 @@
-"""A contestant of `benchmark.py train`: the same network in PyTorch, as fast as its own operators make it.
+"""The baselines pytorch and pytorch-bf16 of `benchmark.py train`: the same network in PyTorch, optimized.
 
-It is given the batches, so that making them costs it nothing. A batch is sorted by length and goes through
-the encoder in groups padded to their own longest row; dropout takes 16 bits an element; scores are made of
-the masked words only, in slices whose gradient is made along with them; Adam is fused; and freed memory is
-kept for the next step.
+It reads prepared batches, so it spends no time on them. It sorts a batch by length and encodes groups of rows
+padded to their own longest row. Dropout draws 16 bits per element. The decoder scores masked words only, in
+slices, together with their gradients. Adam is fused. Freed memory is kept for the next step.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import os
 import sys
 from typing import Any, Iterator
 
-# Before the first allocation: nothing by mmap, nothing given back, one arena (M_MMAP_MAX and so on).
+# Before the first allocation: no mmap, no memory returned, one arena (M_MMAP_MAX and so on).
 for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
     ctypes.CDLL(None).mallopt(option, value)
 
@@ -25,12 +24,12 @@ from torch.nn import functional as F  # noqa: E402
 
 UNITS, FFN_UNITS, HEADS, LAYERS, DROPOUT, POSITIONS = 128, 256, 2, 2, 0.2, 1000
 GROUPS, SLICE = 8, 512
-# bf16 where it is asked for: products in bf16, sums, weights and losses in float32.
+# bf16: products in bf16; sums, weights and losses in float32.
 LOW = {"fp32": None, "bf16": torch.bfloat16}[sys.argv[2]]
 
 
 def dropout(x: Any) -> Any:
-    """As F.dropout, whose draws take a tenth of the step."""
+    """Apply dropout. F.dropout would take a tenth of the step."""
     draws = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
     kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= int(DROPOUT * 2**16) - 2**15
     return x * kept.to(x.dtype).mul_(1 / (1 - DROPOUT))
@@ -49,7 +48,7 @@ class Layer(nn.Module):
         """(B, T, C), (B, 1, 1, T) -> (B, T, C)."""
         batch, length, _ = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, HEADS, UNITS // HEADS).permute(2, 0, 3, 1, 4)
-        # With dropout scaled_dot_product_attention does the same on a CPU, and draws its dropout slower.
+        # On a CPU scaled_dot_product_attention computes the same, but draws dropout more slowly.
         weights = dropout(torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask, -1))
         found = (weights @ v).transpose(1, 2).reshape(x.shape)
         x = self.norm1(x + dropout(self.output(found)))
@@ -57,7 +56,7 @@ class Layer(nn.Module):
 
 
 class Network(nn.Module):
-    """The section's BERT."""
+    """The BERT of Dive into Deep Learning."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
@@ -72,10 +71,11 @@ class Network(nn.Module):
                 nn.init.xavier_uniform_(parameter)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        # Xavier of the one matrix (3 C, C) would make query, key and value smaller than of three.
-        for layer in self.layers:
-            for part in layer.qkv.weight.data.chunk(3):
-                nn.init.xavier_uniform_(part)
+        # One matrix (3 C, C) would get smaller Xavier weights than three of (C, C).
+        for name, parameter in self.named_parameters():
+            if name.endswith("qkv.weight"):
+                for part in parameter.data.chunk(3):
+                    nn.init.xavier_uniform_(part)
         nn.init.uniform_(self.positions, *(sign * (6 / (UNITS * (POSITIONS + 1))) ** 0.5 for sign in (-1, 1)))
 
     def encode(self, tokens: Any, segments: Any, lengths: Any) -> Any:
@@ -88,7 +88,7 @@ class Network(nn.Module):
         return x
 
     def forward(self, groups: list[Any], labels: Any, is_next: Any) -> tuple[Any, Any]:
-        """The mean MLM and NSP losses of a batch in groups."""
+        """Return the mean MLM and NSP losses of a grouped batch."""
         masked, first = [], []
         for tokens, segments, lengths, rows, positions in groups:
             encoded = self.encode(tokens, segments, lengths)
@@ -105,7 +105,7 @@ class Network(nn.Module):
 
 
 class SlicedLoss(torch.autograd.Function):
-    """The sum of the decoder's cross-entropies, a slice of predictions at a time with its gradient."""
+    """The sum of the decoder's cross-entropies, computed slice by slice together with its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, labels: Any) -> Any:
@@ -127,12 +127,12 @@ class SlicedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
-        """The gradients that are there already, times that of the loss."""
+        """Scale the gradients of the forward pass."""
         return (*(gradient * each for each in ctx.saved_tensors), None)
 
 
 def grouped(batch: dict[str, Any]) -> tuple[list[Any], Any, Any]:
-    """A batch as groups of rows of like length, with its labels and next sentences in their order."""
+    """Return a batch as groups of rows of similar length, with labels and next sentences in that order."""
     order = np.argsort(batch["valid_length"], kind="stable")
     rows, positions = batch["masked_positions"]
     groups, labels = [], []
@@ -150,12 +150,12 @@ def grouped(batch: dict[str, Any]) -> tuple[list[Any], Any, Any]:
             positions[mine],
         )
         groups.append([torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for array in arrays])
-    whole = np.concatenate(labels), batch["next_sentence_labels"][order]
-    return (groups, *(torch.from_numpy(array.astype(np.int64)) for array in whole))
+    masked, following = np.concatenate(labels), batch["next_sentence_labels"][order]
+    return groups, torch.from_numpy(masked.astype(np.int64)), torch.from_numpy(following.astype(np.int64))
 
 
 def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
-    """The steps, and with what they are made."""
+    """Return the steps and facts to report."""
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with np.load(sys.argv[1]) as file:
@@ -171,11 +171,11 @@ def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
     )
     count = len(arrays) // len(names)
     batches = [{name: arrays[f"{name}-{number}"] for name in names} for number in range(count)]
-    return steps(net, batches), {"with": f"torch {torch.__version__}, {sys.argv[2]}"}
+    return steps(net, batches), {"software": f"torch {torch.__version__}, {sys.argv[2]}"}
 
 
 def steps(net: Any, batches: list[dict[str, Any]]) -> Iterator[Step]:
-    """A step after the other."""
+    """Take one step after another."""
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
     for batch in batches:
         with torch.autocast("cpu", dtype=LOW or torch.bfloat16, enabled=LOW is not None):

@@ -1,4 +1,4 @@
-"""Writes the first batches of the preset d2l, as this package makes them, for contestants that make none."""
+"""Writes the first batches of the preset d2l for baselines without a loader."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gluon_bert.presets import preset
 
 
 def main(corpus: str, count: int, path: str) -> None:
-    """`count` batches of the corpus, into an .npz file."""
+    """Write the first `count` batches of the corpus to an .npz file."""
     config = preset("d2l").replace(corpus=(corpus,))
     data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
     arrays = {"vocab_size": np.array(len(data.vocab))}

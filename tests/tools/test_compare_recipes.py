@@ -1,4 +1,4 @@
-"""Recipes side by side: the runs, what they are measured on, what is refused."""
+"""Recipes train for the same time and are evaluated on the same examples."""
 
 import json
 import subprocess
@@ -12,11 +12,11 @@ SMALL = {"units": 16, "ffn_units": 16, "num_layers": 1, "num_heads": 1, "batch_s
 
 @pytest.fixture
 def recipes(monkeypatch):
-    """Two recipes that need seconds: one learns, the other has a learning rate of nearly nothing."""
+    """Two fast recipes: one learns, the other has a tiny learning rate."""
     learns = Recipe("one that learns", "d2l", {**SMALL, "lr": 0.01, "long_pairs": "truncate"})
     both = {"learns": learns, "stays": learns.but("one that stays", lr=1e-9, predict_unknown=False)}
     monkeypatch.setattr(compare_recipes, "RECIPES", both)
-    # Steps in place of minutes, so that no result depends on how fast the machine is.
+    # Steps instead of minutes, so that results do not depend on the machine.
     limited = ["--eval-every", "15", "--max-minutes", "0", "--num-steps", "30"]
     monkeypatch.setattr(compare_recipes, "flags_of", lambda *given: [*flags_of(*given), *limited])
     return both
@@ -27,9 +27,7 @@ def compare(*flags):
 
 
 @pytest.mark.slow
-def test_recipes_train_for_the_same_time_and_are_measured_on_the_same_text(
-    recipes, text_file, tmp_path, capsys, monkeypatch
-):
+def test_compare_evaluates_all_recipes_on_one_text(recipes, text_file, tmp_path, capsys, monkeypatch):
     flags = ["--corpus", text_file, "--minutes", 0.05, "--seeds", "0,1", "--output", tmp_path / "out"]
     assert compare(*flags) == 0
     shown = capsys.readouterr().out
@@ -54,13 +52,13 @@ def test_recipes_train_for_the_same_time_and_are_measured_on_the_same_text(
     assert capsys.readouterr().out == shown
 
 
-def test_the_flags_are_the_recipes_and_keep_every_evaluation(recipes):
+def test_flags_keep_every_evaluation(recipes):
     flags = flags_of(Recipe("x", "bert-tiny", {"lowercase": False, "lr": 0.5}), minutes=3.0, seed=7)
     told = "--preset bert-tiny --lowercase no --lr 0.5 --eval-every 20 --max-minutes 3.0 --seed 7 --keep-checkpoints 0"
     assert " ".join(flags) == told
 
 
-def test_the_table_has_the_mean_over_seeds_and_the_range(recipes):
+def test_table_has_mean_and_range_over_seeds(recipes):
     runs = [
         RunResult("learns", seed, [(1.0, loss)], 10, 160, 0.25, 0.5) for seed, loss in ((0, 5.0), (1, 6.0))
     ]
@@ -68,22 +66,29 @@ def test_the_table_has_the_mean_over_seeds_and_the_range(recipes):
     assert table(runs).splitlines()[-1] == row
 
 
-def test_what_is_refused(recipes, text_file, tmp_path, capsys):
+def test_compare_refuses_bad_flags(recipes, text_file, tmp_path, capsys):
     assert compare("--minutes", 0, "--recipes", "learns,x", "--seeds", "0,a", "--output", tmp_path) == 2
-    told = capsys.readouterr().err
-    assert "--minutes 0.0: must be above 0" in told
-    assert "--recipes x: the recipes are learns, stays" in told
-    assert "--seeds 0,a: numbers with commas" in told
+    printed = capsys.readouterr().err
+    assert "--minutes must be above 0, got 0.0" in printed
+    assert "--recipes must be some of learns, stays, got x" in printed
+    assert "--seeds must be numbers with commas, such as 0,1,2, got 0,a" in printed
 
     (tmp_path / "learns-0.part").mkdir()
     assert compare("--corpus", text_file, "--output", tmp_path) == 2
-    assert "learns-0.part: is of a comparison that runs, or that was stopped" in capsys.readouterr().err
+    assert "learns-0.part belongs to a comparison that is running or was stopped" in capsys.readouterr().err
     assert compare("--corpus", tmp_path / "none", "--output", tmp_path / "new") == 2
-    assert "the training failed with exit status 2" in capsys.readouterr().err
+    assert "training failed with exit status 2" in capsys.readouterr().err
 
 
-def test_a_run_with_another_vocabulary_is_refused(recipes, text_file, tmp_path, capsys):
+def test_compare_refuses_another_vocabulary(recipes, text_file, tmp_path, capsys):
     recipes["learns"] = recipes["learns"].but("with rarer words", min_freq=400)
     flags = ["--corpus", text_file, "--minutes", 0.02, "--recipes", "learns", "--output", tmp_path / "out"]
     assert compare(*flags) == 2
-    assert "has another vocabulary than the common examples" in capsys.readouterr().err
+    assert "vocabulary differs from that of the common examples" in capsys.readouterr().err
+
+
+def test_compare_refuses_a_run_without_checkpoints(recipes, text_file, tmp_path, capsys):
+    (tmp_path / "learns-0").mkdir()
+    flags = ["--corpus", text_file, "--recipes", "learns", "--output", tmp_path]
+    assert compare(*flags) == 2
+    assert f"{tmp_path / 'learns-0'} must have at least one checkpoint. Remove it" in capsys.readouterr().err

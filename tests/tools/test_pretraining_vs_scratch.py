@@ -1,10 +1,10 @@
-"""The study of what pretraining is worth: its task, its samples, its command."""
+"""tools/dev/pretraining_vs_scratch.py: its task, samples and command."""
 
 import json
 
 import pretrain
 import pytest
-from dev import pretraining_vs_scratch as does_pretraining_help
+from dev import pretraining_vs_scratch
 from dev.wikitext_sections import KINDS, sample, section_rows
 
 from gluon_bert.errors import InputError
@@ -30,7 +30,7 @@ def corpus(tmp_path):
     return tmp_path
 
 
-def test_a_paragraph_has_the_kind_of_its_section(tmp_path):
+def test_section_rows_label_paragraphs_by_heading(tmp_path):
     path = tmp_path / "wiki.tokens"
     text = article(
         ("Early life", f"one {LONG}"), ("Life and career", f"two {LONG}"), ("Themes", f"three {LONG}")
@@ -47,24 +47,26 @@ def test_a_paragraph_has_the_kind_of_its_section(tmp_path):
     assert all(row.texts[0] == lines[int(row.where.split()[-1]) - 1].strip() for row in section_rows(path))
 
 
-def test_a_text_without_sections_is_refused(tmp_path):
+def test_section_rows_refuse_text_without_sections(tmp_path):
     (tmp_path / "x").write_text("nothing")
     for name in ("x", "gone"):
         with pytest.raises(InputError):
             section_rows(tmp_path / name)
 
 
-def test_smaller_samples_are_parts_of_larger_ones(corpus):
+def test_sample_contains_smaller_samples(corpus):
     rows = section_rows(corpus / "wiki.train.tokens")
     small, large, other = sample(rows, 10, 1), sample(rows, 40, 1), sample(rows, 10, 2)
     assert small == large[:10]
     assert small != other
     assert len(set(large)) == 40
-    with pytest.raises(InputError, match="--sizes 61: the training text has 60 labelled paragraphs"):
+    with pytest.raises(
+        InputError, match="--sizes must be at most 60, the number of labelled paragraphs, got 61"
+    ):
         sample(rows, 61, 1)
 
 
-def test_the_real_text_has_every_kind_in_both_files(wikitext):
+def test_wikitext_has_all_kinds_in_both_files(wikitext):
     for name in ("train", "valid"):
         rows = section_rows(wikitext / f"wiki.{name}.tokens")
         assert {row.label for row in rows} == set(KINDS)
@@ -72,7 +74,7 @@ def test_the_real_text_has_every_kind_in_both_files(wikitext):
 
 
 @pytest.mark.slow
-def test_the_command(corpus, tmp_path, capsys):
+def test_study_prints_and_writes_its_results(corpus, tmp_path, capsys):
     small = [
         "--units",
         "16",
@@ -88,19 +90,23 @@ def test_the_command(corpus, tmp_path, capsys):
     flags = ["--corpus", str(corpus / "wiki.train.tokens"), "--min-freq", "1"]
     assert pretrain.main([*small, *flags, "--output", str(tmp_path / "run")]) == 0
     command = [str(tmp_path / "run"), "--corpus", str(corpus), "--sizes", "16", "48", "--seeds", "2"]
-    assert does_pretraining_help.main([*command, "--lr", "0.003"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "the most frequent kind alone: 33.3% right"
-    content = json.loads((tmp_path / "run" / "study" / "does-pretraining-help.json").read_text())
-    assert (content["paragraphs_asked"], len(content["results"])) == (24, 8)
+    assert pretraining_vs_scratch.main([*command, "--lr", "0.003"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "most frequent class: 33.3%"
+    content = json.loads((tmp_path / "run" / "study" / "pretraining-vs-scratch.json").read_text())
+    assert (content["test_paragraphs"], len(content["results"])) == (24, 8)
     for pretrained in (True, False):
-        found = does_pretraining_help.found(content["results"], "accuracy", 48, pretrained)
+        found = pretraining_vs_scratch.metric(content["results"], "accuracy", 48, pretrained)
         assert len(found) == 2
-        assert max(found) > 0.5  # the first words tell it
-    assert (tmp_path / "run" / "study" / "does-pretraining-help.png").read_bytes()[1:4] == b"PNG"
+        assert max(found) > 0.5  # the first words decide the class
+    assert (tmp_path / "run" / "study" / "pretraining-vs-scratch.png").read_bytes()[1:4] == b"PNG"
 
 
-def test_what_cannot_be_done_is_told(capsys):
-    assert does_pretraining_help.main(["nowhere", "--sizes", "3", "--seeds", "0", "--lr", "0"]) == 2
-    told = capsys.readouterr().err
-    for sentence in ("--sizes 3: must be at least 16", "--seeds 0: must be", "--lr 0.0: must be above 0"):
-        assert sentence in told
+def test_study_refuses_bad_flags(capsys):
+    assert pretraining_vs_scratch.main(["nowhere", "--sizes", "3", "--seeds", "0", "--lr", "0"]) == 2
+    printed = capsys.readouterr().err
+    for sentence in (
+        "--sizes must be at least 16, got 3",
+        "--seeds must be at least 1",
+        "--lr must be above 0",
+    ):
+        assert sentence in printed

@@ -1,4 +1,4 @@
-"""The command `python tools/dev/soak.py`: a short run is watched, whatever the figures are."""
+"""tools/dev/soak.py records a short run."""
 
 import csv
 
@@ -7,7 +7,7 @@ from dev import soak
 
 
 @pytest.mark.slow
-def test_a_run_is_watched(text_file, tmp_path, capsys, monkeypatch):
+def test_soak_records_a_run(text_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(soak, "EVERY", 0.2)
     flags = ["--units", "16", "--ffn-units", "32", "--max-seq-length", "16", "--batch-size", "16"]
     folder = tmp_path / "soak"
@@ -21,14 +21,14 @@ def test_a_run_is_watched(text_file, tmp_path, capsys, monkeypatch):
         assert f"{name}: " in out
 
 
-def test_what_cannot_be_watched_is_told(tmp_path, capsys):
+def test_soak_refuses_bad_arguments(tmp_path, capsys):
     assert soak.main([str(tmp_path)]) == 2
     assert soak.main([str(tmp_path / "new"), "--minutes", "0"]) == 2
     err = capsys.readouterr().err
-    assert "is there already" in err and "--minutes 0.0: must be above 0" in err
+    assert "FOLDER must be a new folder" in err and "--minutes must be above 0, got 0.0" in err
 
 
-def test_halves_leave_out_the_beginning():
+def test_halves_leave_out_the_warm_up():
     points = [(0, 9.0), (1, 1.0), (4, 1.0), (6, 3.0), (10, 3.0)]
     assert soak.halves(points) == "1.0 in the first half, 3.0 in the second"
-    assert soak.halves(points[:1]) == "too short a time to tell"
+    assert soak.halves(points[:1]) == "too few samples"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: rates, the machine, the corpus."""
+"""Rates of rounds, the machine and the corpus of a benchmark."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from gluon_bert.errors import InputError
 
 
 def corpus_folder(name: str) -> Path:
-    """Where the two files of --corpus are; WikiText-2 itself is downloaded once."""
+    """Return the folder with the two files of --corpus; download WikiText-2 once."""
     from gluon_bert.data.corpora.wikitext2 import FILES, wikitext2_folder
 
     folder = wikitext2_folder() if name == "wikitext-2" else Path(name).absolute()
     missing = [file for file in FILES if not (folder / file).is_file()]
     if missing:
-        raise InputError(f"--corpus {name}: has no {' and no '.join(missing)}")
+        raise InputError(
+            f"--corpus must have the files {' and '.join(FILES)}, but {name} lacks {' and '.join(missing)}"
+        )
     return folder
 
 
-def rates(answers: Sequence[Mapping[str, Any]], seconds: str = "seconds", of: str = "pairs") -> list[float]:
-    """Pairs, or another work, a second of each round, by this clock."""
-    return [answer[of] / answer[seconds] for answer in answers]
+def rates(rounds: Sequence[Mapping[str, Any]], seconds: str = "seconds", of: str = "pairs") -> list[float]:
+    """Return for each round the pairs, or other units, per second of a clock."""
+    return [each[of] / each[seconds] for each in rounds]
 
 
 def machine() -> str:
-    """The processor in a phrase, as far as it is known."""
+    """Return the processor's name and the number of cores."""
     try:
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:  # no Linux
+    except OSError:  # not on Linux
         names = []
     return f"{names[0] if names else platform.machine()}, {system.usable_cores()} cores"

@@ -1,4 +1,4 @@
-"""Speed side by side: the rounds, what is compared, what is refused."""
+"""Benchmarks take turns, compare results and refuse bad flags."""
 
 import importlib.util
 import json
@@ -8,10 +8,6 @@ import benchmark
 import numpy as np
 import pytest
 from benchmarks import encode, prepare, scale, train
-from benchmarks import encode as encoders
-from benchmarks import prepare as preparations
-from benchmarks import scale as scaling
-from benchmarks import train as trainers
 from conftest import ROOT, skip_without_compiled_operators, small_text, untrained_run
 
 from gluon_bert.data.loader import load_pretraining_data
@@ -35,7 +31,7 @@ def run_folder(text_file, tmp_path):
     return untrained_run(tmp_path / "run", config, load_pretraining_data(config.data, batch_size=8).vocab)
 
 
-def test_contestants_take_turns_and_are_compared_round_by_round(monkeypatch):
+def test_encode_baselines_take_turns(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     turns = []
@@ -59,7 +55,7 @@ def test_contestants_take_turns_and_are_compared_round_by_round(monkeypatch):
     assert "fast                16.0    2.00   1.00 .. 4.00" in encode.table("", [slow, fast])
 
 
-def test_what_computes_something_else_is_refused():
+def test_encode_refuses_different_vectors():
     vectors = np.zeros((3, 4), np.float32)
     encode.check_same_results({"plain": vectors, "same": vectors + 1e-6})
     for wrong in (vectors + 0.01, vectors + np.nan):
@@ -67,33 +63,33 @@ def test_what_computes_something_else_is_refused():
             encode.check_same_results({"plain": vectors, "quick": wrong})
 
 
-def test_the_command(run_folder, tmp_path, capsys):
+def test_encode_prints_and_writes_figures(run_folder, tmp_path, capsys):
     figures = tmp_path / "speed.json"
     command = ["encode", str(run_folder), "--against", "exported", "--rounds", "2", "--texts", "24"]
     assert benchmark.main([*command, "--json", str(figures)]) == 0
     shown = capsys.readouterr().out
     assert [line.split()[0] for line in shown.splitlines()[2:]] == ["plain", "encode", "exported"]
-    content = json.loads(figures.read_text("utf-8"))["texts a second"]
+    content = json.loads(figures.read_text("utf-8"))["texts_per_second"]
     assert set(content) == {"plain", "encode", "exported"}
     assert all(len(each["rates"]) == len(each["ratios"]) == 2 for each in content.values())
 
 
-def test_a_file_of_texts(run_folder, tmp_path, capsys):
+def test_encode_reads_a_text_file(run_folder, tmp_path, capsys):
     texts = tmp_path / "texts.txt"
     texts.write_text("the crane\nthe river || the bird\n", "utf-8")
     command = ["encode", str(run_folder), "--against", "encode", "--rounds", "1", "--texts", "5"]
-    assert benchmark.main([*command, "--text", str(texts)]) == 0
+    assert benchmark.main([*command, "--text-file", str(texts)]) == 0
     assert "5 texts of 4 to 7 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["exported", "onnxruntime", "transformers"])
-def test_every_engine_makes_the_same_vectors(run_folder, tmp_path, name):
-    if encoders.missing(name):
-        pytest.skip(f"{' and '.join(encoders.missing(name))} not installed")
+def test_encode_baselines_compute_the_same_vectors(run_folder, tmp_path, name):
+    if encode.missing(name):
+        pytest.skip(f"{' and '.join(encode.missing(name))} not installed")
     run = load_run(run_folder)
     texts = validation_texts(run, 12)
-    expected = encoders.plain(run, tmp_path, None)(texts)
-    np.testing.assert_allclose(encoders.ENCODERS[name][0](run, tmp_path, None)(texts), expected, atol=1e-4)
+    expected = encode.plain(run, tmp_path, None)(texts)
+    np.testing.assert_allclose(encode.ENCODERS[name][0](run, tmp_path, None)(texts), expected, atol=1e-4)
 
 
 @pytest.fixture
@@ -107,7 +103,7 @@ def corpus(tmp_path):
     return folder
 
 
-def test_both_sides_train_in_turns(corpus, tmp_path, capsys):
+def test_train_measures_compiled_and_mxnet(corpus, tmp_path, capsys):
     skip_without_compiled_operators()
     figures = tmp_path / "speed.json"
     command = ["train", "--corpus", str(corpus), "--steps", "2", "--rounds", "1", "--json", str(figures)]
@@ -120,11 +116,11 @@ def test_both_sides_train_in_turns(corpus, tmp_path, capsys):
     assert ours["pairs"] == theirs["pairs"] > 100
     assert ours["mlm_loss"] == pytest.approx(theirs["mlm_loss"], abs=0.2)
     assert ours["seconds"] > 0 < ours["cpu_seconds"]
-    assert content["contestants"]["compiled"]["flop_per_pair"] > 1e6
+    assert content["baselines"]["compiled"]["flop_per_pair"] > 1e6
 
 
-def test_the_batches_for_others_are_our_own(corpus, tmp_path):
-    trainers.write_batches(corpus, 2, tmp_path / "batches.npz")
+def test_written_batches_match_the_loader(corpus, tmp_path):
+    train.write_batches(corpus, 2, tmp_path / "batches.npz")
     config = preset("d2l").replace(corpus=(str(corpus),))
     first = next(load_pretraining_data(config.data, 512).train.epoch(0))
     with np.load(tmp_path / "batches.npz") as arrays:
@@ -132,7 +128,7 @@ def test_the_batches_for_others_are_our_own(corpus, tmp_path):
             np.testing.assert_array_equal(arrays[f"{name}-0"], array)
 
 
-def answer(seconds, loss):
+def report(seconds, loss):
     return {
         "seconds": seconds,
         "cpu_seconds": 2 * seconds,
@@ -142,117 +138,118 @@ def answer(seconds, loss):
     }
 
 
-def test_rounds_of_training_are_compared_pair_by_pair():
-    answers = {"compiled": [answer(1, 5.0), answer(4, 4.0)], "seed": [answer(2, 5.0), answer(16, 4.1)]}
-    facts = {name: {"ready_seconds": 1.5, "with": "this"} for name in answers}
-    table = train.train_table("", answers, facts)
+def test_train_table_has_medians_and_ratios():
+    rounds = {"compiled": [report(1, 5.0), report(4, 4.0)], "d2l": [report(2, 5.0), report(16, 4.1)]}
+    facts = {name: {"ready_seconds": 1.5, "software": "this"} for name in rounds}
+    table = train.table("", rounds, facts)
     assert (
-        "seed                2.2   0.38   0.25 .. 0.50          1.1   0.38     0.50      1.5     4.100"
+        "d2l                 2.2   0.38   0.25 .. 0.50          1.1   0.38     0.50      1.5     4.100"
         in table
     )
 
 
-def test_a_faster_step_that_learns_less_does_not_count():
-    answers = {"compiled": [answer(1, 5.0)], "seed": [answer(2, 4.9)]}
-    train.check_losses(answers)
+def test_train_refuses_a_higher_loss():
+    rounds = {"compiled": [report(1, 5.0)], "d2l": [report(2, 4.9)]}
+    train.check_losses(rounds)
     for loss in (5.2, float("nan")):
-        answers["compiled"] = [answer(1, loss)]
-        with pytest.raises(InputError, match=r"compiled has learnt less than seed: MLM loss .*, not 4.900"):
-            train.check_losses(answers)
+        rounds["compiled"] = [report(1, loss)]
+        with pytest.raises(InputError, match=r"loss of compiled must not exceed that of d2l, 4\.900, got"):
+            train.check_losses(rounds)
 
 
-def test_a_contestant_that_ends_is_told_with_its_last_words(tmp_path):
+def test_train_reports_the_last_line_of_a_baseline(tmp_path):
     with pytest.raises(InputError, match=r"compiled ended with status 1: .*nowhere"):
-        trainers.Baseline("compiled", tmp_path / "nowhere", tmp_path, "1")
-    with pytest.raises(InputError, match=r"the batches cannot be made: .*nowhere"):
-        trainers.write_batches(tmp_path / "nowhere", 1, tmp_path / "batches.npz")
+        train.Baseline("compiled", tmp_path / "nowhere", tmp_path, "1")
+    with pytest.raises(InputError, match=r"the batches cannot be written: .*nowhere"):
+        train.write_batches(tmp_path / "nowhere", 1, tmp_path / "batches.npz")
 
 
-def test_what_training_is_measured_with_is_checked(run_folder, capsys):
-    def told(*arguments):
+def test_train_refuses_bad_flags(run_folder, capsys):
+    def printed(*arguments):
         assert benchmark.main([*arguments]) == 2
         return capsys.readouterr().err
 
-    assert "--against jax: must be some of compiled, compiled-bf16, mxnet, seed" in told(
+    assert "--against must be some of compiled, compiled-bf16, mxnet, d2l" in printed(
         "train", "--against", "jax"
     )
-    assert "--steps 0: must be at least 1" in told("train", "--steps", "0")
-    assert "takes no run; --corpus names a text" in told("train", str(run_folder))
-    assert "encode: name the folder of a run" in told("encode")
+    assert "--steps must be at least 1, got 0" in printed("train", "--steps", "0")
+    assert "unrecognized arguments" in printed("train", str(run_folder))
+    assert "required: RUN" in printed("encode")
+    assert "required: {train,encode,prepare,scale}" in printed()
 
 
-def test_what_is_refused(run_folder, monkeypatch, capsys):
-    def told(*arguments):
+def test_encode_refuses_bad_flags(run_folder, monkeypatch, capsys):
+    def printed(*arguments):
         assert benchmark.main(["encode", str(run_folder), *arguments]) == 2
         return capsys.readouterr().err
 
-    assert "--against numpy: must be some of plain, encode" in told("--against", "numpy")
-    shown = told("--rounds", "0", "--texts", "-1", "--json", "/nowhere/at/all.json")
-    assert "--rounds 0: must be at least 1" in shown
-    assert "--texts -1: must be at least 1" in shown
-    assert "there is no folder /nowhere/at" in shown
-    monkeypatch.setitem(encoders.ENCODERS, "served", (encoders.served, ("no_such_package",)))
-    assert "--against served: needs no_such_package installed" in told("--against", "served")
-    assert "served" not in encoders.installed()
+    assert "--against must be some of plain, encode" in printed("--against", "numpy")
+    shown = printed("--rounds", "0", "--texts", "-1", "--json", "/nowhere/at/all.json")
+    assert "--rounds must be at least 1, got 0" in shown
+    assert "--texts must be at least 1, got -1" in shown
+    assert "the folder /nowhere/at does not exist" in shown
+    monkeypatch.setitem(encode.ENCODERS, "served", (encode.served, ("no_such_package",)))
+    assert "--against served needs the packages no_such_package" in printed("--against", "served")
+    assert "served" not in encode.installed()
 
 
-def test_preparations_are_new_each_time_and_the_same(corpus, tmp_path, capsys):
+def test_prepare_makes_the_same_batch_each_time(corpus, tmp_path, capsys):
     figures = tmp_path / "speed.json"
     command = ["prepare", "--corpus", str(corpus), "--workers", "0,2", "--against", "cached", "--rounds", "2"]
     assert benchmark.main([*command, "--json", str(figures)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["workers-0", "workers-2", "cached"]
     rounds = json.loads(figures.read_text("utf-8"))["rounds"]
-    assert len({answer["made"] for own in rounds.values() for answer in own}) == 1
+    assert len({each["first_batch"] for own in rounds.values() for each in own}) == 1
     assert all(len(own) == 2 and own[0]["seconds"] > 0 < own[0]["peak_gigabytes"] for own in rounds.values())
-    medians = {name: sorted(answer["seconds"] for answer in own)[0] for name, own in rounds.items()}
-    assert medians["cached"] < medians["workers-2"]  # or nothing was made anew
+    medians = {name: min(each["seconds"] for each in own) for name, own in rounds.items()}
+    assert medians["cached"] < medians["workers-2"]  # the others start without a cache
 
 
-def test_preparations_are_compared_round_by_round():
-    def answers(*seconds):
+def test_prepare_table_has_medians_and_ratios():
+    def rounds(*seconds):
         return [{"seconds": each, "peak_gigabytes": 0.5} for each in seconds]
 
-    table = prepare.prepare_table("", 12.0, {"workers-0": answers(2, 4), "seed": answers(20, 10)})
-    assert "seed              15.00     0.8   0.25   0.10 .. 0.40       0.50" in table
+    table = prepare.table("", 12.0, {"workers-0": rounds(2, 4), "d2l": rounds(20, 10)})
+    assert "d2l               15.00     0.8   0.25   0.10 .. 0.40       0.50" in table
 
 
-def test_another_first_batch_is_refused():
-    answers = {"workers-0": [{"made": "a"}], "seed": [{"made": "b"}]}
-    preparations.check_same_batches(answers)
-    answers["cached"] = [{"made": "c"}]
-    with pytest.raises(InputError, match="not the same first batch was made by workers-0, cached"):
-        preparations.check_same_batches(answers)
+def test_prepare_refuses_different_batches():
+    rounds = {"workers-0": [{"first_batch": "a"}], "d2l": [{"first_batch": "b"}]}
+    prepare.check_same_batches(rounds)
+    rounds["cached"] = [{"first_batch": "c"}]
+    with pytest.raises(InputError, match="first batches must be equal, but differ between workers-0, cached"):
+        prepare.check_same_batches(rounds)
 
 
-def test_a_larger_text_has_the_paragraphs_of_the_corpus_again_and_again(corpus, tmp_path):
-    folder = preparations.enlarged(corpus, 1, tmp_path / "large")
+def test_enlarged_text_repeats_the_paragraphs(corpus, tmp_path):
+    folder = prepare.enlarged(corpus, 1, tmp_path / "large")
     made = (folder / "wiki.train.tokens").read_bytes()
     before = (corpus / "wiki.train.tokens").read_bytes().splitlines()
     assert 1e6 <= len(made) < 1e6 + 1000
     assert set(made.splitlines()) == set(before)
     assert made.splitlines()[: len(before)] != before
     assert (folder / "wiki.valid.tokens").read_bytes() == (corpus / "wiki.valid.tokens").read_bytes()
-    again = preparations.enlarged(corpus, 1, tmp_path / "again")
+    again = prepare.enlarged(corpus, 1, tmp_path / "again")
     assert (again / "wiki.train.tokens").read_bytes() == made
 
 
-def test_what_preparation_is_measured_with_is_checked(tmp_path, capsys):
+def test_prepare_refuses_bad_flags(tmp_path, capsys):
     flags = ["--against", "jax", "--workers", "1,x", "--megabytes", "-1"]
     assert benchmark.main(["prepare", *flags]) == 2
-    told = capsys.readouterr().err
-    assert "--against jax: must be cached, seed or both" in told
-    assert "--workers 1,x: numbers from 0 on with commas" in told
-    assert "--megabytes -1: must be at least 0" in told
+    printed = capsys.readouterr().err
+    assert "--against must be some of cached, d2l, got jax" in printed
+    assert "--workers must be numbers of at least 0 with commas, such as 1,2, got 1,x" in printed
+    assert "--megabytes must be at least 0, got -1" in printed
     assert benchmark.main(["prepare", "--corpus", str(tmp_path)]) == 2
-    assert "has no wiki.train.tokens and no wiki.valid.tokens" in capsys.readouterr().err
+    assert "lacks wiki.train.tokens and wiki.valid.tokens" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"workers-0 ended with status 1: .*nowhere"):
-        preparations.Preparation("workers-0", tmp_path / "nowhere", tmp_path).make()
+        prepare.Preparation("workers-0", tmp_path / "nowhere", tmp_path).make()
 
 
-def test_each_row_differs_from_the_first_in_one_thing():
+def test_scale_cases_differ_from_the_first_in_one_value():
     by = ["dist_sync", "horovod"]
-    rows = scaling.rows_of(by, ["bert-small", "bert-tiny"], [128, 64, 128], [16], [1, 4], [1, 2])
+    rows = scale.cases(by, ["bert-small", "bert-tiny"], [128, 64, 128], [16], [1, 4], [1, 2])
     assert rows == [
         ("bert-small", 128, 16, 1, 1, "device"),
         ("bert-tiny", 128, 16, 1, 1, "device"),
@@ -268,7 +265,7 @@ SCALE = ["scale", "--presets", "bert-tiny", "--lengths", "24", "--batch-sizes", 
 
 @pytest.fixture
 def articles(corpus):
-    """The same folder, of which every ten paragraphs are an article."""
+    """The corpus, with ten paragraphs per article."""
     for path in corpus.iterdir():
         lines = path.read_text("utf-8").splitlines()
         parts = (lines[start : start + 10] for start in range(0, len(lines), 10))
@@ -277,14 +274,14 @@ def articles(corpus):
 
 
 def scaled(corpus, tmp_path, *flags):
-    """The rows of the JSON that such a command writes."""
+    """Run the command and return the rows of its JSON."""
     figures = tmp_path / "scale.json"
     given = ["--corpus", str(corpus), "--rounds", "1", "--steps", "2", "--json", str(figures)]
     assert benchmark.main([*SCALE, *given, *flags]) == 0
     return json.loads(figures.read_text("utf-8"))["rows"]
 
 
-def test_contexts_share_the_steps_of_a_row(articles, tmp_path, capsys):
+def test_scale_contexts_share_the_steps(articles, tmp_path, capsys):
     skip_without_compiled_operators()
     rows = scaled(articles, tmp_path, "--contexts", "1,2", "--workers", "1")
     assert [row["contexts"] for row in rows] == [1, 2]
@@ -292,7 +289,7 @@ def test_contexts_share_the_steps_of_a_row(articles, tmp_path, capsys):
     assert one["pairs"] == two["pairs"] == 16
     assert one["tokens"] == two["tokens"] > 0.9 * 16 * 24  # packed
     assert one["flop"] == two["flop"] > 1e8
-    assert one["even"]["tokens"] == 1.0 >= two["even"]["tokens"] > 0.9
+    assert one["load_balance"]["tokens"] == 1.0 >= two["load_balance"]["tokens"] > 0.9
     for each in (one, two):
         parts = each["parts"]
         assert parts["step"] == pytest.approx(sum(parts.values()) - parts["step"])
@@ -304,7 +301,7 @@ def test_contexts_share_the_steps_of_a_row(articles, tmp_path, capsys):
 
 
 @pytest.mark.workers
-def test_workers_share_the_steps_of_a_row(articles, tmp_path):
+def test_scale_workers_share_the_steps(articles, tmp_path):
     by = ["dist_sync"] + ["horovod"] * bool(importlib.util.find_spec("horovod"))
     flags = ["--contexts", "1", "--workers", "1,2", "--kvstore", ",".join(by)]
     one, *several = (row["rounds"][0] for row in scaled(articles, tmp_path, *flags))
@@ -313,69 +310,71 @@ def test_workers_share_the_steps_of_a_row(articles, tmp_path):
         assert one["pairs"] == two["pairs"] == 16 and one["flop"] == two["flop"]
         assert two["parts"]["summing"] > one["parts"]["summing"]
         assert two["peak_gigabytes"] > 1.5 * one["peak_gigabytes"]
-    assert several[0]["peak_gigabytes"] > 2 * one["peak_gigabytes"]  # a server, too
+    assert several[0]["peak_gigabytes"] > 2 * one["peak_gigabytes"]  # includes a server
 
 
-def test_rows_are_compared_round_by_round_and_with_the_fastest_products():
+def test_scale_table_has_ratios_and_share_of_peak():
     def measured(seconds, tokens, fastest):
         parts = {"step": 2.0, "batch": 0.1, "computing": 1.0, "summing": 0.5, "updating": 0.4}
-        work = {"pairs": 8, "tokens": tokens, "flop": 1e9, "flop_per_second_of_products": fastest}
+        work = {"pairs": 8, "tokens": tokens, "flop": 1e9, "peak_matmul_flops": fastest}
         return {"seconds": seconds, **work, "parts": parts, "peak_gigabytes": seconds}
 
-    base, other = scaling.rows_of(["dist_sync"], ["bert-small"], [128], [8], [1, 2], [1])
-    answers = {
+    base, other = scale.cases(["dist_sync"], ["bert-small"], [128], [8], [1, 2], [1])
+    rounds = {
         base: [measured(1, 1000, 4e9), measured(2, 1000, 2e9)],
         other: [measured(2, 1000, 1), measured(1, 1000, 1)],
     }
-    table = scale.scale_table("", answers)
+    table = scale.table("", rounds)
     reached = "6.0      750   1.25   0.50 .. 2.00          19%     2.00       50%       25%       20%"
     assert f"bert-small     128     8        2       1  device         {reached}" in table
-    assert "the fastest products seen in this run: 4.0 GFLOP a second" in table
+    assert "peak of matrix products in this run: 4.0 GFLOP/s" in table
 
 
-def test_what_is_scaled_is_checked_before_anything_is_measured(corpus, monkeypatch, capsys, no_horovod):
-    def told(*flags):
+def test_scale_refuses_bad_flags_before_it_measures(corpus, monkeypatch, capsys, no_horovod):
+    def printed(*flags):
         assert benchmark.main(["scale", "--corpus", str(corpus), *flags]) == 2
         return capsys.readouterr().err
 
-    shown = told(
+    shown = printed(
         "--presets", "bert-tiny,bert-huge", "--lengths", "64,x", "--contexts", "0", "--workers", "1,,2"
     )
-    assert "--presets bert-huge: must be some of d2l, quick, bert-tiny" in shown
-    assert "--lengths 64,x: numbers from 1 on with commas between them" in shown
-    assert "--contexts 0: numbers from 1 on" in shown
-    assert "--workers 1,,2: numbers from 1 on" in shown
-    shown = told("--lengths", "128,600", "--batch-sizes", "16,3")
+    assert "--presets must be some of d2l, quick, bert-tiny" in shown
+    assert "--lengths must be numbers of at least 1 with commas, such as 1,2, got 64,x" in shown
+    assert "--contexts must be numbers of at least 1" in shown
+    assert "--workers must be numbers of at least 1" in shown
+    shown = printed("--lengths", "128,600", "--batch-sizes", "16,3")
     assert "--max-seq-length 600: must not exceed --max-positions 512" in shown
-    assert "--batch-size 3" not in shown  # as only the first row has two workers
-    assert "--batch-size 3: 2 workers share each batch evenly; 2 or 4 would do" in told("--batch-sizes", "3")
-    monkeypatch.setattr(scaling, "machine_memory", lambda contexts: 2e9)
-    shown = told()
+    assert "got 3. Use" not in shown  # as only the first row has two workers
+    assert "the number of workers, 2, got 3. Use 2 or 4." in printed("--batch-sizes", "3")
+    monkeypatch.setattr(scale, "machine_memory", lambda contexts: 2e9)
+    shown = printed()
     assert (
         "bert-base, 128 tokens, 16 pairs, 1 contexts, 1 workers: --batch-size 16, --max-seq-length 128: the run is"
         in shown
     )
     assert "bert-tiny" not in shown
-    assert "--kvstore device: must be dist_sync, horovod or both" in told("--kvstore", "dist_sync,device")
-    shown = told("--presets", "bert-tiny", "--kvstore", "horovod")
-    assert "2 workers by horovod: --kvstore horovod: needs Horovod, built for MXNet (" in shown
+    assert "--kvstore must be some of dist_sync, horovod, got device" in printed(
+        "--kvstore", "dist_sync,device"
+    )
+    shown = printed("--presets", "bert-tiny", "--kvstore", "horovod")
+    assert "2 workers by horovod: kvstore horovod needs Horovod built for MXNet (" in shown
     assert benchmark.main(["train", "--estimate"]) == 2
-    assert "--estimate: is for scale, not for train" in capsys.readouterr().err
+    assert "unrecognized arguments: --estimate" in capsys.readouterr().err
 
 
-def test_a_row_that_ends_is_told_with_its_last_words(tmp_path):
-    row = scaling.ScaleCase("bert-tiny", 24, 8, 1, 1)
+def test_scale_reports_the_last_line_of_a_row(tmp_path):
+    row = scale.ScaleCase("bert-tiny", 24, 8, 1, 1)
     with pytest.raises(InputError, match=r"bert-tiny, 24 tokens, .* ended with status 1: .*nowhere"):
         row.measure(tmp_path / "nowhere", 1)
 
 
 def sent_in_a_ring(size, members):
-    """Bytes that a member sends until all have the sum: around once to add up, and once to pass that on."""
+    """Bytes that a member sends in a ring: one round to sum, one round to distribute the sum."""
     return sum(size / members for _ in range(members - 1)) + sum(size / members for _ in range(members - 1))
 
 
-def test_an_estimate_is_of_the_gradients_bytes_and_the_products(capsys):
-    assert scaling.passed_on(12.0, 4) == pytest.approx(sent_in_a_ring(12.0, 4))
+def test_scale_estimate_follows_from_bytes_and_flops(capsys):
+    assert scale.all_reduce_bytes(12.0, 4) == pytest.approx(sent_in_a_ring(12.0, 4))
     assert benchmark.main(["scale", "--estimate"]) == 0
     lines = capsys.readouterr().out.splitlines()
     page = (ROOT / "docs" / "performance.md").read_text("utf-8")
@@ -387,12 +386,12 @@ def test_an_estimate_is_of_the_gradients_bytes_and_the_products(capsys):
         ["bert-large", "128"],
         ["bert-large", "512"],
     ]
-    gradients = 110e6 * 4  # of the published BERT-Base
+    gradients = 110e6 * 4  # bytes of the published BERT-Base
     assert float(rows[0][2]) == pytest.approx(gradients / 1e6, rel=0.01)
     computing, of_a_machine, *of_networks = (float(rows[0][place]) / 1e3 for place in (5, 7, 10, 13, 16))
     assert of_a_machine - computing == pytest.approx(sent_in_a_ring(gradients, 8) / 12e9, rel=0.02)
     sent = sent_in_a_ring(gradients, 32)
     for step, network in zip(of_networks, (1.25e9, 3.125e9, 12.5e9)):
         assert step - of_a_machine == pytest.approx(sent / network, rel=0.03)
-    # Nearly all are six FLOPs a token for each weight of the layers.
+    # Most FLOPs: six per token for each weight of the layers.
     assert computing * float(rows[0][4]) * 1e12 == pytest.approx(6 * 86e6 * 8192, rel=0.1)
