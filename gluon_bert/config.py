@@ -46,6 +46,12 @@ class ModelConfig:
         0.2, "dropout rate of attention, layers and embeddings", at_least=0.0, at_most=0.9
     )
     max_positions: int = option(1000, "the longest sequence that has position embeddings", at_least=1)
+    position: str = option(
+        "absolute",
+        "how attention learns positions: absolute has BERT's position embeddings; relative-bias adds a learnt bias "
+        "for the distance of two tokens to the attention scores of each head and layer",
+        choices=("absolute", "relative-bias"),
+    )
     activation: str = option(
         "relu",
         "of the feed-forward network and the MLM head; gelu_tanh is the approximation of GELU in the "

@@ -69,9 +69,34 @@ def attention(p, name, x, lengths, num_heads, place=0, drop=nothing_dropped):
         for head in range(num_heads):
             part = slice(head * size, (head + 1) * size)
             scores = product(query[row, :, part], key[row, :length, part].T) / math.sqrt(size)
+            scores += relative_bias(p, f"{name}.relative.bias", x.shape[1], head)[:, :length]
             weights = np.exp(log_softmax(scores)) * kept[row, head, :, :length]
             heads[row, :, part] = product(weights, value[row, :length, part])
     return dense(p, f"{name}.output", heads)
+
+
+def relative_bias(p, name, size, head):
+    """What a head's scores of `size` queries and keys get for their distances: (T, T), or 0 without such biases.
+
+    Buckets as in T5's code (Raffel et al. 2020): half of a side's 16 are single distances, the others go up to 128
+    in equal steps of the logarithm. Pairs with position 0 are in a bucket of their own, the last.
+    """
+    if name not in p:
+        return np.zeros((size, size))
+    bias = np.zeros((size, size))
+    for i in range(size):
+        for j in range(size):
+            distance = abs(j - i)
+            bucket = distance
+            if distance >= 8:
+                steps = 8 * math.log(distance / 8) / math.log(128 / 8)
+                bucket = min(8 + math.floor(steps + 1e-9), 15)
+            if j > i:
+                bucket += 15
+            if i == 0 or j == 0:
+                bucket = 31
+            bias[i, j] = 10 * p[name][bucket, head]
+    return bias
 
 
 def dense(p, name, x):

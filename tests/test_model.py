@@ -32,6 +32,8 @@ VARIANTS = {
     "one-head": dataclasses.replace(D2L, num_heads=1, num_layers=1),
     "four-heads": dataclasses.replace(BERT, num_heads=4, num_layers=3),
     "large-epsilon": dataclasses.replace(BERT, norm_epsilon=0.1),
+    "relative": dataclasses.replace(BERT, position="relative-bias"),
+    "relative-pre": dataclasses.replace(BERT, norm="pre", num_heads=4, position="relative-bias"),
 }
 LENGTHS = {"mixed": ([3, 12, 7, 5, 12], 12), "short": ([3, 3], 12), "full": ([9, 9, 9], 9), "alone": ([3], 3)}
 
@@ -253,7 +255,7 @@ def test_attention_to_padding_is_exactly_zero(num_heads):
 
 def test_nothing_flows_from_padding_into_real_positions():
     lengths = np.array([3, 8, 5])
-    attend = SelfAttention(units=8, num_heads=2, dropout=0.0)
+    attend = SelfAttention(ModelConfig(units=8, num_heads=2, dropout=0.0))
     attend.initialize(mx.init.Normal(1))
     x = mx.nd.random.normal(shape=(3, 8, 8))
     x.attach_grad()

@@ -32,6 +32,8 @@ VARIANTS = {
     "pre": dataclasses.replace(BERT, norm="pre"),
     "pre-relu": dataclasses.replace(SMALL, norm="pre", num_layers=3),
     "one-layer": dataclasses.replace(BERT, num_layers=1),
+    "relative": dataclasses.replace(BERT, position="relative-bias"),
+    "relative-pre": dataclasses.replace(BERT, norm="pre", position="relative-bias"),
 }
 
 
@@ -157,7 +159,7 @@ def test_half_the_numbers_are_dropped_and_neighbours_know_nothing_of_each_other(
     assert np.abs(np.corrcoef(kept) - np.eye(8)).max() < 0.02
 
 
-@pytest.mark.parametrize("name", ["post", "bert", "pre"])
+@pytest.mark.parametrize("name", ["post", "bert", "pre", "relative"])
 def test_with_dropout_loss_and_gradients_are_those_of_the_reference(name):
     config = dataclasses.replace(VARIANTS[name], dropout=0.3)
     net, batch = network(config), reference.random_batch([3, 12, 7], 12, 50)

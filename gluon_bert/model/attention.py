@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..config import ModelConfig
 from .dropout import Dropout
 from .precision import Dense, MixedPrecisionBlock
+from .relative_position import RelativeBias
 
 # Added to the scores of padding. It is far below any real score, and finite, so that nothing becomes NaN.
 PADDING_SCORE = -1e9
@@ -29,37 +31,47 @@ def padding_scores(F: Any, tokens: Any, valid_length: Any, num_heads: int) -> An
 class SelfAttention(MixedPrecisionBlock):
     """Multi-head self-attention with biases (Vaswani et al. 2017, section 3.2.2).
 
-    (B, T, C) and the padding scores (B * H, T, T) -> (B, T, C), all float32.
+    (B, T, C) and the padding scores (B * H, T, T) -> (B, T, C), all float32. With a relative bias it takes the
+    buckets of distances, (T, T), as well.
     """
 
-    def __init__(self, units: int, num_heads: int, dropout: float, **kwargs: Any) -> None:
+    def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._num_heads = num_heads
-        self._scale = (units // num_heads) ** -0.5
+        units, self._num_heads = config.units, config.num_heads
+        self._scale = (units // self._num_heads) ** -0.5
         with self.name_scope():
             self.query = Dense(units, flatten=False, in_units=units)
             self.key = Dense(units, flatten=False, in_units=units)
             self.value = Dense(units, flatten=False, in_units=units)
             self.output = Dense(units, flatten=False, in_units=units)
-            self.dropout = Dropout(dropout)
+            self.dropout = Dropout(config.dropout)
+            relative = config.position == "relative-bias"
+            self.relative: Any = RelativeBias(self._num_heads) if relative else None
 
-    def hybrid_forward(self, F: Any, x: Any, padding: Any) -> Any:
+    def hybrid_forward(self, F: Any, x: Any, *positions: Any) -> Any:
         attend = self._attend_in_float16 if self.precision == "fp16" else self._attend
-        return self.output(attend(self.ops_for(F), self.query(x), self.key(x), self.value(x), padding))
+        return self.output(attend(self.ops_for(F), self.query(x), self.key(x), self.value(x), *positions))
 
-    def _attend(self, F: Any, query: Any, key: Any, value: Any, padding: Any) -> Any:
+    def _attend(self, F: Any, query: Any, key: Any, value: Any, *positions: Any) -> Any:
         """Compute what each position takes from all values, (B, T, C)."""
         query, key, value = map(self._split_heads, (query * self._scale, key, value))
-        scores = F.batch_dot(query, key, transpose_b=True) + padding  # (B * H, T, T)
-        weights = self.dropout(F.softmax(scores, axis=-1))
+        weights = self._weights(F, F.batch_dot(query, key, transpose_b=True), *positions)
         return self._join_heads(F.batch_dot(weights, value))
 
-    def _attend_in_float16(self, F: Any, query: Any, key: Any, value: Any, padding: Any) -> Any:
+    def _attend_in_float16(self, F: Any, query: Any, key: Any, value: Any, *positions: Any) -> Any:
         """Compute the same. These operators add up in float32; `batch_dot` of float16 adds up in float16."""
         interleaved = F.interleave(query, key, value, self._num_heads)
-        scores = F.attention_scores(interleaved, self._num_heads) + padding
-        weights = self.dropout(F.softmax(scores, axis=-1))
+        weights = self._weights(F, F.attention_scores(interleaved, self._num_heads), *positions)
         return F.attention_values(interleaved, weights, self._num_heads).swapaxes(0, 1)
+
+    def _weights(self, F: Any, scores: Any, padding: Any, *buckets: Any) -> Any:
+        """Compute the attention weights from the scores, both (B * H, T, T)."""
+        scores = scores + padding
+        if self.relative:
+            by_row = scores.reshape(shape=(-4, -1, self._num_heads, 0, 0))  # (B, H, T, T)
+            biased = F.broadcast_add(by_row, self.relative(*buckets).expand_dims(0))
+            scores = biased.reshape(shape=(-1, 0, 0), reverse=True)
+        return self.dropout(F.softmax(scores, axis=-1))
 
     def _split_heads(self, x: Any) -> Any:
         """(B, T, C) -> (B * H, T, C / H)."""

@@ -13,6 +13,7 @@ from .attention import SelfAttention, padding_scores
 from .dropout import Dropout
 from .gradient_checkpointing import CheckpointedForward
 from .precision import GELU, Dense, MixedPrecisionBlock
+from .relative_position import distance_buckets
 
 NUM_SEGMENTS = 2
 
@@ -76,24 +77,24 @@ class EncoderLayer(mx.gluon.HybridBlock):
     """Self-attention and a feed-forward network, each with dropout, a residual and LayerNorm.
 
     LayerNorm comes after the residual (post, Devlin et al. 2018) or before the sub-layer (pre, Xiong
-    et al. 2020): (B, T, C), (B * H, T, T) -> (B, T, C).
+    et al. 2020): (B, T, C) and the further inputs of SelfAttention -> (B, T, C).
     """
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._pre = config.norm == "pre"
         with self.name_scope():
-            self.attend = SelfAttention(config.units, config.num_heads, config.dropout)
+            self.attend = SelfAttention(config)
             self.norm1 = layer_norm(config)
             self.feed_forward = FeedForward(config)
             self.norm2 = layer_norm(config)
             self.dropout = Dropout(config.dropout)
 
-    def hybrid_forward(self, F: Any, x: Any, padding: Any) -> Any:
+    def hybrid_forward(self, F: Any, x: Any, *positions: Any) -> Any:
         if self._pre:
-            x = x + self.dropout(self.attend(self.norm1(x), padding))
+            x = x + self.dropout(self.attend(self.norm1(x), *positions))
             return x + self.dropout(self.feed_forward(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attend(x, padding)))
+        x = self.norm1(x + self.dropout(self.attend(x, *positions)))
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
 
@@ -132,9 +133,9 @@ class Encoder(MixedPrecisionBlock):
         self, passes: CheckpointedForward, tokens: Any, token_types: Any, valid_length: Any
     ) -> Any:
         """The same, of which only what enters each layer is kept."""
-        padding = padding_scores(mx.nd, tokens, valid_length, self._config.num_heads)
+        positions = self._positions(mx.nd, tokens, valid_length)
         blocks: list[tuple[Any, tuple[Any, ...]]] = [(self.embeddings, (tokens, token_types))]
-        blocks += [(layer, (padding,)) for layer in self.layers]
+        blocks += [(layer, positions) for layer in self.layers]
         return passes.forward(blocks + ([(self.norm, ())] if self.norm else []))
 
     def hybridize(self, active: bool = True, **kwargs: Any) -> None:
@@ -157,11 +158,18 @@ class Encoder(MixedPrecisionBlock):
             self._checkpointed = None
 
     def hybrid_forward(self, F: Any, tokens: Any, token_types: Any, valid_length: Any) -> Any:
-        padding = padding_scores(F, tokens, valid_length, self._config.num_heads)
+        positions = self._positions(F, tokens, valid_length)
         x = self.embeddings(tokens, token_types)
         for layer in self.layers:
-            x = layer(x, padding)
+            x = layer(x, *positions)
         return self.norm(x) if self.norm else x
+
+    def _positions(self, F: Any, tokens: Any, valid_length: Any) -> tuple[Any, ...]:
+        """Return the inputs of every layer beside the vectors."""
+        padding = padding_scores(F, tokens, valid_length, self._config.num_heads)
+        if self._config.position == "absolute":
+            return (padding,)
+        return padding, distance_buckets(F, tokens)
 
     def _in_order(self) -> list[Any]:
         """Return the parameters in the order in which the encoder uses them."""
@@ -169,7 +177,7 @@ class Encoder(MixedPrecisionBlock):
         for layer in self.layers:
             attend, feed_forward = layer.attend, layer.feed_forward
             blocks += [attend.query, attend.key, attend.value, attend.output, layer.norm1]
-            blocks += [feed_forward.expand, feed_forward.project, layer.norm2]
+            blocks += [feed_forward.expand, feed_forward.project, layer.norm2, attend.relative]
         return [
             self.embeddings.tokens.weight,
             self.embeddings.segments.weight,
@@ -186,7 +194,7 @@ class Encoder(MixedPrecisionBlock):
 
 
 def both_parameters(*blocks: Any) -> list[Any]:
-    """Return the weight and bias of each dense block, gamma and beta of each LayerNorm; skip None."""
+    """Return the parameters of dense blocks and LayerNorms in their order; skip None."""
     return [p for block in blocks if block for p in block.params.values()]
 
 

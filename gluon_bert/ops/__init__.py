@@ -98,6 +98,7 @@ def encode(
         ffn_units=config.ffn_units,
         pre=int(config.norm == "pre"),
         embedding_norm=int(config.embedding_norm),
+        relative=int(config.position == "relative-bias"),
         dropout=rate,
         **_common(config, parameters, bf16),
     )

@@ -22,7 +22,7 @@ struct Gradients {
   bool add;
   float *token_embedding, *token_type_embedding, *position_embedding;
   float* first_norm[2];
-  std::vector<std::vector<float*>> layers;  // 16 per layer, in the order of Layer
+  std::vector<std::vector<float*>> layers;  // in the order of Layer
   float* last_norm[2];
 };
 
@@ -98,7 +98,7 @@ class Encoder {
     for (int l = num_layers() - 1; l >= 0; --l) {
 #pragma omp parallel num_threads(threads_)
       {
-        LayerGradients own(sums + omp_get_thread_num() * sums_size(), net().units, net().ffn_units);
+        LayerGradients own(sums + omp_get_thread_num() * sums_size(), net());
         std::fill_n(own.begin, sums_size(), 0.f);
         const PackedLayer<T> weights = pack(l, packed, false);
         const PackedLayer<T> forward_weights = recompute ? pack(l, packed_forward, true) : PackedLayer<T>();
@@ -119,13 +119,13 @@ class Encoder {
 
  private:
   static constexpr int kChunk = 128;  // tokens, so that a layer's activations of them fit a second cache
-  // The places of the norms among a layer's parameters.
-  static constexpr int kNorm1 = 8, kNorm2 = 14;
+  // The places of the norms and of the distances' biases among a layer's parameters.
+  static constexpr int kNorm1 = 8, kNorm2 = 14, kRelativeBias = 16;
 
   const Network& net() const { return call_.net; }
   int num_layers() const { return net().num_layers(); }
   long ld() const { return call_.ld; }
-  size_t sums_size() const { return LayerGradients::size(net().units, net().ffn_units); }
+  size_t sums_size() const { return LayerGradients::size(net()); }
 
   // Stream 0 enters the first layer; stream l leaves layer l - 1. Two of them take turns if nothing is kept.
   Stream stream(int l) {
@@ -247,7 +247,7 @@ class Encoder {
   void scatter_gradients(const float* sums, int l, const Gradients& out) const {
     const long c = net().units, f = net().ffn_units;
     const std::vector<float*>& g = out.layers[l];
-    const LayerGradients own((float*)sums, c, f);
+    const LayerGradients own((float*)sums, net());
     auto scatter = [&](const float* begin, long count, float* to) { reduce(sums, begin - sums, count, to, out.add); };
     for (int i = 0; i < 3; ++i) {
       scatter(own.qkv + i * c * c, c * c, g[2 * i]);
@@ -261,6 +261,7 @@ class Encoder {
     scatter(own.expand_bias, f, g[11]);
     scatter(own.project, c * f, g[12]);
     scatter(own.project_bias, c, g[13]);
+    if (net().relative) scatter(own.relative_bias, kNumBuckets * net().heads, g[kRelativeBias]);
     if (net().norm_after(l)) {
       scatter(own.after_gamma, c, gamma_after(out, l)[0]);
       scatter(own.after_beta, c, gamma_after(out, l)[1]);

@@ -11,6 +11,7 @@
 #include "buffer_pool.h"
 #include "elementwise.h"
 #include "gemm.h"
+#include "relative_position.h"
 
 namespace gluon_bert {
 
@@ -23,12 +24,13 @@ struct Layer {
   Norm norm1;
   Dense expand, project;
   Norm norm2;
+  const float* relative_bias;  // (kNumBuckets, H), or null
 };
 
 // The network. Its pointers are to the parameters of one call.
 struct Network {
   int units, ffn_units, heads, positions, words;  // C, F, H, P, V
-  bool pre, embedding_norm;
+  bool pre, embedding_norm, relative;
   Activation activation;
   float epsilon, dropout;
   const float *token_embedding, *token_type_embedding, *position_embedding;
@@ -168,7 +170,7 @@ struct ChunkActivations {
 
 // A thread's working memory for a chunk.
 struct Scratch {
-  PooledBuffer input, after, gradient, wide, qkv, scores, dropped, d_scores, panels;
+  PooledBuffer input, after, gradient, wide, qkv, scores, dropped, d_scores, panels, distances;
   Activations activations;  // if not all layers' are kept
 
   Scratch() = default;
@@ -179,15 +181,17 @@ struct Scratch {
     qkv = PooledBuffer(tokens * call.ld_qkv);
     for (PooledBuffer* one : {&scores, &dropped, &d_scores}) *one = PooledBuffer(matrix);
     panels = PooledBuffer(panel_elements);
+    distances = PooledBuffer(2 * longest);
   }
 };
 
 // A thread's own sums of a layer's gradients, one after another.
 struct LayerGradients {
   float *begin, *qkv, *qkv_bias, *output, *output_bias, *expand, *expand_bias, *project, *project_bias;
-  float *middle_gamma, *middle_beta, *after_gamma, *after_beta;
+  float *middle_gamma, *middle_beta, *after_gamma, *after_beta, *relative_bias;
 
-  LayerGradients(float* data, long c, long f) : begin(data) {
+  LayerGradients(float* data, const Network& net) : begin(data) {
+    const long c = net.units, f = net.ffn_units;
     auto next = [&data](long count) {
       float* here = data;
       data += count;
@@ -196,8 +200,12 @@ struct LayerGradients {
     qkv = next(3 * c * c), qkv_bias = next(3 * c), output = next(c * c), output_bias = next(c);
     expand = next(f * c), expand_bias = next(f), project = next(c * f), project_bias = next(c);
     middle_gamma = next(c), middle_beta = next(c), after_gamma = next(c), after_beta = next(c);
+    relative_bias = next(net.relative * kNumBuckets * net.heads);
   }
-  static size_t size(size_t c, size_t f) { return 4 * c * c + 2 * c * f + 9 * c + f + 16; }
+  static size_t size(const Network& net) {
+    const size_t c = net.units, f = net.ffn_units;
+    return 4 * c * c + 2 * c * f + 9 * c + f + net.relative * kNumBuckets * net.heads + 16;
+  }
 };
 
 // Layer number `l` in one call. T: what products are made of, float or Bf16x2 (gemm.h).
@@ -292,11 +300,13 @@ class EncoderLayer {
   }
 
   // The attention weights of a row's head, (length, length), without dropout. Returns their stride.
-  long attention_weights(const float* query, int t, Scratch& s) const {
+  long attention_weights(const float* query, int head, int t, Scratch& s) const {
     const int d = n_.head_size(), padded = panels(t) * kCols;
     const long ld = stride(padded);
     const Right<T> keys = pack_transposed(query + n_.units, call_.ld_qkv, d, t, panels_of(s));
     multiply<Start::kZero>(t, padded, d, {query, call_.ld_qkv, 1}, keys, s.scores, ld);
+    if (n_.relative)
+      add_relative_bias(layer_.relative_bias, n_.heads, head, t, attention_scale(), s.scores, ld, s.distances);
     for (int i = 0; i < t; ++i) softmax(s.scores + i * ld, t, attention_scale());
     return ld;
   }
@@ -308,7 +318,7 @@ class EncoderLayer {
     const long local = call_.rows[row].first - chunk.first;
     const float* query = a.qkv + local * call_.ld_qkv + head * d;
     const float* value = query + 2 * n_.units;
-    const long ld = attention_weights(query, t, s);
+    const long ld = attention_weights(query, head, t, s);
     const Dropout drop = call_.dropout(l_, 0);
     for (int i = 0; i < t; ++i)
       drop.apply(s.scores + i * ld, t, call_.weight_element(row, head, i), s.scores + i * ld);
@@ -317,11 +327,12 @@ class EncoderLayer {
   }
 
   // The gradients of query, key and value, into s.qkv, from those of the context, in s.after.
-  void attention_backward(int row, int head, const Chunk& chunk, const ChunkActivations& a, Scratch& s) const {
+  void attention_backward(int row, int head, const Chunk& chunk, const ChunkActivations& a, LayerGradients& sums,
+                          Scratch& s) const {
     const int t = call_.rows[row].length, d = n_.head_size(), padded = panels(t) * kCols;
     const long local = call_.rows[row].first - chunk.first, ld_qkv = call_.ld_qkv;
     const float* query = a.qkv + local * ld_qkv + head * d;
-    const long ld = attention_weights(query, t, s);
+    const long ld = attention_weights(query, head, t, s);
     const float* key = query + n_.units;
     const float* value = key + n_.units;
     const float* gradient = s.after + local * call_.ld + head * d;
@@ -338,6 +349,8 @@ class EncoderLayer {
       drop.apply(row_gradient, t, call_.weight_element(row, head, i), row_gradient);
       softmax_backward(s.scores + i * ld, t, attention_scale(), row_gradient);
     }
+    if (n_.relative)
+      relative_bias_backward(s.d_scores, ld, n_.heads, head, t, attention_scale(), sums.relative_bias, s.distances);
     multiply<Start::kZero>(t, d, t, {s.d_scores, ld, 1}, right_side(key, ld_qkv, t, d, panels_of(s)), d_query, ld_qkv);
     multiply<Start::kZero>(t, d, t, {s.d_scores, 1, ld}, right_side(query, ld_qkv, t, d, panels_of(s)),
                            d_query + n_.units, ld_qkv);
@@ -367,7 +380,7 @@ class EncoderLayer {
     add_weight_gradient(tokens, c, c, s.gradient, ld, a.context, ld, sums.output, sums.output_bias, panels_of(s));
     multiply<Start::kZero>(tokens, c, c, {s.gradient, ld, 1}, weights.output, s.after, ld);
     for (int row = chunk.first_row; row < chunk.last_row; ++row)
-      for (int head = 0; head < n_.heads; ++head) attention_backward(row, head, chunk, a, s);
+      for (int head = 0; head < n_.heads; ++head) attention_backward(row, head, chunk, a, sums, s);
     const float* input = normalized_input(chunk, s.input);
     add_weight_gradient(tokens, 3 * c, c, s.qkv, ld_qkv, input, ld, sums.qkv, sums.qkv_bias, panels_of(s));
     multiply<Start::kZero>(tokens, c, 3 * c, {s.qkv, ld_qkv, 1}, weights.qkv, s.after, ld);

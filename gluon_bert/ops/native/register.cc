@@ -1,7 +1,7 @@
 // Registers the operators with MXNet: their inputs, their shapes, and the classes that compute them.
 //
 // gluon_bert_encoder: tokens (B, T), token_types (B, T), valid_length (B,), key (2,), then the encoder's parameters in
-// the order of Network, 16 per layer -> (B, T, C). gluon_bert_masked_loss: encoded (B, T, C), masked positions
+// the order of Network -> (B, T, C). gluon_bert_masked_loss: encoded (B, T, C), masked positions
 // (2, M), masked ids (M,), then the head's six parameters -> the sum of the losses (1,), num_correct (1,). All are
 // float32.
 //
@@ -73,10 +73,12 @@ MXReturnValue catch_errors(Work work) {
   }
 }
 
-constexpr int kLayerParameters = 16, kEncoderInputs = 4;
+constexpr int kEncoderInputs = 4;
+
+int layer_parameters(const Attributes& a) { return 16 + whole(a, "relative"); }
 
 int encoder_arrays(const Attributes& a) {
-  return kEncoderInputs + 3 + 2 * whole(a, "embedding_norm") + kLayerParameters * whole(a, "layers") +
+  return kEncoderInputs + 3 + 2 * whole(a, "embedding_norm") + layer_parameters(a) * whole(a, "layers") +
          2 * whole(a, "pre");
 }
 
@@ -121,7 +123,7 @@ class EncoderState : public CustomStatefulOp {
       g.token_embedding = out.next(), g.token_type_embedding = out.next(), g.position_embedding = out.next();
       if (net.embedding_norm)
         for (float*& norm : g.first_norm) norm = out.next();
-      g.layers.resize(net.layers.size(), std::vector<float*>(kLayerParameters));
+      g.layers.resize(net.layers.size(), std::vector<float*>(layer_parameters(a_)));
       for (auto& layer : g.layers)
         for (float*& parameter : layer) parameter = out.next();
       if (net.pre)
@@ -155,6 +157,7 @@ class EncoderState : public CustomStatefulOp {
     n.positions = (int)arrays->at(first + 2).shape.at(0);
     n.heads = whole(a_, "heads"), n.ffn_units = whole(a_, "ffn_units");
     n.pre = whole(a_, "pre"), n.embedding_norm = whole(a_, "embedding_norm");
+    n.relative = whole(a_, "relative");
     n.activation = activation_of(a_);
     n.epsilon = (float)number(a_, "epsilon"), n.dropout = (float)number(a_, "dropout");
     Arrays next(arrays, first);
@@ -166,6 +169,7 @@ class EncoderState : public CustomStatefulOp {
       layer.norm1 = next.norm();
       layer.expand = next.dense(), layer.project = next.dense();
       layer.norm2 = next.norm();
+      layer.relative_bias = n.relative ? next.next() : nullptr;
     }
     if (n.pre) n.last_norm = next.norm();
     return n;
