@@ -195,6 +195,16 @@ def gradients(net, dtype=np.float64):
     return {name: p.list_grad()[0].asnumpy().astype(dtype) for name, p in parameters.items()}
 
 
+def randomise_relative_bias(net, seed=0):
+    """Give the biases for distances values, if the network has any; they are zero at first."""
+    rng = np.random.default_rng(seed)
+    for name, parameter in net._collect_params_with_prefix().items():
+        if name.endswith("relative.bias"):
+            array = parameter.data(parameter.list_ctx()[0]).copy()
+            array[:] = 0.2 * rng.normal(size=parameter.shape).astype(np.float32)
+            parameter.set_data(array)
+
+
 def randomise(net, seed=0):
     """Give every parameter, biases and LayerNorm's included, values that matter in the result."""
     rng = np.random.default_rng(seed)

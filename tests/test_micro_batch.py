@@ -19,6 +19,7 @@ from gluon_bert.training.trainer import dropout_seed
 
 PRE = dataclasses.replace(BERT, norm="pre", num_layers=3)
 MODELS = {"d2l": MODEL, "bert": BERT, "pre": PRE}
+RELATIVE = dataclasses.replace(NOISY, dropout=0.0, position="relative-bias")
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,7 @@ def test_another_trainer_of_the_network_need_not_add_up(data):
 # Computed twice
 
 
-@pytest.mark.parametrize("model", [*MODELS.values(), NOISY], ids=[*MODELS, "dropout"])
+@pytest.mark.parametrize("model", [*MODELS.values(), NOISY, RELATIVE], ids=[*MODELS, "dropout", "relative"])
 def test_compiled_layers_that_are_computed_again_give_the_same_bits(data, model):
     if ops.describe() != "compiled for this processor":
         pytest.skip(f"the operators are {ops.describe()}")
@@ -182,7 +183,7 @@ def test_compiled_layers_that_are_computed_again_give_the_same_bits(data, model)
 
 
 @pytest.mark.parametrize("num_contexts", [1, 2])
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("model", [*MODELS.values(), RELATIVE], ids=[*MODELS, "relative"])
 def test_layers_that_are_computed_again_give_the_same_gradients(data, operators, model, num_contexts):
     batch = random_batch()
     kept = gradients_of(trainer_on(1, data, model, lr=0.0), batch)

@@ -15,6 +15,7 @@ from gluon_bert import ops
 from gluon_bert.config import ModelConfig
 from gluon_bert.errors import InputError
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.model.relative_position import CLS_BUCKET, NUM_BUCKETS, distance_buckets
 from gluon_bert.ops import build
 from gluon_bert.runtime import mx
 from gluon_bert.training import losses as loss
@@ -403,3 +404,23 @@ def test_the_library_is_built_once_and_anew_for_other_sources(monkeypatch, tmp_p
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
     with pytest.raises(pytest.fail.Exception):
         build.built_library()
+
+
+# Relative positions
+
+
+def test_relative_bias_covers_every_bucket_of_distances():
+    """In 200 tokens: NumPy, MXNet's operators and the compiled ones agree on each distance's bucket."""
+    config = dataclasses.replace(BERT, num_layers=1, position="relative-bias")
+    net, batch = network(config), reference.random_batch([200, 3], 200, 50)
+    (shard,) = split_and_load(batch, [mx.cpu()])
+    inputs = (shard.tokens, shard.token_types, shard.valid_length)
+    expected = reference.encode(config, reference.values(net), batch)
+    real = np.arange(200) < batch.valid_length[:, None]
+    compiled_result = net.encoder(*inputs).asnumpy()
+    net.hybridize(active=False)
+    for found in (compiled_result, net.encoder(*inputs).asnumpy()):
+        np.testing.assert_allclose(found[real], expected[real], rtol=1e-4, atol=1e-4)
+    buckets = distance_buckets(mx.nd, shard.tokens).asnumpy()
+    assert set(buckets.ravel()) == set(range(NUM_BUCKETS))
+    assert (buckets[0] == CLS_BUCKET).all() and (buckets[:, 0] == CLS_BUCKET).all()

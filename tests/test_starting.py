@@ -129,6 +129,7 @@ def test_a_preset_gives_the_recipe_and_the_run_the_network(before, tmp_path):
     [
         (["--units", "32"], "--units 32: --init {0} has 16, which its weights are made for"),
         (["--tied-decoder", "yes"], "--tied-decoder yes: --init {0} has no,"),
+        (["--position", "relative-bias"], "--position relative-bias: --init {0} has absolute, which its"),
         (["--tokenizer", "wordpiece"], "--tokenizer wordpiece: --init {0} has words"),
         (["--lowercase", "no"], "--lowercase no: --init {0} has yes"),
         (["--vocab-file", "x.json"], "--vocab-file x.json: --init {0} has its own, {0}/vocab.json"),

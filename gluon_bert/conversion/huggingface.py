@@ -438,5 +438,7 @@ def _check_has_place(config: ModelConfig) -> None:
         problems.append("norm must be 'post', as its BERT has, got 'pre'")
     if not config.embedding_norm:
         problems.append("embedding_norm must be true, as its BERT has, got false (the preset d2l has that)")
+    if config.position != "absolute":
+        problems.append(f"position must be 'absolute', as its BERT has, got {config.position!r}")
     if problems:
         raise InputError("\n".join(f"--to huggingface: {problem}" for problem in problems))

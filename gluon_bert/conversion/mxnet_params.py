@@ -87,7 +87,7 @@ def write_parameters(kind: str, run: Run, folder: Path) -> list[str]:
     """
     layout, like, _, _ = KINDS[kind]
     config, published = run.net.config, preset(like).model
-    fixed = ["activation", "norm", "embedding_norm", "tied_decoder"]
+    fixed = ["position", "activation", "norm", "embedding_norm", "tied_decoder"]
     # GluonNLP's encoder takes an epsilon; D2L's LayerNorm has MXNet's own.
     fixed += ["norm_epsilon"] if kind == "d2l" else []
     problems = [

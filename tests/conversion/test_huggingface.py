@@ -286,7 +286,11 @@ def test_huggingface_other_vocabulary_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "changes, told",
-    [({"norm": "pre"}, "norm must be 'post'"), ({"embedding_norm": False}, "embedding_norm must be true")],
+    [
+        ({"norm": "pre"}, "norm must be 'post'"),
+        ({"embedding_norm": False}, "embedding_norm must be true"),
+        ({"position": "relative-bias"}, "position must be 'absolute', as its BERT has, got 'relative-bias'"),
+    ],
 )
 def test_huggingface_without_place_is_refused(changes, told, tmp_path, capsys):
     a_run(tmp_path / "run", configured("small", **changes))

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import reference
 
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
@@ -44,6 +45,7 @@ def run_of(seed=0, name="bert-tiny", **changes):
     net = BERTModel(len(VOCAB), config.model)
     net.initialize(ctx=[mx.cpu()], seed=seed)
     net.hybridize()
+    reference.randomise_relative_bias(net)
     return Run(net, VOCAB, config, step=7)
 
 
@@ -81,6 +83,7 @@ def test_any_batch_and_length_equals_the_network(run, exports, outputs, network)
         {"norm": "pre"},
         {"tied_decoder": False, "embedding_norm": False},
         {"num_layers": 1, "activation": "relu"},
+        {"position": "relative-bias"},
     ],
 )
 def test_every_variant_of_the_network(tmp_path, changes):

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import reference
 from conftest import ROOT, skip_without, small_text
 
 from gluon_bert.data.prepared import prepare
@@ -89,6 +90,7 @@ def run_of(corpus, name="bert-tiny", **changes):
     net = BERTModel(len(vocab), config.model)
     net.initialize(ctx=[mx.cpu()], seed=3)
     net.hybridize()
+    reference.randomise_relative_bias(net)
     return Run(net, vocab, config, step=7)
 
 
@@ -147,6 +149,7 @@ def test_more_tokens_than_positions_are_an_error_of_the_graph(run, exports, form
         {"name": "d2l", "activation": "gelu", "norm": "pre", "embedding_norm": True},
         {"norm": "pre", "activation": "relu"},
         {"tied_decoder": False, "num_heads": 4, "num_layers": 1},
+        {"position": "relative-bias"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
