@@ -34,6 +34,10 @@ def option(
     return field(default=default, metadata={"help": help, **bounds, "may_change": may_change})
 
 
+# Rows of a relative bias; model/relative_position.py describes them.
+DISTANCE_BUCKETS = 32
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The size and the variant of the network; the vocabulary's size is not part of it."""

@@ -12,10 +12,10 @@ import reference
 from conftest import ROOT
 
 from gluon_bert import ops
-from gluon_bert.config import ModelConfig
+from gluon_bert.config import DISTANCE_BUCKETS, ModelConfig
 from gluon_bert.errors import InputError
 from gluon_bert.model.bert import BERTModel
-from gluon_bert.model.relative_position import CLS_BUCKET, NUM_BUCKETS, distance_buckets
+from gluon_bert.model.relative_position import CLS_BUCKET, distance_buckets
 from gluon_bert.ops import build
 from gluon_bert.runtime import mx
 from gluon_bert.training import losses as loss
@@ -422,5 +422,5 @@ def test_relative_bias_covers_every_bucket_of_distances():
     for found in (compiled_result, net.encoder(*inputs).asnumpy()):
         np.testing.assert_allclose(found[real], expected[real], rtol=1e-4, atol=1e-4)
     buckets = distance_buckets(mx.nd, shard.tokens).asnumpy()
-    assert set(buckets.ravel()) == set(range(NUM_BUCKETS))
+    assert set(buckets.ravel()) == set(range(DISTANCE_BUCKETS))
     assert (buckets[0] == CLS_BUCKET).all() and (buckets[:, 0] == CLS_BUCKET).all()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..config import DISTANCE_BUCKETS
 from ..runtime import mx
 
 # Buckets of distances as in T5 (Raffel et al. 2020, section 2.1), on either side: 0 to 7 alone, then two per
 # doubling, and the last from 91 on. Distances to the left and 0 have numbers 0 to 15, those to the right 16 to 30.
-SIDE_BUCKETS = 16
+SIDE_BUCKETS = DISTANCE_BUCKETS // 2
 # A bucket of its own for pairs with <cls>, whose distance means nothing (Ke et al. 2021, TUPE, section 3.2).
-CLS_BUCKET = 2 * SIDE_BUCKETS - 1
-NUM_BUCKETS = CLS_BUCKET + 1
+CLS_BUCKET = DISTANCE_BUCKETS - 1
 # Adam moves a weight by at most about the learning rate per step. Scores need larger biases sooner.
 # The compiled operators have the same constants (ops/native/relative_position.h).
 BIAS_SCALE = 10.0
@@ -41,8 +41,8 @@ class RelativeBias(mx.gluon.HybridBlock):
         super().__init__(**kwargs)
         self._num_heads = num_heads
         with self.name_scope():
-            self.bias = self.params.get("bias", shape=(NUM_BUCKETS, num_heads), init="zeros")
+            self.bias = self.params.get("bias", shape=(DISTANCE_BUCKETS, num_heads), init="zeros")
 
     def hybrid_forward(self, F: Any, buckets: Any, bias: Any) -> Any:
-        biases = F.Embedding(buckets, bias, input_dim=NUM_BUCKETS, output_dim=self._num_heads)  # (T, T, H)
+        biases = F.Embedding(buckets, bias, input_dim=DISTANCE_BUCKETS, output_dim=self._num_heads)  # (T, T, H)
         return BIAS_SCALE * biases.transpose(axes=(2, 0, 1))

@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Callable
 
-from ..config import Config, ModelConfig
+from ..config import DISTANCE_BUCKETS, Config, ModelConfig
 from ..errors import InputError
-from ..model.relative_position import NUM_BUCKETS
 from ..system import threads
 
 FLOAT = 4  # bytes
@@ -139,7 +138,7 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
     c, f = model.units, model.ffn_units
     norm = 2 * c
     embeddings = (vocab_size + 2 + model.max_positions) * c + norm * model.embedding_norm
-    relative = NUM_BUCKETS * model.num_heads * (model.position == "relative-bias")
+    relative = DISTANCE_BUCKETS * model.num_heads * (model.position == "relative-bias")
     layer = 4 * (c * c + c) + norm + (c * f + f) + (f * c + c) + norm + relative
     decoder = vocab_size + (0 if model.tied_decoder else vocab_size * c)
     heads = (c * c + c) + (c * c + c + norm + decoder) + (2 * c + 2)
