@@ -44,5 +44,6 @@ class RelativeBias(mx.gluon.HybridBlock):
             self.bias = self.params.get("bias", shape=(DISTANCE_BUCKETS, num_heads), init="zeros")
 
     def hybrid_forward(self, F: Any, buckets: Any, bias: Any) -> Any:
-        biases = F.Embedding(buckets, bias, input_dim=DISTANCE_BUCKETS, output_dim=self._num_heads)  # (T, T, H)
+        sizes = {"input_dim": DISTANCE_BUCKETS, "output_dim": self._num_heads}
+        biases = F.Embedding(buckets, bias, **sizes)  # (T, T, H)
         return BIAS_SCALE * biases.transpose(axes=(2, 0, 1))
