@@ -73,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--from", nargs="+", required=True, metavar="WHAT", dest="source", help="FORMAT PATH, or RUN"
     )
-    p.add_argument("--to", nargs="+", required=True, metavar="WHAT", help="RUN, or FORMAT FOLDER; a new folder")
+    p.add_argument(
+        "--to", nargs="+", required=True, metavar="WHAT", help="RUN, or FORMAT FOLDER; a new folder"
+    )
     reading = p.add_argument_group("what the other package's files do not say")
     reading.add_argument(
         "--num-heads", type=int, metavar="N", help="attention heads a layer, for gluonnlp and d2l"

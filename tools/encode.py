@@ -17,6 +17,7 @@ from tqdm import tqdm
 from gluon_bert.cli import add_checkpoint_flag, add_device_flag, device, main_with_exit_status, parser_of, run
 from gluon_bert.errors import InputError
 from gluon_bert.fileio import atomic_write
+from gluon_bert.model.pooling import POOLINGS, Pooling
 
 # Words that are told for a <mask> where nobody says how many.
 TOP = 5
@@ -28,6 +29,8 @@ examples:
   python tools/encode.py runs/d2l-1 --next "it was raining" "she took an umbrella"
   python tools/encode.py runs/d2l-1 --input sentences.txt --output vectors.npz
   python tools/encode.py runs/d2l-1 --input sentences.txt --fill-mask --json > filled.jsonl
+  python tools/encode.py runs/minilm --input sentences.txt --similar 3
+  python tools/encode.py runs/minilm --similarity "a crane flies" "a bird is in the air"
 
 RUN is the folder of a run, or that of an export. A fine-tuned one tells what it was fine-tuned for, its label
 or score, unless --token-vectors or an .npz asks for vectors. A text is split into words as in training; one
@@ -35,8 +38,12 @@ whose tokens stand apart by spaces is taken as it is. Words that the vocabulary 
 is what was cut off where a text is longer than the network was trained for. In a file of texts no line may be
 empty.
 
+An embedding is one vector for a text. Converted models of sentence-transformers say how it is made; --pooling
+and --normalize set it for every other run. --similar and --similarity compare embeddings (by their cosine, unless
+the model says dot product). Without a pooling they use the mean of all tokens.
+
 vectors.npz holds, for N texts, the arrays cls, mean and pooled, (N, C), and truncated, (N,), how many tokens
-were cut off; with --token-vectors also vectors, those of all tokens one text after the other, and starts,
+were cut off; with a pooling also embeddings, (N, C); with --token-vectors also vectors, those of all tokens one text after the other, and starts,
 (N + 1,), where each text begins. mean is over all tokens of a text, <cls> and <sep> among them. A file of
 that name is replaced once the new one is whole.
 """
@@ -55,6 +62,20 @@ def parser() -> argparse.ArgumentParser:
     ask = p.add_argument_group("what to ask (vectors)").add_mutually_exclusive_group()
     ask.add_argument("--fill-mask", nargs="*", metavar="TEXT", help="the likeliest words for each <mask>")
     ask.add_argument("--next", nargs="*", metavar="TEXT", help="how likely the second text follows the first")
+    ask.add_argument("--similar", type=int, metavar="N", help="the N most similar other texts for each text")
+    ask.add_argument(
+        "--similarity", nargs="*", metavar="TEXT", help="how similar the two texts of a pair are"
+    )
+    p.add_argument(
+        "--pooling", choices=POOLINGS, help="make one vector of a text's token vectors (as the model says)"
+    )
+    p.add_argument(
+        "--normalize",
+        action="store_true",
+        default=None,
+        help="divide that vector by its length (as the model says); --no-normalize does not",
+    )
+    p.add_argument("--no-normalize", dest="normalize", action="store_false", help=argparse.SUPPRESS)
     p.add_argument("--top", type=int, metavar="N", help="words for each <mask> (5)")
     p.add_argument("--token-vectors", action="store_true", help="also the vector of each token")
     p.add_argument("--input", type=Path, metavar="FILE", help="texts from a UTF-8 file, a line each")
@@ -94,6 +115,9 @@ def encode(arguments: argparse.Namespace) -> int:
         parsed = [parse_line(f"text {number}", text) for number, text in enumerate(texts, 1)]
         total, lines = len(parsed), iter(parsed)
     predictor = predictor_of(arguments.run, device(arguments), arguments.checkpoint)
+    predictor.pooling = pooling_of(arguments, predictor.pooling)
+    if ask in ("similar", "similarity"):
+        return compare(arguments, ask, predictor, list(lines))
     if predictor.task and ask == "vectors" and not wants_vectors(arguments):
         ask = "task"
     told, asked_lines = tee(lines)
@@ -114,22 +138,95 @@ def encode(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def pooling_of(arguments: argparse.Namespace, own: Pooling | None) -> Pooling | None:
+    """Return the pooling of the flags, or else the model's own; None where neither says one."""
+    if arguments.pooling is None and arguments.normalize is None and own is None:
+        return Pooling() if arguments.similar is not None or arguments.similarity is not None else None
+    own = own or Pooling()
+    normalize = own.normalize if arguments.normalize is None else arguments.normalize
+    return Pooling(arguments.pooling or own.mode, normalize, own.similarity)
+
+
+def compare(arguments: argparse.Namespace, ask: str, predictor: Any, lines: list[Any]) -> int:
+    """Print how similar texts are: those of each pair, or for each text the most similar others."""
+    for line in lines:
+        if (ask == "similarity") != (line.second is not None):
+            wanted = 'a pair, "a text || another"' if ask == "similarity" else "a single text"
+            raise InputError(f"{line.where}: must be {wanted} for --{ask}")
+    given = [each for line in lines for each in line.given]
+    places = [line for line in lines for _ in line.given]
+    seen = Seen(predictor.reader.vocab.unk)
+    truncate = arguments.too_long == "cut"
+    texts = (encoded(predictor.reader, line, (text,), truncate) for line, text in zip(places, given))
+    embeddings = []
+    for line, answer in zip(places, predictor.ask(texts)):
+        embeddings.append(answer.embedding)
+        seen.add(line, answer)
+    found = (similar_texts if ask == "similar" else similar_pairs)(arguments, predictor, lines, embeddings)
+    with ExitStack() as stack:
+        file = stack.enter_context(atomic_write(arguments.output)) if arguments.output else sys.stdout
+        for content in found:
+            as_json = arguments.json or arguments.output
+            print(json.dumps(content, ensure_ascii=False) if as_json else similar_lines(content), file=file)
+    print("".join(seen.report(predictor.reader.max_seq_length)), end="", file=sys.stderr)
+    if arguments.output:
+        print(f"{arguments.output}: {len(lines)} texts")
+    return 0
+
+
+def similar_pairs(
+    _: Any, predictor: Any, lines: list[Any], embeddings: list[Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield the similarity of each pair's texts, which stand one after the other."""
+    for line, one, other in zip(lines, embeddings[::2], embeddings[1::2]):
+        (similarity,) = predictor.pooling.similarities(one[None], other[None]).ravel().tolist()
+        yield {"text": line.first, "pair": line.second, "similarity": similarity}
+
+
+def similar_texts(
+    arguments: argparse.Namespace, predictor: Any, lines: list[Any], embeddings: list[Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield for each text the most similar others."""
+    from gluon_bert.inference.similarity import nearest
+
+    for line, found in zip(lines, nearest(np.stack(embeddings), arguments.similar, predictor.pooling)):
+        similar = [
+            {"number": int(i) + 1, "text": lines[i].first, "similarity": float(value)}
+            for i, value in zip(found.indices, found.similarities)
+        ]
+        yield {"text": line.first, "similar": similar}
+
+
+def similar_lines(content: dict[str, Any]) -> str:
+    """Return what `compare` found, as text for the terminal."""
+    if "similarity" in content:
+        shown = [f"{content['text']} || {content['pair']}", f"  {content['similarity']:7.4f}"]
+    else:
+        shown = [content["text"]]
+        shown += [f"  {each['similarity']:7.4f}  {each['text']}" for each in content["similar"]]
+    return "\n".join(map(printable, shown))
+
+
 def asked(arguments: argparse.Namespace) -> tuple[str, list[str]]:
     """What is asked, and the texts of the command line."""
     if arguments.fill_mask is not None:
         return "masks", arguments.texts + arguments.fill_mask
-    if arguments.next is None:
+    if arguments.similar is not None:
+        return "similar", arguments.texts
+    pairs = arguments.next if arguments.similarity is None else arguments.similarity
+    if pairs is None:
         return "vectors", arguments.texts
-    texts = arguments.texts + arguments.next
+    texts = arguments.texts + pairs
     if len(texts) == 2 and not any("||" in text for text in texts):
         texts = [" || ".join(texts)]
-    return "next", texts
+    return "next" if arguments.similarity is None else "similarity", texts
 
 
 def wants_vectors(arguments: argparse.Namespace) -> bool:
     """Whether the flags ask for vectors, rather than for what a network was made for."""
     npz = arguments.output is not None and arguments.output.suffix == ".npz"
-    return npz or arguments.token_vectors
+    pooling = arguments.pooling is not None or arguments.normalize is not None
+    return npz or arguments.token_vectors or pooling
 
 
 def check(arguments: argparse.Namespace, ask: str, texts: list[str]) -> None:
@@ -143,6 +240,10 @@ def check(arguments: argparse.Namespace, ask: str, texts: list[str]) -> None:
         problems.append(f"--top {arguments.top}: must be at least 1")
     if arguments.top is not None and ask != "masks":
         problems.append(f"--top {arguments.top}: is for --fill-mask")
+    if (arguments.pooling or arguments.normalize is not None) and ask in ("masks", "next"):
+        problems.append("--pooling and --normalize: are for vectors and similarities")
+    if arguments.similar is not None and arguments.similar < 1:
+        problems.append(f"--similar {arguments.similar}: must be at least 1")
     output = arguments.output
     if output and (output.is_dir() or (arguments.input and same_file(output, arguments.input))):
         what = "is a folder" if output.is_dir() else "is the file of --input"
@@ -183,16 +284,21 @@ def predictor_of(folder: Path, context: Any, checkpoint: str = "latest") -> Any:
 def readable(reader: Any, lines: Iterable[Any], ask: str, truncate: bool) -> Iterator[Any]:
     """The texts as the network reads them; InputError says which cannot be asked that."""
     for line in lines:
-        try:
-            text = reader.text(*line.given, truncate=truncate)
-        except InputError as problem:
-            raise InputError(f"{line.where}: {problem}") from problem
+        text = encoded(reader, line, line.given, truncate)
         if ask == "masks" and not len(text.masks):
             cut = f" in its first {reader.max_seq_length} tokens" if text.truncated else ""
             raise InputError(f"{line.where}: there is no <mask>{cut}; put one where a word is to be found")
         if ask == "next" and not text.is_pair:
             raise InputError(f'{line.where}: is a single text; a pair is "a text || another"')
         yield text
+
+
+def encoded(reader: Any, line: Any, texts: tuple[str, ...], truncate: bool) -> Any:
+    """Return a text or a pair as the network reads it; InputError says where it was found."""
+    try:
+        return reader.text(*texts, truncate=truncate)
+    except InputError as problem:
+        raise InputError(f"{line.where}: {problem}") from problem
 
 
 def sink(arguments: argparse.Namespace, ask: str, vocab: Any, stack: ExitStack) -> Callable[[Any, Any], None]:
@@ -234,8 +340,10 @@ def in_words(line: Any, answer: Any, ask: str, vocab: Any, arguments: argparse.N
         named = {"cls": answer.cls, "mean": answer.mean}
         if answer.pooled is not None:
             named["pooled"] = answer.pooled
-        told.append(f"  tokens  {' '.join(answer.text.tokens)}")
-        told += [f"  {name:<7} {numbers_in_words(vector)}" for name, vector in named.items()]
+        if answer.embedding is not None:
+            named = {"embedding": answer.embedding, **named}
+        told.append(f"  tokens    {' '.join(answer.text.tokens)}")
+        told += [f"  {name:<9} {numbers_in_words(vector)}" for name, vector in named.items()]
         if arguments.token_vectors:
             told += [
                 f"  {token:<15} {numbers_in_words(vector)}"

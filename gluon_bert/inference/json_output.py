@@ -27,7 +27,8 @@ def as_json(
     `text` and `pair`, where they are given; `tokens` (T) with <cls> and <sep>; `unknown`, those of them
     that are not in the vocabulary; `truncated`, how many were cut off; and, as far as they are asked for,
 
-    - vectors: `cls`, `mean` and, if exported, `pooled`, each of C numbers; `token_vectors` (T of C numbers)
+    - vectors: `cls`, `mean` and, if exported, `pooled`, each of C numbers; `embedding`, where a pooling is set;
+      `token_vectors` (T of C numbers)
     - masks: `predictions`, for each <mask> the `top` likeliest as {"token": ..., "probability": ...}
     - next: `next_sentence_probability`, the probability that the second text follows the first
     - task: of a fine-tuned network `label` and `probabilities`, by label, or `score`
@@ -43,6 +44,8 @@ def as_json(
         content.update(cls=answer.cls.tolist(), mean=answer.mean.tolist())
         if answer.pooled is not None:
             content["pooled"] = answer.pooled.tolist()
+        if answer.embedding is not None:
+            content["embedding"] = answer.embedding.tolist()
     if token_vectors:
         content["token_vectors"] = answer.vectors.tolist()
     if "masks" in ask:

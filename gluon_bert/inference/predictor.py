@@ -88,6 +88,12 @@ class Prediction:
     task_scores: np.ndarray | None = None
     task: Task | None = None
     untrained: tuple[str, ...] = ()
+    pooling: Pooling | None = None
+
+    @property
+    def embedding(self) -> np.ndarray | None:
+        """(C,) the one vector of the text, None where no pooling is set."""
+        return None if self.pooling is None else self.pooling(self.vectors)
 
     @property
     def cls(self) -> np.ndarray:
@@ -184,6 +190,7 @@ class Predictor:
                 None if task_scores is None else task_scores[row],
                 self.task,
                 self.untrained,
+                self.pooling,
             )
 
 

@@ -74,7 +74,7 @@ def count_lines(path: Path, flag: str = "--input") -> int:
 class VectorFile:
     """The arrays of an .npz that grow text by text, on disk rather than in memory.
 
-    For N texts: cls, mean and, if there, pooled (N, C) float32; truncated (N,) int32, tokens that were cut
+    For N texts: cls, mean and, if there, pooled and embeddings (N, C) float32; truncated (N,) int32, tokens that were cut
     off. With token vectors: vectors (sum of T, C) float32, and starts (N + 1,) int64, where each text's
     begin.
     """
@@ -90,6 +90,8 @@ class VectorFile:
         self._append("mean", answer.mean[None])
         if answer.pooled is not None:
             self._append("pooled", answer.pooled[None])
+        if answer.embedding is not None:
+            self._append("embeddings", answer.embedding[None])
         self._append("truncated", np.array([answer.text.truncated], dtype=np.int32))
         if self._token_vectors:
             self._append("starts", np.array([self._rows], dtype=np.int64))
