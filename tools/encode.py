@@ -150,14 +150,15 @@ def pooling_of(arguments: argparse.Namespace, own: Pooling | None) -> Pooling | 
 def compare(arguments: argparse.Namespace, ask: str, predictor: Any, lines: list[Any]) -> int:
     """Print how similar texts are: those of each pair, or for each text the most similar others."""
     for line in lines:
-        if (ask == "similarity") != (line.second is not None):
-            wanted = 'a pair, "a text || another"' if ask == "similarity" else "a single text"
-            raise InputError(f"{line.where}: must be {wanted} for --{ask}")
-    given = [each for line in lines for each in line.given]
-    places = [line for line in lines for _ in line.given]
+        if ask == "similarity" and line.second is None:
+            raise InputError(f'{line.where}: must be a pair, "a text || another", for --similarity')
+    # The texts of a pair that is compared in itself are read one by one.
+    apart = [(text,) for line in lines for text in line.given] if ask == "similarity" else None
+    given = apart or [line.given for line in lines]
+    places = [line for line in lines for _ in line.given] if apart else lines
     seen = Seen(predictor.reader.vocab.unk)
     truncate = arguments.too_long == "cut"
-    texts = (encoded(predictor.reader, line, (text,), truncate) for line, text in zip(places, given))
+    texts = (encoded(predictor.reader, line, each, truncate) for line, each in zip(places, given))
     embeddings = []
     for line, answer in zip(places, predictor.ask(texts)):
         embeddings.append(answer.embedding)
@@ -191,10 +192,10 @@ def similar_texts(
 
     for line, found in zip(lines, nearest(np.stack(embeddings), arguments.similar, predictor.pooling)):
         similar = [
-            {"number": int(i) + 1, "text": lines[i].first, "similarity": float(value)}
+            {"number": int(i) + 1, "text": " || ".join(lines[i].given), "similarity": float(value)}
             for i, value in zip(found.indices, found.similarities)
         ]
-        yield {"text": line.first, "similar": similar}
+        yield {"text": " || ".join(line.given), "similar": similar}
 
 
 def similar_lines(content: dict[str, Any]) -> str:

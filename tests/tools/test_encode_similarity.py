@@ -115,7 +115,6 @@ def test_nearest_in_blocks_equals_nearest_at_once(monkeypatch):
     "flags, told",
     [
         (["--similar", "0", "a"], "--similar 0: must be at least 1"),
-        (["--similar", "2", "a || crane"], "text 1: must be a single text for --similar"),
         (["--similarity", "a"], "text 1: must be a pair"),
         (["--fill-mask", "a <mask>", "--pooling", "mean"], "--pooling and --normalize: are for vectors"),
     ],
