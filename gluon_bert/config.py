@@ -97,16 +97,25 @@ class DataConfig:
     corpus: Tuple[str, ...] = option(
         ("pydoc",),
         "pydoc (the prose in this Python installation), wikitext-2 (downloaded once), or files and folders "
-        "of UTF-8 text, also .gz; a name ending in .tokens is read as WikiText",
+        "of UTF-8 text, also .gz, .bz2 or .xz; a name ending in .tokens is read as WikiText",
         may_change=True,  # to where the same text is now
     )
     text_format: str = option(
         "auto",
-        "of text files: wikitext (a paragraph a line, tokens apart by spaces), articles (WikiText too, but "
-        "whole articles are the documents), sentences (one a line, blank lines between documents), prose "
-        "(running text, blank lines between documents), paragraphs (running text, a document a line), or "
-        "auto (told by the first lines)",
-        choices=("auto", "wikitext", "articles", "sentences", "prose", "paragraphs"),
+        "of text files: wikitext (a paragraph a line, tokens separated by spaces), articles (WikiText with whole "
+        "articles as documents), sentences (one a line, blank lines between documents), prose (running text, "
+        "blank lines between documents), paragraphs (running text, a document a line), jsonl (objects with a "
+        "field text, a document each), wikiextractor (its output), or auto (guessed from the first lines)",
+        choices=(
+            "auto",
+            "wikitext",
+            "articles",
+            "sentences",
+            "prose",
+            "paragraphs",
+            "jsonl",
+            "wikiextractor",
+        ),
     )
     language: str = option("en", "of running text, as a two-letter code: the rules its sentences end by")
     validation_fraction: float = option(

@@ -40,6 +40,7 @@ SHARED_GROUND = {name for name, floor in FLOORS.items() if floor == 0}
 RUN_FOLDER = {"checkpoint", "run"}
 WITHOUT_MXNET = [
     "corpora.corpus",
+    "corpora.text_file",
     "corpora.text_formats",
     "corpora.pydoc",
     "corpora.wikitext2",

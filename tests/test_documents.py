@@ -98,14 +98,14 @@ def test_a_cache_that_cannot_be_written_is_told_and_does_without(text_file, tmp_
 @pytest.mark.parametrize(
     ("text", "changes", "told"),
     [
-        ("one line only\n", {}, "0 of the documents to train on have two sentences"),
+        ("one line only\n", {}, "must have at least 2 training documents of 2 sentences.*got 0"),
         (
             "one document\nof two lines\n",
             {"validation_fraction": 0.0},
-            "1 of the documents to train on have two sentences .* would be labelled wrongly",
+            "for next-sentence prediction; got 1, ",
         ),
-        ("a b\nc d\n\ne f\ng h\n", {"validation_fraction": 0.0}, "--min-freq 5: no word of"),
-        ("", {}, "0 of the documents"),
+        ("a b\nc d\n\ne f\ng h\n", {"validation_fraction": 0.0}, "min_freq 5: no word of"),
+        ("", {}, "got 0, "),
     ],
 )
 def test_a_corpus_without_enough_text_is_refused(tmp_path, text, changes, told):

@@ -100,7 +100,7 @@ def test_forever_goes_on_with_the_next_epoch(loader_of):
 @pytest.fixture
 def parted(text_file, tmp_path, monkeypatch):
     """Builds loaders of the text in about ten shards and three parts."""
-    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     monkeypatch.setattr("gluon_bert.data.build_shards._SHARD_WORDS", 400)
     monkeypatch.setattr("gluon_bert.data.loader._PART_TOKENS", 1200)
 
@@ -126,7 +126,7 @@ def unmasked(batches):
 
 def test_shards_change_nothing_as_long_as_they_are_one_part(loader_of, monkeypatch):
     whole = rows(loader_of().epoch(1))
-    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     monkeypatch.setattr("gluon_bert.data.build_shards._SHARD_WORDS", 400)
     monkeypatch.setattr("gluon_bert.data.shards.FORMAT", 0)  # another cache
     sharded = loader_of()

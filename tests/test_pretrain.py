@@ -141,7 +141,7 @@ def test_losses_fall(command):
     ("flags", "told"),
     [
         (["--preset", "bert-huge"], "pretrain: --preset bert-huge: must be one of d2l,"),
-        (["--corpus", "/no/where"], "pretrain: --corpus /no/where: no such file or folder"),
+        (["--corpus", "/no/where"], "pretrain: corpus /no/where: there is no such file or folder"),
         (["--max-seq-length", "2"], "pretrain: --max-seq-length 2: must be at least 8"),
         (["--num-heads", "3"], "pretrain: --num-heads 3: must divide --units 16"),
         (["--batch-size", "0"], "pretrain: --batch-size 0: must be at least 1"),
@@ -162,7 +162,7 @@ def test_losses_fall(command):
         (["--gpus", "7"], "--gpus 7"),
         (["--cpus", "0"], "--cpus 0"),
         (["--gpus", "0", "--cpus", "1"], "--gpus and --cpus exclude each other"),
-        (["--min-freq", "100000"], "--min-freq 100000: no word of --corpus"),
+        (["--min-freq", "100000"], "min_freq 100000: no word of corpus"),
         (["--units", "many"], "argument --units: invalid int value: 'many'"),
         (["--tied-decoder", "maybe"], "argument --tied-decoder: maybe: must be yes or no"),
         (["--config", "/no/where.json"], "/no/where.json: cannot be read as a run's configuration"),

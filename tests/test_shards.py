@@ -23,7 +23,7 @@ from gluon_bert.errors import InputError
 @pytest.fixture
 def many_shards(monkeypatch):
     """Shards of some hundred words, pieces of some hundred bytes."""
-    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     monkeypatch.setattr(preparation, "_SHARD_WORDS", 700)
 
 
@@ -51,7 +51,7 @@ def test_shards_together_hold_what_one_would(text_file, tmp_path, monkeypatch, t
     config = config_of(text_file, tokenizer=tokenizer, validation_fraction=0.2)
     whole = prepare(config, tmp_path / "one")
     assert len(whole.train.sizes) == 1
-    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     monkeypatch.setattr(preparation, "_SHARD_WORDS", 700)
     parted = prepare(config, tmp_path / "many")
     assert len(parted.train.sizes) > 5
@@ -168,7 +168,7 @@ def test_what_is_a_reason_to_look_at_the_text_is_told(tmp_path, caplog, document
 
 
 def test_repetitions_are_found_in_other_shards_and_estimated_where_they_are_many(tmp_path, monkeypatch):
-    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     monkeypatch.setattr(preparation, "_SHARD_WORDS", 3000)
     path = tmp_path / "t.txt"
     path.write_text("\n\n".join(different(2000) * 2), "utf-8")
@@ -183,7 +183,7 @@ def test_repetitions_are_found_in_other_shards_and_estimated_where_they_are_many
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(text_file, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(preparation, "_TOLD_EVERY", 0.0)
-    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     with caplog.at_level(logging.INFO):
         prepare(config_of(text_file), tmp_path / "cache")
     assert caplog.text.count("MB of text are read") > 5
@@ -211,7 +211,7 @@ def stop_after(monkeypatch, function, calls):
 
 @pytest.mark.parametrize(
     ("function", "calls"),
-    [("_write_words", 3), ("_number_piece", 20), ("_number_all", 0), ("_finish_shard", 2), ("finish", 0)],
+    [("_write_words", 3), ("_index_chunk", 20), ("_number_all", 0), ("_finish_shard", 2), ("finish", 0)],
 )
 def test_an_interrupted_preparation_goes_on(text_file, tmp_path, monkeypatch, many_shards, function, calls):
     config = config_of(text_file)
@@ -228,14 +228,14 @@ def test_an_interrupted_preparation_goes_on(text_file, tmp_path, monkeypatch, ma
     assert len(kept) >= 2
     (folder / ".words-00099.npz.x.part").write_text("what a killed process leaves")
     parsed = []
-    original = preparation._number_piece
+    original = preparation._index_chunk
     with monkeypatch.context() as patch:
         patch.setattr(
-            preparation, "_number_piece", lambda *a, **named: parsed.append(1) or original(*a, **named)
+            preparation, "_index_chunk", lambda *a, **named: parsed.append(1) or original(*a, **named)
         )
         patch.setattr(preparation, "finish", lambda *_: None)
         assert_same(prepare(config, tmp_path / "cache"), whole)
-    pieces = len(list(preparation.Corpus(config).pieces()))
+    pieces = len(list(preparation.Corpus(config).chunks()))
     assert len(parsed) < pieces * (0.8 if calls else 0.01)
     assert not [path.name for path in folder.iterdir() if path.name.startswith((".", "words", "ids"))]
 
@@ -287,9 +287,9 @@ def test_a_killed_preparation_goes_on_and_leaves_no_process(tmp_path, monkeypatc
         time.sleep(0.1)
     assert not list(cache.glob("*/manifest.json"))
     parsed = []
-    original = preparation._number_piece
+    original = preparation._index_chunk
     monkeypatch.setattr(
-        preparation, "_number_piece", lambda *a, **named: parsed.append(1) or original(*a, **named)
+        preparation, "_index_chunk", lambda *a, **named: parsed.append(1) or original(*a, **named)
     )
     config = DataConfig(corpus=(str(path),), text_format="prose")
     again = prepare(config, cache)

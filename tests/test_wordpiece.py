@@ -350,7 +350,7 @@ def test_unk_of_wikitext_is_an_unknown_word(tmp_path):
     [
         (CASED, True, "is a cased vocabulary; add --lowercase no"),
         (PUBLISHED, False, "is an uncased vocabulary; add --lowercase yes"),
-        ([*SPECIAL_TOKENS, "q"], True, "has no token for any word of --corpus"),
+        ([*SPECIAL_TOKENS, "q"], True, "has no token for any word of corpus"),
     ],
 )
 def test_a_vocabulary_for_other_text_is_refused(text_file, tmp_path, tokens, lowercase, told):

@@ -152,34 +152,34 @@ def _clear(folder: Path) -> None:
 
 def _read_text(corpus: Corpus, config: DataConfig, folder: Path, map_all: Map, fingerprint: str) -> int:
     """Write the shards of words that are not there yet; returns how many there are then."""
-    number = pieces_before = 0
-    while (pieces := _pieces_in(_words_path(folder, number), fingerprint)) is not None:
-        number, pieces_before = number + 1, pieces_before + pieces
+    number = chunks_before = 0
+    while (chunks := _chunks_in(_words_path(folder, number), fingerprint)) is not None:
+        number, chunks_before = number + 1, chunks_before + chunks
     if number:
         log.info("going on behind the %d shards that are there", number)
     with _progress(corpus.num_bytes) as advance:
-        everything = corpus.pieces()
-        for piece in islice(everything, pieces_before):
-            advance(piece.num_bytes)
-        gathered, num_pieces = DocumentBuilder(), 0
+        everything = corpus.chunks()
+        for chunk in islice(everything, chunks_before):
+            advance(chunk.num_bytes)
+        gathered, num_chunks = DocumentBuilder(), 0
         seen: set[int] = set()
-        for piece, numbered in map_all(partial(_number_piece, config=config), everything):
+        for chunk, numbered in map_all(partial(_index_chunk, config=config), everything):
             # The same docstrings stand in many files; a user's own text is taken as it is.
-            gathered.add(_unseen(numbered, seen) if piece.source else numbered)
-            num_pieces += 1
-            advance(piece.num_bytes)
+            gathered.add(_unseen(numbered, seen) if chunk.source else numbered)
+            num_chunks += 1
+            advance(chunk.num_bytes)
             # All of the pydoc prose is in one shard: a preparation that goes on does not know what was seen.
-            if gathered.num_words >= _SHARD_WORDS and not piece.source:
-                _write_words(_words_path(folder, number), gathered.numbered(), num_pieces, fingerprint)
-                number, gathered, num_pieces = number + 1, DocumentBuilder(), 0
-    if num_pieces or not number:
-        _write_words(_words_path(folder, number), gathered.numbered(), num_pieces, fingerprint)
+            if gathered.num_words >= _SHARD_WORDS and not chunk.source:
+                _write_words(_words_path(folder, number), gathered.numbered(), num_chunks, fingerprint)
+                number, gathered, num_chunks = number + 1, DocumentBuilder(), 0
+    if num_chunks or not number:
+        _write_words(_words_path(folder, number), gathered.numbered(), num_chunks, fingerprint)
         number += 1
     return number
 
 
-def _number_piece(piece: TextChunk, config: DataConfig) -> WordIndexedDocuments:
-    parsed = parse(piece, config)
+def _index_chunk(chunk: TextChunk, config: DataConfig) -> WordIndexedDocuments:
+    parsed = parse(chunk, config)
     return index_words(zip(parsed.documents, parsed.validation), parsed.dropped)
 
 
@@ -200,7 +200,7 @@ def _numbers_path(folder: Path, number: int) -> Path:
     return folder / f"words-{number:05}.npy"
 
 
-def _write_words(path: Path, numbered: WordIndexedDocuments, num_pieces: int, fingerprint: str) -> None:
+def _write_words(path: Path, numbered: WordIndexedDocuments, num_chunks: int, fingerprint: str) -> None:
     content = "\n".join(numbered.words).encode("utf-8", "surrogatepass")
     arrays = {
         **numbered._asdict(),
@@ -208,19 +208,19 @@ def _write_words(path: Path, numbered: WordIndexedDocuments, num_pieces: int, fi
         "distinct_sentences": np.unique(numbered.sentence_hashes),
         "distinct_documents": np.unique(numbered.document_hashes),
         "word_counts": numbered.word_counts(),
-        "num_pieces": np.array(num_pieces),
+        "num_chunks": np.array(num_chunks),
         "fingerprint": np.array(fingerprint),
     }
     with atomic_write(path, "wb") as file:
         np.savez(file, **arrays)
 
 
-def _pieces_in(path: Path, fingerprint: str) -> int | None:
-    """Of how many pieces a shard of words was made, or None where there is none that can be used."""
+def _chunks_in(path: Path, fingerprint: str) -> int | None:
+    """The number of chunks that a shard of words was made of, or None where no such shard can be used."""
     try:
         with np.load(path) as arrays:
             if str(arrays["fingerprint"]) == fingerprint:
-                return int(arrays["num_pieces"])
+                return int(arrays["num_chunks"])
             problem = "it is of another preparation"
     except FileNotFoundError:
         return None

@@ -95,7 +95,7 @@ def prepare(config: DataConfig, cache: Path | None = None) -> PreparedCorpus:
             try:
                 manifest = prepare_shards(corpus, config, folder, made_by)
                 prepared = _prepared(folder, manifest, config)
-                _check(prepared, config)
+                _check(prepared, config, corpus.guessed)
                 finish(folder, manifest, config)
             except InputError:
                 # Text that is refused is changed, and then has another folder.
@@ -128,23 +128,24 @@ def numbered(documents: Iterable[tuple[Document, bool]], vocabulary_of: Vocabula
     return PreparedCorpus(train, validation, vocab, fingerprint="")
 
 
-def _check(prepared: PreparedCorpus, config: DataConfig) -> None:
+def _check(prepared: PreparedCorpus, config: DataConfig, guessed: Mapping[str, Path]) -> None:
+    """Raise InputError where the text is not enough. guessed: the formats that were guessed, see Corpus."""
     names = " ".join(config.corpus)
     usable = prepared.train.with_pairs()
     if usable < 2:
+        formats = f"read as {', '.join(guessed)}" if guessed else f"text_format is {config.text_format}"
         raise InputError(
-            f"--corpus {names}: {usable} of the documents to train on have two sentences or more, where "
-            "next-sentence prediction needs two such documents, as a random second segment from the first's "
-            f"own document would be labelled wrongly; {len(prepared.validation)} more are held out "
-            "(--validation-fraction), and --text-format says what parts documents and sentences"
+            f"corpus {names}: must have at least 2 training documents of 2 sentences, for next-sentence "
+            f"prediction; got {usable}, and {len(prepared.validation)} for validation ({formats}). Put blank lines "
+            "between documents; --text-format sentences reads a sentence a line, paragraphs a document a line, "
+            "prose running text"
         )
     vocab = prepared.vocab
     if config.vocab_file and not prepared.train.counts(len(vocab))[vocab.ordinary_ids].any():
-        raise InputError(f"--vocab-file {config.vocab_file}: has no token for any word of --corpus {names}")
+        raise InputError(f"vocab_file {config.vocab_file}: has no token for any word of corpus {names}")
     if not len(vocab.ordinary_ids):
         raise InputError(
-            f"--min-freq {config.min_freq}: no word of --corpus {names} occurs so often; a smaller figure "
-            "keeps rarer words"
+            f"min_freq {config.min_freq}: no word of corpus {names} occurs so often. Choose a smaller min_freq"
         )
 
 

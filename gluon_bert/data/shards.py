@@ -33,7 +33,7 @@ from ..npz import mapped_array
 from .document_arrays import Documents
 
 # Part of every fingerprint: raise it when the same text would give other ids, or other files.
-FORMAT = 5
+FORMAT = 6
 MANIFEST, VOCABULARY, COUNTS = "manifest.json", "vocabulary.txt", "counts.npy"
 SIDES = ("train", "validation")
 ARRAYS = ("tokens", "sentences", "documents")

@@ -19,9 +19,28 @@ UNK, PAD, MASK, CLS, SEP = SPECIAL_TOKENS = ("<unk>", "<pad>", "<mask>", "<cls>"
 
 # Vowel signs and accents that are characters of their own, and the joiners between letters: parts of words.
 _MARKS = "".join(chr(c) for c in range(0x300, 0x10000) if unicodedata.category(chr(c))[0] == "M")
-_LETTER = rf"[\w\u200c\u200d{_MARKS}]"
+_JOINERS = "\u200c\u200d"
+_LETTER = rf"[\w{_JOINERS}{_MARKS}]"
 # A word with its inner apostrophes and hyphens, or one other visible character; <unk> and <mask> stay whole.
 _WORD = re.compile(rf"<unk>|<mask>|{_LETTER}+(?:['’-]{_LETTER}+)*|[^\s]")
+_STRAY_JOINER = re.compile(rf"(?<![\w{_MARKS}])[{_JOINERS}]+|[{_JOINERS}]+(?![\w{_MARKS}])")
+# Chinese characters, as in BERT's tokenization.py. Each is a word, since no spaces separate words.
+_CHINESE = re.compile(
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
+)
+# Characters that cannot be seen, such as zero-width spaces, and halves of surrogate pairs. BERT's normalizer
+# removes them, too. What Python takes for white space stays.
+_INVISIBLE = re.compile(
+    "["
+    + "".join(
+        re.escape(character)
+        for character in map(chr, range(0x10000))
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs")
+        and not character.isspace()
+        and character not in _JOINERS
+    )
+    + "\ufffd]"
+)
 
 # Above this share of tokens with capitals a vocabulary is a cased one; in the uncased ones a few are strays.
 _CASED_SHARE = 0.1
@@ -51,12 +70,21 @@ class Normalization(NamedTuple):
 
 
 def split_words(text: str) -> list[str]:
-    """Running text to words and punctuation marks, with accented letters in their composed form.
+    """Split running text into words and punctuation marks, with accented letters in their composed form.
+
+    A Chinese character is a word. Characters that cannot be seen are left out.
 
     >>> split_words("It's 3.5 km, <unk> said.")
     ["It's", '3', '.', '5', 'km', ',', '<unk>', 'said', '.']
     """
-    return _WORD.findall(unicodedata.normalize("NFC", text))
+    if not text.isprintable():
+        text = _INVISIBLE.sub("", text)
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+        if "\u200c" in text or "\u200d" in text:
+            text = _STRAY_JOINER.sub("", text)
+        text = _CHINESE.sub(r" \g<0> ", text)
+    return _WORD.findall(text)
 
 
 class Vocabulary:

@@ -87,7 +87,7 @@ def test_vectors_with_too_few_words_are_refused(text):
 def test_shards_give_the_vectors_of_one_text(text_file, tmp_path, monkeypatch):
     config = DataConfig(corpus=(str(text_file),), text_format="sentences", min_freq=1)
     whole = prepare(config, tmp_path / "whole")
-    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     monkeypatch.setattr("gluon_bert.data.build_shards._SHARD_WORDS", 400)
     parts = prepare(config, tmp_path / "parts")
     assert len(parts.train.sizes) > 1

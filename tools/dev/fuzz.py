@@ -251,11 +251,12 @@ def _text() -> bytes:
 
 def _read_text(folder: Path, content: bytes) -> None:
     from gluon_bert.config import DataConfig
-    from gluon_bert.data.corpora.text_formats import parse, pieces
+    from gluon_bert.data.corpora.text_file import read_chunks
+    from gluon_bert.data.corpora.text_formats import parse
 
     path = _file(folder, "text.txt", content)
     for text_format in ("auto", "wikitext", "articles", "sentences"):
-        for piece in pieces(path, text_format):
+        for piece in read_chunks(path, text_format):
             parse(piece, DataConfig())
 
 
@@ -266,9 +267,9 @@ def _zipped() -> bytes:
 
 
 def _read_zipped(folder: Path, content: bytes) -> None:
-    from gluon_bert.data.corpora.text_formats import pieces
+    from gluon_bert.data.corpora.text_file import read_chunks
 
-    for _ in pieces(_file(folder, "text.txt.gz", content), "auto"):
+    for _ in read_chunks(_file(folder, "text.txt.gz", content), "auto"):
         pass
 
 

@@ -1,12 +1,12 @@
-"""Where text comes from: a corpus as documents, lists of sentences whose words stand apart by spaces.
-
-No ids here, and no MXNet: pieces of text are read in order and may be parsed in worker processes.
-"""
+"""Sources of text: names, files and folders. Finds the files and reads them; parses nothing."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import re
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Iterator, NamedTuple, Sequence
@@ -14,36 +14,40 @@ from typing import Iterator, NamedTuple, Sequence
 from ...config import DataConfig
 from ...errors import InputError
 from . import pydoc
-from .text_formats import _PIECE_BYTES, TextChunk, _told_by_name, _without_gz, pieces
+from .text_file import BLOCK_BYTES, read_chunks, read_errors, uncompressed_suffix
+from .text_formats import TextChunk
 from .wikitext2 import wikitext2_folder
 
 log = logging.getLogger(__name__)
 
 
-ENDINGS = (".txt", ".text", ".md", ".tokens")
+ENDINGS = (".txt", ".text", ".md", ".tokens", ".raw", ".jsonl")
 WIKITEXT_TRAIN, WIKITEXT_VALID, WIKITEXT_TEST = (f"wiki.{part}.tokens" for part in ("train", "valid", "test"))
+_TRAIN = re.compile(r"wiki\.train\.(tokens|raw)")
+# What WikiExtractor calls its files.
+_WIKIEXTRACTOR = re.compile(r"wiki_\d+(\.bz2)?")
 
 
 class TextFile(NamedTuple):
-    """A file of text and whether all of it is held out (None: by the share asked for)."""
+    """A file of text and whether all of it is validation text (None: a share of it)."""
 
     path: Path
     validation: bool | None
 
 
 class Corpus:
-    """The text of one or more sources, in pieces to be parsed.
+    """The text of one or more sources, in chunks to be parsed.
 
-    num_bytes: of all files, packed as they may be. `fingerprint` tells one content from another. Raises
-    InputError where there is nothing to be read.
+    num_bytes: of all files, compressed as they may be. guessed: the formats that were guessed, each with the
+    first file. Raises InputError where there is nothing to be read.
     """
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
-        self._told: set[str] = set()
+        self.guessed: dict[str, Path] = {}
         self._files: list[TextFile] = []
         self._prose: list[pydoc.Source] = []
-        problems = [] if config.corpus else ["--corpus: must name a corpus, a file or a folder"]
+        problems = [] if config.corpus else ["corpus must name a corpus, a file or a folder"]
         for name in config.corpus:
             try:
                 if name == "pydoc":
@@ -58,17 +62,17 @@ class Corpus:
         paths = [file.path for file in self._files] + [source.path for source in self._prose]
         self.num_bytes = sum(path.stat().st_size for path in paths)
 
-    def pieces(self) -> Iterator[TextChunk]:
-        """All of the text, always in the same pieces; the first file of each guessed format is told."""
+    def chunks(self) -> Iterator[TextChunk]:
+        """Read all of the text, always in the same chunks; log the first file of each guessed format."""
         for source in self._prose:
             yield TextChunk("", "pydoc", num_bytes=source.path.stat().st_size, source=source)
         config = self._config
         for file in self._files:
-            for piece in pieces(file.path, config.text_format, config.language):
-                if config.text_format == "auto" and piece.text_format not in self._told:
-                    self._told.add(piece.text_format)
-                    log.info("%s: read as %s (--text-format changes that)", file.path, piece.text_format)
-                yield piece._replace(validation=file.validation)
+            for chunk in read_chunks(file.path, config.text_format, config.language):
+                if config.text_format == "auto" and chunk.text_format not in self.guessed:
+                    self.guessed[chunk.text_format] = file.path
+                    log.info("%s: read as %s (--text-format changes that)", file.path, chunk.text_format)
+                yield chunk._replace(validation=file.validation)
 
     def fingerprint(self) -> str:
         """A hash of what would be read: the files' content, or the versions behind the pydoc prose."""
@@ -76,9 +80,9 @@ class Corpus:
         if self._prose:
             digest.update(pydoc.fingerprint().encode())
         for file in self._files:
-            digest.update(f"{file.path.name} {file.validation} ".encode())
-            with _told_by_name(file.path), file.path.open("rb") as stream:
-                for block in iter(lambda: stream.read(_PIECE_BYTES), b""):
+            digest.update(os.fsencode(file.path.name) + f" {file.validation} ".encode())
+            with read_errors(file.path), file.path.open("rb") as stream:
+                for block in iter(lambda: stream.read(BLOCK_BYTES), b""):
                     digest.update(block)
         return digest.hexdigest()
 
@@ -86,30 +90,48 @@ class Corpus:
 def text_files(path: Path) -> list[TextFile]:
     """The files of text at a path, in the order of their names; InputError where there is none.
 
-    Beside WikiText's train file its valid file is held out whole, and whatever else is there left alone.
+    Beside WikiText's train file its valid file is validation text, and the test file is not read. What a
+    folder holds besides text is counted in the log.
     """
     if not path.exists():
         raise InputError(
-            f"--corpus {path}: no such file or folder; or name pydoc or wikitext-2, the corpora known by name"
+            f"corpus {path}: there is no such file or folder; the corpora known by name are pydoc and wikitext-2"
         )
     if path.is_file():
         return _with_its_valid_file(path)
     if not path.is_dir():
-        raise InputError(f"--corpus {path}: is no regular file; write the text to one first")
-    if (path / WIKITEXT_TRAIN).is_file():
-        return _with_its_valid_file(path / WIKITEXT_TRAIN)
-    found = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_text(file.relative_to(path))]
+        raise InputError(f"corpus {path}: must be a regular file or a folder. Write the text to a file first")
+    for name in (WIKITEXT_TRAIN, "wiki.train.raw"):
+        if (path / name).is_file():
+            return _with_its_valid_file(path / name)
+    everything = [
+        file for file in sorted(path.rglob("*")) if not file.is_dir() and not _is_hidden(file, path)
+    ]
+    found = [file for file in everything if file.is_file() and _is_text(file)]
+    left_out = [file for file in everything if file not in set(found)]
     if not found:
         raise InputError(
-            f"--corpus {path}: the folder holds no file that ends in {', '.join(ENDINGS)} or these and .gz"
+            f"corpus {path}: must hold a file that ends in {', '.join(ENDINGS)}, which may be followed by .gz, "
+            f".bz2 or .xz; got {_endings(left_out) or 'an empty folder'}"
         )
+    if left_out:
+        log.info("%s: read %d files, left out %d (%s)", path, len(found), len(left_out), _endings(left_out))
     return [text for file in found for text in _with_its_valid_file(file)]
 
 
-def _each_once(files: Sequence[TextFile]) -> list[TextFile]:
-    """The files without repetitions, however they were named; what is held out whole stays held out.
+def _endings(files: Sequence[Path]) -> str:
+    """How files end, with their numbers: `.csv 2, link to nothing 1`."""
+    counts = Counter(
+        "link to nothing" if file.is_symlink() and not file.exists() else file.suffix.lower() or "no ending"
+        for file in files
+    )
+    return ", ".join(f"{ending} {count}" for ending, count in sorted(counts.items()))
 
-    Whoever names all of WikiText's files means its training text: the test file is not part of it.
+
+def _each_once(files: Sequence[TextFile]) -> list[TextFile]:
+    """The files without repetitions, however they were named; validation text stays validation text.
+
+    Someone who names all of WikiText's files means its training text: the test file is not part of it.
     """
     known: dict[Path, TextFile] = {}
     for file in files:
@@ -121,12 +143,15 @@ def _each_once(files: Sequence[TextFile]) -> list[TextFile]:
 
 
 def _with_its_valid_file(path: Path) -> list[TextFile]:
-    valid = path.with_name(WIKITEXT_VALID)
-    if path.name == WIKITEXT_TRAIN and valid.is_file():
+    valid = path.with_name(path.name.replace("train", "valid"))
+    if _TRAIN.fullmatch(path.name) and valid.is_file():
         return [TextFile(path, False), TextFile(valid, True)]
     return [TextFile(path, None)]
 
 
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
 def _is_text(path: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and _without_gz(path).suffix.lower() in ENDINGS
+    return uncompressed_suffix(path) in ENDINGS or bool(_WIKIEXTRACTOR.fullmatch(path.name))

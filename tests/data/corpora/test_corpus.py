@@ -9,7 +9,8 @@ from conftest import small_text
 from gluon_bert.config import DataConfig
 from gluon_bert.data.corpora import pydoc
 from gluon_bert.data.corpora.corpus import Corpus, text_files
-from gluon_bert.data.corpora.text_formats import TextChunk, guess_format, is_validation, parse, pieces
+from gluon_bert.data.corpora.text_file import read_chunks
+from gluon_bert.data.corpora.text_formats import TextChunk, guess_format, is_validation, parse
 from gluon_bert.data.prepared import prepare
 from gluon_bert.errors import InputError
 
@@ -23,7 +24,7 @@ A crane driver came. He just left.
 def sides(*paths, **changes):
     """The documents of a corpus, each with whether it is held out."""
     config = DataConfig(corpus=tuple(map(str, paths)), **changes)
-    parsed_pieces = [parse(piece, config) for piece in Corpus(config).pieces()]
+    parsed_pieces = [parse(piece, config) for piece in Corpus(config).chunks()]
     return [side for piece in parsed_pieces for side in zip(piece.documents, piece.validation)]
 
 
@@ -95,8 +96,8 @@ def test_an_article_is_never_parted_between_pieces(tmp_path, monkeypatch):
     assert len(whole) == 40
     parts = []
     for size in (1, 7, 40, 100, 333, 1000):
-        monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", size)
-        parts.append(len(list(pieces(path, "articles"))))
+        monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", size)
+        parts.append(len(list(read_chunks(path, "articles"))))
         assert documents(path, text_format="articles") == whole
     assert min(parts[-2:]) > 3
 
@@ -125,11 +126,11 @@ def test_the_format_is_told_by_the_text(text, text_format):
 
 
 def test_pieces_end_between_documents_and_hold_all_of_the_text(tmp_path, monkeypatch):
-    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     path = tmp_path / "t.txt"
     text = small_text(100)
     path.write_text(text, "utf-8")
-    cut = [piece.text for piece in pieces(path, "sentences")]
+    cut = [piece.text for piece in read_chunks(path, "sentences")]
     assert len(cut) > 10
     assert "".join(cut) == text
     whole = parsed(text, "sentences")
@@ -138,7 +139,7 @@ def test_pieces_end_between_documents_and_hold_all_of_the_text(tmp_path, monkeyp
 
 
 def test_a_document_longer_than_many_blocks_stays_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 50)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 50)
     path = tmp_path / "t.txt"
     long = "".join(f"sentence number {i} .\n" for i in range(100))
     path.write_text(f"{long}\nshort one .\nshort two .\n", "utf-8")
@@ -211,7 +212,7 @@ def test_text_that_is_not_utf8_is_told_with_file_and_line(tmp_path):
 
 
 def test_the_line_is_right_behind_the_first_block_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 64)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 64)
     path = tmp_path / "latin.txt"
     path.write_bytes(b"a line of text\n" * 50 + b"\xff\n")
     with pytest.raises(InputError, match="line 51"):
@@ -227,23 +228,23 @@ def test_a_damaged_gz_is_told(tmp_path):
 
 @pytest.mark.parametrize("text", ["one sentence a line .\n" * 30, "no end of a line at all " * 30])
 def test_a_text_without_ends_of_documents_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch, text):
-    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 100)
-    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._LARGEST_DOCUMENT", 600)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 100)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_file._LARGEST_DOCUMENT", 600)
     path = tmp_path / "t.txt"
     path.write_text(f"first document\n\n{text}", "utf-8")
-    told = r"t.txt, line 3: a document of more than .* begins here; put blank lines between documents"
+    told = r"t.txt, line 3: a document of more than .* begins here\. Put blank lines between documents"
     with pytest.raises(InputError, match=told):
-        list(pieces(path, "sentences"))
+        list(read_chunks(path, "sentences"))
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t.txt.gz"])
 def test_pieces_tell_how_much_of_the_file_is_read(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("gluon_bert.data.corpora.text_formats._PIECE_BYTES", 500)
+    monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     path = tmp_path / name
     content = small_text(100).encode()
     path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     corpus = Corpus(DataConfig(corpus=(str(path),), text_format="sentences"))
-    read = [piece.num_bytes for piece in corpus.pieces()]
+    read = [piece.num_bytes for piece in corpus.chunks()]
     assert len(read) > 5
     assert sum(read) == corpus.num_bytes == path.stat().st_size
 
@@ -258,8 +259,8 @@ def test_all_paths_that_cannot_be_read_are_told(tmp_path):
     with pytest.raises(InputError) as told:
         Corpus(DataConfig(corpus=("/no/where", "pydoc", "/not/there")))
     assert [line.split(":")[0] for line in str(told.value).splitlines()] == [
-        "--corpus /no/where",
-        "--corpus /not/there",
+        "corpus /no/where",
+        "corpus /not/there",
     ]
 
 
@@ -283,7 +284,7 @@ def test_a_paragraph_of_the_pydoc_prose_is_read_once(tmp_path, monkeypatch):
 
 def test_what_is_no_regular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="pipe: is no regular file"):
+    with pytest.raises(InputError, match="pipe: must be a regular file"):
         text_files(tmp_path / "pipe")
 
 
@@ -294,12 +295,12 @@ def test_only_text_is_taken_from_a_folder(tmp_path):
 
 
 def test_paths_that_cannot_be_read_are_told(tmp_path):
-    with pytest.raises(InputError, match=r"--corpus .*nowhere: no such file or folder"):
+    with pytest.raises(InputError, match=r"corpus .*nowhere: there is no such file or folder"):
         text_files(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"holds no file that ends in \.txt"):
+    with pytest.raises(InputError, match=r"must hold a file that ends in \.txt.*got an empty folder"):
         text_files(tmp_path)
 
 
 def test_no_corpus_is_told():
-    with pytest.raises(InputError, match="--corpus: must name a corpus, a file or a folder"):
+    with pytest.raises(InputError, match="corpus must name a corpus, a file or a folder"):
         Corpus(DataConfig(corpus=()))
