@@ -19,7 +19,7 @@ import pytest
 import requests
 import serve
 from conftest import ROOT, small_text
-from dev import compare_recipes, fuzz, pretraining_vs_scratch, soak
+from dev import blimp, compare_recipes, fuzz, pretraining_vs_scratch, soak
 
 from gluon_bert.presets import PRESETS
 from gluon_bert.serving.server import free_ports
@@ -42,11 +42,13 @@ TOOLS = {
     "pretraining_vs_scratch": pretraining_vs_scratch,
     "compare_recipes": compare_recipes,
     "soak": soak,
+    "blimp": blimp,
     "fuzz": fuzz,
 }
 PROGRAMS = {path.name: re.findall(r"```python\n(.*?)```", text, re.S) for path, text in PAGES.items()}
 (EXPORTED,) = PROGRAMS["export-and-serving.md"]
 WALK_THROUGH, ASKED = PROGRAMS["python-api.md"]
+(SCORED,) = PROGRAMS["scoring.md"]
 
 
 def test_the_walk_through_runs(text_file, tmp_path, monkeypatch, capsys):
@@ -89,6 +91,7 @@ def test_what_was_pretrained_is_used_as_told(runs, capfd):
     for arguments in commands("encode"):
         assert encode.main(arguments) == 0
     assert np.load(runs / "vectors.npz")["mean"].shape == (2, 128)
+    exec(SCORED, {})
     (symbol,) = commands("export", "--format mxnet")
     assert export.main(symbol) == 0
     capfd.readouterr()

@@ -27,6 +27,7 @@ examples:
   python tools/encode.py runs/d2l-1 "a crane is flying" "a crane driver came || he just left"
   python tools/encode.py runs/d2l-1 --fill-mask "the <mask> is flying over the city" --top 10
   python tools/encode.py runs/d2l-1 --next "it was raining" "she took an umbrella"
+  python tools/encode.py runs/d2l-1 --score "a crane is flying" "a crane are flying"
   python tools/encode.py runs/d2l-1 --input sentences.txt --output vectors.npz
   python tools/encode.py runs/d2l-1 --input sentences.txt --fill-mask --json > filled.jsonl
   python tools/encode.py runs/minilm --input sentences.txt --similar 3
@@ -76,7 +77,15 @@ def parser() -> argparse.ArgumentParser:
         help="divide that vector by its length (as the model says); --no-normalize does not",
     )
     p.add_argument("--no-normalize", dest="normalize", action="store_false", help=argparse.SUPPRESS)
-    p.add_argument("--top", type=int, metavar="N", help="words for each <mask> (5)")
+    ask.add_argument(
+        "--score",
+        nargs="*",
+        metavar="TEXT",
+        help="pseudo-log-likelihood, perplexity per token and least likely tokens",
+    )
+    p.add_argument(
+        "--top", type=int, metavar="N", help="words for each <mask>, or least likely tokens of --score (5)"
+    )
     p.add_argument("--token-vectors", action="store_true", help="also the vector of each token")
     p.add_argument("--input", type=Path, metavar="FILE", help="texts from a UTF-8 file, a line each")
     p.add_argument(
@@ -105,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def encode(arguments: argparse.Namespace) -> int:
     """Answer as the flags say."""
+    from gluon_bert.inference.scoring import score
     from gluon_bert.inference.text_files import count_lines, parse_line, read_lines
 
     ask, texts = asked(arguments)
@@ -122,7 +132,8 @@ def encode(arguments: argparse.Namespace) -> int:
         ask = "task"
     told, asked_lines = tee(lines)
     truncate = arguments.too_long == "cut"
-    answers = predictor.ask(readable(predictor.reader, asked_lines, ask, truncate))
+    texts_read = readable(predictor.reader, asked_lines, ask, truncate)
+    answers = score(predictor, texts_read) if ask == "score" else predictor.ask(texts_read)
     seen = Seen(predictor.reader.vocab.unk)
     bar = tqdm(total=total, unit=" texts", disable=not (arguments.input and sys.stderr.isatty()))
     with ExitStack() as stack:
@@ -212,6 +223,8 @@ def asked(arguments: argparse.Namespace) -> tuple[str, list[str]]:
     """What is asked, and the texts of the command line."""
     if arguments.fill_mask is not None:
         return "masks", arguments.texts + arguments.fill_mask
+    if arguments.score is not None:
+        return "score", arguments.texts + arguments.score
     if arguments.similar is not None:
         return "similar", arguments.texts
     pairs = arguments.next if arguments.similarity is None else arguments.similarity
@@ -239,9 +252,9 @@ def check(arguments: argparse.Namespace, ask: str, texts: list[str]) -> None:
         problems.append('no text: give some, such as "a crane is flying", or a file of them with --input')
     if arguments.top is not None and arguments.top < 1:
         problems.append(f"--top {arguments.top}: must be at least 1")
-    if arguments.top is not None and ask != "masks":
-        problems.append(f"--top {arguments.top}: is for --fill-mask")
-    if (arguments.pooling or arguments.normalize is not None) and ask in ("masks", "next"):
+    if arguments.top is not None and ask not in ("masks", "score"):
+        problems.append(f"--top {arguments.top}: is for --fill-mask and --score")
+    if (arguments.pooling or arguments.normalize is not None) and ask in ("masks", "next", "score"):
         problems.append("--pooling and --normalize: are for vectors and similarities")
     if arguments.similar is not None and arguments.similar < 1:
         problems.append(f"--similar {arguments.similar}: must be at least 1")
@@ -289,6 +302,8 @@ def readable(reader: Any, lines: Iterable[Any], ask: str, truncate: bool) -> Ite
         if ask == "masks" and not len(text.masks):
             cut = f" in its first {reader.max_seq_length} tokens" if text.truncated else ""
             raise InputError(f"{line.where}: there is no <mask>{cut}; put one where a word is to be found")
+        if ask == "score" and len(text.masks):
+            raise InputError(f"{line.where}: a text to score must not contain <mask>. Replace it by a word.")
         if ask == "next" and not text.is_pair:
             raise InputError(f'{line.where}: is a single text; a pair is "a text || another"')
         yield text
@@ -308,6 +323,8 @@ def sink(arguments: argparse.Namespace, ask: str, vocab: Any, stack: ExitStack) 
     from gluon_bert.inference.text_files import vector_file
 
     def as_line(line: Any, answer: Any) -> str:
+        if ask == "score":
+            return json.dumps(answer.to_json(arguments.top or TOP, line.given), ensure_ascii=False)
         content = as_json(answer, vocab, [ask], arguments.top or TOP, arguments.token_vectors, line.given)
         return json.dumps(content, ensure_ascii=False)
 
@@ -331,6 +348,12 @@ def in_words(line: Any, answer: Any, ask: str, vocab: Any, arguments: argparse.N
         for number, words in enumerate(filled, 1):
             told += [f"  <mask> {number} of {len(filled)}"] if len(filled) > 1 else []
             told += [f"  {probability:8.4f}  {word}" for word, probability in words]
+    elif ask == "score":
+        told.append(f"  {answer.log_likelihood:8.2f}  log-likelihood, perplexity {answer.perplexity:.1f}")
+        told += [
+            f"  {value:8.2f}  {token} (token {position})"
+            for position, token, value in answer.least_likely(arguments.top or TOP)
+        ]
     elif ask == "task":
         told += verdict_in_words(answer.task_prediction)
     elif ask == "next":

@@ -22,8 +22,8 @@ examples:
 It answers on this machine alone (127.0.0.1), at /predictions/bert. A request is a JSON object:
 
   "text", "pair"         a text, or two; or, as ids without <cls> and <sep>, "ids" and "pair_ids"
-  "ask"                  "vectors" (when left out), "masks", "next", "task" (when left out, of a fine-tuned
-                         network), or a list of them
+  "ask"                  "vectors" (when left out), "masks", "next", "score", "task" (when left out, of a
+                         fine-tuned network), or a list of them
   "top"                  how many words for each <mask> (5)
   "token_vectors"        true: the vector of every token, too
 

@@ -11,7 +11,7 @@ from ..errors import InputError
 from .predictor import Prediction
 
 # What a text can be asked for.
-ASKS = ("vectors", "masks", "next", "task")
+ASKS = ("vectors", "masks", "next", "task", "score")
 
 
 def as_json(

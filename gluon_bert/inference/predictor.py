@@ -112,6 +112,13 @@ class Prediction:
         check_trained(self.untrained, "mlm")
         return [_likeliest(vocab, row, top) for row in softmax(self._given(self.mask_scores, "masked words"))]
 
+    def mask_log_probabilities(self) -> np.ndarray:
+        """Return the log-probabilities of all tokens for each <mask>, (K, V) float64."""
+        check_trained(self.untrained, "mlm")
+        scores = self._given(self.mask_scores, "masked words").astype(np.float64)
+        scores = scores - scores.max(axis=-1, keepdims=True)
+        return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+
     @property
     def next_sentence_probability(self) -> float:
         """The probability that the second text follows the first."""

@@ -9,6 +9,7 @@ from ..data.tokenizer import EncodedText, Tokenizer
 from ..errors import InputError, join_words
 from ..inference.json_output import ASKS, as_json
 from ..inference.predictor import Predictor
+from ..inference.scoring import check_scorable, score
 
 OK, BAD_REQUEST = 200, 400
 
@@ -50,6 +51,9 @@ def answer(predictor: Predictor, bodies: Sequence[bytes]) -> list[tuple[int, dic
         try:
             how = (question.ask, question.top, question.token_vectors, question.given)
             replies[i] = OK, as_json(found, predictor.reader.vocab, *how)
+            if "score" in question.ask:
+                (scored,) = score(predictor, [question.text])
+                replies[i][1].update(scored.to_json(question.top))
         except InputError as error:
             replies[i] = refused(error)
     return [replies[i] for i in range(len(bodies))]
@@ -72,9 +76,11 @@ def read(body: bytes, reader: Tokenizer, ask_by_default: str = "vectors") -> Req
     if unknown:
         raise InputError(f"{_shown(unknown[0])} is unknown: a request has {join_words(FIELDS)}")
     ask = _ask(request.get("ask", ask_by_default))
-    if "top" in request and "masks" not in ask:
-        raise InputError('"top" is for "ask": "masks"')
+    if "top" in request and not {"masks", "score"} & set(ask):
+        raise InputError('"top" is for "ask": "masks" and "score"')
     text, given = _text(request, reader)
+    if "score" in ask:
+        check_scorable(text)
     top = _top(request.get("top", 5))
     token_vectors = request.get("token_vectors", False)
     if not isinstance(token_vectors, bool):

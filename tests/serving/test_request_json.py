@@ -137,7 +137,7 @@ def test_several_things_can_be_asked_at_once(predictor):
         ({"ids": [10**30]}, "is no id"),
         ({"ids": [Vocabulary.cls]}, "which no text holds"),
         (b'{"ids": [1' + b"0" * 100_000 + b"]}", "is no id|a number of more digits than can be read"),
-        ({"text": "a", "ask": "all"}, '"ask" must be one of "vectors", "masks", "next" and "task"'),
+        ({"text": "a", "ask": "all"}, '"ask" must be one of "vectors", "masks", "next", "task" and "score"'),
         ({"text": "a", "ask": []}, '"ask" must be'),
         ({"text": "a", "ask": [["vectors"]]}, '"ask" must be'),
         ({"text": "a", "ask": {"vectors": 1}}, '"ask" must be'),
