@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, get_type_hin
 
 from . import devices
 from .config import GROUPS, Config, flag_name
-from .errors import InputError, gpu_failure, one_line
+from .errors import InputError, OutOfGPUMemory, gpu_failure, one_line
 from .presets import PRESETS
 
 TITLES = {"model": "the network", "data": "the text and its masks", "train": "training"}
@@ -144,6 +144,10 @@ def run_command(body: Callable[[], int], name: str) -> int:
         for line in str(error).splitlines():
             print(f"{name}: {line}", file=sys.stderr)
         return 2
+    except OutOfGPUMemory as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        _shut_mxnet_down()
+        return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130

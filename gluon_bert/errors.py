@@ -13,6 +13,10 @@ class InputError(ValueError):
     """
 
 
+class OutOfGPUMemory(RuntimeError):
+    """A GPU had too little memory for a run; the message says what would fit. The exit status is 1."""
+
+
 # Lines of the traces that MXNet puts before its errors, and of Python's.
 _TRACE = ("Traceback", "Stack trace", "[bt]", "File ")
 _GPU_ERROR = re.compile(r"\b(?:CUDA|cuda|cuBLAS|CUBLAS|cuDNN|CUDNN|cuRAND|NVRTC).*: *([^:]+)$")

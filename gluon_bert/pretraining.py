@@ -13,7 +13,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 from . import devices, runtime
 from .cli import Terminated
 from .config import Config
-from .errors import InputError
+from .errors import InputError, OutOfGPUMemory, gpu_failure
 
 
 class RunContext(NamedTuple):
@@ -34,6 +34,7 @@ def train(given: RunContext) -> int:
     from . import ops
     from .system import machine_memory, peak_memory
     from .training.checkpointer import AsyncCheckpointer, format_checkpoint_timing
+    from .training.gpu_memory import memory_of
     from .training.progress import ProgressLogger
     from .training.resources import estimate_resources
 
@@ -43,7 +44,14 @@ def train(given: RunContext) -> int:
     planned = estimate_resources(
         given.config, len(given.data.vocab), len(contexts), ops.compiled(contexts), given.workers.count
     )
-    print(planned.in_words(config.batch_size, machine_memory(contexts)), file=sys.stderr)
+    on_gpus = gpu_estimate(given)
+    if on_gpus is None:
+        print(planned.in_words(config.batch_size, machine_memory(contexts)), file=sys.stderr)
+    else:
+        print(
+            f"{on_gpus.in_words(sum(memory_of(contexts)))}\n{planned.step_in_words(config.batch_size)}",
+            file=sys.stderr,
+        )
     print(f"run folder: {output}", file=sys.stderr)
     trainer = trainer_of(given)
     if snapshot is not None:
@@ -77,9 +85,38 @@ def train(given: RunContext) -> int:
     if saver.cost.written:
         print(format_checkpoint_timing(saver.cost, trainer.state.clock.elapsed()))
     peak = peak_memory()
-    if peak is not None:
+    if on_gpus is not None:
+        print(on_gpus.outcome(memory_of(contexts)[1]), file=sys.stderr)
+    elif peak is not None:
         print(planned.outcome(peak), file=sys.stderr)
     return 0
+
+
+def gpu_estimate(given: RunContext) -> Any:
+    """Return the estimate of each GPU's memory, or None for a run on CPUs."""
+    from .training.gpu_memory import estimate_gpu_memory
+
+    if given.contexts[0].device_type != "gpu":
+        return None
+    return estimate_gpu_memory(given.config, len(given.data.vocab), len(given.contexts), given.workers.count)
+
+
+@contextmanager
+def explain_out_of_memory(given: RunContext) -> Iterator[None]:
+    """Raise OutOfGPUMemory, which says what would fit, where a GPU has too little memory."""
+    try:
+        yield
+    except Exception as error:
+        if gpu_failure(error) != "out of memory":
+            raise
+        from .training.gpu_memory import memory_of, what_fits
+
+        total = sum(memory_of(given.contexts))
+        fits = what_fits(given.config, len(given.data.vocab), len(given.contexts), total, given.workers.count)
+        raise OutOfGPUMemory(
+            f"the GPU is out of memory. Each has {total / 1e9:.1f} GB, and the run was expected to take "
+            f"{gpu_estimate(given).memory / 1e9:.1f} GB; {fits}"
+        ) from error
 
 
 def run_non_root_rank(given: RunContext) -> int:
@@ -103,9 +140,11 @@ def trainer_of(given: RunContext) -> Any:
     from .model.parameters import weights_of
     from .training.trainer import Trainer
 
-    trainer = Trainer(given.net, given.config.train, given.contexts, given.workers)
+    with explain_out_of_memory(given):
+        trainer = Trainer(given.net, given.config.train, given.contexts, given.workers)
+        if given.snapshot is not None:
+            trainer.restore(given.snapshot, given.output)
     if given.snapshot is not None:
-        trainer.restore(given.snapshot, given.output)
         for arrays in (given.snapshot.weights, given.snapshot.optimizer):
             arrays.clear()  # they would stay in memory to the end of the run
     if given.workers.count > 1:
@@ -127,7 +166,7 @@ def fit(trainer: Any, given: RunContext, report: Any, saver: Any) -> None:
         )
         os._exit(1)  # whoever waits for another process cannot be asked to end
 
-    with watched(given.step_timeout, end) as trainer.alive:
+    with explain_out_of_memory(given), watched(given.step_timeout, end) as trainer.alive:
         trainer.fit(given.data, report, saver)
 
 
@@ -257,6 +296,11 @@ def check_fits_memory(config: Config, here: RunPlacement, vocab_size: int = 1) -
     from .training.resources import check_memory
 
     contexts = here.contexts
+    if contexts[0].device_type == "gpu":
+        from .training.gpu_memory import check_gpu_memory, memory_of
+
+        free, _ = memory_of(contexts)
+        check_gpu_memory(config, vocab_size, len(contexts), free, here.preprocessing_workers)
     limit = machine_memory(contexts)
     if limit is not None:
         check_memory(

@@ -60,6 +60,12 @@ class ResourceEstimate:
             f"memory expected: {_gigabytes(self.memory)}{of}: weights, gradients and optimizer "
             f"{_gigabytes(self.model)}, what is computed of {_pairs(self.micro_batch_size)} at once "
             f"{_gigabytes(self.activations)}, a checkpoint {_gigabytes(self.checkpoint)}\n"
+            f"{self.step_in_words(batch_size)}"
+        )
+
+    def step_in_words(self, batch_size: int) -> str:
+        """Describe the size of a step in one line."""
+        return (
             f"a step: {_pairs(batch_size)}, {self.num_masked:,} masked tokens at most, "
             f"{_flops(self.flops * batch_size)} ({_flops(self.flops)} a pair)"
         )
@@ -112,25 +118,30 @@ def check_memory(
 
     if memory() <= limit:
         return
-    train, some = config.train, SAFE * limit
-    sizes = range(
-        num_contexts,
-        estimate_resources(config, vocab_size, num_contexts, compiled, preprocessing_workers).micro_batch_size
-        + 1,
+    most = estimate_resources(config, vocab_size, num_contexts, compiled, preprocessing_workers)
+    would_do = settings_that_fit(memory, range(num_contexts, most.micro_batch_size + 1), limit)
+    train = config.train
+    raise InputError(
+        f"--batch-size {train.batch_size}, --max-seq-length {config.data.max_seq_length}: the run is expected to take "
+        f"{_gigabytes(memory())} of memory, and there are {_gigabytes(limit)}; {would_do}"
     )
+
+
+def settings_that_fit(memory: Callable[..., float], sizes: range, limit: float) -> str:
+    """Say which settings fit in nine tenths of the limit.
+
+    memory: what a run takes with changed settings. sizes: the micro-batches that are possible.
+    """
+    some = SAFE * limit
     alone = _largest(sizes, lambda size: memory(micro_batch=size) <= some)
     twice = _largest(sizes, lambda size: memory(micro_batch=size, recompute=True) <= some)
     ways = [f"--micro-batch {alone}"] if alone else []
     if twice > alone:
         enough = memory(recompute=True) <= some
         ways.append("--recompute yes" if enough else f"--recompute yes --micro-batch {twice}")
-    would_do = f"what would do: {', or '.join(ways)}"
-    if not ways:
-        would_do = "no --micro-batch would do, nor --recompute: take a smaller network or --max-seq-length"
-    raise InputError(
-        f"--batch-size {train.batch_size}, --max-seq-length {config.data.max_seq_length}: the run is expected to take "
-        f"{_gigabytes(memory())} of memory, and there are {_gigabytes(limit)}; {would_do}"
-    )
+    if ways:
+        return f"what would do: {', or '.join(ways)}"
+    return "no --micro-batch would do, nor --recompute: take a smaller network or --max-seq-length"
 
 
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:

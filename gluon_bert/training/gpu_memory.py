@@ -1,0 +1,154 @@
+"""Estimates the memory of each GPU before a run, and compares it with the memory that is free.
+
+The counts of arrays come from peaks of MXNet's memory pool on simulated GPUs (tests/simulated_cuda).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Sequence
+
+from ..config import Config, ModelConfig
+from ..errors import InputError
+from ..runtime import mx
+from .resources import ActivationSizes, max_masked, parameter_count, settings_that_fit
+
+FLOAT, HALF = 4, 2  # bytes
+# MXNet's pool gives out blocks of a multiple of this size, where they are as large.
+BLOCK = 2**21
+# The estimate was up to this much above the peak; less than that is no reason to refuse a run.
+TOO_HIGH = 1.1
+
+
+@dataclass(frozen=True)
+class GPUEstimate:
+    """The memory of one GPU in bytes: weights, gradients and optimizer; and what is computed at once.
+
+    CUDA's own 0.5 to 1 GB are not in it: the simulation does not show them.
+    """
+
+    model: float
+    activations: float
+    micro_batch_size: int
+
+    @property
+    def memory(self) -> float:
+        """All that MXNet's memory pool is expected to take at its peak."""
+        return self.model + self.activations
+
+    def in_words(self, total: float) -> str:
+        """Describe the estimate in one line."""
+        return (
+            f"memory expected: {_gigabytes(self.memory)} of {_gigabytes(total)} on each GPU: weights, gradients "
+            f"and optimizer {_gigabytes(self.model)}, activations {_gigabytes(self.activations)}; CUDA takes 0.5 "
+            "to 1 GB more"
+        )
+
+    def outcome(self, used: float) -> str:
+        """Compare the estimate with what is in use on the fullest GPU."""
+        return f"GPU memory in use: {_gigabytes(used)}, {_gigabytes(self.memory)} expected"
+
+
+def estimate_gpu_memory(config: Config, vocab_size: int, num_gpus: int, num_workers: int = 1) -> GPUEstimate:
+    """Estimate what each of a worker's GPUs takes."""
+    train, length = config.train, config.data.max_seq_length
+    share = -(-train.batch_size // num_workers)
+    at_once = min(train.micro_batch or share, share)
+    rows = -(-at_once // num_gpus)
+    sizes = ActivationSizes(config.model, vocab_size, rows * length, length, rows * max_masked(config))
+    half = train.precision == "fp16"
+    # The weights, their gradients and two states of the optimizer. With several GPUs the kvstore spreads its copy
+    # of the weights, the sum, and the gradients of the other GPUs over all.
+    copies = 4 + ((num_gpus + 1) / num_gpus if num_gpus > 1 else 0)
+    return GPUEstimate(
+        copies * _parameters(config.model, vocab_size),
+        _activations(sizes, train.recompute, half) + _heads(sizes, half),
+        at_once,
+    )
+
+
+def check_gpu_memory(
+    config: Config, vocab_size: int, num_gpus: int, free: float, num_workers: int = 1
+) -> None:
+    """Raise InputError where a run cannot fit in the free bytes of each GPU, and say what would fit."""
+    expected = estimate_gpu_memory(config, vocab_size, num_gpus, num_workers).memory
+    if expected <= TOO_HIGH * free:
+        return
+    raise InputError(
+        f"--batch-size {config.train.batch_size}, --max-seq-length {config.data.max_seq_length}: the run is "
+        f"expected to take {_gigabytes(expected)} of each GPU, and {_gigabytes(free)} are free; "
+        + what_fits(config, vocab_size, num_gpus, free, num_workers)
+    )
+
+
+def what_fits(config: Config, vocab_size: int, num_gpus: int, free: float, num_workers: int = 1) -> str:
+    """Say which settings fit in the free bytes, and take less than those of the configuration."""
+
+    def memory(**changes: Any) -> float:
+        other = Config(config.model, config.data, replace(config.train, **changes))
+        return estimate_gpu_memory(other, vocab_size, num_gpus, num_workers).memory
+
+    most = estimate_gpu_memory(config, vocab_size, num_gpus, num_workers)
+    return settings_that_fit(memory, range(num_gpus, most.micro_batch_size + 1), min(free, most.memory))
+
+
+def memory_of(contexts: Sequence[Any]) -> tuple[float, float]:
+    """Ask CUDA for the least free bytes of these GPUs, and for the most that are in use."""
+    found = [mx.context.gpu_memory_info(context.device_id) for context in contexts]
+    return float(min(free for free, _ in found)), float(max(total - free for free, total in found))
+
+
+def _parameters(model: ModelConfig, vocab_size: int) -> float:
+    """The bytes of all weights, each matrix in blocks of the pool."""
+    c, f = model.units, model.ffn_units
+    tables = [vocab_size * c] * (1 if model.tied_decoder else 2)
+    matrices = (
+        tables + ([c * c] * 4 + [c * f] * 2) * model.num_layers + [c * c] * 2 + [model.max_positions * c]
+    )
+    rest = parameter_count(model, vocab_size) - sum(matrices)
+    return sum(_block(FLOAT * size) for size in matrices) + FLOAT * rest
+
+
+def _activations(sizes: ActivationSizes, recompute: bool, half: bool) -> float:
+    """The bytes of what the encoder has in memory at its peak.
+
+    Of each layer it keeps streams (tokens, C), hidden arrays (tokens, F) and attention scores (B * H, T, T).
+    """
+    model, drops = sizes.model, sizes.model.dropout > 0
+    stream, hidden = sizes.tokens * model.units, sizes.tokens * model.ffn_units
+    scores = model.num_heads * sizes.length * sizes.tokens
+    full, short = _block(FLOAT * stream), _block(HALF * stream)
+    if half:
+        activation = {"relu": 1.5, "gelu": 1.5, "gelu_tanh": 6.5}[model.activation]
+        layer = (2.4 + 2 * drops) * full + 3 * short + _block(3 * HALF * stream)
+        layer += activation * _block(FLOAT * hidden)
+        layer += (1 + drops) * _block(FLOAT * scores) + _block(HALF * scores)
+        # A float16 copy of the weights, and of their gradients.
+        layer += 2 * HALF * (4 * model.units**2 + 2 * model.units * model.ffn_units)
+        passing = 8 * full + 5 * _block(FLOAT * scores) + 3 * _block(3 * HALF * stream)
+    else:
+        activation = {"relu": 1.0, "gelu": 2.0, "gelu_tanh": 7.0}[model.activation]
+        layer = (8.25 + 2 * drops) * full + activation * _block(FLOAT * hidden)
+        layer += (1 + 2 * drops) * _block(FLOAT * scores)
+        passing = 8 * full + 4 * _block(FLOAT * scores)
+    if recompute:  # one layer, and what enters each
+        return layer + passing + (model.num_layers + 1) * full
+    return model.num_layers * layer + passing
+
+
+def _heads(sizes: ActivationSizes, half: bool) -> float:
+    """The bytes of the scores of masked words, 256 at a time, and of the decoder's gradients by each 256."""
+    slices = -(-sizes.num_masked // 256)
+    table = sizes.words * sizes.model.units
+    scores = sizes.words * (sizes.num_masked + 3 * min(sizes.num_masked, 256))
+    tables = min(slices + sizes.model.tied_decoder, 8) * _block(FLOAT * table)
+    return FLOAT * scores + tables + half * slices * _block(HALF * table)
+
+
+def _block(size: float) -> float:
+    """The bytes that the pool gives out for so many."""
+    return -(-size // BLOCK) * BLOCK if size >= BLOCK else size
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,104 @@
+"""The memory of simulated GPUs: the estimate against the peak of MXNet's pool, and runs that do not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+PEAK = """
+import ctypes, json, sys
+import numpy as np
+from gluon_bert.data.batch import Batch
+from gluon_bert.model.bert import BERTModel
+from gluon_bert.presets import preset
+from gluon_bert.runtime import mx
+from gluon_bert.training.gpu_memory import estimate_gpu_memory
+from gluon_bert.training.resources import max_masked
+from gluon_bert.training.trainer import Trainer
+
+name, num_gpus, changes = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+config, words = preset(name).replace(**changes), 30006
+rows, length, masked = config.train.batch_size, config.data.max_seq_length, max_masked(config)
+contexts = [mx.gpu(number) for number in range(num_gpus)]
+net = BERTModel(words, config.model)
+net.initialize(ctx=contexts)
+net.hybridize()
+trainer = Trainer(net, config.train, contexts)
+ones = lambda *shape: np.ones(shape, np.int32)
+places = np.stack([np.repeat(np.arange(rows), masked), np.tile(np.arange(masked), rows)]).astype(np.int32)
+batch = Batch(ones(rows, length), ones(rows, length), length * ones(rows), places, ones(rows * masked), ones(rows))
+for _ in range(2):
+    trainer.step(batch)
+mx.nd.waitall()
+cudart = ctypes.CDLL("libcudart.so.11.0")
+cudart.gpusim_counts.restype = ctypes.c_char_p
+peaks = [device["peak"] for device in json.loads(cudart.gpusim_counts())["devices"][:num_gpus]]
+print(json.dumps([max(peaks), estimate_gpu_memory(config, words, num_gpus).memory]))
+"""
+LARGE = {"GPUSIM_MEMORY": "400e9", "GPUSIM_MEMSET": "0"}
+
+
+def peak_and_estimate(gpus, name, num_gpus, **changes):
+    """The peak of the fullest GPU, and its estimate, in bytes."""
+    result = gpus.code(PEAK, name, str(num_gpus), json.dumps(changes), **LARGE)
+    return json.loads(result.output.splitlines()[-1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "changes"),
+    [
+        ("bert-base", 1, {"batch_size": 32}),
+        ("bert-base", 1, {"batch_size": 32, "recompute": True}),
+        ("bert-base", 1, {"batch_size": 32, "micro_batch": 8}),
+        ("bert-base", 2, {"batch_size": 32}),
+        ("bert-large", 1, {"batch_size": 16, "max_seq_length": 512, "recompute": True}),
+        ("bert-large", 2, {"batch_size": 16, "micro_batch": 8}),
+    ],
+)
+def test_memory_estimate_is_near_the_peak(gpus, name, num_gpus, changes, precision):
+    peak, estimate = peak_and_estimate(gpus, name, num_gpus, precision=precision, **changes)
+    assert estimate == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("changes", [{"dropout": 0.0}, {"activation": "relu"}, {"norm": "pre"}])
+def test_memory_estimate_knows_other_networks(gpus, changes):
+    peak, estimate = peak_and_estimate(gpus, "bert-small", 1, batch_size=64, **changes)
+    assert estimate == pytest.approx(peak, rel=0.15)
+
+
+def test_fp16_takes_no_more_memory_than_fp32(gpus):
+    peaks = [peak_and_estimate(gpus, "bert-base", 1, batch_size=32, precision=p)[0] for p in ("fp16", "fp32")]
+    assert peaks[0] <= peaks[1]
+
+
+def test_run_too_large_for_the_gpu_is_rejected(pretrain, tmp_path):
+    flags = ("--gpus", "0,1", "--batch-size", "256", "--num-steps", "2")
+    result = pretrain(*flags, preset="bert-small", status=2, GPUSIM_MEMORY="2e9")
+    assert re.search(
+        r"take \d+\.\d GB of each GPU, and 2\.0 GB are free; what would do: --micro-batch", result.output
+    )
+    assert not (tmp_path / "run").exists()
+    size = re.search(r"--micro-batch (\d+)", result.output)[1]
+    pretrain(*flags, "--micro-batch", size, preset="bert-small", GPUSIM_MEMORY="2e9")
+
+
+def test_out_of_memory_in_a_run_says_what_would_fit(pretrain):
+    # So little that the check lets it pass and the run does not fit.
+    flags = ("--gpus", "0", "--batch-size", "32", "--num-steps", "2")
+    estimate = float(re.search(r"memory expected: ([\d.]+)", pretrain(*flags, preset="bert-small").output)[1])
+    result = pretrain(
+        *flags, preset="bert-small", name="other", status=1, GPUSIM_MEMORY=f"{estimate * 0.92}e9"
+    )
+    assert re.search(r"pretrain: the GPU is out of memory\. .*--micro-batch \d+", result.output)
+    assert "Traceback" not in result.output and "MXNetError" not in result.output
+
+
+def test_memory_taken_is_that_of_the_gpu(pretrain):
+    result = pretrain("--gpus", "0,1", "--batch-size", "8", "--num-steps", "2")
+    used = max(device["peak"] for device in result.counts["devices"]) / 1e9
+    assert float(re.search(r"GPU memory in use: ([\d.]+) GB", result.output)[1]) == pytest.approx(
+        used, abs=0.06
+    )
