@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import dataclasses
+import io
 import logging
 import signal
 import sys
@@ -133,6 +134,9 @@ class Terminated(BaseException):
 
 def run_command(body: Callable[[], int], name: str) -> int:
     """The exit status of a command: its own, 2 for bad input told in words, 130 or 143 if it was stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files and texts may hold what UTF-8 cannot
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr, force=True)
     try:
         with _terminated_by_exception():

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
@@ -19,6 +20,9 @@ from typing import IO, Any, Iterator, Mapping
 from .errors import InputError
 
 log = logging.getLogger(__name__)
+
+# Half a surrogate pair, which JSON and names of files can hold and UTF-8 cannot.
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @contextmanager
@@ -179,8 +183,19 @@ def _umask() -> int:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     with atomic_write(path) as file:
-        json.dump(nan_to_null(content), file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
+        file.write(json_text(nan_to_null(content), indent=2, allow_nan=False) + "\n")
+
+
+def json_text(content: Any, **options: Any) -> str:
+    """JSON that UTF-8 can hold: half a surrogate pair is escaped, so that it comes back the same.
+
+    options: of json.dumps.
+
+    >>> json_text({"é": "\\ud83d"})
+    '{"é": "\\\\ud83d"}'
+    """
+    text = json.dumps(content, ensure_ascii=False, **options)
+    return SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def read_json(path: Path, kind: type = dict) -> Any:

@@ -102,3 +102,13 @@ def test_the_memory_does_not_grow_with_the_file(tmp_path):
     tracemalloc.stop()
     assert path.stat().st_size > 40e6
     assert peak < 10e6
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n", b"\r"], ids=["unix", "windows", "mac"])
+def test_read_lines_takes_any_line_end(tmp_path, ending):
+    path = tmp_path / "t.txt"
+    path.write_bytes(b"\xef\xbb\xbfthe crane" + ending + b"it rained || she left" + ending)
+    assert [line.given for line in read_lines(path)] == [("the crane",), ("it rained", "she left")]
+    path.write_bytes(b"a" + ending + b"\xff" + ending)
+    with pytest.raises(InputError, match=r"t\.txt, line 2: byte 0xff is not UTF-8"):
+        list(read_lines(path))

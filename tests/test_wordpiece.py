@@ -156,7 +156,7 @@ def test_a_folder_with_a_word_vocabulary_gives_that(tmp_path):
     [
         (b"[PAD]\n[CLS]\n[SEP]\na\n", [r"has no \[UNK\] \[MASK\], which"]),
         (b"a\nb\na\n\nb\n", ["line 3: 'a' stands in line 1", "line 4: is empty", "line 5: 'b'", "no .PAD"]),
-        (b"[PAD]\n\xff\n", ["line 2: is not UTF-8"]),
+        (b"[PAD]\n\xff\n", ["line 2: byte 0xff is not UTF-8"]),
     ],
 )
 def test_a_file_that_is_no_vocabulary_is_refused_with_all_that_is_wrong(tmp_path, content, told):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from gluon_bert.cli import add_checkpoint_flag, add_device_flag, device, main_with_exit_status, parser_of, run
 from gluon_bert.errors import InputError
-from gluon_bert.fileio import atomic_write
+from gluon_bert.fileio import atomic_write, json_text
 from gluon_bert.model.pooling import POOLINGS, Pooling
 
 # Words that are told for a <mask> where nobody says how many.
@@ -179,7 +178,7 @@ def compare(arguments: argparse.Namespace, ask: str, predictor: Any, lines: list
         file = stack.enter_context(atomic_write(arguments.output)) if arguments.output else sys.stdout
         for content in found:
             as_json = arguments.json or arguments.output
-            print(json.dumps(content, ensure_ascii=False) if as_json else similar_lines(content), file=file)
+            print(json_text(content) if as_json else similar_lines(content), file=file)
     print("".join(seen.report(predictor.reader.max_seq_length)), end="", file=sys.stderr)
     if arguments.output:
         print(f"{arguments.output}: {len(lines)} texts")
@@ -326,7 +325,7 @@ def sink(arguments: argparse.Namespace, ask: str, vocab: Any, stack: ExitStack) 
         if ask == "score":
             return json.dumps(answer.to_json(arguments.top or TOP, line.given), ensure_ascii=False)
         content = as_json(answer, vocab, [ask], arguments.top or TOP, arguments.token_vectors, line.given)
-        return json.dumps(content, ensure_ascii=False)
+        return json_text(content)
 
     if arguments.output is None:
         show = (

@@ -23,7 +23,7 @@ from gluon_bert.cli import (
 from gluon_bert.config import FineTuneConfig, check_group
 from gluon_bert.data.vocab import Normalization
 from gluon_bert.errors import InputError
-from gluon_bert.fileio import atomic_write, nan_to_null
+from gluon_bert.fileio import atomic_write, json_text, nan_to_null
 from gluon_bert.finetuning.tables import QUOTING
 
 EXAMPLES = """\
@@ -228,12 +228,8 @@ def predict(output: Path, flag: str, rows: Any, data: Any, reader: Any) -> str:
     with atomic_write(path) as file:
         for row, answer in zip(rows[flag], answers):
             given = {"label": row.label} if row.label is not None else {}
-            json.dump(
-                {"texts": row.texts, "given": given, "predicted": answer.task_prediction},
-                file,
-                ensure_ascii=False,
-            )
-            file.write("\n")
+            line = {"texts": row.texts, "given": given, "predicted": answer.task_prediction}
+            file.write(json_text(line) + "\n")
     told = f"{path}: {len(answers)} predictions for {flag}"
     if flag == "--test" and data[flag].targets is not None:
         told += f", {in_words(evaluated(scores_of(answers), data[flag], net.task))}"

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, Pattern
 
 from ..errors import InputError
+from ..fileio import SURROGATE
 from . import vocab
 from .vocab import Normalization
 
@@ -14,8 +15,6 @@ UNK, MASK = "[UNK]", "[MASK]"
 
 # Special tokens that a text may hold, one word each. The word vocabulary and WikiText spell them with <>.
 MARKERS = {UNK: UNK, MASK: MASK, vocab.UNK: UNK, vocab.MASK: MASK}
-# Half a surrogate pair: no character, and the package `tokenizers` cannot hold it.
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _STRIP_ACCENTS = {"auto": None, "yes": True, "no": False}
 
 
@@ -64,7 +63,8 @@ class _Splitter:
     def split(self, text: str) -> list[str]:
         """The words of a text."""
         words: list[str] = []
-        for i, piece in enumerate(self._raw_pattern.split(_SURROGATE.sub("", text))):
+        # Half a surrogate pair is no character, and the package `tokenizers` cannot hold it.
+        for i, piece in enumerate(self._raw_pattern.split(SURROGATE.sub("", text))):
             if i % 2:
                 words.append(self._raw[piece])
             elif piece:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import InputError
-from ..fileio import write_json
+from ..fileio import SURROGATE, write_json
 
 # The book's special tokens in the book's order, so that its ids are these: <unk> is 0, words start at 5.
 UNK, PAD, MASK, CLS, SEP = SPECIAL_TOKENS = ("<unk>", "<pad>", "<mask>", "<cls>", "<sep>")
@@ -85,6 +85,13 @@ def split_words(text: str) -> list[str]:
             text = _STRAY_JOINER.sub("", text)
         text = _CHINESE.sub(r" \g<0> ", text)
     return _WORD.findall(text)
+
+
+def check_characters(tokens: Iterable[str], where: str) -> None:
+    """Raise InputError where a token holds half a surrogate pair, which no file of UTF-8 can hold."""
+    broken = next((token for token in tokens if not token.isascii() and SURROGATE.search(token)), None)
+    if broken is not None:
+        raise InputError(f"{where}: token {broken!r} holds half a surrogate pair, which is not a character")
 
 
 class Vocabulary:
@@ -217,6 +224,7 @@ class Vocabulary:
             ) from error
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
             raise InputError(f"{path}: idx_to_token must be a list of strings")
+        check_characters(tokens, str(path))
         if tuple(tokens[: len(SPECIAL_TOKENS)]) != SPECIAL_TOKENS:
             raise InputError(f"{path}: a vocabulary must begin with {' '.join(SPECIAL_TOKENS)}")
         return cls(tokens[len(SPECIAL_TOKENS) :])

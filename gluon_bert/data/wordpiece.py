@@ -9,9 +9,9 @@ from typing import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from ..errors import InputError
-from ..fileio import atomic_write
+from ..fileio import atomic_write, decode_utf8
 from .basic_tokenizer import MARKERS, MASK, UNK, split_words, tokenizers_library
-from .vocab import Normalization, Vocabulary
+from .vocab import Normalization, Vocabulary, check_characters
 
 PAD, CLS, SEP = "[PAD]", "[CLS]", "[SEP]"
 SPECIAL_TOKENS = (PAD, UNK, CLS, SEP, MASK)
@@ -45,6 +45,7 @@ class WordPieceVocabulary(Vocabulary):
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self.tokens = list(tokens)
+        check_characters(self.tokens, "a WordPiece vocabulary")
         ids = {token: i for i, token in enumerate(self.tokens)}
         problems = [f"has no {token}" for token in SPECIAL_TOKENS if token not in ids]
         if len(ids) != len(self.tokens):
@@ -110,12 +111,9 @@ class WordPieceVocabulary(Vocabulary):
         """The vocabulary in a file with a token a line; InputError names the file and every wrong line."""
         path = Path(path)
         try:
-            text = path.read_bytes().decode("utf-8-sig")
+            text = decode_utf8(path.read_bytes(), str(path))
         except OSError as error:
             raise InputError(f"{path}: cannot be read as a vocabulary ({error.strerror or error})") from error
-        except UnicodeDecodeError as error:
-            line = error.object.count(b"\n", 0, error.start) + 1
-            raise InputError(f"{path}, line {line}: is not UTF-8; a vocabulary has a token a line") from error
         # Not splitlines: published vocabularies have tokens that it takes for ends of lines.
         lines = text.replace("\r\n", "\n").split("\n")
         if not lines[-1]:

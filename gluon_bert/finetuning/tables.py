@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence, Union
 
 from ..errors import InputError
-from ..fileio import decode_utf8
+from ..fileio import SURROGATE, decode_utf8
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ _MAX_SHOWN = 10
 _QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
 # Whole numbers as programs write them: 1, 1.0, 1.; not 01, which may be a name.
 _WHOLE = re.compile(r"([+-]?(?:0|[1-9]\d*))(?:\.0*)?", re.ASCII)
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # The fields of a row, in order or by name, or what is wrong with it.
 _Fields = Union["list[str]", "dict[str, str]", str]
@@ -153,7 +152,7 @@ def _problem(fields: Mapping[str, str], wanted: Sequence[str]) -> str:
     empty = [name for name in wanted if not fields[name].strip()]
     if empty:
         return f"column {' and '.join(map(repr, empty))} is empty"
-    halves = [name for name in wanted if _SURROGATE.search(fields[name])]
+    halves = [name for name in wanted if SURROGATE.search(fields[name])]
     return f"column {halves[0]!r} holds half a surrogate pair, which is not a character" if halves else ""
 
 

@@ -12,7 +12,7 @@ from typing import IO, Iterator, NamedTuple
 import numpy as np
 
 from ..errors import InputError
-from ..fileio import atomic_write
+from ..fileio import atomic_write, decode_utf8
 from .predictor import Prediction
 
 # Between the two texts of a pair.
@@ -51,16 +51,17 @@ def read_lines(path: Path, flag: str = "--input") -> Iterator[Line]:
     """The texts of a UTF-8 file, which a flag names; InputError says which line is none."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    wrong = line[error.start]
-                    raise InputError(f"{where}: byte {wrong:#04x} is not UTF-8; convert it first") from error
-                yield parse_line(where, text)
+            for number, line in enumerate(_lines(file), 1):
+                yield parse_line(f"{path}, line {number}", decode_utf8(line, str(path), number))
     except OSError as error:
         raise InputError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file, which end in \\n, \\r\\n or \\r, without these."""
+    for line in file:
+        line = line[:-1] if line.endswith(b"\n") else line
+        yield from (line[:-1] if line.endswith(b"\r") else line).split(b"\r")
 
 
 def count_lines(path: Path, flag: str = "--input") -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from http import HTTPStatus
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Mapping, Sequence
 
 from ..devices import contexts
 from ..export.exporter import load_exported
+from ..fileio import json_text
 from ..inference.predictor import Predictor
 from .request_json import answer, refused
 
@@ -45,7 +45,7 @@ def handle(data: Sequence[Mapping[str, Any]] | None, context: Any) -> list[bytes
         context.set_response_status(status, HTTPStatus(status).phrase, i)
     # Not through set_response_content_type, which makes a header of it.
     context.get_response_content_type = lambda i: CONTENT_TYPE
-    bodies = [json.dumps(content, ensure_ascii=False, allow_nan=False).encode() for _, content in replies]
+    bodies = [json_text(content, allow_nan=False).encode() for _, content in replies]
     return aligned(bodies, [status for status, _ in replies], context.request_ids)
 
 
