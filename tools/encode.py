@@ -323,7 +323,7 @@ def sink(arguments: argparse.Namespace, ask: str, vocab: Any, stack: ExitStack) 
 
     def as_line(line: Any, answer: Any) -> str:
         if ask == "score":
-            return json.dumps(answer.to_json(arguments.top or TOP, line.given), ensure_ascii=False)
+            return json_text(answer.to_json(arguments.top or TOP, line.given))
         content = as_json(answer, vocab, [ask], arguments.top or TOP, arguments.token_vectors, line.given)
         return json_text(content)
 
