@@ -35,6 +35,7 @@ def train(given: RunContext) -> int:
     from .system import machine_memory, peak_memory
     from .training.checkpointer import AsyncCheckpointer, format_checkpoint_timing
     from .training.gpu_memory import memory_of
+    from .training.plots import References
     from .training.progress import ProgressLogger
     from .training.resources import estimate_resources
 
@@ -53,37 +54,29 @@ def train(given: RunContext) -> int:
             file=sys.stderr,
         )
     print(f"run folder: {output}", file=sys.stderr)
-    trainer = trainer_of(given)
+    report = ProgressLogger(output, References.of(given.data))
+    checkpointer = AsyncCheckpointer(output)
+    trainer = trainer_of(given, [report, checkpointer])
     if snapshot is not None:
-        print(f"going on after step {snapshot.step}", file=sys.stderr)
-    run = trainer.state
-    report = ProgressLogger(output, config, given.data, step=run.step, best=run.best, log_bytes=run.log_bytes)
-    saver = AsyncCheckpointer(output, config, report)
+        print(f"resuming after step {snapshot.step}", file=sys.stderr)
     try:
         with stop_between_steps(trainer):
-            try:
-                if not given.workers.alone and snapshot is None:
-                    saver.save(trainer)  # so that the job can be restarted, whenever it fails
-                fit(trainer, given, report, saver)
-            finally:
-                saver.close()
+            fit(trainer, given)
     except (KeyboardInterrupt, Terminated):
         print(
-            f"the weights after step {run.step} are kept in {output}; --resume {output} goes on from there",
+            f"stopped after step {trainer.state.step}; --resume {output} continues from its checkpoint",
             file=sys.stderr,
         )
         shut_down(trainer)
         raise
-    finally:
-        report.close()
     finished_before = snapshot is not None and trainer.state.step == snapshot.step
     if finished_before:
         print(f"{output} is finished, after step {snapshot.step}: --num-steps or --max-minutes asks for more")
     print("\n".join(report.summary(contexts)))
     if len(contexts) > 1 and not finished_before:
-        print(trainer.load_balance.in_words())
-    if saver.cost.written:
-        print(format_checkpoint_timing(saver.cost, trainer.state.clock.elapsed()))
+        print(trainer.load_balance)
+    if checkpointer.timing.written:
+        print(format_checkpoint_timing(checkpointer.timing, trainer.state.clock.elapsed()))
     peak = peak_memory()
     if on_gpus is not None:
         print(on_gpus.outcome(memory_of(contexts)[1]), file=sys.stderr)
@@ -121,27 +114,28 @@ def explain_out_of_memory(given: RunContext) -> Iterator[None]:
 
 def run_non_root_rank(given: RunContext) -> int:
     """The part that a worker other than the first has in a run: it writes nothing."""
-    from .training.callbacks import Reporter
     from .training.checkpointer import ReadOnlyCheckpointer
 
-    trainer = trainer_of(given)
+    trainer = trainer_of(given, [ReadOnlyCheckpointer(given.output)])
     try:
         with stop_between_steps(trainer):
-            fit(trainer, given, Reporter(), ReadOnlyCheckpointer(given.output))
+            fit(trainer, given)
     except (KeyboardInterrupt, Terminated):
         shut_down(trainer)
         raise
     return 0
 
 
-def trainer_of(given: RunContext) -> Any:
-    """A trainer at the beginning, or where a checkpoint stands, with the same weights on all workers."""
+def trainer_of(given: RunContext, callbacks: Sequence[Any]) -> Any:
+    """Return a trainer at the beginning or at a checkpoint, with the same weights on all workers."""
     from .distributed.communicator import weights_hash
     from .model.parameters import weights_of
     from .training.trainer import Trainer
 
     with explain_out_of_memory(given):
-        trainer = Trainer(given.net, given.config.train, given.contexts, given.workers)
+        trainer = Trainer(
+            given.net, given.config.train, given.contexts, communicator=given.workers, callbacks=callbacks
+        )
         if given.snapshot is not None:
             trainer.restore(given.snapshot, given.output)
     if given.snapshot is not None:
@@ -153,7 +147,7 @@ def trainer_of(given: RunContext) -> Any:
     return trainer
 
 
-def fit(trainer: Any, given: RunContext, report: Any, saver: Any) -> None:
+def fit(trainer: Any, given: RunContext) -> None:
     """Take the steps of a run, between two of which signals stop it, and none of which takes too long."""
     from .training.watchdog import watched
 
@@ -167,13 +161,13 @@ def fit(trainer: Any, given: RunContext, report: Any, saver: Any) -> None:
         os._exit(1)  # whoever waits for another process cannot be asked to end
 
     with explain_out_of_memory(given), watched(given.step_timeout, end) as trainer.alive:
-        trainer.fit(given.data, report, saver)
+        trainer.fit(given.data.train, validation=given.data.validation)
 
 
 def shut_down(trainer: Any) -> None:
     """Leave the other workers where all have come to an end, rather than this one alone."""
     if trainer.has_ended():
-        trainer.workers.shutdown()
+        trainer.communicator.shutdown()
 
 
 @contextmanager
@@ -239,7 +233,7 @@ def profiled(path: Path | None, contexts: Sequence[Any]) -> Iterator[None]:
         print(mx.profiler.dumps(sort_by="total"))
         mx.profiler.dump()
         if len(contexts) > 1:
-            print(device_utilization(path, contexts).in_words())
+            print(device_utilization(path, contexts))
 
 
 class RunPlacement(NamedTuple):
@@ -316,7 +310,7 @@ def text(config: Config, here: RunPlacement) -> Any:
 
     data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
     check_fits_memory(config, here, len(data.vocab))
-    check_evaluable(config.train, data)
+    check_evaluable(config.train, data.validation is not None)
     check_enough(len(data.train.pairs(0)), here.preprocessing_workers)
     return data
 

@@ -46,6 +46,21 @@ class BERTBlock(mx.gluon.HybridBlock):
         super().hybridize(active, **kwargs)
         self.encoder.hybridize(active, **{"static_alloc": True, **kwargs})
 
+    def set_matmul_precision(self, precision: str) -> None:
+        """Multiply matrices in this precision, as TrainConfig names it. The weights stay float32.
+
+        A copy of the network, such as an export, computes in float32.
+        """
+        if precision == self.encoder.precision:
+            return
+
+        def set_precision(block: Any) -> None:
+            if isinstance(block, MixedPrecisionBlock):
+                block.precision = precision
+
+        self.apply(set_precision)
+        self.hybridize()
+
 
 class BERTModel(BERTBlock):
     """BERT for pretraining; `net.encoder` alone encodes tokens.
@@ -106,21 +121,6 @@ class BERTModel(BERTBlock):
         known = ~np.isnan(word_vectors[:, 0])
         values[known] = word_vectors[known] * values.std()
         weight.set_data(mx.nd.array(values))
-
-    def set_matmul_precision(self, precision: str) -> None:
-        """Multiply matrices in this precision, as TrainConfig names it. The weights stay float32.
-
-        A copy of the network, such as an export, computes in float32.
-        """
-        if precision == self.nsp.dense.precision:
-            return
-
-        def set_precision(block: Any) -> None:
-            if isinstance(block, MixedPrecisionBlock):
-                block.precision = precision
-
-        self.apply(set_precision)
-        self.hybridize()
 
 
 def initial_weights(config: ModelConfig) -> Any:

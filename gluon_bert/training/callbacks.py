@@ -1,4 +1,4 @@
-"""The events of a training run and who handles them. Trains nothing."""
+"""The events of a training run. Trains nothing."""
 
 from __future__ import annotations
 
@@ -7,43 +7,51 @@ from typing import TYPE_CHECKING, Sequence
 from ..checkpoint import Snapshot
 from .divergence import NonFiniteStep
 from .metrics import Metrics
-from .state import BestEvaluation, StepReport, TrainState
+from .state import BestEvaluation, StepReport
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
 
-class Reporter:
-    """Who is told of a run's progress; this one keeps it to itself."""
+class Callback:
+    """Handles the events of a training run; the base class does nothing.
 
-    def stepped(self, step: int) -> None:
-        """A step has been queued."""
+    A trainer calls its callbacks in their order, and `on_fit_end` in the reverse order.
+    """
 
-    def progressed(self, progress: StepReport) -> None:
-        """A window of steps is done."""
+    def on_fit_begin(self, trainer: Trainer) -> None:
+        """Training starts or resumes after `trainer.state.step` steps."""
 
-    def evaluated(self, step: int, validation: Metrics, best: BestEvaluation) -> None:
-        """The validation text was evaluated after this step; `best` takes it into account."""
+    def on_step(self, trainer: Trainer, step: int) -> None:
+        """A step has been queued on the devices."""
 
-    def on_non_finite(self, trouble: NonFiniteStep) -> None:
-        """The numbers of a step are unusable; whether that ends the run is another matter."""
+    def on_log(self, trainer: Trainer, report: StepReport) -> None:
+        """A window of `log_every` steps is done."""
 
-    def overflowed(self, step: int, scale: float) -> None:
-        """A step was skipped, as float16 could not hold a gradient of the loss times this scale."""
+    def on_evaluate(self, trainer: Trainer, step: int, metrics: Metrics, best: BestEvaluation) -> None:
+        """The validation batches were evaluated after this step; `best` includes this evaluation."""
 
-    def on_weight_drift(self, step: int, ranks: Sequence[int]) -> None:
-        """The weights of these workers are not those of the first one any more."""
+    def on_checkpoint(self, trainer: Trainer) -> None:
+        """A checkpoint is due; `trainer.snapshot()` is its content."""
 
-    def on_rollback(self, state: TrainState, trouble: NonFiniteStep) -> None:
-        """The run goes on from an earlier checkpoint, where it stands so, with other batches than before."""
+    def on_save_checkpoint(self, trainer: Trainer) -> None:
+        """`trainer.snapshot()` is about to copy `trainer.state`, which may still be changed."""
 
-
-class Saver:
-    """Who keeps what a run can be gone on from; this one keeps nothing."""
-
-    def save(self, trainer: Trainer) -> None:
-        """A checkpoint is due; `trainer.snapshot()` is what it holds."""
-
-    def latest(self) -> Snapshot | None:
-        """The checkpoint that was kept last, None where there is none."""
+    def latest_checkpoint(self) -> Snapshot | None:
+        """Return the checkpoint for a rollback; None if this callback has none."""
         return None
+
+    def on_non_finite(self, trainer: Trainer, found: NonFiniteStep) -> None:
+        """A step had a non-finite loss or gradient; it may be skipped, rolled back, or end the run."""
+
+    def on_overflow(self, trainer: Trainer, step: int, scale: float) -> None:
+        """A step was skipped: float16 could not hold the gradient of the loss times this scale."""
+
+    def on_weight_drift(self, trainer: Trainer, step: int, ranks: Sequence[int]) -> None:
+        """The weights of these workers differ from those of worker 0."""
+
+    def on_rollback(self, trainer: Trainer, found: NonFiniteStep) -> None:
+        """`trainer.state` is that of an earlier checkpoint now; other batches follow."""
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Training has ended, also by an exception."""

@@ -1,4 +1,4 @@
-"""Checkpoints written while the training goes on: copied in its time, written in that of a thread."""
+"""Writes checkpoints in a thread while the training continues. Decides not when."""
 
 from __future__ import annotations
 
@@ -11,78 +11,82 @@ from typing import Callable, NamedTuple
 from ..checkpoint import Snapshot, latest_valid, steps, write_checkpoint
 from ..config import TrainConfig
 from ..errors import InputError
-from .callbacks import Saver
-from .progress import ProgressLogger
+from .callbacks import Callback
 from .trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointTiming(NamedTuple):
-    """What checkpoints took: how many, the seconds that the training waited, the seconds of their writing."""
+    """The cost of checkpoints: their number, the seconds the training waited, the seconds of writing."""
 
     written: int = 0
     waited: float = 0.0
     writing: float = 0.0
 
 
-class ReadOnlyCheckpointer(Saver):
-    """The checkpoints in the folder of a run, for a worker beside the one that writes them."""
+class ReadOnlyCheckpointer(Callback):
+    """Reads the checkpoints of a run's folder, for a worker that writes none."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
 
-    def latest(self) -> Snapshot | None:
-        """The latest whole checkpoint; InputError where this worker does not see the folder."""
+    def latest_checkpoint(self) -> Snapshot | None:
+        """Return the latest valid checkpoint; raise InputError if this worker does not see the folder."""
         if not self.folder.is_dir():
             raise InputError(
-                f"--output {self.folder}: is not there for this worker; going back to a checkpoint needs a "
-                "folder that all workers share"
+                f"output must be a folder that all workers share, to roll back to a checkpoint; worker does "
+                f"not see {self.folder}"
             )
         return latest_valid(self.folder) if steps(self.folder) else None
 
 
-class AsyncCheckpointer(Saver):
-    """Keeps checkpoints in the folder of a run, each with the log as long as it is then.
+class AsyncCheckpointer(Callback):
+    """Writes checkpoints to a run's folder.
 
-    The training waits for the copy to the host, and for the one before where that is still being written.
+    The training waits for the copy to the host, and for the checkpoint before if it is still being written.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, report: ProgressLogger) -> None:
-        self.folder, self.cost = Path(folder), CheckpointTiming()
-        self._config, self._report = config, report
-        self._thread = ThreadPoolExecutor(1)
+    def __init__(self, folder: Path | str) -> None:
+        self.folder, self.timing = Path(folder), CheckpointTiming()
+        self._config = TrainConfig()
+        self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[float] | None = None
-        self._failure: OSError | None = None  # of the last checkpoint, which is then not there
+        self._failure: OSError | None = None  # of the latest checkpoint, which then does not exist
 
-    def save(self, trainer: Trainer) -> None:
-        """Copy the run's state and begin to write it; OSError, by `on_checkpoint_error`, where that failed."""
-        trainer.wait()  # for its steps, which is not what a checkpoint costs
+    def on_fit_begin(self, trainer: Trainer) -> None:
+        self._config = trainer.config
+        self._thread = ThreadPoolExecutor(1)
+
+    def on_checkpoint(self, trainer: Trainer) -> None:
+        """Copy the run's state and start to write it; raise OSError as `on_checkpoint_error` says."""
+        assert self._thread is not None
+        trainer.wait()  # for its steps, which are no cost of a checkpoint
         began = time.perf_counter()
-        self._see_to(self._finish_pending)
-        if self._see_to(lambda: self._note_log(trainer)):
-            snapshot = trainer.snapshot()
-            best = trainer.state.best
-            is_best = best is not None and best.step == snapshot.step
-            self._pending = self._thread.submit(self._write, snapshot, is_best)
-        self.cost = self.cost._replace(waited=self.cost.waited + time.perf_counter() - began)
+        self._attempt(self._finish_pending)
+        self._attempt(lambda: self._start(trainer))
+        self.timing = self.timing._replace(waited=self.timing.waited + time.perf_counter() - began)
 
-    def latest(self) -> Snapshot | None:
-        """The latest whole checkpoint on the disk, None where there is none."""
-        self._see_to(self._finish_pending)
+    def latest_checkpoint(self) -> Snapshot | None:
+        """Return the latest valid checkpoint on the disk, None if there is none."""
+        self._attempt(self._finish_pending)
         return latest_valid(self.folder) if steps(self.folder) else None
 
-    def close(self) -> None:
-        """Wait until the last checkpoint is on the disk; OSError where it is not."""
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Wait until the last checkpoint is on the disk; raise OSError if it is not."""
+        assert self._thread is not None
         try:
-            self._see_to(self._finish_pending)
+            self._attempt(self._finish_pending)
             if self._failure:
                 raise self._failure
         finally:
             self._thread.shutdown()
 
-    def _note_log(self, trainer: Trainer) -> None:
-        trainer.state.log_bytes = self._report.synced()
+    def _start(self, trainer: Trainer) -> None:
+        assert self._thread is not None
+        snapshot, best = trainer.snapshot(), trainer.state.best
+        is_best = best is not None and best.step == snapshot.step
+        self._pending = self._thread.submit(self._write, snapshot, is_best)
 
     def _write(self, snapshot: Snapshot, best: bool) -> float:
         began = time.perf_counter()
@@ -90,33 +94,32 @@ class AsyncCheckpointer(Saver):
         return time.perf_counter() - began
 
     def _finish_pending(self) -> None:
-        """Wait for the checkpoint that is being written; raises what went wrong there."""
+        """Wait for the checkpoint that is being written; raise its error."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             seconds = pending.result()
-            written, waited, writing = self.cost
-            self.cost = CheckpointTiming(written + 1, waited, writing + seconds)
+            written, waited, writing = self.timing
+            self.timing = CheckpointTiming(written + 1, waited, writing + seconds)
 
-    def _see_to(self, part: Callable[[], None]) -> bool:
-        """Do a part of the work on a checkpoint; returns whether it succeeded, or raises, by `on_checkpoint_error`."""
+    def _attempt(self, part: Callable[[], None]) -> None:
+        """Do a part of the work on a checkpoint; raise its OSError unless `on_checkpoint_error` is continue."""
         try:
             part()
         except OSError as error:
             kept = steps(self.folder)
-            stays = f"the one after step {kept[-1]} stays" if kept else "there is none yet"
-            log.warning("a checkpoint could not be written (%s); %s", error.strerror or error, stays)
+            left = f"the checkpoint after step {kept[-1]} is kept" if kept else "there is no checkpoint yet"
+            log.warning("a checkpoint could not be written (%s); %s", error.strerror or error, left)
             self._failure = error
             if self._config.on_checkpoint_error == "stop":
                 raise
-            return False
-        self._failure = None
-        return True
+        else:
+            self._failure = None
 
 
-def format_checkpoint_timing(cost: CheckpointTiming, seconds: float) -> str:
-    """What the checkpoints of so many seconds of training took, for a person."""
-    share = cost.waited / seconds if seconds else 0.0
+def format_checkpoint_timing(timing: CheckpointTiming, seconds: float) -> str:
+    """Return a line on the cost of the checkpoints in so many seconds of training."""
+    share = timing.waited / seconds if seconds else 0.0
     return (
-        f"checkpoints, {cost.written}: the training waited {cost.waited:.2f} s for them ({share:.1%} of its "
-        f"time), while {cost.writing:.2f} s went into writing them"
+        f"checkpoints: {timing.written}; the training waited {timing.waited:.2f} s for them ({share:.1%} of "
+        f"its time); writing took {timing.writing:.2f} s"
     ).replace("%", " %")

@@ -6,42 +6,38 @@ from typing import Any, Sequence
 
 from .. import ops
 from ..config import TrainConfig
-from ..data.loader import PretrainingData
 from ..errors import InputError
 
 
-def check_evaluable(config: TrainConfig, data: PretrainingData) -> None:
-    """Raise InputError where the end of a run depends on evaluations and there is no text for them."""
-    if config.patience and not data.validation:
+def check_evaluable(config: TrainConfig, has_validation: bool) -> None:
+    """Raise InputError if the end of a run depends on evaluations and there is no validation text."""
+    if config.patience and not has_validation:
         raise InputError(
-            f"--patience {config.patience}: there is too little validation text to evaluate on; --validation-fraction "
-            "asks for more, --patience 0 does without"
+            f"patience must be 0 without enough validation text, got {config.patience}. Increase "
+            "validation_fraction, or set patience to 0"
         )
 
 
-def check_micro_batch(config: TrainConfig, num_contexts: int) -> None:
-    """Raise InputError where a batch cannot be computed in parts of `micro_batch` on so many contexts."""
+def check_micro_batch(config: TrainConfig, num_devices: int) -> None:
+    """Raise InputError if a batch cannot be computed in parts of `micro_batch` on these devices."""
     size, whole = config.micro_batch, config.batch_size
-    if not size or num_contexts <= size <= whole:
+    if not size or num_devices <= size <= whole:
         return
-    on = f"{num_contexts} contexts" if num_contexts > 1 else "one context"
-    would_do = (
-        f"{num_contexts} to {whole} would do, or 0"
-        if num_contexts <= whole
-        else f"0 would do, or --batch-size {num_contexts} at least"
-    )
-    raise InputError(f"--micro-batch {size}: of --batch-size {whole} on {on} {would_do}")
+    allowed = f"0 or between {num_devices} and {whole}" if num_devices <= whole else "0"
+    devices = f"{num_devices} device{'s' if num_devices > 1 else ''}"
+    raise InputError(f"micro_batch must be {allowed} (batch_size={whole}, {devices}), got {size}")
 
 
-def check_precision(config: TrainConfig, contexts: Sequence[Any]) -> None:
-    """Raise InputError where matrices cannot be multiplied in `precision` on these contexts."""
-    on_cpus = any(context.device_type == "cpu" for context in contexts)
+def check_precision(config: TrainConfig, devices: Sequence[Any]) -> None:
+    """Raise InputError if these devices cannot multiply matrices in `precision`."""
+    on_cpus = any(device.device_type == "cpu" for device in devices)
     if config.precision == "fp16" and on_cpus:
         raise InputError(
-            "--precision fp16: MXNet multiplies in float16 on GPUs only; on a CPU fp32 would do, or bf16 "
-            "where the processor has it"
+            "precision must be fp32 or bf16 on a CPU, got fp16. MXNet multiplies in float16 on GPUs only"
         )
     if config.precision == "bf16" and not on_cpus:
-        raise InputError("--precision bf16: MXNet has no products of bfloat16 on GPUs; fp16 or fp32 would do")
+        raise InputError(
+            "precision must be fp32 or fp16 on a GPU, got bf16. MXNet has no bfloat16 matmul there"
+        )
     if config.precision == "bf16" and ops.bf16_unsupported_reason():
-        raise InputError(f"--precision bf16: {ops.bf16_unsupported_reason()}; fp32 would do")
+        raise InputError(f"precision must be fp32 here, got bf16: {ops.bf16_unsupported_reason()}")

@@ -1,54 +1,52 @@
-"""Numbers gone wrong in a run: where, and in which gradients. Finds nothing and decides nothing."""
+"""Non-finite losses and gradients: the step and its largest gradients. Detects nothing and decides nothing."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
-from ..data.batch import Batch
 from ..data.loader import LoaderState
 from ..errors import InputError
 
-# Steps in a row that --on-nonfinite skip leaves out before it stops: so many are no accident.
+# Steps in a row that on_nonfinite=skip leaves out before it stops.
 MAX_SKIPPED_STEPS = 10
-# Times that --on-nonfinite rollback goes back to one checkpoint before it stops.
+# Times that on_nonfinite=rollback returns to one checkpoint before it stops.
 MAX_ROLLBACKS = 3
 
 _SHOWN = 3
 
 
 class NonFiniteStep(NamedTuple):
-    """A step whose numbers went wrong.
+    """A step with a non-finite loss or gradient.
 
-    what: the number. position, batch: what the step was made with, None where several were or none. norms:
-    by parameter, of its gradient before clipping.
+    what: which of them. position, batch: of the step, None if unknown. norms: the norm of each parameter's
+    gradient before clipping.
     """
 
     step: int
     what: str
     position: LoaderState | None = None
-    batch: Batch | None = None
+    batch: Any = None
     norms: Sequence[tuple[str, float]] = ()
 
-    def in_words(self) -> str:
-        """The trouble for a person."""
+    def __str__(self) -> str:
         where = f" (epoch {self.position.epoch}, batch {self.position.batch})" if self.position else ""
-        told = f"at step {self.step}{where} {self.what}"
+        sentence = f"at step {self.step}{where} {self.what}"
         shown = ", ".join(f"{name} {norm:.3g}" for name, norm in self.largest())
-        return f"{told}; largest gradients, by norm: {shown}" if shown else told
+        return f"{sentence}; largest gradients, by norm: {shown}" if shown else sentence
 
     def largest(self) -> list[tuple[str, float]]:
-        """The parameters with the largest gradients, those that are no numbers before all others."""
+        """Return the parameters with the largest gradients, non-finite ones first."""
         ordered = sorted(self.norms, key=lambda each: each[1] if math.isfinite(each[1]) else math.inf)
         return ordered[::-1][:_SHOWN]
 
 
 class TrainingDiverged(InputError):
-    """The training has diverged; `trouble` says where."""
+    """The training has diverged; `found` is the step."""
 
-    def __init__(self, trouble: NonFiniteStep, lr: float) -> None:
+    def __init__(self, found: NonFiniteStep, lr: float) -> None:
         super().__init__(
-            f"--lr {lr:g}: {trouble.in_words()}. The training has diverged: a smaller learning rate is "
-            "the usual remedy; for single bad steps there is --on-nonfinite skip, or back"
+            f"training with lr={lr:g} has diverged: {found}. Use a smaller lr. For single bad steps, set "
+            "on_nonfinite to skip or rollback"
         )
-        self.trouble = trouble
+        self.found = found

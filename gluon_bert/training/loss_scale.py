@@ -25,7 +25,7 @@ class LossScale(NamedTuple):
     """
 
     value: Any
-    good: Any
+    good_steps: Any
 
     @classmethod
     def first(cls, context: Any) -> LossScale:
@@ -43,17 +43,17 @@ class LossScale(NamedTuple):
             for array in arrays:
                 mx.nd.broadcast_mul(array, inverse.reshape((1,) * array.ndim), out=array)
 
-    def after(self, usable: Any) -> LossScale:
-        """That of the next step; usable: (1,) a number, or NaN where this step's gradient is none."""
-        made = usable == usable  # NaN is not
-        good = (self.good + 1) * made
+    def after(self, is_finite: Any) -> LossScale:
+        """Return the scale of the next step; is_finite: (1,) 1, or NaN if the gradient of this step is not finite."""
+        made = is_finite == is_finite  # NaN is not
+        good = (self.good_steps + 1) * made
         enough = good == GOOD_STEPS
         value = self.value * (made * (1 + enough) + (1 - made) * 0.5)
         return LossScale(value.clip(SMALLEST, LARGEST), good * (1 - enough))
 
     def to_json(self) -> dict[str, float]:
         """Plain values. Waits for the devices."""
-        return {"value": float(self.value.asscalar()), "good": float(self.good.asscalar())}
+        return {"value": float(self.value.asscalar()), "good": float(self.good_steps.asscalar())}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], context: Any) -> LossScale:

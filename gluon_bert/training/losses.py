@@ -1,52 +1,124 @@
-"""The pretraining losses of one shard. Knows nothing of contexts, steps or optimizers."""
+"""The losses of one shard. Knows nothing of devices, steps or optimizers.
+
+A loss function takes the network and a `DeviceBatch`. It returns its named losses and their total:
+
+>>> def mlm_only(net, shard):                                                       # doctest: +SKIP
+...     encoded = net.encoder(shard.tokens, shard.token_types, shard.valid_length)
+...     return {"mlm": masked_lm(net, encoded, shard)}
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple
 
 from .. import ops
 from ..runtime import mx
 from .device_batch import DeviceBatch
 
-# Predictions whose scores are computed at once: at V = 30,000 those of 256 take 31 MB, just below the size
-# from which glibc returns memory to the system each time, which doubles the time of the decoder.
+# Masked positions whose scores are computed at once. At V = 30,000 the scores of 256 take 31 MB. From 32 MB on
+# glibc returns memory to the system each time, which doubles the time of the decoder.
 CHUNK = 256
 
 
+class LossSum(NamedTuple):
+    """A loss over the rows or the masked tokens of a shard.
+
+    value: (1,) the sum in nats, on the shard's device. number: how many were added up.
+    weight: 1 / the count of the whole batch.
+    correct: (1,) how many have their highest score at the label; None if not counted.
+    """
+
+    value: Any
+    number: int
+    weight: float
+    correct: Any = None
+
+    @property
+    def share(self) -> Any:
+        """(1,) this shard's part of the mean over the whole batch."""
+        return self.value * self.weight
+
+
 class ShardLoss(NamedTuple):
-    """What one shard gives, on the shard's context; losses in nats.
+    """The losses of a shard by name, and the total whose gradient is computed.
 
-    `mlm` and `nsp` are sums over the shard's predictions and pairs, (1,). `total`, (1,), is the shard's
-    share of the batch's loss, mean MLM plus mean NSP: the totals of all shards add up to it. `hits`, (2,),
-    counts the predictions and the pairs with the highest score at the label; predictions only if asked for.
+    The totals of all shards add up to the loss of the batch.
     """
 
-    mlm: Any
-    nsp: Any
+    losses: Mapping[str, LossSum]
     total: Any
-    correct: Any
+
+    @classmethod
+    def of(cls, losses: ShardLoss | Mapping[str, LossSum]) -> ShardLoss:
+        """Add the total to named losses: the sum of their shares."""
+        if isinstance(losses, ShardLoss):
+            return losses
+        first, *others = (loss.share for loss in losses.values())
+        return cls(dict(losses), sum(others, first))
 
 
-def shard_loss(net: Any, shard: DeviceBatch, count_mlm_correct: bool = False) -> ShardLoss:
-    """The MLM, the NSP and the total loss of one shard.
+# What a trainer takes as `loss`.
+LossFunction = Callable[[Any, DeviceBatch], Any]
 
-    The shard's weights divide by the counts of the whole batch, here and nowhere else: so one context,
-    two or four give the same gradient, however the rows are divided. Counting the hits among the
-    predictions takes one more pass over all their scores.
-    """
+
+def pretraining_loss(net: Any, shard: DeviceBatch) -> ShardLoss:
+    """Return the MLM, the NSP and the total loss of one shard (Devlin et al. 2018, section 3.1)."""
+    return _masked_lm_and_pairs(net, shard, "nsp")
+
+
+def mlm_only(net: Any, shard: DeviceBatch) -> ShardLoss:
+    """Return the MLM loss of one shard (Liu et al. 2019, RoBERTa). The NSP head and the pooler stay as drawn."""
     encoded = net.encoder(shard.tokens, shard.token_types, shard.valid_length)
-    nsp_scores = net.nsp(net.pooler(encoded))
-    nsp = cross_entropy(nsp_scores, shard.next_sentence_labels)
-    mlm, mlm_correct = masked_loss(net, encoded, shard, count_mlm_correct)
-    nsp_correct = num_correct(nsp_scores, shard.next_sentence_labels)
-    total = mlm * shard.mlm_weight + nsp * shard.nsp_weight
-    return ShardLoss(mlm, nsp, total, mx.nd.concat(mlm_correct, nsp_correct, dim=0))
+    return ShardLoss.of({"mlm": masked_lm(net, encoded, shard)})
 
 
-def masked_loss(net: Any, encoded: Any, shard: DeviceBatch, count_hits: bool) -> tuple[Any, Any]:
-    """The sum of the losses of a shard's predictions, and their hits, 0 unless asked for; both (1,)."""
+def mlm_and_sentence_order(net: Any, shard: DeviceBatch) -> ShardLoss:
+    """Return the MLM, the sentence-order and the total loss of one shard (Lan et al. 2019, ALBERT).
+
+    The head is that of NSP. Its labels differ: 1 for two segments in order, 0 for swapped ones.
+    """
+    return _masked_lm_and_pairs(net, shard, "sop")
+
+
+def task_loss(net: Any, shard: DeviceBatch) -> ShardLoss:
+    """Return the loss of a fine-tuned network (`BERTForTask`) on one shard: cross-entropy or squared error.
+
+    A squared error is in units of the scores' variance.
+    """
+    scores = net.head(net.pooler(net.encoder(shard.tokens, shard.token_types, shard.valid_length)))
+    correct = None
+    if net.task.kind == "classification":
+        summed = cross_entropy(scores, shard.targets)
+        correct = num_correct(scores, shard.targets)
+    else:
+        summed = ((scores.reshape((-1,)) - shard.targets) / net.task.scale).square().sum()
+    return ShardLoss.of({"task": LossSum(summed, shard.num_pairs, shard.pair_weight, correct)})
+
+
+# The loss function of each objective, as DataConfig names it.
+OBJECTIVES: dict[str, LossFunction] = {
+    "mlm+nsp": pretraining_loss,
+    "mlm": mlm_only,
+    "mlm+sop": mlm_and_sentence_order,
+}
+
+
+def _masked_lm_and_pairs(net: Any, shard: DeviceBatch, name: str) -> ShardLoss:
+    encoded = net.encoder(shard.tokens, shard.token_types, shard.valid_length)
+    scores = net.nsp(net.pooler(encoded))
+    pairs = LossSum(
+        cross_entropy(scores, shard.next_sentence_labels),
+        shard.num_pairs,
+        shard.pair_weight,
+        num_correct(scores, shard.next_sentence_labels),
+    )
+    return ShardLoss.of({"mlm": masked_lm(net, encoded, shard), name: pairs})
+
+
+def masked_lm(net: Any, encoded: Any, shard: DeviceBatch) -> LossSum:
+    """Return the MLM loss of a shard's masked tokens, with the correct ones if the shard asks for them."""
     if len(shard.masked_ids) and ops.use_compiled(net.mlm, encoded):
-        loss, found = ops.masked_loss(
+        loss, correct = ops.masked_loss(
             net.config,
             net.mlm.in_order(),
             encoded,
@@ -54,24 +126,31 @@ def masked_loss(net: Any, encoded: Any, shard: DeviceBatch, count_hits: bool) ->
             shard.masked_ids,
             bf16=net.mlm.precision == "bf16",
         )
-        return loss, found if count_hits else mx.nd.zeros_like(found)
+    else:
+        loss, correct = _masked_lm_in_chunks(net, encoded, shard)
+    counted = correct if shard.count_correct else None
+    return LossSum(loss, shard.num_masked, shard.masked_weight, counted)
+
+
+def _masked_lm_in_chunks(net: Any, encoded: Any, shard: DeviceBatch) -> tuple[Any, Any]:
+    """Return the summed loss and the number of correct predictions, both (1,)."""
     masked = net.mlm.transform(encoded, shard.masked_positions)
-    loss = found = mx.nd.zeros((1,), ctx=masked.context)
+    loss = correct = mx.nd.zeros((1,), ctx=masked.context)
     for start in range(0, len(shard.masked_ids), CHUNK):
-        some = slice(start, start + CHUNK)
-        scores, labels = net.mlm.decoder(masked[some]), shard.masked_ids[some]
+        chunk = slice(start, start + CHUNK)
+        scores, labels = net.mlm.decoder(masked[chunk]), shard.masked_ids[chunk]
         loss = loss + cross_entropy(scores, labels)
-        if count_hits:
-            found = found + num_correct(scores, labels)
-    return loss, found
+        if shard.count_correct:
+            correct = correct + num_correct(scores, labels)
+    return loss, correct
 
 
 def cross_entropy(scores: Any, labels: Any) -> Any:
-    """The sum over rows of -log softmax(scores)[label], in nats: (N, K), (N,) -> (1,)."""
+    """Return the sum over rows of -log softmax(scores)[label], in nats: (N, K), (N,) -> (1,)."""
     return -scores.log_softmax(axis=-1).pick(labels, axis=-1).sum()
 
 
 def num_correct(scores: Any, labels: Any) -> Any:
-    """How many rows have their highest score at the label: (N, K), (N,) -> (1,)."""
+    """Return how many rows have their highest score at the label: (N, K), (N,) -> (1,)."""
     with mx.autograd.pause():
         return (scores.argmax(axis=-1) == labels).sum()

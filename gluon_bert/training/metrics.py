@@ -1,9 +1,8 @@
-"""Running losses, accuracies and throughput; sums stay on the devices until asked for. Prints nothing."""
+"""Named losses and accuracies, as sums that stay on the devices until read. Prints nothing."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Any, Dict, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -11,107 +10,161 @@ from ..runtime import mx
 from .device_batch import DeviceBatch
 from .losses import ShardLoss
 
+# Means over some batches by name: "mlm_loss" in nats, "mlm_accuracy" from 0 to 1. What was not counted is absent.
+Metrics = Dict[str, float]
 
-class Metrics(NamedTuple):
-    """Means over some batches: losses in nats, accuracies from 0 to 1; NaN where nothing was counted."""
 
-    mlm_loss: float
-    nsp_loss: float
-    mlm_accuracy: float
-    nsp_accuracy: float
+def perplexity(metrics: Mapping[str, float]) -> float | None:
+    """Return e to the MLM loss: the number of equally likely words; None without an MLM loss."""
+    if "mlm_loss" not in metrics:
+        return None
+    with np.errstate(over="ignore"):
+        return float(np.exp(metrics["mlm_loss"]))
 
-    @property
-    def loss(self) -> float:
-        """MLM and NSP loss together; what was not counted, as its accuracy tells, adds nothing."""
-        both = ((self.mlm_loss, self.mlm_accuracy), (self.nsp_loss, self.nsp_accuracy))
-        return sum(loss for loss, accuracy in both if not math.isnan(accuracy))
 
-    @property
-    def perplexity(self) -> float:
-        """e to the MLM loss: among so many equally likely words it would be as hard to choose."""
-        with np.errstate(over="ignore"):
-            return float(np.exp(self.mlm_loss))
+def losses_of(metrics: Mapping[str, float]) -> list[float]:
+    """Return the losses among the metrics."""
+    return [value for name, value in metrics.items() if name.endswith("_loss")]
 
 
 class MetricSums(NamedTuple):
-    """Sums over some batches, on the host, and what to divide them by; both (4,) float64 as in Averages."""
+    """Sums over some batches on the host, and their counts, float64, both by the name of the metric."""
 
-    sums: np.ndarray
-    counts: np.ndarray
-
-    @property
-    def num_pairs(self) -> float:
-        """How many pairs were added up."""
-        return float(self.counts[1])
+    sums: Mapping[str, float]
+    counts: Mapping[str, float]
+    num_pairs: float = 0.0
 
     @classmethod
     def nothing(cls) -> MetricSums:
-        """The totals of no batch."""
-        return cls(np.zeros(4), np.zeros(4))
+        """Return the sums of no batch."""
+        return cls({}, {})
 
     def plus(self, other: MetricSums) -> MetricSums:
-        """The totals of both."""
-        return MetricSums(self.sums + other.sums, self.counts + other.counts)
+        """Return the sums of both."""
+        return MetricSums(
+            _added(self.sums, other.sums),
+            _added(self.counts, other.counts),
+            self.num_pairs + other.num_pairs,
+        )
 
     def averages(self) -> Metrics:
-        """The means."""
-        with np.errstate(invalid="ignore"):
-            return Metrics(*(self.sums / self.counts).tolist())
+        """Return the means of what was counted."""
+        return {name: self.sums[name] / count for name, count in self.counts.items() if count}
+
+    def to_array(self) -> np.ndarray:
+        """(2 K + 1,) float64: the sums, the counts and the number of pairs."""
+        return np.array([*self.sums.values(), *self.counts.values(), self.num_pairs], dtype=np.float64)
+
+    def with_array(self, values: np.ndarray) -> MetricSums:
+        """Return these metrics with other values, as `to_array` lists them."""
+        names, (*numbers, num_pairs) = list(self.sums), values.tolist()
+        sums, counts = numbers[: len(names)], numbers[len(names) :]
+        return MetricSums(dict(zip(names, sums)), dict(zip(names, counts)), num_pairs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"sums": dict(self.sums), "counts": dict(self.counts), "num_pairs": self.num_pairs}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> MetricSums:
+        """Return the inverse of `to_json`; raise ValueError for other content."""
+        sums, counts = content["sums"], content["counts"]
+        if list(sums) != list(counts):
+            raise ValueError("the sums and the counts must have the same names")
+        values = float_array([*sums.values(), *counts.values(), content["num_pairs"]], 2 * len(sums) + 1)
+        return cls(sums, counts).with_array(values)
+
+
+def _added(some: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    return {name: some.get(name, 0.0) + more.get(name, 0.0) for name in {**some, **more}}
 
 
 class Meter:
-    """Sums over batches of any size on any contexts, kept there until `totals` waits for them.
+    """Sums over batches of any size on any devices; `totals` waits for the devices.
 
-    Batches may leave out the hits among their predictions; the MLM accuracy is that of those that did not.
+    The accuracy of a loss is that of the batches in which its correct predictions were counted.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[Any, Any] = {}
-        self._counts = np.zeros(4)
+        self._names: list[str] = []  # of the metrics; a loss and an accuracy for each loss
+        self._sums: dict[Any, Any] = {}  # by device, (K,)
+        self._counts = np.zeros(0)
+        self._num_pairs = 0.0
 
-    def add(self, shards: list[DeviceBatch], losses: list[ShardLoss], count_mlm_correct: bool) -> None:
+    def add(self, shards: Sequence[DeviceBatch], results: Sequence[ShardLoss]) -> None:
         """Add what one batch gave, shard by shard. Waits for nothing."""
-        for shard, loss in zip(shards, losses):
+        if not self._names:
+            kinds = ("loss", "accuracy")
+            self._names = [f"{name}_{kind}" for kind in kinds for name in results[0].losses]
+            self._counts = np.zeros(len(self._names))
+        for shard, result in zip(shards, results):
             if not shard.num_pairs:
                 continue
-            sums = mx.nd.concat(loss.mlm, loss.nsp, loss.correct, dim=0)
+            losses = list(result.losses.values())
+            corrects = [mx.nd.zeros_like(x.value) if x.correct is None else x.correct for x in losses]
+            sums = mx.nd.concat(*(x.value for x in losses), *corrects, dim=0)
             before = self._sums.get(sums.context)
             self._sums[sums.context] = sums if before is None else before + sums
-            predictions, pairs = shard.num_masked, shard.num_pairs
-            self._counts += [predictions, pairs, predictions * count_mlm_correct, pairs]
+            counted = [0 if x.correct is None else x.number for x in losses]
+            self._counts += [*(x.number for x in losses), *counted]
+            self._num_pairs += shard.num_pairs
 
     def to_json(self) -> dict[str, Any]:
-        """The meter as plain values, exact to the last bit. Waits for the devices."""
-        sums = {str(context): sums.asnumpy().tolist() for context, sums in self._sums.items()}
-        return {"sums": sums, "counts": self._counts.tolist()}
+        """Return plain values, exact to the last bit. Waits for the devices."""
+        return {
+            "names": self._names,
+            "sums": {str(device): sums.asnumpy().tolist() for device, sums in self._sums.items()},
+            "counts": self._counts.tolist(),
+            "num_pairs": self._num_pairs,
+        }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any], contexts: Sequence[Any]) -> Meter:
-        """The inverse of `to_json`; what was on contexts that are not there any more goes to the first."""
+    def from_json(cls, content: Mapping[str, Any], devices: Sequence[Any]) -> Meter:
+        """Return the inverse of `to_json`; sums of devices that are missing now go to the first."""
         meter = cls()
-        meter._counts = float_array(content["counts"], 4)
-        here = {str(context): context for context in contexts}
+        meter._names = [str(name) for name in content["names"]]
+        how_many = len(meter._names)
+        meter._counts = float_array(content["counts"], how_many)
+        meter._num_pairs = float(content["num_pairs"])
+        here = {str(device): device for device in devices}
         for name, sums in content["sums"].items():
-            context = here.get(name, contexts[0])
-            array = mx.nd.array(float_array(sums, 4), ctx=context, dtype=np.float32)
-            before = meter._sums.get(context)
-            meter._sums[context] = array if before is None else before + array
+            device = here.get(name, devices[0])
+            array = mx.nd.array(float_array(sums, how_many), ctx=device, dtype=np.float32)
+            before = meter._sums.get(device)
+            meter._sums[device] = array if before is None else before + array
         return meter
 
     @classmethod
-    def of(cls, totals: MetricSums, context: Any) -> Meter:
-        """A meter that has these totals, on a context."""
-        return cls.from_json({"sums": {"": totals.sums}, "counts": totals.counts}, [context])
+    def of(cls, totals: MetricSums, device: Any) -> Meter:
+        """Return a meter with these totals, on a device."""
+        content = {
+            "names": list(totals.sums),
+            "sums": {"": list(totals.sums.values())} if totals.sums else {},
+            "counts": list(totals.counts.values()),
+            "num_pairs": totals.num_pairs,
+        }
+        return cls.from_json(content, [device])
+
+    def cleared(self) -> Meter:
+        """Return a meter with the same metrics and no batch."""
+        meter = Meter()
+        meter._names, meter._counts = self._names, np.zeros(len(self._names))
+        return meter
 
     def totals(self) -> MetricSums:
-        """What was added up so far. Waits for the devices."""
-        sums = sum((total.asnumpy().astype(np.float64) for total in self._sums.values()), np.zeros(4))
-        return MetricSums(sums, self._counts.copy())
+        """Return what was added up so far. Waits for the devices."""
+        zeros = np.zeros(len(self._names))
+        sums = sum((array.asnumpy().astype(np.float64) for array in self._sums.values()), zeros)
+        return MetricSums(
+            dict(zip(self._names, sums.tolist())),
+            dict(zip(self._names, self._counts.tolist())),
+            self._num_pairs,
+        )
 
 
 def float_array(values: Any, how_many: int) -> np.ndarray:
-    """(how_many,) float64 of a JSON list; ValueError where it is anything else."""
+    """Return a JSON list as (how_many,) float64; raise ValueError for anything else."""
     array = np.array(values, dtype=np.float64)
     if array.shape != (how_many,):
-        raise ValueError(f"{how_many} numbers were expected")
+        raise ValueError(f"must be {how_many} numbers")
     return array

@@ -106,9 +106,9 @@ class _WithMoments(mx.optimizer.Optimizer):
     def __init__(self, beta1: float, beta2: float, epsilon: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        # By context: (1,) 1 where the step is to be made, NaN where its gradient is unusable and it changes
+        # By context: (1,) 1 where the step is to be made, NaN where its gradient is not finite and it changes
         # nothing. So the devices decide, and nobody waits for them. A context that is not there: it is made.
-        self.usable: dict[Any, Any] = {}
+        self.is_finite: dict[Any, Any] = {}
         self._ones: dict[Any, Any] = {}
 
     def create_state(self, index: int, weight: Any) -> tuple[Any, Any]:
@@ -149,7 +149,7 @@ class BERTAdam(_WithMoments):
             mean,
             variance,
             out=weight,
-            rescale_grad=self.usable.get(weight.context, self.rescale_grad),
+            rescale_grad=self.is_finite.get(weight.context, self.rescale_grad),
             lr=correction,
             eta=self._get_lr(index),
             wd=self._get_wd(index),
@@ -184,8 +184,8 @@ class BERTAdam(_WithMoments):
 
     def _rescale(self, context: Any) -> Any:
         """What gradients are multiplied by, (1,), in an array that stays on its context."""
-        if context in self.usable:
-            return self.usable[context]
+        if context in self.is_finite:
+            return self.is_finite[context]
         if context not in self._ones:
             self._ones[context] = mx.nd.full((1,), self.rescale_grad, ctx=context)
         return self._ones[context]
@@ -228,8 +228,8 @@ class LAMB(_WithMoments):
         self._update_count(index)
         if not isinstance(index, (list, tuple)):
             index, weight, gradient, state = [index], [weight], [gradient], [state]
-        usable = self.usable.get(weight[0].context)
-        made = None if usable is None else usable == usable  # NaN is not
+        is_finite = self.is_finite.get(weight[0].context)
+        made = None if is_finite is None else is_finite == is_finite  # NaN is not
         directions = [self._direction(*each, made) for each in zip(index, weight, gradient, state)]
         norms, lengths = squared_norms(weight).sqrt(), squared_norms(directions).sqrt()
         for i, (array, direction) in enumerate(zip(weight, directions)):
@@ -282,7 +282,7 @@ def clip_gradients(gradients: Sequence[Sequence[Any]], largest: float) -> Any:
     return norms[0]
 
 
-def usable_on(squared: Any, contexts: Sequence[Any]) -> dict[Any, Any]:
+def finite_on(squared: Any, contexts: Sequence[Any]) -> dict[Any, Any]:
     """By context 1 where the gradient with these squared norms is finite, else NaN; (1,). Does not wait."""
     verdict = 1 + 0 * squared.sum(keepdims=True)  # infinity * 0 is NaN
     return {context: verdict.as_in_context(context) for context in contexts}

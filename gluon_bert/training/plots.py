@@ -14,55 +14,75 @@ from ..fileio import atomic_write
 
 
 class References(NamedTuple):
-    """Losses in nats that say how far a run is, each that of a model which knows only so much."""
+    """Baseline losses in nats: what a model without any context would have."""
 
-    uniform: float  # ln V: the size of the vocabulary
+    uniform: float  # ln V: all words are equally likely
     unigram: float  # the entropy of the words' frequencies in the training text
-    held_out_unigram: float  # what a model of those frequencies loses on the validation text; NaN without one
-    coin: float  # ln 2: next sentence or not, one half each
+    validation_unigram: float  # the loss of these frequencies on the validation text; NaN without one
+    chance: float  # ln 2: next sentence or not, equally likely
 
     @classmethod
     def of(cls, data: PretrainingData) -> References:
-        """The references for a text."""
+        """Return the baselines of a text."""
         return cls(math.log(len(data.vocab)), data.unigram_loss, data.validation_unigram_loss, math.log(2))
 
 
-def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: References) -> None:
-    """Draw the two losses over the steps, with the best evaluation and the reference lines, as a PNG."""
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    mlm, nsp = figure.subplots(1, 2)
-    trained = [r for r in records if "mlm_loss" in r]
+# The titles of known losses; others have their name.
+TITLES = {"mlm_loss": "Masked language model", "nsp_loss": "Next sentence", "sop_loss": "Sentence order"}
+
+
+def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: References | None = None) -> None:
+    """Draw each loss over the steps, with the best evaluation and the baselines, as a PNG."""
+    trained = [r for r in records if _losses_in(r)]
     validation = [r for r in records if "validation" in r]
-    for axes, name, title in ((mlm, "mlm_loss", "Masked language model"), (nsp, "nsp_loss", "Next sentence")):
-        curve(axes, [(r["step"], r[name]) for r in trained], "training", "tab:blue")
-        if validation:
-            curve(
-                axes,
-                [(r["step"], r["validation"][name]) for r in validation],
-                "validation text",
-                "tab:orange",
-            )
-        if len(validation) > 1:
-            best = min(validation, key=lambda r: r["validation"]["mlm_loss"])
+    names = list(dict.fromkeys(name for r in trained for name in _losses_in(r)))
+    names = names or list(dict.fromkeys(name for r in validation for name in r["validation"]))[:1]
+    if not names:
+        return
+    figure = Figure(figsize=(5 * len(names), 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(all_axes, names):
+        curve(axes, [(r["step"], r[name]) for r in trained if name in r], "training", "tab:blue")
+        evaluated = [r for r in validation if name in r["validation"]]
+        if evaluated:
+            points = [(r["step"], r["validation"][name]) for r in evaluated]
+            curve(axes, points, "validation text", "tab:orange")
+        if len(evaluated) > 1:
+            best = min(evaluated, key=lambda r: r["validation"].get("mlm_loss", r["validation"][name]))
             step, value = best["step"], best["validation"][name]
             label = f"best checkpoint, step {step}"
             axes.plot(step, value, "*", color="tab:red", ms=11, zorder=3, label=label)
-        axes.set(title=title, xlabel="optimizer step", ylabel="loss [nats]", xlim=(0, None))
+        axes.set(title=TITLES.get(name, name), xlabel="optimizer step", ylabel="loss [nats]", xlim=(0, None))
         axes.grid(alpha=0.3)
-    mlm.axhline(references.uniform, color="grey", ls=":", label=f"ln V = {references.uniform:.2f}")
-    alone = "word frequencies alone"
-    mlm.axhline(references.unigram, color="tab:blue", ls="--", label=f"{alone} = {references.unigram:.2f}")
-    if validation:
-        value = references.held_out_unigram
-        mlm.axhline(value, color="tab:orange", ls="--", label=f"{alone}, held out = {value:.2f}")
-    nsp.axhline(references.coin, color="grey", ls="--", label=f"a coin, ln 2 = {references.coin:.2f}")
-    for axes in (mlm, nsp):
+        if references:
+            _draw_baselines(axes, name, references, bool(validation))
         # Small, or the wide legend takes the width from the curves.
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncol": 2, "columnspacing": 1.0}
         axes.legend(**place, fontsize="small", frameon=False)
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def _losses_in(record: dict[str, Any]) -> list[str]:
+    return [name for name in record if name.endswith("_loss")]
+
+
+def _draw_baselines(axes: Any, name: str, references: References, validated: bool) -> None:
+    """Draw what is known of a loss without context as horizontal lines."""
+    if name == "mlm_loss":
+        axes.axhline(references.uniform, color="grey", ls=":", label=f"ln V = {references.uniform:.2f}")
+        label = "unigram"
+        axes.axhline(
+            references.unigram, color="tab:blue", ls="--", label=f"{label} = {references.unigram:.2f}"
+        )
+        if validated:
+            value = references.validation_unigram
+            axes.axhline(value, color="tab:orange", ls="--", label=f"{label}, validation = {value:.2f}")
+    if name in ("nsp_loss", "sop_loss"):
+        axes.axhline(
+            references.chance, color="grey", ls="--", label=f"chance, ln 2 = {references.chance:.2f}"
+        )
 
 
 def curve(axes: Any, points: Sequence[tuple[int, float]], label: str, color: str) -> None:

@@ -33,8 +33,7 @@ class LoadBalance:
             tokens, predictions = (self._mean / self._most).tolist()
         return tokens, predictions
 
-    def in_words(self) -> str:
-        """A line for a person."""
+    def __str__(self) -> str:
         tokens, predictions = self.shares()
         return (
             f"work of the contexts: in the mean {tokens:.1%} of the tokens and {predictions:.1%} of the "
@@ -49,8 +48,7 @@ class DeviceUtilization(NamedTuple):
     any: float
     all: float
 
-    def in_words(self) -> str:
-        """A line for a person."""
+    def __str__(self) -> str:
         each = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.contexts.items())
         return f"at work: {each}; any of them {self.any:.2f} s, all at once {self.all:.2f} s of that"
 

@@ -1,4 +1,4 @@
-"""What the user sees of a run: a progress bar or lines, log.jsonl, losses.png, the closing summary."""
+"""Shows a run: a progress bar or lines, log.jsonl, losses.png, the closing summary. Trains nothing."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import Any, Mapping, Sequence, TextIO
+from typing import TYPE_CHECKING, Any, Mapping, Sequence, TextIO
 
 from tqdm import tqdm
 
 from ..config import TrainConfig
-from ..data.batch import Batch
-from ..data.loader import PretrainingData
 from ..fileio import atomic_write
 from ..npz import write_arrays
-from .callbacks import Reporter
+from .callbacks import Callback
 from .divergence import NonFiniteStep
-from .metrics import Metrics
+from .metrics import Metrics, perplexity
 from .plots import References, draw_losses
 from .run_log import LogFile
-from .state import BestEvaluation, StepReport, TrainState
+from .state import BestEvaluation, StepReport
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -28,128 +29,140 @@ log = logging.getLogger(__name__)
 NONFINITE_BATCHES = "nonfinite-batches"
 
 
-class ProgressLogger(Reporter):
-    """Tells of a run on the screen, in log.jsonl and in losses.png.
+class ProgressLogger(Callback):
+    """Shows a run on the screen, in log.jsonl and in losses.png.
 
-    On a terminal there is a progress bar; elsewhere a plain line per window. The log has a JSON object a
-    line: a window of steps, or (with the key `validation`) an evaluation.
+    A terminal gets a progress bar; other outputs get a plain line per window. The log has one JSON object per
+    line: a window of steps, or with the key `validation` an evaluation.
 
-    step, best, log_bytes: where a resumed run stands, and how long its log was then. What was logged after
-    that will be logged again, and is cut off.
+    references: baseline losses for the picture and the summary; None: none are shown.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        config: TrainConfig,
-        data: PretrainingData,
-        screen: TextIO | None = None,
-        step: int = 0,
-        best: BestEvaluation | None = None,
-        log_bytes: int = 0,
+        self, folder: Path | str, references: References | None = None, screen: TextIO | None = None
     ) -> None:
-        self.folder, self.references = Path(folder), References.of(data)
-        self.step, self.best = step, best
+        self.folder, self.references = Path(folder), references
+        self.step = 0
+        self.best: BestEvaluation | None = None
         self.last: StepReport | None = None
         self.validation: Metrics | None = None
-        self._config = config
-        self._about = "~" if config.max_minutes else ""
-        # Looked up now, not at import: notebooks and tests put another stream in its place.
+        # Looked up now, not at import: notebooks and tests replace the stream.
         self._screen = screen or sys.stderr
+        self._config = TrainConfig()
+
+    def on_fit_begin(self, trainer: Trainer) -> None:
+        config, state = trainer.config, trainer.state
+        self._config, self.step, self.best = config, state.step, state.best
+        self._about = "~" if config.max_minutes else ""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._log = LogFile(self.folder / "log.jsonl", log_bytes)
+        # What was logged after the checkpoint will be logged again, and is cut off.
+        self._log = LogFile(self.folder / "log.jsonl", state.log_bytes)
         self._bar = tqdm(
-            total=config.num_steps or None,  # not known yet where the minutes end the run
-            initial=step,
+            total=config.num_steps or None,  # unknown as yet if the minutes end the run
+            initial=self.step,
             bar_format="{n}/" + self._about + "{total} {bar}[{elapsed}<{remaining}{postfix}]",
             file=self._screen,
             disable=not self._screen.isatty(),
             dynamic_ncols=True,
-            smoothing=0,  # what is left, at the pace of the whole run, evaluations and all
+            smoothing=0,  # the time left, at the pace of the whole run with its evaluations
         )
 
-    def stepped(self, step: int) -> None:
+    def on_step(self, trainer: Trainer, step: int) -> None:
         self.step = step
         self._bar.update(1)
 
-    def progressed(self, progress: StepReport) -> None:
-        self.last = progress
-        scale = {} if progress.loss_scale is None else {"loss_scale": progress.loss_scale}
+    def on_log(self, trainer: Trainer, report: StepReport) -> None:
+        self.last = report
+        scale = {} if report.loss_scale is None else {"loss_scale": report.loss_scale}
         self._note(
             {
-                "step": progress.step,
-                **progress.window._asdict(),
-                "lr": progress.lr,
-                "gradient_norm": progress.gradient_norm,
+                "step": report.step,
+                **report.window,
+                "lr": report.lr,
+                "gradient_norm": report.gradient_norm,
                 **scale,
-                "pairs_per_second": progress.pairs_per_second,
-                "seconds": progress.seconds,
+                "pairs_per_second": report.pairs_per_second,
+                "seconds": report.seconds,
             }
         )
-        window, planned = progress.window, math.ceil(progress.planned_steps)
+        planned = math.ceil(report.planned_steps)
         self._bar.total = planned
         # Short enough for a terminal of 80 columns.
         self._bar.set_postfix_str(
-            f"MLM {window.mlm_loss:.3f} ({window.mlm_accuracy:.0%}) NSP {window.nsp_loss:.3f} "
-            f"({window.nsp_accuracy:.0%}) lr {progress.lr:.2g} {progress.pairs_per_second:.0f} pairs/s"
+            f"{format_briefly(report.window)} lr {report.lr:.2g} {report.pairs_per_second:.0f} pairs/s"
         )
         if self._bar.disable:
-            left = tqdm.format_interval(progress.seconds_left)
-            told = f"{in_words(window)}, lr {progress.lr:.3g}, {progress.pairs_per_second:.1f} pairs/s"
-            print(f"step {progress.step}/{self._about}{planned}: {told}, {left} left", file=self._screen)
+            left = tqdm.format_interval(report.seconds_left)
+            shown = (
+                f"{format_metrics(report.window)}, lr {report.lr:.3g}, {report.pairs_per_second:.1f} pairs/s"
+            )
+            print(f"step {report.step}/{self._about}{planned}: {shown}, {left} left", file=self._screen)
 
-    def evaluated(self, step: int, validation: Metrics, best: BestEvaluation) -> None:
-        self.validation, self.best = validation, best
-        averages = {**validation._asdict(), "perplexity": validation.perplexity}
-        self._note({"step": step, "validation": averages})
-        told = f"validation text after step {step}: {format_validation(validation)}"
+    def on_evaluate(self, trainer: Trainer, step: int, metrics: Metrics, best: BestEvaluation) -> None:
+        self.validation, self.best = metrics, best
+        value = perplexity(metrics)
+        self._note(
+            {"step": step, "validation": {**metrics, **({} if value is None else {"perplexity": value})}}
+        )
+        line = f"validation after step {step}: {format_validation(metrics)}"
         if best.since:
-            told += f"; the best was MLM loss {best.validation.mlm_loss:.3f} after step {best.step}"
-        self._bar.write(told, file=self._screen)
+            name = trainer.monitor if trainer.monitor in best.validation else next(iter(best.validation))
+            line += f"; best: {_label(name)} {best.validation[name]:.3f} after step {best.step}"
+        self._bar.write(line, file=self._screen)
 
-    def on_non_finite(self, trouble: NonFiniteStep) -> None:
-        position = trouble.position._asdict() if trouble.position else None
-        largest = {name: norm if math.isfinite(norm) else None for name, norm in trouble.largest()}
-        about = {"what": trouble.what, "position": position, "largest_gradients": largest}
-        self._note({"step": trouble.step, "non_finite": about})
-        self._bar.write(trouble.in_words(), file=self._screen)
-        if self._config.save_nonfinite_batch and trouble.batch:
-            self._keep(trouble.batch, trouble.step)
+    def on_non_finite(self, trainer: Trainer, found: NonFiniteStep) -> None:
+        position = found.position._asdict() if found.position else None
+        largest = {name: norm if math.isfinite(norm) else None for name, norm in found.largest()}
+        about = {"what": found.what, "position": position, "largest_gradients": largest}
+        self._note({"step": found.step, "non_finite": about})
+        self._bar.write(str(found), file=self._screen)
+        if self._config.save_nonfinite_batch and found.batch:
+            self._save_batch(found.batch, found.step)
 
-    def overflowed(self, step: int, scale: float) -> None:
+    def on_overflow(self, trainer: Trainer, step: int, scale: float) -> None:
         self._note({"step": step, "overflowed": {"loss_scale": scale}})
         self._bar.write(
-            f"step {step} is skipped: float16 cannot hold the gradient of {scale:,.0f} times the loss; half "
-            "of that is next",
+            f"step {step} is skipped: float16 cannot hold the gradient of {scale:,.0f} times the loss. The next "
+            "step uses half of that scale",
             file=self._screen,
         )
 
-    def on_weight_drift(self, step: int, ranks: Sequence[int]) -> None:
-        who = f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    def on_weight_drift(self, trainer: Trainer, step: int, ranks: Sequence[int]) -> None:
+        workers = f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         self._bar.write(
-            f"after step {step} the weights of {who} are not those of worker 0, as where processors are not "
-            "of one kind; those of worker 0 are kept",
+            f"after step {step} the weights of {workers} differ from those of worker 0, as happens on different "
+            "processors. Those of worker 0 are kept",
             file=self._screen,
         )
 
-    def on_rollback(self, state: TrainState, trouble: NonFiniteStep) -> None:
+    def on_rollback(self, trainer: Trainer, found: NonFiniteStep) -> None:
+        state = trainer.state
         self.step, self.best = state.step, state.best
         self._log.close()
         self._log = LogFile(self._log.path, state.log_bytes)
-        self._note({"step": state.step, "rollback": {"from": trouble.step, "why": trouble.what}})
+        self._note({"step": state.step, "rollback": {"from": found.step, "why": found.what}})
         self._bar.n = state.step
         self._bar.write(
-            f"{trouble.in_words()}; back to the checkpoint after step {state.step}, and on with other "
-            "batches",
+            f"{found}; back to the checkpoint after step {state.step}, with other batches from there",
             file=self._screen,
         )
 
-    def synced(self) -> int:
-        """How many bytes the log has, all of which are on the disk now."""
-        return self._log.synced()
+    def on_save_checkpoint(self, trainer: Trainer) -> None:
+        """Put the log on the disk, and its size into the checkpoint; raise OSError if that fails."""
+        trainer.state.log_bytes = self._log.synced()
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Close the log and draw losses.png."""
+        self._bar.close()
+        self._log.close()
+        if self._log.records:
+            try:
+                draw_losses(self.folder / "losses.png", self._log.records, self.references)
+            except OSError as error:
+                log.warning("%s: losses.png cannot be written (%s)", self.folder, error.strerror or error)
 
     def _note(self, record: Mapping[str, Any]) -> None:
-        """Add a line to the log; where that is asked for, a full disk only delays it."""
+        """Add a line to the log; with on_checkpoint_error=continue a full disk only delays it."""
         try:
             self._log.append(record)
         except OSError as error:
@@ -157,8 +170,8 @@ class ProgressLogger(Reporter):
                 raise
             log.warning("%s: lines wait until they can be written (%s)", self._log.path, error.strerror)
 
-    def _keep(self, batch: Batch, step: int) -> None:
-        """Write a batch for debugging; that it cannot be ends no run."""
+    def _save_batch(self, batch: Any, step: int) -> None:
+        """Write a batch for debugging; a failure does not end the run."""
         path = self.folder / NONFINITE_BATCHES / f"step-{step:08d}.npz"
         try:
             path.parent.mkdir(exist_ok=True)
@@ -169,50 +182,49 @@ class ProgressLogger(Reporter):
         else:
             self._bar.write(f"its batch is in {path}", file=self._screen)
 
-    def close(self) -> None:
-        """Close the log and draw losses.png; once more does no harm."""
-        self._bar.close()
-        self._log.close()
-        if self._log.records:
-            try:
-                draw_losses(self.folder / "losses.png", self._log.records, self.references)
-            except OSError as error:
-                log.warning("%s: no picture of the losses (%s)", self.folder, error.strerror or error)
-
-    def summary(self, contexts: Sequence[Any]) -> list[str]:
-        """The closing lines: the book's two, then what they leave open."""
+    def summary(self, devices: Sequence[Any]) -> list[str]:
+        """Return the closing lines: D2L's two, then further figures and the verdict."""
         if self.last is None:
             return []
-        run, window, references = self.last.run, self.last.window, self.references
+        run, window = self.last.run, self.last.window
+        means = ", ".join(f"{_label(name)} {run[name]:.3f}" for name in run if name.endswith("_loss"))
         lines = [
-            f"MLM loss {run.mlm_loss:.3f}, NSP loss {run.nsp_loss:.3f} (means of {self.last.step} steps)",
-            f"{self.last.run_pairs_per_second:.1f} sentence pairs/sec on {list(contexts)}",
-            f"last window: {in_words(window)}",
+            f"{means} (means of {self.last.step} steps)",
+            f"{self.last.run_pairs_per_second:.1f} sentence pairs/sec on {list(devices)}",
+            f"last window: {format_metrics(window)}",
         ]
         if self.validation:
-            lines.append(f"validation text: {format_validation(self.validation)}")
+            lines.append(f"validation: {format_validation(self.validation)}")
         if self.best and self.best.evaluations > 1:
             lines.append(format_best(self.best))
         if self.best and self.best.out_of_patience(self._config.patience):
             lines.append(
-                f"The run ended after step {self.step}: {self.best.since} evaluations in a row were no "
-                f"better than the best (--patience {self._config.patience})."
+                f"The run ended after step {self.step}: {self.best.since} evaluations in a row did not improve "
+                f"on the best (--patience {self._config.patience})."
             )
-        frequencies = f"{references.unigram:.3f} = entropy of the words' frequencies"
+        return lines + self._compared()
+
+    def _compared(self) -> list[str]:
+        """Return the baselines of the MLM loss, and whether the model is better than word frequencies."""
+        assert self.last is not None
+        window, references = self.last.window, self.references
+        if references is None or "mlm_loss" not in window:
+            return []
+        unigram = f"unigram {references.unigram:.3f}"
         if self.validation:
-            frequencies += f" ({references.held_out_unigram:.3f} on the validation text)"
-        lines.append(
-            f"for comparison: MLM {references.uniform:.3f} = ln V, all words alike; MLM {frequencies}; "
-            f"NSP {references.coin:.3f} = ln 2, a coin"
-        )
-        reached, line = window.mlm_loss, references.unigram
-        if self.best:
-            reached, line = self.best.validation.mlm_loss, references.held_out_unigram
+            unigram += f" ({references.validation_unigram:.3f} on validation)"
+        lines = [f"baselines: MLM uniform {references.uniform:.3f} (ln V), {unigram}"]
+        pairs = next((name for name in ("nsp", "sop") if f"{name}_loss" in window), None)
+        if pairs:
+            lines[0] += f"; {pairs.upper()} chance {references.chance:.3f} (ln 2)"
+        reached, line = window["mlm_loss"], references.unigram
+        if self.best and "mlm_loss" in self.best.validation:
+            reached, line = self.best.validation["mlm_loss"], references.validation_unigram
         if not reached < line:
             lines.append(
-                f"The MLM loss, {reached:.3f}, is still above {line:.3f}: so far the model has "
-                "at best learnt how frequent words are, not what surrounds them. This is how BERT begins; "
-                f"more steps are needed ({self._what_ended_it()})."
+                f"The MLM loss, {reached:.3f}, is still above {line:.3f}. So far the model has at best learnt how "
+                "frequent words are, not what surrounds them. This is how BERT begins. More steps are needed "
+                f"({self._what_ended_it()})."
             )
         return lines
 
@@ -222,26 +234,49 @@ class ProgressLogger(Reporter):
         return "--num-steps" if self.step == self._config.num_steps else "--max-minutes"
 
 
-def in_words(averages: Metrics) -> str:
-    """Losses and accuracies for a person.
+def _label(name: str) -> str:
+    """Return the name of a metric for a person: mlm_loss -> MLM loss."""
+    first, _, kind = name.partition("_")
+    return f"{first.upper() if len(first) == 3 and kind else first} {kind}".strip()
 
-    >>> in_words(Averages(7.0, 0.7, 0.051, 0.5))
-    'MLM loss 7.000 (5.1 % right), NSP loss 0.700 (50.0 % right)'
+
+def format_metrics(metrics: Metrics) -> str:
+    """Return metrics for a person, each loss with its accuracy.
+
+    >>> format_metrics({"mlm_loss": 7.0, "nsp_loss": 0.7, "mlm_accuracy": 0.051})
+    'MLM loss 7.000 (5.1 % correct), NSP loss 0.700'
     """
-    return (
-        f"MLM loss {averages.mlm_loss:.3f} ({averages.mlm_accuracy:.1%} right), "
-        f"NSP loss {averages.nsp_loss:.3f} ({averages.nsp_accuracy:.1%} right)"
-    ).replace("%", " %")
+    parts = []
+    for name, value in metrics.items():
+        loss = name[: -len("accuracy")] + "loss" if name.endswith("_accuracy") else ""
+        if loss in metrics:
+            continue
+        accuracy = metrics.get(name[: -len("loss")] + "accuracy") if name.endswith("_loss") else None
+        shown = "" if accuracy is None else f" ({accuracy:.1%} correct)".replace("%", " %")
+        parts.append(f"{_label(name)} {value:.3f}{shown}")
+    return ", ".join(parts)
 
 
-def format_validation(averages: Metrics) -> str:
-    """What an evaluation gave, for a person."""
-    return f"{in_words(averages)}, perplexity {averages.perplexity:,.1f}"
+def format_briefly(metrics: Metrics) -> str:
+    """Return the losses and accuracies in few letters, such as "MLM 7.000 (5%) NSP 0.700 (50%)"."""
+    parts = []
+    for name, value in metrics.items():
+        if name.endswith("_loss"):
+            stem = name[: -len("_loss")]
+            accuracy = metrics.get(f"{stem}_accuracy")
+            parts.append(f"{_label(name)[:-5]} {value:.3f}{'' if accuracy is None else f' ({accuracy:.0%})'}")
+    return " ".join(parts)
+
+
+def format_validation(metrics: Metrics) -> str:
+    """Return the metrics of an evaluation for a person."""
+    value = perplexity(metrics)
+    return format_metrics(metrics) + ("" if value is None else f", perplexity {value:,.1f}")
 
 
 def format_best(best: BestEvaluation) -> str:
-    """Which evaluation was the best of several, and where its weights are."""
+    """Return which evaluation was the best of several, and how to load its weights."""
     if not best.since:
         return f"This was the best of {best.evaluations} evaluations."
-    told = format_validation(best.validation)
-    return f"the best of {best.evaluations} evaluations, after step {best.step}: {told} (--checkpoint best)"
+    shown = format_validation(best.validation)
+    return f"best of {best.evaluations} evaluations, after step {best.step}: {shown} (--checkpoint best)"

@@ -11,7 +11,6 @@ from typing import Any, Mapping
 
 from ..errors import InputError
 from ..fileio import nan_to_null
-from .metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +19,10 @@ EVENTS = {"non_finite", "rollback", "overflowed"}
 
 
 class LogFile:
-    """An object a line, of which only whole lines are ever on the disk.
+    """A JSON object per line. Only whole lines are ever on the disk.
 
-    records: those that are there, by what a log of so many bytes holds and what came since. Raises InputError
-    where it holds something else.
+    num_bytes: how much of an existing file to keep; the rest is cut off. records: the objects of the kept
+    lines and of the lines added since. Raises InputError if a kept line is something else.
     """
 
     def __init__(self, path: Path, num_bytes: int = 0) -> None:
@@ -40,13 +39,13 @@ class LogFile:
         self._file.seek(self._num_bytes)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line, whole or, with an OSError, not at all: then it comes with the next."""
+        """Add a line. After an OSError no part of it is written; the next call writes it too."""
         self.records.append(dict(record))
         self._unwritten += json.dumps(nan_to_null(record)).encode() + b"\n"
         self._write()
 
     def synced(self) -> int:
-        """How many bytes are on the disk by now: all, or it is an OSError."""
+        """Put all lines on the disk and return their size in bytes; raise OSError if that fails."""
         self._write()
         os.fsync(self._file.fileno())
         return self._num_bytes
@@ -64,28 +63,28 @@ class LogFile:
         self._num_bytes, self._unwritten = self._num_bytes + len(lines), b""
 
     def close(self) -> None:
-        """Close the file; once more does no harm."""
+        """Close the file; a second call does nothing."""
         self._file.close()
 
 
 def _records_in(content: bytes, path: Path) -> list[dict[str, Any]]:
+    """Return the records of whole lines; null in a metric, as JSON has no NaN, becomes NaN."""
     records = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
             record = json.loads(line)
-            if isinstance(record["step"], int) and record.keys() & EVENTS:
-                records.append(record)
-                continue
-            of_losses = record.get("validation", record)
-            numbers = [record["step"], *(of_losses[name] for name in Metrics._fields)]
-            if not all(value is None or isinstance(value, (int, float)) for value in numbers):
-                raise ValueError("a loss is no number")
+            if not isinstance(record["step"], int):
+                raise ValueError("step must be an integer")
+            if not record.keys() & EVENTS:
+                metrics = record.get("validation", record)
+                for name, value in metrics.items():
+                    if not (value is None or isinstance(value, (int, float))):
+                        raise ValueError(f"{name} must be a number")
+                    metrics[name] = math.nan if value is None else value
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
-                f"{path}, line {number}: is no line of a run's log ({error}); move the file away, and "
-                "the log begins anew"
+                f"{path}, line {number}: is not a line of a run's log ({error}). Move the file away; a new log "
+                "will begin"
             ) from error
-        for name in Metrics._fields:  # JSON has no word for NaN
-            of_losses[name] = math.nan if of_losses[name] is None else of_losses[name]
         records.append(record)
     return records

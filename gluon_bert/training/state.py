@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,17 +27,31 @@ class BestEvaluation(NamedTuple):
         return 0 < patience <= self.since
 
 
-def best_of(before: BestEvaluation | None, step: int, validation: Metrics) -> BestEvaluation:
-    """The best evaluation, now that there is one more.
+def best_of(
+    before: BestEvaluation | None,
+    step: int,
+    validation: Metrics,
+    monitor: str = "mlm_loss",
+    mode: str = "min",
+) -> BestEvaluation:
+    """Return the best evaluation after one more; the earlier of equals.
 
-    The lower MLM loss is the better. NSP has no say: it is easy, and a small text's pairs are soon learnt by
-    heart, while what is learnt of the words goes on improving.
+    monitor: the metric that decides; the first metric if an evaluation lacks it. mode: min or max.
+
+    Pretraining monitors the MLM loss. NSP is easy and soon overfits on a small text, while the MLM loss still
+    improves.
     """
     if before is None:
         return BestEvaluation(step, validation)
-    if validation.mlm_loss < before.validation.mlm_loss:
+    sign = 1 if mode == "min" else -1
+    new, old = (sign * _monitored(metrics, monitor) for metrics in (validation, before.validation))
+    if new < old or (math.isnan(old) and not math.isnan(new)):
         return BestEvaluation(step, validation, before.evaluations + 1)
     return before._replace(evaluations=before.evaluations + 1, since=before.since + 1)
+
+
+def _monitored(metrics: Metrics, monitor: str) -> float:
+    return metrics[monitor] if monitor in metrics else next(iter(metrics.values()), math.nan)
 
 
 class StepReport(NamedTuple):
@@ -77,9 +92,8 @@ class Clock:
 
     def to_json(self) -> dict[str, Any]:
         """The clock as plain values."""
-        run = {"sums": self._run.sums.tolist(), "counts": self._run.counts.tolist()}
         times = {"stopped": self._stopped, "window_started": self._window_started}
-        return {"elapsed": self.elapsed(), **times, "run": run}
+        return {"elapsed": self.elapsed(), **times, "run": self._run.to_json()}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Clock:
@@ -88,9 +102,7 @@ class Clock:
         clock._before, clock._stopped, clock._window_started = float_array(
             [content[name] for name in ("elapsed", "stopped", "window_started")], 3
         ).tolist()
-        clock._run = MetricSums(
-            float_array(content["run"]["sums"], 4), float_array(content["run"]["counts"], 4)
-        )
+        clock._run = MetricSums.from_json(content["run"])
         return clock
 
     def elapsed(self) -> float:
@@ -159,7 +171,7 @@ class TrainState:
             "step": self.step,
             "position": self.position._asdict(),
             "evaluating": self.evaluating,
-            "best": self.best and {**self.best._asdict(), "validation": self.best.validation._asdict()},
+            "best": self.best and {**self.best._asdict(), "validation": self.best.validation},
             "skipped": self.skipped,
             "log_bytes": self.log_bytes,
             "meter": self.meter.to_json(),
@@ -188,8 +200,8 @@ class TrainState:
 
 
 def _best(content: Mapping[str, Any]) -> BestEvaluation:
-    validation = [content["validation"][name] for name in Metrics._fields]  # null, for JSON, is NaN
-    averages = Metrics(*float_array(validation, len(validation)).tolist())
+    names, values = list(content["validation"]), list(content["validation"].values())
+    averages = dict(zip(names, float_array(values, len(values)).tolist()))  # null, for JSON, is NaN
     counts = [_count(content[name]) for name in ("step", "evaluations", "since")]
     return BestEvaluation(counts[0], averages, *counts[1:])
 
