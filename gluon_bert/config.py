@@ -321,12 +321,6 @@ class TrainConfig:
         choices=("stop", "skip", "rollback"),
         may_change=True,
     )
-    max_loss: float = option(
-        0.0,
-        "MLM and NSP loss together above which a window counts as gone wrong, too; 0: none",
-        at_least=0.0,
-        may_change=True,
-    )
     save_nonfinite_batch: bool = option(
         False, "write the batch of a step whose numbers went wrong to RUN/nonfinite-batches/", may_change=True
     )
@@ -579,11 +573,6 @@ def _train_contradictions(train: TrainConfig) -> List[str]:
         problems.append(
             f"--warmup-ratio 1.0: leaves nothing of the run for --schedule {train.schedule} to fall in; a smaller "
             "share, or --schedule constant"
-        )
-    if train.max_loss and train.on_nonfinite == "skip":
-        problems.append(
-            f"--max-loss {train.max_loss}: is seen when its steps are made; --on-nonfinite stop or back goes "
-            "with it"
         )
     if train.patience and not train.eval_every:
         problems.append(f"--patience {train.patience}: counts evaluations; ask for some with --eval-every")

@@ -88,13 +88,13 @@ def test_shards_hold_every_row_and_prediction_once(num_rows, num_contexts):
     assert sum(shard.num_tokens for shard in shards) == batch.valid_length.sum()
     sizes = [shard.num_pairs for shard in shards]
     assert sum(sizes) == num_rows and max(sizes) - min(sizes) <= 1
-    assert sum(s.num_pairs * s.nsp_weight for s in shards) == pytest.approx(1)
-    assert sum(s.num_masked * s.mlm_weight for s in shards) == pytest.approx(1)
+    assert sum(s.num_pairs * s.pair_weight for s in shards) == pytest.approx(1)
+    assert sum(s.num_masked * s.masked_weight for s in shards) == pytest.approx(1)
 
 
 def test_a_shard_without_rows_has_weight_zero_and_a_row_to_compute():
     idle = [s for s in split_and_load(random_batch(1), [mx.cpu(i) for i in range(3)]) if not s.num_pairs]
     assert len(idle) == 2
     for shard in idle:
-        assert (shard.mlm_weight, shard.nsp_weight) == (0.0, 0.0)
+        assert (shard.masked_weight, shard.pair_weight) == (0.0, 0.0)
         assert shard.tokens.shape == (1, 12)

@@ -89,11 +89,11 @@ def test_a_full_disk_ends_a_run_that_keeps_its_last_checkpoint_and_goes_on_with_
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing_where_that_is_asked_for(command, capsys, monkeypatch):
     _, undisturbed = command(name="undisturbed")
-    stepped, real = ProgressLogger.stepped, os.fsync
+    stepped, real = ProgressLogger.on_step, os.fsync
     full = [False]
 
-    def filling(self, step):
-        stepped(self, step)
+    def filling(self, trainer, step):
+        stepped(self, trainer, step)
         full[0] = 3 < step < 9
 
     def syncing(handle):
@@ -101,7 +101,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_where_that_is_asked_for(c
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(handle)
 
-    monkeypatch.setattr(ProgressLogger, "stepped", filling)
+    monkeypatch.setattr(ProgressLogger, "on_step", filling)
     monkeypatch.setattr(os, "fsync", syncing)
     status, folder = command("--on-checkpoint-error", "continue")
     assert status == 0
@@ -143,7 +143,7 @@ def test_a_log_has_whole_lines_only_and_makes_up_for_those_that_had_no_room(tmp_
 
 def test_training_goes_on_while_a_checkpoint_is_written(command, monkeypatch):
     """The thread that writes waits for a step to come: none would, if the training waited for it."""
-    came, write, stepped = threading.Event(), saving.write_checkpoint, ProgressLogger.stepped
+    came, write, stepped = threading.Event(), saving.write_checkpoint, ProgressLogger.on_step
 
     def writing(*args, **options):
         came.clear()
@@ -151,12 +151,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(command, monkeypatch):
             assert came.wait(timeout=60)
         return write(*args, **options)
 
-    def stepping(self, step):
-        stepped(self, step)
+    def stepping(self, trainer, step):
+        stepped(self, trainer, step)
         came.set()
 
     monkeypatch.setattr(saving, "write_checkpoint", writing)
-    monkeypatch.setattr(ProgressLogger, "stepped", stepping)
+    monkeypatch.setattr(ProgressLogger, "on_step", stepping)
     status, folder = command()
     assert status == 0 and checkpoint.steps(folder)[-1] == 12
 

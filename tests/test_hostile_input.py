@@ -240,7 +240,6 @@ flags += [
     "--checkpoint-every",
     "--on-checkpoint-error",
     "--preset",
-    "--max-loss",
 ]
 
 

@@ -10,7 +10,7 @@ from gluon_bert.config import ModelConfig
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
 from gluon_bert.training.device_batch import split_and_load
-from gluon_bert.training.losses import cross_entropy, num_correct, shard_loss
+from gluon_bert.training.losses import cross_entropy, num_correct, pretraining_loss
 
 VOCAB = 23
 CONFIG = ModelConfig(num_layers=1, units=8, ffn_units=12, num_heads=2, dropout=0.0, max_positions=16)
@@ -78,28 +78,32 @@ def test_hits_are_the_rows_whose_highest_score_is_the_label(rows, classes):
 def test_shard_loss_equals_the_numpy_reference(net, batch, slice_size, monkeypatch):
     # Slices of which the last is smaller, and one slice for all.
     monkeypatch.setattr("gluon_bert.training.losses.CHUNK", slice_size)
-    (shard,) = split_and_load(batch, [mx.cpu()])
-    loss = shard_loss(net, shard, count_mlm_correct=True)
+    (shard,) = split_and_load(batch, [mx.cpu()], count_correct=True)
+    loss = pretraining_loss(net, shard)
+    ours = loss.losses
     values = reference.values(net)
     mlm, nsp, total = reference.losses(CONFIG, values, batch)
-    assert loss.mlm.shape == loss.nsp.shape == loss.total.shape == (1,)
-    assert loss.mlm.asscalar() == pytest.approx(mlm, rel=1e-5)
-    assert loss.nsp.asscalar() == pytest.approx(nsp, rel=1e-5)
+    assert ours["mlm"].value.shape == ours["nsp"].value.shape == loss.total.shape == (1,)
+    assert ours["mlm"].value.asscalar() == pytest.approx(mlm, rel=1e-5)
+    assert ours["nsp"].value.asscalar() == pytest.approx(nsp, rel=1e-5)
     assert loss.total.asscalar() == pytest.approx(total, rel=1e-5)
     _, mlm_scores, nsp_scores = reference.forward(CONFIG, values, batch)
     right = [
         reference.hits(mlm_scores, batch.masked_ids),
         reference.hits(nsp_scores, batch.next_sentence_labels),
     ]
-    assert loss.correct.asnumpy().tolist() == right
-    assert shard_loss(net, shard).correct.asnumpy().tolist() == [0, right[1]]
+    assert [each.correct.asscalar() for each in ours.values()] == right
+    (shard,) = split_and_load(batch, [mx.cpu()])
+    uncounted = pretraining_loss(net, shard).losses
+    assert uncounted["mlm"].correct is None
+    assert uncounted["nsp"].correct.asscalar() == right[1]
 
 
 def test_slices_change_no_gradient(net, batch, monkeypatch):
     def gradients(slice_size):
         monkeypatch.setattr("gluon_bert.training.losses.CHUNK", slice_size)
         with mx.autograd.record():
-            loss = shard_loss(net, *split_and_load(batch, [mx.cpu()]))
+            loss = pretraining_loss(net, *split_and_load(batch, [mx.cpu()]))
         loss.total.backward()
         return {name: p.grad().asnumpy() for name, p in net._collect_params_with_prefix().items()}
 
@@ -111,7 +115,7 @@ def test_slices_change_no_gradient(net, batch, monkeypatch):
 @pytest.mark.parametrize(("mlm_weight", "nsp_weight"), [(0.0, 0.0), (0.25, 0.0), (0.0, 3.0), (0.25, 3.0)])
 def test_the_total_weighs_the_two_losses(net, batch, mlm_weight, nsp_weight):
     (shard,) = split_and_load(batch, [mx.cpu()])
-    loss = shard_loss(net, dataclasses.replace(shard, mlm_weight=mlm_weight, nsp_weight=nsp_weight))
+    loss = pretraining_loss(net, dataclasses.replace(shard, masked_weight=mlm_weight, pair_weight=nsp_weight))
     mlm, nsp, _ = reference.losses(CONFIG, reference.values(net), batch)
     assert loss.total.asscalar() == pytest.approx(mlm_weight * mlm + nsp_weight * nsp, rel=1e-5)
 
@@ -123,11 +127,11 @@ def test_the_shards_of_a_batch_add_up_to_it(net, batch, num_rows, num_shards):
     contexts = [mx.cpu(i) for i in range(num_shards)]
     shards = split_and_load(batch, contexts)
     assert [shard.tokens.context for shard in shards] == contexts
-    losses = [shard_loss(net, shard) for shard in shards]
+    losses = [pretraining_loss(net, shard) for shard in shards]
     mlm, nsp, total = reference.losses(CONFIG, reference.values(net), batch)
     used = [(shard, loss) for shard, loss in zip(shards, losses) if shard.num_pairs]
     assert sum(loss.total.asscalar() for loss in losses) == pytest.approx(total, rel=1e-5)
-    assert sum(loss.mlm.asscalar() for _, loss in used) == pytest.approx(mlm, rel=1e-5)
-    assert sum(loss.nsp.asscalar() for _, loss in used) == pytest.approx(nsp, rel=1e-5)
+    assert sum(loss.losses["mlm"].value.asscalar() for _, loss in used) == pytest.approx(mlm, rel=1e-5)
+    assert sum(loss.losses["nsp"].value.asscalar() for _, loss in used) == pytest.approx(nsp, rel=1e-5)
     assert sum(shard.num_pairs for shard in shards) == num_rows
     assert sum(shard.num_masked for shard in shards) == len(batch.masked_ids)

@@ -14,7 +14,7 @@ from gluon_bert.model.dropout import Dropout
 from gluon_bert.presets import PRESETS, preset
 from gluon_bert.runtime import mx
 from gluon_bert.training.device_batch import split_and_load
-from gluon_bert.training.losses import shard_loss
+from gluon_bert.training.losses import pretraining_loss
 
 VOCAB = 23
 WORDPIECES = 30522  # the vocabulary of the published uncased English BERT
@@ -70,7 +70,7 @@ def backward(net, batch):
     """The loss of a batch, and its gradients by structural name."""
     (shard,) = split_and_load(batch, [mx.cpu()])
     with mx.autograd.record():
-        loss = shard_loss(net, shard)
+        loss = pretraining_loss(net, shard)
     loss.total.backward()
     return float(loss.total.asscalar()), reference.gradients(net)
 

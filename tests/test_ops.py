@@ -20,7 +20,7 @@ from gluon_bert.ops import build
 from gluon_bert.runtime import mx
 from gluon_bert.training import losses as loss
 from gluon_bert.training.device_batch import split_and_load
-from gluon_bert.training.losses import shard_loss
+from gluon_bert.training.losses import pretraining_loss
 
 SMALL = ModelConfig(num_layers=2, units=8, ffn_units=12, num_heads=2, dropout=0.0, max_positions=400)
 BERT = dataclasses.replace(
@@ -60,11 +60,13 @@ def step(net, batch, by_mxnet=False, bf16=False):
             patch.setattr(ops, "use_compiled", lambda *_: False)
         if bf16:
             multiply_bf16(patch)
-        (shard,) = split_and_load(batch, [mx.cpu()])
+        (shard,) = split_and_load(batch, [mx.cpu()], count_correct=True)
         with mx.autograd.record():
-            found = shard_loss(net, shard, count_mlm_correct=True)
+            found = pretraining_loss(net, shard)
         found.total.backward()
-        return [each.asnumpy() for each in found], reference.gradients(net)
+        mlm, nsp = found.losses.values()
+        correct = mx.nd.concat(mlm.correct, nsp.correct, dim=0)
+        return [x.asnumpy() for x in (mlm.value, nsp.value, found.total, correct)], reference.gradients(net)
 
 
 def multiply_bf16(patch):
@@ -262,7 +264,7 @@ def test_passes_of_one_graph_are_added_up():
     one, other = (step(net, batch)[1] for batch in batches)
     net.collect_params().setattr("grad_req", "add")
     with mx.autograd.record():
-        totals = [shard_loss(net, *split_and_load(batch, [mx.cpu()])).total for batch in batches]
+        totals = [pretraining_loss(net, *split_and_load(batch, [mx.cpu()])).total for batch in batches]
     mx.autograd.backward(totals)
     for name, gradient in reference.gradients(net).items():
         np.testing.assert_allclose(gradient, one[name] + other[name], rtol=1e-4, atol=1e-6, err_msg=name)
@@ -282,7 +284,7 @@ def test_parameters_that_stand_still_have_no_gradient_and_the_others_theirs():
     net.encoder.layers[0].collect_params().setattr("grad_req", "null")
     (shard,) = split_and_load(batch, [mx.cpu()])
     with mx.autograd.record():
-        total = shard_loss(net, shard).total
+        total = pretraining_loss(net, shard).total
     total.backward()
     for name, parameter in net._collect_params_with_prefix().items():
         if parameter.grad_req != "null":
@@ -297,7 +299,7 @@ def test_a_second_forward_pass_leaves_the_first_ones_gradients_alone():
     expected = step(net, one)[1]
     shards = [split_and_load(each, [mx.cpu()])[0] for each in (one, other)]
     with mx.autograd.record():
-        totals = [shard_loss(net, shard).total for shard in shards]
+        totals = [pretraining_loss(net, shard).total for shard in shards]
     totals[0].backward(retain_graph=True)
     totals[0].backward()
     for name, gradient in reference.gradients(net).items():
@@ -323,11 +325,9 @@ def test_without_predictions_the_mlm_loss_is_zero(monkeypatch):
     monkeypatch.setattr(ops, "masked_loss", None)  # which wants one at least
     net, batch = network(SMALL), reference.random_batch([3, 12], 12, 50)
     (shard,) = split_and_load(batch, [mx.cpu()])
-    none = dataclasses.replace(shard, masked_ids=[])
-    assert (
-        loss.masked_loss(net, net.encoder(shard.tokens, shard.token_types, shard.valid_length), none, True)[0]
-        == 0
-    )
+    none = dataclasses.replace(shard, arrays={**shard.arrays, "masked_ids": []})
+    encoded = net.encoder(shard.tokens, shard.token_types, shard.valid_length)
+    assert loss.masked_lm(net, encoded, none).value == 0
 
 
 # Which side computes

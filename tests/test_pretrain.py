@@ -22,7 +22,6 @@ from gluon_bert.run import load_run
 from gluon_bert.runtime import mx
 from gluon_bert.training import checkpointer as saving
 from gluon_bert.training import state
-from gluon_bert.training.metrics import Metrics
 from gluon_bert.training.progress import ProgressLogger
 
 MXNetError = mx.MXNetError
@@ -233,7 +232,7 @@ def held_out_losses(monkeypatch):
     """Sets what the evaluations of the next run give."""
 
     def script(*mlm_losses):
-        left = [Metrics(loss, 0.7, 0.1, 0.5) for loss in mlm_losses]
+        left = [{"mlm_loss": loss, "nsp_loss": 0.7} for loss in mlm_losses]
         monkeypatch.setattr("gluon_bert.training.trainer.Trainer.evaluate", lambda *_: left.pop(0))
 
     return script
@@ -245,7 +244,7 @@ def test_the_latest_and_the_best_weights_stay(command, held_out_losses, capsys):
     assert status == 0
     assert checkpoint.steps(folder) == [4, 7]
     assert (load_run(folder, which="best").step, load_run(folder).step) == (4, 7)
-    assert "the best of 4 evaluations, after step 4: MLM loss 3.000" in capsys.readouterr().out
+    assert "best of 4 evaluations, after step 4: MLM loss 3.000" in capsys.readouterr().out
 
 
 def test_patience_ends_the_run_and_the_log_has_its_last_step(command, held_out_losses, capsys):
@@ -254,24 +253,24 @@ def test_patience_ends_the_run_and_the_log_has_its_last_step(command, held_out_l
         "--num-steps", "1000", "--eval-every", "3", "--patience", "2", "--keep-checkpoints", "1"
     )
     assert status == 0
-    assert "The run ended after step 12: 2 evaluations in a row were no better" in capsys.readouterr().out
+    assert "The run ended after step 12: 2 evaluations in a row did not improve" in capsys.readouterr().out
     steps = [(record["step"], "validation" in record) for record in log_of(folder)]
     assert steps[-2:] == [(12, False), (12, True)]
     assert checkpoint.steps(folder) == [6, 12]
 
 
 def test_an_interrupt_after_an_evaluation_keeps_the_best_and_the_latest(command, monkeypatch, capsys):
-    stepped = ProgressLogger.stepped
+    stepped = ProgressLogger.on_step
 
-    def interrupting(self, step):
-        stepped(self, step)
+    def interrupting(self, trainer, step):
+        stepped(self, trainer, step)
         if step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(ProgressLogger, "stepped", interrupting)
+    monkeypatch.setattr(ProgressLogger, "on_step", interrupting)
     status, folder = command("--eval-every", "4")
     assert status == 130
-    assert f"the weights after step 5 are kept in {folder}" in capsys.readouterr().err
+    assert f"stopped after step 5; --resume {folder} continues" in capsys.readouterr().err
     assert (load_run(folder, which="best").step, load_run(folder).step) == (4, 5)
 
 

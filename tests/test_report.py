@@ -9,15 +9,24 @@ import pytest
 from matplotlib.figure import Figure
 
 from gluon_bert.config import TrainConfig
-from gluon_bert.training.metrics import Metrics
-from gluon_bert.training.progress import ProgressLogger, in_words
-from gluon_bert.training.state import StepReport, best_of
+from gluon_bert.training.plots import References
+from gluon_bert.training.progress import ProgressLogger, format_metrics
+from gluon_bert.training.state import StepReport, TrainState, best_of
 
 DATA = SimpleNamespace(vocab=range(100), unigram_loss=4.0, validation_unigram_loss=3.5)
 
 
+def metrics(mlm_loss, nsp_loss, mlm_accuracy, nsp_accuracy):
+    return {
+        "mlm_loss": mlm_loss,
+        "nsp_loss": nsp_loss,
+        "mlm_accuracy": mlm_accuracy,
+        "nsp_accuracy": nsp_accuracy,
+    }
+
+
 def progress(step, mlm_loss):
-    window = Metrics(mlm_loss, 0.7, 0.05, 0.5)
+    window = metrics(mlm_loss, 0.7, 0.05, 0.5)
     return StepReport(step, 10, window, window, 100.0, 90.0, float(step), 10.0 - step, 1e-3 / step, 2.5)
 
 
@@ -28,19 +37,20 @@ class Terminal(io.StringIO):
 
 def told(folder, mlm_losses, validation=None, screen=None, **changes):
     screen = screen or io.StringIO()
-    report = ProgressLogger(
-        folder, TrainConfig(**{"num_steps": 10, "lr": 1e-3, **changes}), DATA, screen=screen
-    )
+    config = TrainConfig(**{"num_steps": 10, "lr": 1e-3, **changes})
+    trainer = SimpleNamespace(config=config, state=TrainState(), monitor="mlm_loss")
+    report = ProgressLogger(folder, References.of(DATA), screen)
+    report.on_fit_begin(trainer)
     for step, loss in enumerate(mlm_losses, 1):
-        report.stepped(step)
-        report.progressed(progress(step, loss))
+        report.on_step(trainer, step)
+        report.on_log(trainer, progress(step, loss))
     evaluations = [validation] if isinstance(validation, float) else validation or []
     best = None
     for step, loss in enumerate(evaluations, len(mlm_losses) - len(evaluations) + 1):
-        averages = Metrics(loss, 0.69, 0.1, 0.5)
+        averages = metrics(loss, 0.69, 0.1, 0.5)
         best = best_of(best, step, averages)
-        report.evaluated(step, averages, best)
-    report.close()
+        report.on_evaluate(trainer, step, averages, best)
+    report.on_fit_end(trainer)
     return report, screen.getvalue()
 
 
@@ -48,11 +58,11 @@ def test_without_a_terminal_there_is_a_plain_line_per_window(tmp_path):
     _, screen = told(tmp_path, [5.0, 4.5], validation=4.4)
     lines = screen.splitlines()
     assert lines[0].startswith(
-        "step 1/10: MLM loss 5.000 (5.0 % right), NSP loss 0.700 (50.0 % right), lr 0.001"
+        "step 1/10: MLM loss 5.000 (5.0 % correct), NSP loss 0.700 (50.0 % correct), lr 0.001"
     )
     assert lines[0].endswith("100.0 pairs/s, 00:09 left")
     assert lines[2] == (
-        "validation text after step 2: MLM loss 4.400 (10.0 % right), NSP loss 0.690 (50.0 % right), "
+        "validation after step 2: MLM loss 4.400 (10.0 % correct), NSP loss 0.690 (50.0 % correct), "
         "perplexity 81.5"
     )
     assert "\r" not in screen
@@ -95,15 +105,15 @@ def test_the_log_has_an_object_a_line(tmp_path):
 def test_an_evaluation_that_is_not_the_best_names_the_best(tmp_path):
     _, screen = told(tmp_path, [5.0] * 3, validation=[4.4, 4.6, 4.3])
     first, second, third = (line for line in screen.splitlines() if line.startswith("validation"))
-    assert second.endswith("; the best was MLM loss 4.400 after step 1")
+    assert second.endswith("; best: MLM loss 4.400 after step 1")
     assert "best" not in first + third
 
 
 def test_the_best_of_several_evaluations_is_told_at_the_end(tmp_path):
     report, _ = told(tmp_path / "a", [5.0] * 3, validation=[4.4, 3.0, 4.6])
     assert (
-        "the best of 3 evaluations, after step 2: MLM loss 3.000 (10.0 % right), NSP loss 0.690 "
-        "(50.0 % right), perplexity 20.1 (--checkpoint best)"
+        "best of 3 evaluations, after step 2: MLM loss 3.000 (10.0 % correct), NSP loss 0.690 "
+        "(50.0 % correct), perplexity 20.1 (--checkpoint best)"
     ) in report.summary([])
     # Its loss is below that of the words' frequencies, though the last one's is not.
     assert "is still above" not in report.summary([])[-1]
@@ -115,9 +125,9 @@ def test_the_best_of_several_evaluations_is_told_at_the_end(tmp_path):
 
 def test_a_run_out_of_patience_says_so(tmp_path):
     report, _ = told(tmp_path / "a", [5.0] * 3, [4.4, 4.5, 4.6], patience=2, eval_every=1)
-    ended = "The run ended after step 3: 2 evaluations in a row were no better than the best (--patience 2)."
+    ended = "The run ended after step 3: 2 evaluations in a row did not improve on the best (--patience 2)."
     assert ended in report.summary([])
-    assert report.summary([])[-1].endswith("more steps are needed (--patience).")
+    assert report.summary([])[-1].endswith("More steps are needed (--patience).")
     report, _ = told(tmp_path / "b", [5.0] * 3, [4.4, 4.5, 4.6], patience=3, eval_every=1)
     assert not [line for line in report.summary([]) if "ended" in line]
 
@@ -127,7 +137,7 @@ def test_a_run_by_the_clock_tells_about_how_many_steps_it_will_have(tmp_path, sc
     changes = {"num_steps": 0, "max_minutes": 1.0}
     report, shown = told(tmp_path, [5.0, 4.5], screen=screen, **changes)
     assert "2/~10" in shown
-    assert report.summary([])[-1].endswith("more steps are needed (--max-minutes).")
+    assert report.summary([])[-1].endswith("More steps are needed (--max-minutes).")
 
 
 def test_the_summary_begins_with_the_books_two_lines_and_names_the_references(tmp_path):
@@ -135,8 +145,9 @@ def test_the_summary_begins_with_the_books_two_lines_and_names_the_references(tm
     lines = report.summary(["cpu(0)"])
     assert lines[0] == "MLM loss 5.000, NSP loss 0.700 (means of 1 steps)"
     assert lines[1] == "90.0 sentence pairs/sec on ['cpu(0)']"
-    assert "4.605 = ln V" in lines[-1] and "0.693 = ln 2" in lines[-1]
-    assert "4.000 = entropy of the words' frequencies (3.500 on the validation text)" in lines[-1]
+    assert lines[-1] == (
+        "baselines: MLM uniform 4.605 (ln V), unigram 4.000 (3.500 on validation); NSP chance 0.693 (ln 2)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,7 +169,7 @@ def test_the_picture_is_a_png_of_a_readable_size(tmp_path):
 
 
 def test_accuracies_are_percentages():
-    assert in_words(Metrics(7.0, 0.7, 0.051, 1.0)).endswith("NSP loss 0.700 (100.0 % right)")
+    assert format_metrics(metrics(7.0, 0.7, 0.051, 1.0)).endswith("NSP loss 0.700 (100.0 % correct)")
 
 
 @pytest.fixture
@@ -182,9 +193,9 @@ def test_the_picture_names_every_reference(tmp_path, figures):
         "training",
         "validation text",
         "ln V = 4.61",
-        "word frequencies alone = 4.00",
-        "word frequencies alone, held out = 3.50",
-        "a coin, ln 2 = 0.69",
+        "unigram = 4.00",
+        "unigram, validation = 3.50",
+        "chance, ln 2 = 0.69",
     }
 
 

@@ -73,15 +73,15 @@ def stopping(monkeypatch):
 
     def stop_after(*steps, number=signal.SIGINT):
         waiting = list(steps)
-        stepped = ProgressLogger.stepped
+        stepped = ProgressLogger.on_step
 
-        def interrupting(self, step):
-            stepped(self, step)
+        def interrupting(self, trainer, step):
+            stepped(self, trainer, step)
             if waiting and step == waiting[0]:
                 os.kill(os.getpid(), number)
                 waiting.pop(0)
 
-        monkeypatch.setattr(ProgressLogger, "stepped", interrupting)
+        monkeypatch.setattr(ProgressLogger, "on_step", interrupting)
 
     return stop_after
 
@@ -349,10 +349,10 @@ def test_a_state_that_was_made_up_is_told(damaged_run, capsys, change):
 
 def test_two_processes_do_not_train_in_one_folder(command, text_file, capsys):
     # A signal is what starts the second one, in the middle of the first one's steps.
-    statuses, stepped = [], ProgressLogger.stepped
+    statuses, stepped = [], ProgressLogger.on_step
 
-    def starting_another(self, step):
-        stepped(self, step)
+    def starting_another(self, trainer, step):
+        stepped(self, trainer, step)
         if step == 2:
             statuses.append(
                 subprocess.run(
@@ -363,7 +363,7 @@ def test_two_processes_do_not_train_in_one_folder(command, text_file, capsys):
             )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ProgressLogger, "stepped", starting_another)
+        patch.setattr(ProgressLogger, "on_step", starting_another)
         status, _ = command()
     assert status == 0 and statuses[0].returncode == 2
     assert b"another process is training there" in statuses[0].stderr

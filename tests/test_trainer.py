@@ -16,10 +16,10 @@ from gluon_bert.errors import InputError
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
 from gluon_bert.training import state
-from gluon_bert.training.callbacks import Reporter
+from gluon_bert.training.callbacks import Callback
 from gluon_bert.training.device_batch import split_and_load
-from gluon_bert.training.losses import shard_loss
-from gluon_bert.training.metrics import Meter, Metrics, MetricSums
+from gluon_bert.training.losses import pretraining_loss
+from gluon_bert.training.metrics import Meter, MetricSums, perplexity
 from gluon_bert.training.state import Clock, best_of
 from gluon_bert.training.trainer import Trainer
 
@@ -27,7 +27,12 @@ MODEL = ModelConfig(num_layers=1, units=16, ffn_units=32, num_heads=2, dropout=0
 BERT = dataclasses.replace(MODEL, activation="gelu", embedding_norm=True, tied_decoder=True, init="normal")
 NOISY = dataclasses.replace(BERT, dropout=0.3)
 TEXT = DataConfig(max_seq_length=16, num_buckets=2)
+METRICS = ("mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy")
 TRAIN = TrainConfig(batch_size=8, num_steps=7, lr=1e-3, log_every=3)
+
+
+def metrics(*values):
+    return dict(zip(METRICS, values))
 
 
 def documents(how_many, seed, validation=False):
@@ -61,12 +66,19 @@ def batch(data):
     return next(b for b in data.train.epoch(0) if len(b) == TRAIN.batch_size)
 
 
-def trainer_on(num_contexts, data, model=MODEL, seed=1, **changes):
+def trainer_on(num_contexts, data, model=MODEL, seed=1, loss=pretraining_loss, **changes):
     contexts = [mx.cpu(i) for i in range(num_contexts)]
     net = BERTModel(len(data.vocab), model)
     net.initialize(ctx=contexts, seed=seed)
     net.hybridize()
-    return Trainer(net, dataclasses.replace(TRAIN, **changes), contexts)
+    return Trainer(net, dataclasses.replace(TRAIN, **changes), contexts, loss)
+
+
+
+def fit(trainer, data, *callbacks):
+    """Train on data with these callbacks."""
+    trainer.callbacks = list(callbacks)
+    return trainer.fit(data.train, validation=data.validation)
 
 
 def parameters(trainer):
@@ -228,8 +240,8 @@ def test_contexts_draw_their_own_dropout(data, batch):
     trainer = trainer_on(2, data, NOISY)
     same_rows = batch.rows(0, 1)
     with mx.autograd.record():
-        losses = [shard_loss(trainer.net, *split_and_load(same_rows, [ctx])) for ctx in trainer.contexts]
-    one, other = (loss.mlm.asscalar() for loss in losses)
+        losses = [pretraining_loss(trainer.net, *split_and_load(same_rows, [ctx])) for ctx in trainer.devices]
+    one, other = (loss.losses["mlm"].value.asscalar() for loss in losses)
     assert one != other
 
 
@@ -242,15 +254,15 @@ def test_eight_examples_can_be_learnt_by_heart(data, batch):
         _, (loss,) = trainer.step(batch)
     assert loss.total.asscalar() < 0.05
     learnt = trainer.evaluate([batch])
-    assert learnt.mlm_loss + learnt.nsp_loss < 0.05
-    assert (learnt.mlm_accuracy, learnt.nsp_accuracy) == (1.0, 1.0)
+    assert learnt["mlm_loss"] + learnt["nsp_loss"] < 0.05
+    assert (learnt["mlm_accuracy"], learnt["nsp_accuracy"]) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("model", [NOISY, dataclasses.replace(MODEL, dropout=0.3)], ids=["bert", "d2l"])
 def test_one_seed_repeats_a_run_bit_for_bit(data, model):
     def trained(seed):
         trainer = trainer_on(1, data, model, seed=seed)
-        progress = trainer.fit(data)
+        progress = fit(trainer, data)
         return progress, reference.values(trainer.net, np.float32)
 
     (progress, weights), (again, same), (_, other) = trained(1), trained(1), trained(2)
@@ -276,7 +288,7 @@ def test_evaluation_is_the_mean_over_everything_without_dropout(data, num_contex
         sums += [f(*each) for f in (reference.cross_entropy, reference.hits) for each in both]
     counts = [sum(len(b.masked_ids) for b in batches), sum(len(b) for b in batches)] * 2
     averages = trainer.evaluate(iter(batches))
-    np.testing.assert_allclose(averages, sums / counts, rtol=1e-5)
+    assert averages == pytest.approx(dict(zip(METRICS, sums / counts)), rel=1e-5)
     assert trainer.evaluate(batches) == averages
     for name, value in reference.values(trainer.net).items():
         np.testing.assert_array_equal(value, values[name], err_msg=name)
@@ -285,21 +297,21 @@ def test_evaluation_is_the_mean_over_everything_without_dropout(data, num_contex
 # fit and its reporter
 
 
-class Recorder(Reporter):
-    """A reporter that notes what it is told, in order."""
+class Recorder(Callback):
+    """A callback that records its events, in order."""
 
     def __init__(self):
         self.calls, self.progresses, self.validation, self.best = [], [], [], None
 
-    def stepped(self, step):
-        self.calls.append(("stepped", step))
+    def on_step(self, trainer, step):
+        self.calls.append(("on_step", step))
 
-    def progressed(self, progress):
-        self.calls.append(("progressed", progress.step))
+    def on_log(self, trainer, progress):
+        self.calls.append(("on_log", progress.step))
         self.progresses.append(progress)
 
-    def evaluated(self, step, validation, best):
-        self.calls.append(("evaluated", step))
+    def on_evaluate(self, trainer, step, validation, best):
+        self.calls.append(("on_evaluate", step))
         self.validation.append(validation)
         self.best = best
 
@@ -321,11 +333,11 @@ def test_the_reporter_is_told_of_every_step_window_and_evaluation(
 ):
     trainer = trainer_on(1, data, num_steps=num_steps, log_every=log_every, eval_every=eval_every)
     recorder = Recorder()
-    last = trainer.fit(data, recorder)
-    assert recorder.steps("stepped") == list(range(1, num_steps + 1))
-    assert recorder.steps("progressed") == logged
-    assert recorder.steps("evaluated") == evaluated
-    order = ["stepped", "progressed", "evaluated"]
+    last = fit(trainer, data, recorder)
+    assert recorder.steps("on_step") == list(range(1, num_steps + 1))
+    assert recorder.steps("on_log") == logged
+    assert recorder.steps("on_evaluate") == evaluated
+    order = ["on_step", "on_log", "on_evaluate"]
     assert recorder.calls == sorted(recorder.calls, key=lambda call: (call[1], order.index(call[0])))
     assert last == recorder.progresses[-1]
     # The last evaluation is that of the network as it is left.
@@ -334,17 +346,17 @@ def test_the_reporter_is_told_of_every_step_window_and_evaluation(
 
 def test_without_held_out_text_nothing_is_evaluated(data):
     recorder = Recorder()
-    trainer_on(1, data, eval_every=3).fit(data._replace(validation=None), recorder)
-    assert recorder.steps("progressed") == [3, 6, 7]
-    assert recorder.steps("evaluated") == []
+    fit(trainer_on(1, data, eval_every=3), data._replace(validation=None), recorder)
+    assert recorder.steps("on_log") == [3, 6, 7]
+    assert recorder.steps("on_evaluate") == []
 
 
 def test_a_reporter_and_evaluations_do_not_change_the_training(data):
     silent, told = trainer_on(1, data, NOISY), trainer_on(1, data, NOISY, log_every=1, eval_every=1)
     mx.random.seed(5)
-    silent.fit(data)
+    fit(silent, data)
     mx.random.seed(5)
-    told.fit(data, Recorder())
+    fit(told, data, Recorder())
     ours = reference.values(told.net)
     for name, value in reference.values(silent.net).items():
         np.testing.assert_array_equal(value, ours[name], err_msg=name)
@@ -357,12 +369,14 @@ class Remembering(Trainer):
         super().__init__(*args)
         self.sums, self.counts = [], []
 
-    def step(self, batch, count_mlm_correct=False):
-        shards, losses = super().step(batch, count_mlm_correct)
+    def step(self, batch, count_correct=False):
+        shards, losses = super().step(batch, count_correct)
         sums = np.zeros(4)
         for shard, loss in zip(shards, losses):
             if shard.num_pairs:
-                sums += [loss.mlm.asscalar(), loss.nsp.asscalar(), *loss.correct.asnumpy()]
+                sums += [loss.losses[name].value.asscalar() for name in ("mlm", "nsp")] + [
+                    0.0 if each.correct is None else each.correct.asscalar() for each in loss.losses.values()
+                ]
         self.sums.append(sums)
         self.counts.append(np.array([len(batch.masked_ids), len(batch)] * 2))
         return shards, losses
@@ -371,24 +385,25 @@ class Remembering(Trainer):
 @pytest.mark.parametrize("num_contexts", [1, 3])
 def test_averages_are_means_over_all_predictions_and_pairs(data, num_contexts):
     plain = trainer_on(num_contexts, data, NOISY, num_steps=20, log_every=6)
-    trainer, recorder = Remembering(plain.net, plain.config, plain.contexts), Recorder()
-    trainer.fit(data, recorder)
+    trainer, recorder = Remembering(plain.net, plain.config, plain.devices), Recorder()
+    fit(trainer, data, recorder)
     sums, counts = np.array(trainer.sums), np.array(trainer.counts)
     assert len(set(counts[:, 1])) > 1  # batches of different sizes
-    logged = recorder.steps("progressed")
+    logged = recorder.steps("on_log")
     assert logged == [6, 12, 18, 20]
     for progress, start in zip(recorder.progresses, [0, *logged]):
         window = slice(start, progress.step)
         for averages, part in ((progress.window, window), (progress.run, slice(0, progress.step))):
             means = sums[part].sum(axis=0) / counts[part].sum(axis=0)
-            np.testing.assert_allclose(averages[:2], means[:2], rtol=1e-5)
-            assert averages.nsp_accuracy == pytest.approx(means[3])
+            losses = [averages["mlm_loss"], averages["nsp_loss"]]
+            np.testing.assert_allclose(losses, means[:2], rtol=1e-5)
+            assert averages["nsp_accuracy"] == pytest.approx(means[3])
         # Hits among the predictions are counted in the steps that are logged.
         last = progress.step - 1
-        assert progress.window.mlm_accuracy == pytest.approx(sums[last, 2] / counts[last, 2])
+        assert progress.window["mlm_accuracy"] == pytest.approx(sums[last, 2] / counts[last, 2])
         seen = [step - 1 for step in logged if step <= progress.step]
         hits = sums[seen].sum(axis=0) / counts[seen].sum(axis=0)
-        assert progress.run.mlm_accuracy == pytest.approx(hits[2])
+        assert progress.run["mlm_accuracy"] == pytest.approx(hits[2])
 
 
 # Meters
@@ -399,9 +414,8 @@ def test_a_meter_counts_mlm_hits_only_where_it_is_asked_to(data, batch):
     small = batch.rows(0, 1)  # leaves a context without rows of its own
     added = []
     for each, count_hits in ((batch, False), (batch, True), (small, True), (small, False)):
-        shards = split_and_load(each, trainer.contexts)
-        losses = [shard_loss(trainer.net, shard, count_hits) for shard in shards]
-        meter.add(shards, losses, count_hits)
+        shards = split_and_load(each, trainer.devices, count_correct=count_hits)
+        meter.add(shards, [pretraining_loss(trainer.net, shard) for shard in shards])
         _, mlm_scores, nsp_scores = reference.forward(MODEL, reference.values(trainer.net), each)
         mlm, nsp, _ = reference.losses(MODEL, reference.values(trainer.net), each)
         right = [
@@ -413,19 +427,19 @@ def test_a_meter_counts_mlm_hits_only_where_it_is_asked_to(data, batch):
         added.append([[mlm, nsp, *(right * asked)], [*counts, *(counts * asked)]])
     sums, counts = np.sum(added, axis=0)
     totals = meter.totals()
-    np.testing.assert_allclose(totals.sums, sums, rtol=1e-5)
-    np.testing.assert_array_equal(totals.counts, counts)
+    assert totals.sums == pytest.approx(dict(zip(METRICS, sums)), rel=1e-5)
+    assert totals.counts == dict(zip(METRICS, counts))
     assert totals.num_pairs == 18
-    np.testing.assert_allclose(totals.averages(), sums / counts, rtol=1e-5)
+    assert totals.averages() == pytest.approx(dict(zip(METRICS, sums / counts)), rel=1e-5)
     # Asking changes nothing.
-    np.testing.assert_array_equal(meter.totals().sums, totals.sums)
+    assert meter.totals().sums == totals.sums
 
 
-def test_what_was_not_counted_is_nan_and_no_warning(recwarn):
-    assert np.isnan(Meter().totals().averages()).all()
-    losses_only = MetricSums(np.array([6.0, 1.0, 0.0, 0.0]), np.array([3.0, 2.0, 0.0, 0.0])).averages()
-    assert losses_only[:2] == (2.0, 0.5)
-    assert np.isnan(losses_only[2:]).all()
+def test_metrics_without_counts_are_absent(recwarn):
+    assert Meter().totals().averages() == {}
+    sums = {"mlm_loss": 6.0, "nsp_loss": 1.0, "mlm_accuracy": 0.0}
+    counts = {"mlm_loss": 3.0, "nsp_loss": 2.0, "mlm_accuracy": 0.0}
+    assert MetricSums(sums, counts).averages() == {"mlm_loss": 2.0, "nsp_loss": 0.5}
     assert not recwarn.list
 
 
@@ -434,7 +448,7 @@ def test_the_clock_leaves_out_the_time_it_is_stopped(monkeypatch):
     monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
 
     def window(num_pairs):
-        return MetricSums(np.zeros(4), np.array([9, num_pairs, 0, 0]))
+        return MetricSums({}, {}, num_pairs)
 
     clock = Clock()
     now.seconds += 10
@@ -458,17 +472,17 @@ def test_fit_does_not_count_evaluations_as_training_time(data, monkeypatch):
     monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
 
     class Slow(Trainer):
-        def step(self, batch, count_mlm_correct=False):
+        def step(self, batch, count_correct=False):
             now.seconds += 1
-            return super().step(batch, count_mlm_correct)
+            return super().step(batch, count_correct)
 
         def evaluate(self, batches):
             now.seconds += 100
             return super().evaluate(batches)
 
     plain, recorder = trainer_on(1, data, eval_every=2), Recorder()
-    Slow(plain.net, plain.config, plain.contexts).fit(data, recorder)
-    assert recorder.steps("evaluated") == [2, 4, 6, 7]
+    fit(Slow(plain.net, plain.config, plain.devices), data, recorder)
+    assert recorder.steps("on_evaluate") == [2, 4, 6, 7]
     assert [progress.seconds for progress in recorder.progresses] == [2.0, 3.0, 4.0, 6.0, 7.0]
     assert recorder.progresses[-1].seconds_left == 0
 
@@ -482,9 +496,9 @@ def test_time_of_queued_steps_is_training_time_though_an_evaluation_waits_for_th
         now.queued = 0
 
     class Queueing(Trainer):
-        def step(self, batch, count_mlm_correct=False):
+        def step(self, batch, count_correct=False):
             now.queued += 1
-            return super().step(batch, count_mlm_correct)
+            return super().step(batch, count_correct)
 
         def evaluate(self, batches):
             wait_for_all()
@@ -494,7 +508,7 @@ def test_time_of_queued_steps_is_training_time_though_an_evaluation_waits_for_th
     monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     monkeypatch.setattr(mx.nd, "waitall", wait_for_all)
     plain, recorder = trainer_on(1, data, log_every=7, eval_every=2), Recorder()
-    Queueing(plain.net, plain.config, plain.contexts).fit(data, recorder)
+    fit(Queueing(plain.net, plain.config, plain.devices), data, recorder)
     assert recorder.progresses[-1].seconds == 70.0
 
 
@@ -502,9 +516,11 @@ def test_a_loss_that_is_no_number_ends_the_run_in_words(data):
     trainer, recorder = trainer_on(1, data, lr=1e3, log_every=1), Recorder()
     bias = trainer.net.nsp.dense.bias
     bias.set_data(mx.nd.array([np.nan, 0]))
-    with pytest.raises(InputError, match=r"--lr 1000: at step 1 \(epoch 0, batch 0\) the gradient is no"):
-        trainer.fit(data, recorder)
-    assert recorder.steps("progressed") == []
+    with pytest.raises(
+        InputError, match=r"lr=1000 has diverged: at step 1 \(epoch 0, batch 0\) the gradient is not finite"
+    ):
+        fit(trainer, data, recorder)
+    assert recorder.steps("on_log") == []
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_in_words(data):
@@ -515,22 +531,20 @@ def test_a_gradient_that_is_no_number_ends_the_run_in_words(data):
             return gradients
 
     plain = trainer_on(1, data, BERT, log_every=1, **RECIPE)
-    trainer = Overflowing(plain.net, plain.config, plain.contexts)
-    with pytest.raises(
-        InputError, match=r"at step 1 \(epoch 0, batch 0\) the gradient is no number any more"
-    ):
-        trainer.fit(data)
+    trainer = Overflowing(plain.net, plain.config, plain.devices)
+    with pytest.raises(InputError, match=r"at step 1 \(epoch 0, batch 0\) the gradient is not finite"):
+        fit(trainer, data)
 
 
 def test_a_run_tells_the_learning_rate_and_the_gradient_of_its_steps(data):
     changes = {**RECIPE, "schedule": "linear", "warmup_ratio": 0.5, "num_steps": 8, "log_every": 2}
     trainer, recorder = trainer_on(2, data, BERT, **changes), Recorder()
-    trainer.fit(data, recorder)
+    fit(trainer, data, recorder)
     assert [p.lr for p in recorder.progresses] == pytest.approx([5e-4, 1e-3, 6e-4, 2e-4])
     batches = list(islice(data.train.batches(), 2))
     again = trainer_on(1, data, BERT, **changes)
     again.step(batches[0])
-    frozen = Trainer(again.net, dataclasses.replace(TRAIN, lr=0.0), again.contexts)
+    frozen = Trainer(again.net, dataclasses.replace(TRAIN, lr=0.0), again.devices)
     assert recorder.progresses[0].gradient_norm == pytest.approx(
         norm_of(gradients_of(frozen, batches[1])), rel=1e-4
     )
@@ -551,12 +565,12 @@ class Ticking(Trainer):
     """A trainer whose steps and evaluations take so many seconds, of a clock of its own."""
 
     def __init__(self, plain, now, step_seconds=1.0, evaluation_seconds=0.0):
-        super().__init__(plain.net, plain.config, plain.contexts)
+        super().__init__(plain.net, plain.config, plain.devices)
         self.now, self.step_seconds, self.evaluation_seconds = now, step_seconds, evaluation_seconds
 
-    def step(self, batch, count_mlm_correct=False):
+    def step(self, batch, count_correct=False):
         self.now.seconds += self.step_seconds
-        return super().step(batch, count_mlm_correct)
+        return super().step(batch, count_correct)
 
     def evaluate(self, batches):
         self.now.seconds += self.evaluation_seconds
@@ -577,10 +591,10 @@ BY_THE_CLOCK = {"num_steps": 0, "max_minutes": 0.5, "log_every": 1, "schedule": 
 @pytest.mark.parametrize(("step_seconds", "num_steps"), [(1.0, 30), (3.0, 10), (0.5, 60)])
 def test_the_minutes_end_a_run_and_its_schedule(data, now, step_seconds, num_steps):
     trainer, recorder = Ticking(trainer_on(1, data, **BY_THE_CLOCK), now, step_seconds), Recorder()
-    last = trainer.fit(data, recorder)
-    assert recorder.steps("stepped") == list(range(1, num_steps + 1))
+    last = fit(trainer, data, recorder)
+    assert recorder.steps("on_step") == list(range(1, num_steps + 1))
     assert (last.step, last.planned_steps, last.seconds, last.seconds_left) == (num_steps, num_steps, 30.0, 0)
-    assert recorder.steps("evaluated") == [num_steps]
+    assert recorder.steps("on_evaluate") == [num_steps]
     rates = [progress.lr for progress in recorder.progresses]
     assert max(rates) == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(1e-3 / (num_steps + 1 - num_steps / 5))
@@ -592,9 +606,9 @@ def test_the_minutes_end_a_run_and_its_schedule(data, now, step_seconds, num_ste
 def test_evaluations_take_their_part_of_the_minutes(data, now):
     plain = trainer_on(1, data, **BY_THE_CLOCK, eval_every=5)
     trainer, recorder = Ticking(plain, now, evaluation_seconds=5.0), Recorder()
-    last = trainer.fit(data, recorder)
+    last = fit(trainer, data, recorder)
     # 15 steps of a second and 3 evaluations of five; what finds the time gone is the schedule's last step.
-    assert recorder.steps("evaluated") == [5, 10, 15, 16]
+    assert recorder.steps("on_evaluate") == [5, 10, 15, 16]
     assert now.seconds == 500 + 30 + 1 + 5
     assert last.lr < 1e-3 * 0.1
     assert (last.step, last.seconds, last.seconds_left) == (16, 16.0, 0.0)
@@ -603,7 +617,7 @@ def test_evaluations_take_their_part_of_the_minutes(data, now):
 def test_whichever_limit_comes_first_ends_a_run(data, now):
     for num_steps, expected in ((8, 8), (100, 30)):
         plain = trainer_on(1, data, **{**BY_THE_CLOCK, "num_steps": num_steps})
-        last = Ticking(plain, now).fit(data)
+        last = fit(Ticking(plain, now), data)
         assert last.step == expected
         assert 0 < last.lr < 2e-4
 
@@ -631,27 +645,27 @@ def test_steps_that_are_queued_count_when_they_are_done(data, now, monkeypatch):
         queue.clear()
 
     class Queueing(Trainer):
-        def step(self, batch, count_mlm_correct=False):
+        def step(self, batch, count_correct=False):
             queue.append(1.0)
-            return super().step(batch, count_mlm_correct)
+            return super().step(batch, count_correct)
 
     monkeypatch.setattr(mx.nd.NDArray, "wait_to_read", wait_for_one)
     monkeypatch.setattr(mx.nd, "waitall", wait_for_all)
     plain = trainer_on(1, data, **{**BY_THE_CLOCK, "log_every": 1000})
-    last = Queueing(plain.net, plain.config, plain.contexts).fit(data)
+    last = fit(Queueing(plain.net, plain.config, plain.devices), data)
     assert (last.step, last.seconds) == (30, 30.0)
 
 
 def evaluating_to(plain, *mlm_losses):
     """A trainer whose evaluations give these MLM losses, and better and better NSP losses."""
 
-    script = [Metrics(loss, 0.7 / number, 0.1, 0.5) for number, loss in enumerate(mlm_losses, 1)]
+    script = [metrics(loss, 0.7 / number, 0.1, 0.5) for number, loss in enumerate(mlm_losses, 1)]
 
     class Scripted(Trainer):
         def evaluate(self, batches):
             return script.pop(0)
 
-    return Scripted(plain.net, plain.config, plain.contexts)
+    return Scripted(plain.net, plain.config, plain.devices)
 
 
 @pytest.mark.parametrize(
@@ -664,52 +678,54 @@ def test_patience_ends_a_run_when_the_held_out_loss_gets_no_better(data, patienc
     #          step 2    4    6    8   10   12   14   16   18   20
     losses = [5.0, 4.0, 4.5, 3.9, 3.8, 3.8, 3.9, 3.0, 3.1, 3.2]
     recorder = Recorder()
-    last = evaluating_to(plain, *losses).fit(data, recorder if told else None)
+    last = fit(evaluating_to(plain, *losses), data, *([recorder] if told else []))
     assert last.step == ended
     if told:
-        assert recorder.steps("stepped") == list(range(1, ended + 1))
+        assert recorder.steps("on_step") == list(range(1, ended + 1))
         assert (recorder.best.step, recorder.best.evaluations) == (best, ended // 2)
-        assert recorder.best.validation == Metrics(min(losses[: ended // 2]), 0.7 / (best / 2), 0.1, 0.5)
+        assert recorder.best.validation == metrics(min(losses[: ended // 2]), 0.7 / (best / 2), 0.1, 0.5)
         assert recorder.best.since == (ended - best) // 2
 
 
 def test_the_best_evaluation_is_that_of_the_lowest_mlm_loss():
-    first = best_of(None, 10, Metrics(5.0, 0.1, 0.9, 0.9))
-    assert first == (10, Metrics(5.0, 0.1, 0.9, 0.9), 1, 0)
-    second = best_of(first, 20, Metrics(4.9, 0.9, 0.1, 0.1))
-    assert second == (20, Metrics(4.9, 0.9, 0.1, 0.1), 2, 0)
-    third = best_of(second, 30, Metrics(4.9, 0.0, 1.0, 1.0))
+    first = best_of(None, 10, metrics(5.0, 0.1, 0.9, 0.9))
+    assert first == (10, metrics(5.0, 0.1, 0.9, 0.9), 1, 0)
+    second = best_of(first, 20, metrics(4.9, 0.9, 0.1, 0.1))
+    assert second == (20, metrics(4.9, 0.9, 0.1, 0.1), 2, 0)
+    third = best_of(second, 30, metrics(4.9, 0.0, 1.0, 1.0))
     assert third == second._replace(evaluations=3, since=1)
     assert not first.out_of_patience(0) and not third.out_of_patience(2) and third.out_of_patience(1)
 
 
 def test_patience_without_held_out_text_is_refused(data):
     trainer = trainer_on(1, data, eval_every=2, patience=1)
-    with pytest.raises(InputError, match="--patience 1: there is too little validation text to evaluate on"):
-        trainer.fit(data._replace(validation=None))
+    with pytest.raises(InputError, match="patience must be 0 without enough validation text, got 1"):
+        fit(trainer, data._replace(validation=None))
     assert trainer.state.step == 0
 
 
 def test_an_evaluation_that_is_no_number_ends_the_run_and_is_not_told(data):
     trainer, recorder = evaluating_to(trainer_on(1, data), float("nan")), Recorder()
-    with pytest.raises(InputError, match=r"--lr 0\.001: at step 7 the loss on validation text is no number"):
-        trainer.fit(data, recorder)
-    assert recorder.steps("evaluated") == []
+    with pytest.raises(
+        InputError, match=r"lr=0\.001 has diverged: at step 7 the loss on the validation text is not finite"
+    ):
+        fit(trainer, data, recorder)
+    assert recorder.steps("on_evaluate") == []
 
 
 def test_held_out_text_without_a_word_to_predict_is_no_divergence(data):
     class Wordless(Trainer):
         def evaluate(self, batches):
-            return Metrics(np.nan, 0.7, np.nan, 0.5)
+            return {"nsp_loss": 0.7, "nsp_accuracy": 0.5}
 
     plain, recorder = trainer_on(1, data), Recorder()
-    Wordless(plain.net, plain.config, plain.contexts).fit(data, recorder)
-    assert recorder.steps("evaluated") == [7]
+    fit(Wordless(plain.net, plain.config, plain.devices), data, recorder)
+    assert recorder.steps("on_evaluate") == [7]
 
 
 def test_the_perplexity_is_e_to_the_mlm_loss(recwarn):
-    assert Metrics(np.log(50.0), 9.0, 0.1, 0.5).perplexity == pytest.approx(50)
-    assert Metrics(1e4, 9.0, 0.1, 0.5).perplexity == np.inf
+    assert perplexity(metrics(np.log(50.0), 9.0)) == pytest.approx(50)
+    assert perplexity(metrics(1e4)) == np.inf
     assert not recwarn.list
 
 
@@ -717,14 +733,14 @@ def test_an_interrupt_ends_between_steps_and_inside_an_evaluation(data):
     trainer = trainer_on(1, data)
 
     class Interrupting(Recorder):
-        def stepped(self, step):
-            super().stepped(step)
+        def on_step(self, trainer, step):
+            super().on_step(trainer, step)
             trainer.interrupted = step == 3
 
     recorder = Interrupting()
     with pytest.raises(KeyboardInterrupt):
-        trainer.fit(data, recorder)
-    assert recorder.steps("stepped") == [1, 2, 3]
+        fit(trainer, data, recorder)
+    assert recorder.steps("on_step") == [1, 2, 3]
     trainer.interrupted = True
     seen = []
     with pytest.raises(KeyboardInterrupt):
@@ -734,5 +750,7 @@ def test_an_interrupt_ends_between_steps_and_inside_an_evaluation(data):
 
 def test_contexts_that_the_network_is_not_on_are_refused(data):
     net = trainer_on(1, data).net
-    with pytest.raises(InputError, match=r"the network is on \[cpu\(0\)\], not on \[cpu\(0\), cpu\(1\)\]"):
+    with pytest.raises(
+        InputError, match=r"devices must be those of the network, \[cpu\(0\)\], got \[cpu\(0\), cpu\(1\)\]"
+    ):
         Trainer(net, TRAIN, [mx.cpu(0), mx.cpu(1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,11 +46,6 @@ class Batch:
             self.next_sentence_labels[start:stop],
         )
 
-    def share(self, number: int, count: int) -> Batch:
-        """The rows of one of so many workers, which are divided as evenly as they go; maybe none."""
-        start, stop = np.linspace(0, len(self), count + 1).astype(int)[number : number + 2]
-        return self.rows(start, stop)
-
 
 def make_batch(
     documents: Documents, pairs: Pairs, noise: np.ndarray, vocab: Vocabulary, config: DataConfig
@@ -82,7 +78,13 @@ def make_batch(
     )
 
 
-def micro_batches(batch: Batch, size: int) -> list[Batch]:
+def worker_rows(batch: Any, rank: int, num_workers: int) -> Any:
+    """Return the rows of one worker, divided as evenly as possible; there may be none."""
+    start, stop = np.linspace(0, len(batch), num_workers + 1).astype(int)[rank : rank + 2]
+    return batch.rows(start, stop)
+
+
+def micro_batches(batch: Any, size: int) -> list[Any]:
     """The batch in parts of so many rows, the last one of what is left; with size 0 the batch as it is."""
     if not 0 < size < len(batch):
         return [batch]

@@ -14,7 +14,7 @@ import numpy as np
 from .. import ops
 from ..checkpoint import Snapshot
 from ..config import TrainConfig, check_group
-from ..data.batch import micro_batches
+from ..data.batch import micro_batches, worker_rows
 from ..data.loader import LoaderState
 from ..distributed.communicator import Communicator, weights_hash
 from ..errors import InputError
@@ -155,9 +155,8 @@ class Trainer:
 
     def _parts(self, batch: Any) -> list[Any]:
         """Return this worker's rows of a batch, in parts of `micro_batch` rows."""
-        rank, workers = self.communicator.rank, self.communicator.count
-        start, stop = np.linspace(0, len(batch), workers + 1).astype(int)[rank : rank + 2]
-        return micro_batches(batch.rows(start, stop), self.config.micro_batch)
+        own = worker_rows(batch, self.communicator.rank, self.communicator.count)
+        return micro_batches(own, self.config.micro_batch)
 
     def _backward(self, shards: list[DeviceBatch], number: int) -> list[ShardLoss]:
         """Return the losses of one part of a batch, after one backward pass from all their totals."""

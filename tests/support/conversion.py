@@ -19,7 +19,7 @@ from gluon_bert.presets import preset
 from gluon_bert.run import create_run, load_run
 from gluon_bert.runtime import mx
 from gluon_bert.training.device_batch import split_and_load
-from gluon_bert.training.losses import shard_loss
+from gluon_bert.training.losses import pretraining_loss
 
 WORDS = [f"w{i}" for i in range(96)]
 VOCAB_SIZE = len(SPECIAL_TOKENS) + len(WORDS)
@@ -58,7 +58,7 @@ def ours(net, batch):
     outputs = [each.asnumpy() for each in net(*(mx.nd.array(a, dtype=np.float32) for a in arrays))]
     (shard,) = split_and_load(batch, [mx.cpu()])
     with mx.autograd.record():
-        loss = shard_loss(net, shard)
+        loss = pretraining_loss(net, shard)
     loss.total.backward()
     gradients = {n: p.grad().asnumpy() for n, p in net._collect_params_with_prefix().items()}
     return real(outputs[0], batch), outputs[1], outputs[2], gradients

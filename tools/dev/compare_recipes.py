@@ -148,7 +148,7 @@ def compare_recipes(arguments: argparse.Namespace) -> int:
             "runs": [each._asdict() for each in results],
         },
     )
-    draw(arguments.output / "learning.png", results, references["held_out_unigram"])
+    draw(arguments.output / "learning.png", results, references["validation_unigram"])
     print(table(results))
     return 0
 

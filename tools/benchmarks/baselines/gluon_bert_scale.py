@@ -38,7 +38,7 @@ def main(case: dict[str, Any], benchmark: int, path: Path, kvstore: str) -> None
         net = BERTModel(len(data.vocab), config.model)
         net.initialize(ctx=contexts, seed=config.train.seed)
         net.hybridize()
-        trainer = Trainer(net, config.train, contexts, communicator)
+        trainer = Trainer(net, config.train, contexts, communicator=communicator)
         batches = data.train.batches()
         finished_step(trainer, next(batches))  # warms up
         communicator.all_gather(b"+")

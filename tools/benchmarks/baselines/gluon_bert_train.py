@@ -47,14 +47,14 @@ def steps(trainer: Any, batches: Loader) -> Iterator[Step]:
     """Take one step after another, each from the text to new weights and losses on the host."""
     for batch in batches.batches():
         means = finished_step(trainer, batch)
-        yield len(batch), means.mlm_loss, means.nsp_loss
+        yield len(batch), means["mlm_loss"], means["nsp_loss"]
 
 
 def finished_step(trainer: Any, batch: Batch) -> Metrics:
     """Take a step; return its losses after the weights are updated."""
     shards, losses = trainer.step(batch)
     meter = Meter()
-    meter.add(shards, losses, count_mlm_correct=False)
+    meter.add(shards, losses)
     means = meter.totals().averages()
     mx.nd.waitall()
     return means
