@@ -23,7 +23,7 @@ def test_the_one_with_the_most_is_waited_for_each_time():
     evenness.add(shards((30, 4), (10, 2)))  # in all both have the same tokens, and yet wait half of the time
     assert evenness.shares() == (pytest.approx(40 / 60), pytest.approx(7 / 8))
     told = "work of the contexts: in the mean 66.7 % of the tokens and 87.5 % of the predictions of the one"
-    assert evenness.in_words().startswith(told)
+    assert str(evenness).startswith(told)
 
 
 @pytest.mark.parametrize("micro_batch", [0, 4])
@@ -73,10 +73,7 @@ def test_a_profile_tells_how_long_each_was_at_work_and_how_long_all_at_once(tmp_
     told = told_of([mx.cpu(0), mx.cpu(1)], tmp_path, names, *spans)
     assert dict(told.contexts) == pytest.approx({"cpu/0": 0.011, "cpu/1": 0.009})
     assert (told.any, told.all) == (pytest.approx(0.016), pytest.approx(0.004))
-    assert (
-        told.in_words()
-        == "at work: cpu/0 0.01 s, cpu/1 0.01 s; any of them 0.02 s, all at once 0.00 s of that"
-    )
+    assert str(told) == "at work: cpu/0 0.01 s, cpu/1 0.01 s; any of them 0.02 s, all at once 0.00 s of that"
 
 
 def test_of_a_run_on_gpus_these_count(tmp_path):

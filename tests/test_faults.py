@@ -78,7 +78,7 @@ def test_a_full_disk_ends_a_run_that_keeps_its_last_checkpoint_and_goes_on_with_
     with files_of_at_most(30_000):
         assert pretrain.main(["--resume", str(folder), "--num-steps", "12", "--log-every", "3"]) == 1
     err = capsys.readouterr().err
-    assert "a checkpoint could not be written (File too large); the one after step 4 stays" in err
+    assert "a checkpoint could not be written (File too large); the checkpoint after step 4 is kept" in err
     assert "Traceback" not in err
     assert checkpoint.steps(folder)[-1] == 4 and not leftovers(folder)
     assert pretrain.main(["--resume", str(folder)]) == 0
@@ -114,7 +114,10 @@ def test_a_last_checkpoint_that_cannot_be_written_is_a_failure_whatever_was_aske
     with files_of_at_most(30_000):
         status, folder = command("--on-checkpoint-error", "continue")
     assert status == 1
-    assert "a checkpoint could not be written (File too large); there is none yet" in capsys.readouterr().err
+    assert (
+        "a checkpoint could not be written (File too large); there is no checkpoint yet"
+        in capsys.readouterr().err
+    )
     assert checkpoint.steps(folder) == [] and not leftovers(folder)
 
 

@@ -65,8 +65,8 @@ def test_parts_are_the_batch_again_and_their_weights_those_of_the_whole():
         together = np.concatenate([getattr(part, name) for part in parts])
         np.testing.assert_array_equal(together, getattr(batch, name), err_msg=name)
     shards = [s for part in parts for s in split_and_load(part, [mx.cpu(0), mx.cpu(1)], whole=batch)]
-    assert sum(s.nsp_weight * s.num_pairs for s in shards) == pytest.approx(1)
-    assert sum(s.mlm_weight * s.num_masked for s in shards) == pytest.approx(1)
+    assert sum(s.pair_weight * s.num_pairs for s in shards) == pytest.approx(1)
+    assert sum(s.masked_weight * s.num_masked for s in shards) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("num_contexts", [1, 2])
@@ -105,9 +105,10 @@ def test_losses_of_the_parts_add_up_to_those_of_the_batch(data, operators):
     batch = random_batch()
     _, (whole,) = trainer_on(1, data, BERT).step(batch)
     _, parts = trainer_on(1, data, BERT, micro_batch=3).step(batch)
-    for name in ("mlm", "nsp", "total"):
-        total = sum(getattr(part, name).asscalar() for part in parts)
-        assert total == pytest.approx(getattr(whole, name).asscalar(), rel=1e-5)
+    for name in ("mlm", "nsp"):
+        total = sum(part.losses[name].value.asscalar() for part in parts)
+        assert total == pytest.approx(whole.losses[name].value.asscalar(), rel=1e-5)
+    assert sum(part.total.asscalar() for part in parts) == pytest.approx(whole.total.asscalar(), rel=1e-5)
 
 
 def test_evaluations_in_parts_find_the_same(data, operators):
@@ -126,7 +127,9 @@ def test_parts_draw_their_own_dropout_and_a_seed_repeats_it(data, operators):
     )
     for recompute in (False, True):
         runs = [trainer_on(1, data, NOISY, micro_batch=1, recompute=recompute) for _ in range(2)]
-        (one, other), again = ([loss.mlm.asscalar() for loss in run.step(twice)[1]] for run in runs)
+        (one, other), again = (
+            [loss.losses["mlm"].value.asscalar() for loss in run.step(twice)[1]] for run in runs
+        )
         assert one != other and [one, other] == again
         for name, value in reference.values(runs[0].net).items():
             np.testing.assert_array_equal(value, reference.values(runs[1].net)[name], err_msg=name)
@@ -224,9 +227,9 @@ def test_dropout_is_the_same_when_a_layer_is_computed_again(data, monkeypatch, n
 @pytest.mark.parametrize(
     ("micro_batch", "num_contexts", "told"),
     [
-        (9, 1, "--micro-batch 9: of --batch-size 8 on one context 1 to 8 would do, or 0"),
-        (1, 3, "--micro-batch 1: of --batch-size 8 on 3 contexts 3 to 8 would do, or 0"),
-        (4, 9, "--micro-batch 4: of --batch-size 8 on 9 contexts 0 would do, or --batch-size 9 at least"),
+        (9, 1, "micro_batch must be 0 or between 1 and 8 (batch_size=8, 1 device), got 9"),
+        (1, 3, "micro_batch must be 0 or between 3 and 8 (batch_size=8, 3 devices), got 1"),
+        (4, 9, "micro_batch must be 0 (batch_size=8, 9 devices), got 4"),
     ],
 )
 def test_parts_that_cannot_be_are_refused_with_what_would_do(data, micro_batch, num_contexts, told):
@@ -238,7 +241,7 @@ def test_parts_that_cannot_be_are_refused_with_what_would_do(data, micro_batch, 
 def test_the_command_refuses_before_it_reads_or_writes(tmp_path, capsys):
     flags = ["--corpus", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--micro-batch", "1000"]
     assert pretrain.main(flags) == 2
-    assert "--micro-batch 1000: of --batch-size 512 on one context 1 to 512" in capsys.readouterr().err
+    assert "must be 0 or between 1 and 512 (batch_size=512, 1 device), got 1000" in capsys.readouterr().err
     assert pretrain.main([*flags[:-1], "-1"]) == 2
     assert "--micro-batch -1: must be at least 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

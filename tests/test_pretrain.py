@@ -59,7 +59,7 @@ def test_a_run_leaves_all_that_it_promises(command, capsys):
     lines = out.splitlines()
     assert re.fullmatch(r"MLM loss \d\.\d{3}, NSP loss \d\.\d{3} \(means of 6 steps\)", lines[0])
     assert re.fullmatch(r"\d+\.\d sentence pairs/sec on \[cpu\(0\)\]", lines[1])
-    assert "ln V" in out and "validation text" in out
+    assert "(ln V)" in out and "on validation)" in out
     assert f"run folder: {folder}" in err
     content = json.loads((folder / "config.json").read_text())
     assert content["train"]["seed"] == 0
@@ -150,7 +150,7 @@ def test_losses_fall(command):
         (["--patience", "2"], "--patience 2: counts evaluations; ask for some with --eval-every"),
         (
             ["--patience", "2", "--eval-every", "1", "--validation-fraction", "0"],
-            "pretrain: --patience 2: there is too little validation text to evaluate on",
+            "pretrain: patience must be 0 without enough validation text, got 2",
         ),
         (
             ["--warmup-ratio", "1", "--schedule", "linear"],
@@ -212,7 +212,7 @@ def test_a_run_without_held_out_text_says_so_and_writes_valid_json(command, caps
     status, folder = command("--validation-fraction", "0")
     assert status == 0
     assert "too little text is held out" in capsys.readouterr().err
-    (folder / "config.json").read_text().index('"held_out_unigram": null')
+    (folder / "config.json").read_text().index('"validation_unigram": null')
 
 
 def test_the_weights_of_every_evaluation_are_kept_if_asked_and_each_written_once(command, monkeypatch):
@@ -324,7 +324,7 @@ def test_minutes_replace_the_steps_only_where_those_are_not_given():
     "error", [OSError(28, "No space left on device"), MXNetError("C++\nMXNetError: bad")]
 )
 def test_a_failure_of_the_machine_is_told_in_a_line_with_status_1(command, capsys, monkeypatch, error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("gluon_bert.training.trainer.Trainer.fit", fail)
@@ -340,7 +340,7 @@ def test_a_picture_that_cannot_be_drawn_loses_no_weights(command, monkeypatch, c
     monkeypatch.setattr("gluon_bert.training.progress.draw_losses", fail)
     status, folder = command()
     assert (status, load_run(folder).step) == (0, 6)
-    assert "no picture of the losses (No space left on device)" in capsys.readouterr().err
+    assert "losses.png cannot be written (No space left on device)" in capsys.readouterr().err
 
 
 def test_without_output_every_run_gets_a_new_folder(text_file, tmp_path, monkeypatch):
@@ -408,7 +408,7 @@ def test_ctrl_c_leaves_a_usable_run_and_status_130(text_file, tmp_path):
     _, err = process.communicate(timeout=240)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert f"the weights after step {load_run(folder).step} are kept in {folder}" in err
+    assert f"stopped after step {load_run(folder).step}; --resume {folder} continues" in err
     assert "interrupted" in err
     assert log_of(folder)
     assert (folder / "losses.png").exists()
@@ -429,5 +429,5 @@ def test_a_run_may_begin_with_the_words_frequencies(command):
     assert status == 0
     compared = json.loads((folder / "config.json").read_text())["facts"]["reference_losses"]
     reached = log_of(folder)[-1]["validation"]["mlm_loss"]
-    assert reached == pytest.approx(compared["held_out_unigram"], abs=0.2)
+    assert reached == pytest.approx(compared["validation_unigram"], abs=0.2)
     assert reached < compared["uniform"] - 0.4

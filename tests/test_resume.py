@@ -111,10 +111,7 @@ def test_a_run_stopped_after_every_step_is_bit_for_bit_the_undisturbed_one(comma
     assert status == 0
     assert_same_run(undisturbed, stopped)
     assert checkpoint.best_step(stopped) == checkpoint.best_step(undisturbed)
-    assert (
-        f"the weights after step 11 are kept in {stopped}; --resume {stopped} goes on"
-        in capsys.readouterr().err
-    )
+    assert f"stopped after step 11; --resume {stopped} continues" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_the_operators_that_it_was_begun_with(command, stopping, capsys, monkeypatch):
@@ -236,7 +233,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(damaged_run, ca
     assert pretrain.main(["--resume", str(folder)]) == 0
     err = capsys.readouterr().err
     assert f"{path}: " in err and "the checkpoint before it is used" in err
-    assert "going on after step 10" in err
+    assert "resuming after step 10" in err
     assert_same_run(undisturbed, folder)
 
 
@@ -285,7 +282,7 @@ def test_weights_alone_are_no_run_to_go_on_with(damaged_run, capsys):
     checkpoint.save_checkpoint(folder, run.load_run(folder).net, 13)
     assert pretrain.main(["--resume", str(folder)]) == 0
     err = capsys.readouterr().err
-    assert "step-00000013: has the weights only" in err and "going on after step 12" in err
+    assert "step-00000013: has the weights only" in err and "resuming after step 12" in err
 
 
 @pytest.mark.parametrize(
@@ -344,7 +341,7 @@ def test_a_state_that_was_made_up_is_told(damaged_run, capsys, change):
     change(state)
     rewrite(path, "state.json", json.dumps(state).encode())
     assert pretrain.main(["--resume", str(folder)]) == 2
-    assert "cannot be gone on from" in capsys.readouterr().err
+    assert "cannot be resumed" in capsys.readouterr().err
 
 
 def test_two_processes_do_not_train_in_one_folder(command, text_file, capsys):

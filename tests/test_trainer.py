@@ -74,7 +74,6 @@ def trainer_on(num_contexts, data, model=MODEL, seed=1, loss=pretraining_loss, *
     return Trainer(net, dataclasses.replace(TRAIN, **changes), contexts, loss)
 
 
-
 def fit(trainer, data, *callbacks):
     """Train on data with these callbacks."""
     trainer.callbacks = list(callbacks)

@@ -196,7 +196,7 @@ class TrainState:
                 None if scale is None else LossScale.from_json(scale, contexts[0]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise InputError(f"{where}: cannot be gone on from ({type(error).__name__}: {error})") from error
+            raise InputError(f"{where}: cannot be resumed ({type(error).__name__}: {error})") from error
 
 
 def _best(content: Mapping[str, Any]) -> BestEvaluation:

@@ -5,6 +5,7 @@ import pytest
 import reference
 from test_trainer import TRAIN, assert_same, small_data, trainer_on
 
+from gluon_bert.data.batch import worker_rows
 from gluon_bert.distributed.communicator import Communicator, weights_hash
 from gluon_bert.distributed.join import run_environment
 from gluon_bert.errors import InputError
@@ -39,7 +40,7 @@ def test_gradients_of_workers_sum_to_that_of_one(data, batch, num_rows, count, c
 
     def gradients(rank, count, contexts):
         trainer = trainer_on(contexts, data, lr=0.0)
-        trainer.workers = worker(rank, count)
+        trainer.communicator = worker(rank, count)
         trainer.step(batch)  # its gradients must not be added to those of the next step
         trainer.step(part)
         return reference.gradients(trainer.net)
@@ -52,14 +53,14 @@ def test_gradients_of_workers_sum_to_that_of_one(data, batch, num_rows, count, c
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 11])
 def test_shares_of_workers_cover_the_batch(batch, count):
-    shares = [batch.share(rank, count) for rank in range(count)]
+    shares = [worker_rows(batch, rank, count) for rank in range(count)]
     for name in ("tokens", "masked_ids", "next_sentence_labels", "valid_length"):
         together = np.concatenate([getattr(share, name) for share in shares])
         np.testing.assert_array_equal(together, getattr(batch, name), err_msg=name)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     shards = [s for share in shares for s in split_and_load(share, [mx.cpu(0), mx.cpu(1)], whole=batch)]
-    assert sum(shard.num_masked * shard.mlm_weight for shard in shards) == pytest.approx(1)
-    assert sum(shard.num_pairs * shard.nsp_weight for shard in shards) == pytest.approx(1)
+    assert sum(shard.num_masked * shard.masked_weight for shard in shards) == pytest.approx(1)
+    assert sum(shard.num_pairs * shard.pair_weight for shard in shards) == pytest.approx(1)
 
 
 def test_dropout_seed_differs_by_rank_and_step():
@@ -68,10 +69,10 @@ def test_dropout_seed_differs_by_rank_and_step():
 
 
 def test_meter_of_root_holds_all_totals():
-    totals = MetricSums(np.array([5.5, 2.0, 3.0, 1.0]), np.array([7.0, 4.0, 7.0, 4.0]))
-    got = Meter.of(totals, mx.cpu(1)).totals()
-    np.testing.assert_array_equal(got.sums, totals.sums)
-    np.testing.assert_array_equal(got.counts, totals.counts)
+    totals = MetricSums({"mlm_loss": 5.5, "nsp_loss": 2.0}, {"mlm_loss": 7.0, "nsp_loss": 4.0}, 4.0)
+    assert Meter.of(totals, mx.cpu(1)).totals() == totals
+    cleared = Meter.of(totals, mx.cpu(1)).cleared().totals()
+    assert list(cleared.sums) == list(totals.sums) and not cleared.to_array().any()
 
 
 class RecordingCommunicator(Communicator):
