@@ -202,6 +202,8 @@ class TrainState:
 def _best(content: Mapping[str, Any]) -> BestEvaluation:
     names, values = list(content["validation"]), list(content["validation"].values())
     averages = dict(zip(names, float_array(values, len(values)).tolist()))  # null, for JSON, is NaN
+    if not averages:
+        raise ValueError("the best evaluation must have metrics")
     counts = [_count(content[name]) for name in ("step", "evaluations", "since")]
     return BestEvaluation(counts[0], averages, *counts[1:])
 

@@ -38,6 +38,6 @@ def test_trainer_reports_each_step_and_evaluation_batch():
     data = small_data()
     trainer, reports = trainer_on(1, data, num_steps=3), []
     trainer.alive = lambda: reports.append(trainer.state.step)
-    trainer.fit(data.train)
+    trainer.fit(data.train, validation=data.validation)
     batches = len(list(data.validation.epoch(0)))
     assert [reports.count(step) for step in (1, 2, 3)] == [1, 1, batches + 1]
