@@ -10,7 +10,9 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "InputError": "errors",
+    "AsyncCheckpointer": "training.checkpointer",
     "BERTModel": "model.bert",
+    "Callback": "training.callbacks",
     "Config": "config",
     "DataConfig": "config",
     "ModelConfig": "config",

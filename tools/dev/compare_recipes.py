@@ -222,11 +222,11 @@ def measure(folder: Path, name: str, seed: int, data: Any) -> RunResult:
     return RunResult(
         recipe=name,
         seed=seed,
-        curve=[(minutes[step], averages.mlm_loss) for step, averages in evaluated],
+        curve=[(minutes[step], averages["mlm_loss"]) for step, averages in evaluated],
         steps=last_step,
         pairs=last_step * read_config(folder / CONFIG).train.batch_size,
-        mlm_accuracy=last.mlm_accuracy,
-        nsp_accuracy=last.nsp_accuracy,
+        mlm_accuracy=last["mlm_accuracy"],
+        nsp_accuracy=last["nsp_accuracy"],
     )
 
 
