@@ -36,32 +36,32 @@ def parsed(text, text_format, **changes):
     return parse(TextChunk(text, text_format), DataConfig(**changes)).documents
 
 
-def test_running_text_is_split_into_sentences_across_line_ends():
+def test_prose_is_split_across_line_ends():
     assert parsed(PROSE, "prose") == [
         ["the crane is flying over the city .", "it is a large bird , and nobody sees it ."],
         ["a crane driver came .", "he just left ."],
     ]
 
 
-def test_a_line_is_a_document_where_lines_are_paragraphs():
+def test_paragraphs_line_is_a_document():
     text = "The crane flies. It is large.\nA driver came. He left. Why?\nalone\n"
     assert [len(document) for document in parsed(text, "paragraphs")] == [2, 3]
 
 
-def test_sentences_are_found_before_the_text_is_lower_cased():
+def test_sentences_are_split_before_lower_casing():
     text = "Das ist gut. Der Hund läuft hier. Er ist da."
     assert parsed(text, "prose", language="de") == [["das ist gut .", "der hund läuft hier .", "er ist da ."]]
 
 
 @pytest.mark.parametrize("space", ["\u00a0", "\u2028", "\u0085", "\t"])
-def test_unusual_white_space_is_white_space(tmp_path, space):
+def test_unusual_white_space_separates_words(tmp_path, space):
     path = tmp_path / "t.txt"
     path.write_text(f"See section A{space}. And{space}section B{space}.\n\n" * 3, "utf-8")
     assert documents(path, text_format="prose") == [["see section a .", "and section b ."]] * 3
     assert documents(path)
 
 
-def test_a_line_is_a_sentence_where_the_file_says_so():
+def test_sentences_line_is_a_sentence():
     text = "One line. Two full stops.\nthe second line\n\n \nAnother document\nof two\n\nalone\n"
     assert parsed(text, "sentences") == [
         ["one line . two full stops .", "the second line"],
@@ -69,7 +69,7 @@ def test_a_line_is_a_sentence_where_the_file_says_so():
     ]
 
 
-def test_wikitext_is_split_as_the_book_splits_it():
+def test_wikitext_is_split_as_d2l_splits_it():
     # The book strips the line after it has counted: a paragraph may be left with one sentence.
     lines = " = Title = \n\n A crane . It flies . \n Only one . \n no end \n"
     assert parsed(lines, "wikitext") == [["a crane", "it flies ."], ["only one ."]]
@@ -81,7 +81,7 @@ WIKITEXT = (
 )
 
 
-def test_articles_are_documents_where_they_are_asked_for():
+def test_articles_are_documents():
     assert parsed(WIKITEXT, "articles") == [
         ["a crane", "it flies .", "long", "it is key : pld", "won ."],
         ["it runs", "to the sea ."],
@@ -89,7 +89,7 @@ def test_articles_are_documents_where_they_are_asked_for():
     assert [len(d) for d in parsed(WIKITEXT, "wikitext")] == [2, 2, 1, 2]
 
 
-def test_an_article_is_never_parted_between_pieces(tmp_path, monkeypatch):
+def test_articles_are_never_cut_between_chunks(tmp_path, monkeypatch):
     path = tmp_path / "wiki.train.tokens"
     path.write_text(WIKITEXT * 20, "utf-8")
     whole = documents(path, text_format="articles")
@@ -102,7 +102,7 @@ def test_an_article_is_never_parted_between_pieces(tmp_path, monkeypatch):
     assert min(parts[-2:]) > 3
 
 
-def test_word_pieces_are_made_of_the_text_as_it_stands():
+def test_wordpiece_words_come_from_original_text():
     text = "It's 3.5 km. Don't: l'été!\n"
     assert parsed(text, "paragraphs", tokenizer="wordpiece") == [["it ' s 3 . 5 km .", "don ' t : l ' ete !"]]
     assert parsed(text, "paragraphs") == [["it's 3 . 5 km .", "don't : l'été !"]]
@@ -121,11 +121,11 @@ def test_word_pieces_are_made_of_the_text_as_it_stands():
         ("\n\n", "prose"),
     ],
 )
-def test_the_format_is_told_by_the_text(text, text_format):
+def test_guess_format_of_each_kind(text, text_format):
     assert guess_format(text, "en") == text_format
 
 
-def test_pieces_end_between_documents_and_hold_all_of_the_text(tmp_path, monkeypatch):
+def test_chunks_end_between_documents(tmp_path, monkeypatch):
     monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     path = tmp_path / "t.txt"
     text = small_text(100)
@@ -138,7 +138,7 @@ def test_pieces_end_between_documents_and_hold_all_of_the_text(tmp_path, monkeyp
     assert len(whole) == 100
 
 
-def test_a_document_longer_than_many_blocks_stays_whole(tmp_path, monkeypatch):
+def test_document_longer_than_blocks_stays_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 50)
     path = tmp_path / "t.txt"
     long = "".join(f"sentence number {i} .\n" for i in range(100))
@@ -146,21 +146,21 @@ def test_a_document_longer_than_many_blocks_stays_whole(tmp_path, monkeypatch):
     assert [len(document) for document in documents(path, text_format="sentences")] == [100, 2]
 
 
-def test_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path):
+def test_line_ends_and_bom_do_not_matter(tmp_path):
     plain, windows = tmp_path / "a.txt", tmp_path / "b.txt"
     plain.write_bytes(PROSE.encode())
     windows.write_bytes(b"\xef\xbb\xbf" + PROSE.replace("\n", "\r\n").encode())
     assert documents(plain) == documents(windows)
 
 
-def test_gzip_is_read_like_the_plain_file(tmp_path, text_file):
+def test_gzip_reads_like_plain_file(tmp_path, text_file):
     packed = tmp_path / "text.txt.gz"
     packed.write_bytes(gzip.compress(text_file.read_bytes()))
     assert documents(packed) == documents(text_file)
     assert len(documents(packed)) == 200
 
 
-def test_a_folder_is_read_in_the_order_of_names_without_hidden_files(tmp_path):
+def test_folder_is_read_in_order_without_hidden_files(tmp_path):
     for name, word in (("b.txt", "two"), ("a/z.md", "one"), (".hidden.txt", "no"), ("c.png", "no")):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -169,7 +169,7 @@ def test_a_folder_is_read_in_the_order_of_names_without_hidden_files(tmp_path):
     assert [document[0] for document in read] == ["one line", "two line"]
 
 
-def test_the_valid_file_beside_wikitexts_train_file_is_held_out(tmp_path):
+def test_wikitext_valid_file_is_validation(tmp_path):
     inner = tmp_path / "wikitext-2"
     inner.mkdir()
     for name in ("train", "valid", "test"):
@@ -180,7 +180,7 @@ def test_the_valid_file_beside_wikitexts_train_file_is_held_out(tmp_path):
         assert read == [("train one", False)] * 3 + [("valid one", True)] * 3
 
 
-def test_the_archives_folder_around_wikitexts_files_does_too(tmp_path):
+def test_wikitext_outer_folder_is_read(tmp_path):
     (tmp_path / "wikitext-2").mkdir()
     for name in ("train", "valid", "test"):
         (tmp_path / "wikitext-2" / f"wiki.{name}.tokens").write_text(
@@ -189,14 +189,14 @@ def test_the_archives_folder_around_wikitexts_files_does_too(tmp_path):
     assert [d[0] for d in documents(tmp_path)] == ["train one", "valid one"]
 
 
-def test_no_text_is_read_twice_nor_held_out_and_trained_on(tmp_path):
+def test_no_file_is_read_twice(tmp_path):
     for name in ("train", "valid", "test"):
         (tmp_path / f"wiki.{name}.tokens").write_text(f" {name} one . {name} two . \n", "utf-8")
     read = sides(*sorted(tmp_path.iterdir()), tmp_path)
     assert [(d[0], validation) for d, validation in read] == [("train one", False), ("valid one", True)]
 
 
-def test_the_held_out_share_depends_on_the_text_alone(text_file):
+def test_validation_share_depends_on_text_alone(text_file):
     read = sides(text_file, validation_fraction=0.3)
     share = sum(validation for _, validation in read) / len(read)
     assert 0.15 < share < 0.45
@@ -204,14 +204,14 @@ def test_the_held_out_share_depends_on_the_text_alone(text_file):
     assert not any(held for _, held in sides(text_file, validation_fraction=0.0))
 
 
-def test_text_that_is_not_utf8_is_told_with_file_and_line(tmp_path):
+def test_text_not_utf8_names_file_and_line(tmp_path):
     path = tmp_path / "latin.txt"
     path.write_bytes(b"first line\n" * 3 + "caf\xe9\n".encode("latin-1"))
     with pytest.raises(InputError, match=r"latin.txt, line 4: byte 0xe9 is not UTF-8"):
         documents(path)
 
 
-def test_the_line_is_right_behind_the_first_block_too(tmp_path, monkeypatch):
+def test_text_not_utf8_in_later_block_names_line(tmp_path, monkeypatch):
     monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 64)
     path = tmp_path / "latin.txt"
     path.write_bytes(b"a line of text\n" * 50 + b"\xff\n")
@@ -219,7 +219,7 @@ def test_the_line_is_right_behind_the_first_block_too(tmp_path, monkeypatch):
         documents(path)
 
 
-def test_a_damaged_gz_is_told(tmp_path):
+def test_damaged_gz_is_refused(tmp_path):
     path = tmp_path / "cut.gz"
     path.write_bytes(gzip.compress(small_text().encode())[:-20])
     with pytest.raises(InputError, match=r"cut.gz: the .gz file is damaged"):
@@ -227,7 +227,7 @@ def test_a_damaged_gz_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["one sentence a line .\n" * 30, "no end of a line at all " * 30])
-def test_a_text_without_ends_of_documents_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch, text):
+def test_text_without_document_ends_is_refused_early(tmp_path, monkeypatch, text):
     monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 100)
     monkeypatch.setattr("gluon_bert.data.corpora.text_file._LARGEST_DOCUMENT", 600)
     path = tmp_path / "t.txt"
@@ -238,7 +238,7 @@ def test_a_text_without_ends_of_documents_is_refused_before_it_fills_the_memory(
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t.txt.gz"])
-def test_pieces_tell_how_much_of_the_file_is_read(tmp_path, monkeypatch, name):
+def test_chunks_count_bytes_of_the_file(tmp_path, monkeypatch, name):
     monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     path = tmp_path / name
     content = small_text(100).encode()
@@ -249,13 +249,13 @@ def test_pieces_tell_how_much_of_the_file_is_read(tmp_path, monkeypatch, name):
     assert sum(read) == corpus.num_bytes == path.stat().st_size
 
 
-def test_documents_of_one_sentence_are_counted_where_they_are_left_out():
+def test_documents_of_one_sentence_are_counted():
     piece = TextChunk("alone here\n\na b\nc d\n\nand alone\n", "sentences")
     assert parse(piece, DataConfig()).dropped == (2, 4)
     assert parse(TextChunk(" Only one . \n", "wikitext"), DataConfig()).dropped == (0, 0)
 
 
-def test_all_paths_that_cannot_be_read_are_told(tmp_path):
+def test_all_missing_paths_are_reported(tmp_path):
     with pytest.raises(InputError) as told:
         Corpus(DataConfig(corpus=("/no/where", "pydoc", "/not/there")))
     assert [line.split(":")[0] for line in str(told.value).splitlines()] == [
@@ -264,7 +264,7 @@ def test_all_paths_that_cannot_be_read_are_told(tmp_path):
     ]
 
 
-def test_a_paragraph_of_the_pydoc_prose_is_read_once(tmp_path, monkeypatch):
+def test_pydoc_paragraph_is_read_once(tmp_path, monkeypatch):
     prose = "This function returns the first of the values that it is given. It never changes any of them."
     for name in ("a.py", "b.py"):
         (tmp_path / name).write_text(f'"""{prose}"""\n', "utf-8")
@@ -282,25 +282,25 @@ def test_a_paragraph_of_the_pydoc_prose_is_read_once(tmp_path, monkeypatch):
     assert " ".join(second) == "it never changes any of them ."
 
 
-def test_what_is_no_regular_file_is_refused(tmp_path):
+def test_irregular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="pipe: must be a regular file"):
         text_files(tmp_path / "pipe")
 
 
-def test_only_text_is_taken_from_a_folder(tmp_path):
+def test_folder_gives_text_files_only(tmp_path):
     for name in ("a.TXT", "b.txt.gz", "c.tar.gz", "d.gz"):
         (tmp_path / name).write_bytes(gzip.compress(b""))
     assert [file.path.name for file in text_files(tmp_path)] == ["a.TXT", "b.txt.gz"]
 
 
-def test_paths_that_cannot_be_read_are_told(tmp_path):
+def test_missing_or_empty_path_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"corpus .*nowhere: there is no such file or folder"):
         text_files(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"must hold a file that ends in \.txt.*got an empty folder"):
         text_files(tmp_path)
 
 
-def test_no_corpus_is_told():
+def test_no_corpus_is_refused():
     with pytest.raises(InputError, match="corpus must name a corpus, a file or a folder"):
         Corpus(DataConfig(corpus=()))

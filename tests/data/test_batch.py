@@ -41,7 +41,7 @@ def random_batch(num_rows, length=12, seed=0):
     )
 
 
-def test_a_pair_is_laid_out_as_the_paper_says():
+def test_make_batch_lays_out_pairs_as_in_paper():
     batch, vocab = batch_of(NO_MASK)
     spelt = [" ".join(vocab.to_tokens(row)) for row in batch.tokens]
     assert spelt == [
@@ -54,7 +54,7 @@ def test_a_pair_is_laid_out_as_the_paper_says():
     assert batch.next_sentence_labels.tolist() == [1, 1, 1]
 
 
-def test_padding_further_changes_no_token_and_no_prediction():
+def test_make_batch_padding_changes_no_token():
     short, _ = batch_of(preset("d2l").data, length=10)
     long, _ = batch_of(preset("d2l").data, length=30)
     np.testing.assert_array_equal(long.tokens[:, :10], short.tokens)
@@ -62,7 +62,7 @@ def test_padding_further_changes_no_token_and_no_prediction():
     np.testing.assert_array_equal(long.masked_ids, short.masked_ids)
 
 
-def test_rows_carry_their_own_predictions():
+def test_rows_carry_their_masked_positions():
     batch = random_batch(10)
     part = batch.rows(3, 7)
     assert len(part) == 4
@@ -75,7 +75,7 @@ def test_rows_carry_their_own_predictions():
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 7, 64])
 @pytest.mark.parametrize("num_contexts", [1, 2, 3, 4])
-def test_shards_hold_every_row_and_prediction_once(num_rows, num_contexts):
+def test_split_and_load_holds_every_row_once(num_rows, num_contexts):
     batch = random_batch(num_rows)
     shards = split_and_load(batch, [mx.cpu(i) for i in range(num_contexts)])
     assert [shard.tokens.context for shard in shards] == [mx.cpu(i) for i in range(num_contexts)]
@@ -92,7 +92,7 @@ def test_shards_hold_every_row_and_prediction_once(num_rows, num_contexts):
     assert sum(s.num_masked * s.masked_weight for s in shards) == pytest.approx(1)
 
 
-def test_a_shard_without_rows_has_weight_zero_and_a_row_to_compute():
+def test_split_and_load_empty_shard_has_weight_zero():
     idle = [s for s in split_and_load(random_batch(1), [mx.cpu(i) for i in range(3)]) if not s.num_pairs]
     assert len(idle) == 2
     for shard in idle:

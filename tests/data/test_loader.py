@@ -49,7 +49,7 @@ def rows(batches):
     return result
 
 
-def test_the_same_arguments_give_the_same_batches(loader_of):
+def test_loader_same_arguments_give_same_batches(loader_of):
     first, second = (rows(loader_of(seed=3).epoch(1)) for _ in range(2))
     assert first == second
     assert rows(loader_of(seed=4).epoch(1)) != first
@@ -57,7 +57,7 @@ def test_the_same_arguments_give_the_same_batches(loader_of):
 
 @pytest.mark.parametrize("masking", ["tokens", "words", "ngrams"])
 @pytest.mark.parametrize("pairs", ["sentences", "packed"])
-def test_an_epoch_holds_every_pair_once_whatever_the_batches(loader_of, pairs, masking):
+def test_epoch_holds_every_pair_once(loader_of, pairs, masking):
     changes = {"pairs": pairs, "masking": masking, "tokenizer": "wordpiece", "vocab_size": 70}
     whole = sorted(rows(loader_of(batch_size=10_000, **changes).epoch(0)))
     assert sorted(rows(loader_of(batch_size=7, **changes).epoch(0))) == whole
@@ -65,7 +65,7 @@ def test_an_epoch_holds_every_pair_once_whatever_the_batches(loader_of, pairs, m
     assert len(whole) == len(loader_of(**changes).pairs(0)) > 100
 
 
-def test_masks_are_drawn_anew_each_epoch_unless_it_is_the_books_preparation(loader_of):
+def test_masks_change_each_epoch_except_for_d2l(loader_of):
     corrected = loader_of()
     assert sorted(rows(corrected.epoch(0))) != sorted(rows(corrected.epoch(1)))
     book = loader_of(config=preset("d2l").data)
@@ -73,7 +73,7 @@ def test_masks_are_drawn_anew_each_epoch_unless_it_is_the_books_preparation(load
     assert rows(book.epoch(0)) != rows(book.epoch(1))
 
 
-def test_the_books_batches_stay_what_they_were(wikitext_prepared):
+def test_d2l_batches_match_stored_hashes(wikitext_prepared):
     # The losses of runs with the preset d2l can be compared as long as this hash stands.
     loader = Loader(wikitext_prepared.train, wikitext_prepared.vocab, preset("d2l").data, 512, seed=7)
     content = hashlib.sha256()
@@ -85,7 +85,7 @@ def test_the_books_batches_stay_what_they_were(wikitext_prepared):
     assert content.hexdigest()[:24] == "007a0356cc68f1a4a08a7be1"
 
 
-def test_forever_goes_on_with_the_next_epoch(loader_of):
+def test_batches_continue_with_next_epoch(loader_of):
     loader = loader_of()
     batches = loader.batches(2)
     per_epoch = sum(1 for _ in loader.epoch(2))
@@ -124,7 +124,7 @@ def unmasked(batches):
     return result
 
 
-def test_shards_change_nothing_as_long_as_they_are_one_part(loader_of, monkeypatch):
+def test_shards_in_one_part_give_same_batches(loader_of, monkeypatch):
     whole = rows(loader_of().epoch(1))
     monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     monkeypatch.setattr("gluon_bert.data.build_shards._SHARD_WORDS", 400)
@@ -134,7 +134,7 @@ def test_shards_change_nothing_as_long_as_they_are_one_part(loader_of, monkeypat
     assert rows(sharded.epoch(1)) == whole
 
 
-def test_the_parts_of_an_epoch_are_all_of_the_text(parted, monkeypatch):
+def test_epoch_parts_cover_all_text(parted, monkeypatch):
     loader = parted(random_next_prob=0.0)
     epochs = [unmasked(loader.epoch(epoch)) for epoch in (0, 1)]
     about = loader.num_pairs()
@@ -148,7 +148,7 @@ def test_the_parts_of_an_epoch_are_all_of_the_text(parted, monkeypatch):
     assert whole.num_pairs() == len(whole.pairs(0)) == len(epochs[0])
 
 
-def test_an_epoch_draws_what_is_mixed_and_in_which_turn(parted):
+def test_epoch_draws_parts_and_their_order(parted):
     loader = parted()
     mixtures = [loader._parts(epoch) for epoch in range(3)]
     assert mixtures[0] != mixtures[1] != mixtures[2]
@@ -161,7 +161,7 @@ def test_an_epoch_draws_what_is_mixed_and_in_which_turn(parted):
     assert rows(parted(seed=3).epoch(1)) == rows(parted(seed=3).epoch(1))
 
 
-def test_one_part_at_a_time_is_in_memory(parted, monkeypatch):
+def test_loader_holds_one_part_in_memory(parted, monkeypatch):
     loader = parted()
     original, alive, most = loader.documents.part, weakref.WeakSet(), 0
 
@@ -183,7 +183,7 @@ def test_one_part_at_a_time_is_in_memory(parted, monkeypatch):
     assert most == 1
 
 
-def test_pairs_of_different_parts_have_masks_of_their_own(parted, monkeypatch):
+def test_parts_have_different_masks(parted, monkeypatch):
     loader, seen = parted(), []
 
     def noise(seed, epoch, pairs, *others):
@@ -195,7 +195,7 @@ def test_pairs_of_different_parts_have_masks_of_their_own(parted, monkeypatch):
     assert len(set(seen)) == len(seen) == num_rows > 200
 
 
-def test_parts_that_are_not_drawn_anew_stay_what_they_were(parted):
+def test_parts_static_masking_repeats_each_epoch(parted):
     loader = parted(dynamic_masking=False)
     first, second = (rows(loader.epoch(epoch)) for epoch in (0, 1))
     assert first != second
@@ -203,7 +203,7 @@ def test_parts_that_are_not_drawn_anew_stay_what_they_were(parted):
 
 
 @pytest.mark.parametrize("pairs", ["sentences", "packed"])
-def test_a_random_second_segment_is_never_the_true_one_in_parts_either(parted, pairs):
+def test_parts_random_segment_is_never_the_true_one(parted, pairs):
     loader = parted(pairs=pairs, random_next_prob=1.0)
     for epoch in range(2):
         for batch in loader.epoch(epoch):
@@ -217,7 +217,7 @@ def test_a_random_second_segment_is_never_the_true_one_in_parts_either(parted, p
 
 
 @pytest.mark.parametrize("skip", [0, 1, 20, 40, 69])
-def test_batches_that_are_skipped_are_not_made(parted, monkeypatch, skip):
+def test_skipped_batches_are_not_made(parted, monkeypatch, skip):
     loader = parted(num_buckets=2)
     whole = [rows([batch]) for batch in loader.epoch(1)]
     assert len(whole) > 70
@@ -230,7 +230,7 @@ def test_batches_that_are_skipped_are_not_made(parted, monkeypatch, skip):
     assert rows(batches[-1:]) == rows(itertools.islice(loader.epoch(2), 1))
 
 
-def test_the_share_of_long_pairs_is_told(tmp_path, caplog):
+def test_fraction_truncated_is_logged(tmp_path, caplog):
     path = tmp_path / "t.txt"
     short, long = "a b c\nd e f", "a b c d e f g\na b c d e f g h"  # 9 and 18 tokens with the special ones
     path.write_text("\n\n".join([short] * 3 + [long]), "utf-8")
@@ -249,7 +249,7 @@ def test_the_share_of_long_pairs_is_told(tmp_path, caplog):
     assert told in caplog.messages
 
 
-def test_buckets_pad_to_few_known_lengths(loader_of):
+def test_buckets_pad_to_few_lengths(loader_of):
     loader = loader_of(num_buckets=4)
     lengths = {batch.tokens.shape[1] for batch in loader.epoch(0)}
     assert lengths <= {4, 8, 12, 16}
@@ -260,7 +260,7 @@ def test_buckets_pad_to_few_known_lengths(loader_of):
     assert {batch.tokens.shape[1] for batch in plain.epoch(0)} == {16}
 
 
-def test_load_data_tells_when_no_pair_fits(tmp_path):
+def test_load_data_without_fitting_pair_is_refused(tmp_path):
     path = tmp_path / "long.txt"
     sentence = "word " * 30
     path.write_text(f"{sentence}\n{sentence}\n\n" * 3, "utf-8")
@@ -275,7 +275,7 @@ def test_load_data_tells_when_no_pair_fits(tmp_path):
         load_pretraining_data(config, batch_size=4)
 
 
-def test_load_data_does_without_held_out_text_where_there_is_too_little(text_file):
+def test_load_data_with_little_text_has_no_validation(text_file):
     config = DataConfig(corpus=(str(text_file),), max_seq_length=16, validation_fraction=0.0)
     data = load_pretraining_data(config, batch_size=4)
     assert data.validation is None

@@ -17,7 +17,7 @@ def config_of(path, **changes):
     return DataConfig(corpus=(str(path),), text_format="sentences", **changes)
 
 
-def test_ids_spell_the_documents():
+def test_prepared_ids_spell_the_documents():
     documents = [["a b", "b c"], ["c a a"], ["b b b", "zz"]]
     prepared = number([(d, False) for d in documents], min_freq=2)
     train, vocab = prepared.train, prepared.vocab
@@ -31,19 +31,19 @@ def test_ids_spell_the_documents():
     assert spelt == [["a b", "b c"], ["c a a"], ["b b b", "<unk>"]]
 
 
-def test_the_vocabulary_is_made_of_the_training_text_only():
+def test_vocabulary_comes_from_training_text():
     prepared = number([(["a a", "a"], False), (["b b", "b a"], True)], min_freq=1)
     assert "b" not in prepared.vocab
     assert prepared.vocab.to_tokens(prepared.validation.tokens) == ["<unk>"] * 3 + ["a"]
 
 
-def test_special_tokens_in_the_text_are_unknown_words():
+def test_special_tokens_in_text_become_unk():
     prepared = number([(["<mask> <sep> a <unk>", "a <cls> <pad>"], False)], min_freq=1)
     spelt = " ".join(prepared.vocab.to_tokens(prepared.train.tokens))
     assert spelt == "<unk> <unk> a <unk> a <unk> <unk>"
 
 
-def test_the_unigram_loss_is_that_of_the_words_to_predict():
+def test_unigram_loss_counts_words_to_predict():
     prepared = number([(["a a b <unk>", "c b b <unk>"], False), (["a", "zz"], True)], min_freq=2)
 
     # <unk> 3 times (one of them the rare c), b 3, a 2
@@ -59,7 +59,7 @@ def test_the_unigram_loss_is_that_of_the_words_to_predict():
     assert prepared.unigram_loss(validation, predict_unknown=False) == pytest.approx(-np.log(2 / 5))
 
 
-def test_the_cache_gives_the_same_and_spares_the_reading(text_file, tmp_path, monkeypatch):
+def test_cache_gives_the_same_without_reading(text_file, tmp_path, monkeypatch):
     first = prepare(config_of(text_file), tmp_path / "cache")
     monkeypatch.setattr("gluon_bert.data.prepared.prepare_shards", None)
     again = prepare(config_of(text_file), tmp_path / "cache")
@@ -73,13 +73,13 @@ def test_the_cache_gives_the_same_and_spares_the_reading(text_file, tmp_path, mo
 
 
 @pytest.mark.parametrize("changes", [{"min_freq": 2}, {"lowercase": False}, {"validation_fraction": 0.2}])
-def test_another_setting_is_another_cache(text_file, tmp_path, changes):
+def test_other_setting_has_other_cache(text_file, tmp_path, changes):
     prepare(config_of(text_file), tmp_path / "cache")
     prepare(config_of(text_file, **changes), tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_another_text_under_the_same_name_is_another_cache(text_file, tmp_path):
+def test_other_text_of_same_name_has_other_cache(text_file, tmp_path):
     before = prepare(config_of(text_file, min_freq=1), tmp_path / "cache")
     text_file.write_text(text_file.read_text() + "\nzebra one\nzebra two\n", "utf-8")
     after = prepare(config_of(text_file, min_freq=1, validation_fraction=0.0), tmp_path / "cache")
@@ -87,7 +87,7 @@ def test_another_text_under_the_same_name_is_another_cache(text_file, tmp_path):
     assert "zebra" in after.vocab
 
 
-def test_a_cache_that_cannot_be_written_is_told_and_does_without(text_file, tmp_path, caplog):
+def test_unwritable_cache_is_reported_and_skipped(text_file, tmp_path, caplog):
     (tmp_path / "taken").write_text("a file, no folder")
     with caplog.at_level(logging.WARNING):
         prepared = prepare(config_of(text_file), tmp_path / "taken")
@@ -108,7 +108,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_does_without(text_file, tmp_
         ("", {}, "got 0, "),
     ],
 )
-def test_a_corpus_without_enough_text_is_refused(tmp_path, text, changes, told):
+def test_corpus_without_enough_text_is_refused(tmp_path, text, changes, told):
     path = tmp_path / "t.txt"
     path.write_text(text, "utf-8")
     with pytest.raises(InputError, match=told):
@@ -116,7 +116,7 @@ def test_a_corpus_without_enough_text_is_refused(tmp_path, text, changes, told):
     assert not list(tmp_path.glob("cache/*"))
 
 
-def test_preparing_wikitext2_takes_less_than_300_mb(wikitext):
+def test_prepare_wikitext2_takes_less_than_300_mb(wikitext):
     code = f"""if True:
         from gluon_bert.data.prepared import prepare
         from gluon_bert.config import DataConfig
@@ -130,7 +130,7 @@ def test_preparing_wikitext2_takes_less_than_300_mb(wikitext):
     assert 30 * 1024 < peak < 300 * 1024
 
 
-def test_wikitext2_gives_the_books_counts(wikitext_prepared):
+def test_wikitext2_gives_d2l_counts(wikitext_prepared):
     train = wikitext_prepared.train
     assert len(train) == 15_496
     assert int(np.diff(train.documents).sum() - len(train)) == 59_135

@@ -47,7 +47,7 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("tokenizer", ["words", "wordpiece"])
-def test_shards_together_hold_what_one_would(text_file, tmp_path, monkeypatch, tokenizer):
+def test_shards_hold_what_one_shard_would(text_file, tmp_path, monkeypatch, tokenizer):
     config = config_of(text_file, tokenizer=tokenizer, validation_fraction=0.2)
     whole = prepare(config, tmp_path / "one")
     assert len(whole.train.sizes) == 1
@@ -64,7 +64,7 @@ def test_shards_together_hold_what_one_would(text_file, tmp_path, monkeypatch, t
         np.testing.assert_array_equal(ours.counts(size), np.bincount(theirs.tokens, minlength=size))
 
 
-def test_some_shards_are_read_as_documents_of_their_own(text_file, tmp_path, many_shards):
+def test_part_of_some_shards_is_their_documents(text_file, tmp_path, many_shards):
     train = prepare(config_of(text_file), tmp_path / "cache").train
     part = train.part([1, 4])
     assert len(part.tokens) == train.sizes[1] + train.sizes[4]
@@ -79,7 +79,7 @@ def test_some_shards_are_read_as_documents_of_their_own(text_file, tmp_path, man
     assert starts <= firsts
 
 
-def test_the_files_are_as_their_description_says(text_file, tmp_path, many_shards):
+def test_shard_files_match_their_description(text_file, tmp_path, many_shards):
     prepared = prepare(config_of(text_file), tmp_path / "cache")
     folder = folder_in(tmp_path / "cache")
     names = {path.name for path in folder.iterdir()}
@@ -93,7 +93,7 @@ def test_the_files_are_as_their_description_says(text_file, tmp_path, many_shard
     assert (folder / "vocabulary.txt").read_text("utf-8").split("\n") == prepared.vocab.tokens
 
 
-def test_ids_that_need_more_than_16_bits_have_them(tmp_path):
+def test_ids_above_16_bits_are_int32(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("\n\n".join(f"a{i} b{i}\nc{i} d{i}" for i in range(17_000)), "utf-8")
     prepared = prepare(config_of(path, min_freq=1, validation_fraction=0.0), tmp_path / "cache")
@@ -102,7 +102,7 @@ def test_ids_that_need_more_than_16_bits_have_them(tmp_path):
     assert len(np.unique(prepared.train.tokens)) == 4 * 17_000
 
 
-def test_any_number_of_processes_gives_the_same_shards(tmp_path, monkeypatch):
+def test_any_number_of_processes_gives_same_shards(tmp_path, monkeypatch):
     path = tmp_path / "t.txt"
     path.write_text(small_text(24_000), "utf-8")
     assert path.stat().st_size > 2 << 20  # workers cannot be told to cut smaller pieces
@@ -132,7 +132,7 @@ def different(count):
     return [f"a{i} b\nc{i} d" for i in range(count)]
 
 
-def test_statistics_count_what_is_there(tmp_path, caplog):
+def test_statistics_equal_direct_counts(tmp_path, caplog):
     documents = [*different(18), "a1 b\nc1 d", "a1 b\nnew d", "alone with four words"]
     statistics = told_of(tmp_path, caplog, "\n\n".join(documents), validation_fraction=0.0)
     assert statistics["train"] == {"tokens": 80, "sentences": 40, "documents": 20}
@@ -154,7 +154,7 @@ def test_statistics_count_what_is_there(tmp_path, caplog):
         (["a b\na c"] + different(9), {"min_freq": 2}, "% of the tokens are unknown to the vocabulary"),
     ],
 )
-def test_what_is_a_reason_to_look_at_the_text_is_told(tmp_path, caplog, documents, changes, told):
+def test_statistics_give_warnings(tmp_path, caplog, documents, changes, told):
     path = tmp_path / "t.txt"
     path.write_text("\n\n".join(documents), "utf-8")
     config = config_of(path, **{"min_freq": 1, "validation_fraction": 0.0, **changes})
@@ -167,7 +167,7 @@ def test_what_is_a_reason_to_look_at_the_text_is_told(tmp_path, caplog, document
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_repetitions_are_found_in_other_shards_and_estimated_where_they_are_many(tmp_path, monkeypatch):
+def test_repetitions_across_shards_are_found_or_estimated(tmp_path, monkeypatch):
     monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     monkeypatch.setattr(preparation, "_SHARD_WORDS", 3000)
     path = tmp_path / "t.txt"
@@ -181,7 +181,7 @@ def test_repetitions_are_found_in_other_shards_and_estimated_where_they_are_many
     assert about["repeated_sentences"] != 0.5
 
 
-def test_progress_is_told_in_lines_where_there_is_no_terminal(text_file, tmp_path, monkeypatch, caplog):
+def test_progress_without_terminal_is_logged(text_file, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(preparation, "_TOLD_EVERY", 0.0)
     monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     with caplog.at_level(logging.INFO):
@@ -213,7 +213,7 @@ def stop_after(monkeypatch, function, calls):
     ("function", "calls"),
     [("_write_words", 3), ("_index_chunk", 20), ("_number_all", 0), ("_finish_shard", 2), ("finish", 0)],
 )
-def test_an_interrupted_preparation_goes_on(text_file, tmp_path, monkeypatch, many_shards, function, calls):
+def test_interrupted_preparation_continues(text_file, tmp_path, monkeypatch, many_shards, function, calls):
     config = config_of(text_file)
     whole = prepare(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -240,9 +240,7 @@ def test_an_interrupted_preparation_goes_on(text_file, tmp_path, monkeypatch, ma
     assert not [path.name for path in folder.iterdir() if path.name.startswith((".", "words", "ids"))]
 
 
-def test_shards_of_words_of_other_or_no_preparations_are_made_anew(
-    text_file, tmp_path, monkeypatch, many_shards, caplog
-):
+def test_foreign_or_damaged_word_shards_are_rebuilt(text_file, tmp_path, monkeypatch, many_shards, caplog):
     config, other = config_of(text_file), config_of(text_file, lowercase=False)
     whole = prepare(config, tmp_path / "whole")
     for cache, each in (("cache", config), ("other", other)):
@@ -269,7 +267,7 @@ KILLED = """if __name__ == "__main__":
 """
 
 
-def test_a_killed_preparation_goes_on_and_leaves_no_process(tmp_path, monkeypatch):
+def test_killed_preparation_continues_leaving_no_process(tmp_path, monkeypatch):
     path, script, cache = tmp_path / "t.txt", tmp_path / "killed.py", tmp_path / "cache"
     path.write_text(small_text(40_000), "utf-8")
     script.write_text(KILLED, "utf-8")
@@ -302,7 +300,7 @@ def prepare_in_process(path, cache):
     prepare(config_of(path), cache)
 
 
-def test_processes_that_prepare_the_same_text_at_once_wait_for_each_other(tmp_path):
+def test_two_processes_prepare_same_text_once(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text(small_text(5000), "utf-8")
     context = multiprocessing.get_context("spawn")
@@ -329,7 +327,7 @@ FILES = [
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "longer"])
-def test_a_damaged_cache_is_made_anew(text_file, tmp_path, caplog, many_shards, file, damage):
+def test_damaged_cache_is_rebuilt(text_file, tmp_path, caplog, many_shards, file, damage):
     first = prepare(config_of(text_file), tmp_path / "cache")
     assert_same(first, first)  # reads all of it
     path = folder_in(tmp_path / "cache") / file
@@ -344,7 +342,7 @@ def test_a_damaged_cache_is_made_anew(text_file, tmp_path, caplog, many_shards, 
     assert_same(again, first)
 
 
-def test_shards_of_another_configuration_are_refused(text_file, tmp_path, caplog, many_shards):
+def test_shards_of_another_config_are_refused(text_file, tmp_path, caplog, many_shards):
     config = config_of(text_file)
     first = prepare(config, tmp_path / "cache")
     prepare(config_of(text_file, validation_fraction=0.3), tmp_path / "other")
@@ -360,9 +358,7 @@ def test_shards_of_another_configuration_are_refused(text_file, tmp_path, caplog
     assert f"manifest.json is that of {theirs.name}" in caplog.text
 
 
-def test_a_shard_of_the_right_size_and_wrong_content_is_refused_when_it_is_read(
-    text_file, tmp_path, many_shards
-):
+def test_shard_with_wrong_content_is_refused(text_file, tmp_path, many_shards):
     prepare(config_of(text_file), tmp_path / "cache")
     path = folder_in(tmp_path / "cache") / "shard-00002" / "train.tokens.npy"
     content = bytearray(path.read_bytes())
@@ -424,7 +420,7 @@ prepare(config, pathlib.Path({cache!r}))
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_text(wikitext, tmp_path):
+def test_memory_is_constant_in_text_size(wikitext, tmp_path):
     # 43 and 260 MB of real paragraphs in another order each time. The whole way, up to the ids.
     lines = (wikitext / "wiki.train.tokens").read_text("utf-8").split("\n")
     rng = random.Random(0)

@@ -8,12 +8,12 @@ from gluon_bert.data.vocab import SPECIAL_TOKENS, Vocabulary, split_words
 from gluon_bert.errors import InputError
 
 
-def test_words_are_ordered_by_frequency_then_alphabet():
+def test_from_counts_orders_by_frequency_then_name():
     vocab = Vocabulary.from_counts({"b": 5, "a": 5, "c": 9, "d": 4, "<unk>": 100}, min_freq=5)
     assert vocab.tokens == [*SPECIAL_TOKENS, "c", "a", "b"]
 
 
-def test_ids_and_words_are_inverse():
+def test_to_indices_and_to_tokens_are_inverse():
     vocab = Vocabulary(["crane", "is", "flying"])
     assert vocab.to_tokens(vocab.to_indices(["is", "flying", "<mask>", "crane"])) == [
         "is",
@@ -25,13 +25,13 @@ def test_ids_and_words_are_inverse():
     assert vocab.to_indices([]).shape == (0,)
 
 
-def test_saved_and_loaded_is_the_same(tmp_path):
+def test_save_and_load_round_trip(tmp_path):
     vocab = Vocabulary(["crane", "naïve", "\u2028", '"'])
     vocab.save(tmp_path / "vocab.json")
     assert Vocabulary.load(tmp_path / "vocab.json").tokens == vocab.tokens
 
 
-def test_gluonnlp_reads_the_file_with_the_same_ids(tmp_path):
+def test_gluonnlp_reads_saved_file_with_same_ids(tmp_path):
     import gluon_bert.runtime as runtime
 
     runtime.import_mxnet()
@@ -54,7 +54,7 @@ def test_gluonnlp_reads_the_file_with_the_same_ids(tmp_path):
         (json.dumps({"idx_to_token": [*SPECIAL_TOKENS, "a", "a"]}), "twice"),
     ],
 )
-def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, content, told):
+def test_load_other_file_is_refused(tmp_path, content, told):
     path = tmp_path / "vocab.json"
     path.write_text(content, "utf-8")
     with pytest.raises(InputError, match=told):
@@ -75,5 +75,5 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, content, told):
         ("cafe\u0301 cre\u0300me", ["caf\u00e9", "cr\u00e8me"]),
     ],
 )
-def test_text_is_split_into_words_and_marks(text, words):
+def test_split_words_gives_words_and_marks(text, words):
     assert split_words(text) == words

@@ -42,7 +42,7 @@ def document_of(documents, sentences):
 
 
 @pytest.mark.parametrize("config", [SEED, DataConfig()], ids=["book", "corrected"])
-def test_true_pairs_are_neighbours_in_one_document(config):
+def test_true_pairs_are_neighbours(config):
     documents = random_documents()
     pairs = draw_pairs(documents, config, np.random.default_rng(0), UNK)
     true = pairs.take(pairs.is_next)
@@ -52,7 +52,7 @@ def test_true_pairs_are_neighbours_in_one_document(config):
     assert 0.4 < pairs.is_next.mean() < 0.6
 
 
-def test_matched_negatives_are_never_next_nor_of_the_same_document_nor_first():
+def test_matched_negatives_are_of_other_documents():
     documents = random_documents()
     pairs = draw_pairs(documents, DataConfig(), np.random.default_rng(0), UNK)
     false = pairs.take(~pairs.is_next)
@@ -61,7 +61,7 @@ def test_matched_negatives_are_never_next_nor_of_the_same_document_nor_first():
     assert not np.isin(b, documents.documents[:-1]).any()
 
 
-def test_the_books_negatives_give_themselves_away_by_their_place(wikitext_prepared):
+def test_d2l_negatives_are_visible_by_position(wikitext_prepared):
     documents = wikitext_prepared.train
     starts = documents.documents[:-1]
     share = {}
@@ -74,7 +74,7 @@ def test_the_books_negatives_give_themselves_away_by_their_place(wikitext_prepar
     assert share["corrected"] == 0
 
 
-def test_one_document_holding_nearly_all_text_still_gets_foreign_negatives():
+def test_large_document_gets_foreign_negatives():
     sizes = np.array([2000, 2, 2])
     documents = np.concatenate([[0], np.cumsum(sizes)])
     sentences = np.arange(0, 3 * documents[-1] + 1, 3)
@@ -86,7 +86,7 @@ def test_one_document_holding_nearly_all_text_still_gets_foreign_negatives():
         assert (document_of(text, a) != document_of(text, b)).all()
 
 
-def test_negatives_of_a_large_document_are_not_always_the_same():
+def test_large_document_gets_varied_negatives():
     sizes = np.array([5000] + [5] * 100)
     documents = np.concatenate([[0], np.cumsum(sizes)])
     sentences = np.arange(0, 3 * documents[-1] + 1, 3)
@@ -100,12 +100,12 @@ def test_negatives_of_a_large_document_are_not_always_the_same():
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_rates_of_0_and_1_are_exact(rate):
+def test_random_next_prob_0_and_1_are_exact(rate):
     pairs = draw_pairs(random_documents(), DataConfig(random_next_prob=rate), np.random.default_rng(0), UNK)
     assert (pairs.is_next == (rate == 0.0)).all()
 
 
-def test_dropping_keeps_exactly_the_pairs_that_fit():
+def test_drop_keeps_exactly_the_pairs_that_fit():
     documents = random_documents()
     whole = draw_pairs(documents, DataConfig(max_seq_length=64), np.random.default_rng(0), UNK)
     short = draw_pairs(
@@ -118,7 +118,7 @@ def test_dropping_keeps_exactly_the_pairs_that_fit():
 
 
 @pytest.mark.parametrize("max_seq_length", [8, 9, 16])
-def test_truncation_cuts_the_longer_segment_as_the_original_does(max_seq_length):
+def test_truncate_cuts_longer_segment_as_original(max_seq_length):
     rng = np.random.default_rng(0)
     a, b = rng.integers(1, 30, (2, 500))
     zeros = np.zeros(500, dtype=int)
@@ -134,7 +134,7 @@ def test_truncation_cuts_the_longer_segment_as_the_original_does(max_seq_length)
         assert (cut.first[i, 1], cut.second[i, 1]) == (kept_a, kept_b)
 
 
-def test_a_pair_of_unknown_words_only_is_left_out_unless_they_are_predicted():
+def test_pair_of_unknown_words_is_left_out():
     text = [["<unk> <unk>", "<unk>"], ["a b", "<unk>", "b"], ["<unk>", "a a"]]
     documents = number([(d, False) for d in text], min_freq=1).train
     rng = np.random.default_rng(0)
@@ -143,7 +143,7 @@ def test_a_pair_of_unknown_words_only_is_left_out_unless_they_are_predicted():
     assert len(draw_pairs(documents, DataConfig(random_next_prob=0.0, predict_unknown=True), rng, UNK)) == 4
 
 
-def test_words_to_predict_are_found_wherever_they_stand():
+def test_words_to_predict_are_found_anywhere():
     tokens = np.zeros(40, dtype=np.int32)
     tokens[[3, 12, 19]] = 7
     documents = Documents(tokens, np.arange(0, 41, 5), np.array([0, 6, 8]))
@@ -156,7 +156,7 @@ def spans(segments):
     return {tuple(segment) for segment in segments.tolist()}
 
 
-def test_packed_pairs_fill_up_with_whole_sentences_of_one_document():
+def test_packed_pairs_fill_with_sentences_of_one_document():
     documents = Documents(np.arange(5, 45), np.arange(0, 41, 4), np.array([0, 7, 10]))
     config = DataConfig(
         pairs="packed", max_seq_length=8 + NUM_SPECIAL_IN_PAIR, short_seq_prob=0.0, random_next_prob=0.0
@@ -190,7 +190,7 @@ def any_documents(draw):
     negative=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 9),
 )
-def test_packed_pairs_of_any_documents_are_sound(documents, max_seq_length, short, negative, seed):
+def test_packed_pairs_of_any_documents_are_valid(documents, max_seq_length, short, negative, seed):
     config = DataConfig(
         pairs="packed", max_seq_length=max_seq_length, short_seq_prob=short, random_next_prob=negative
     )
@@ -238,7 +238,7 @@ def packed_slowly(sizes, room, rng, short_rate, random_next_prob):
 @pytest.mark.parametrize(
     ("room", "short_rate", "random_next_prob"), [(40, 0.1, 0.5), (90, 0.5, 0.3), (20, 0.0, 0.9)]
 )
-def test_packed_pairs_are_distributed_as_those_of_the_original(room, short_rate, random_next_prob):
+def test_packed_pairs_match_original_distribution(room, short_rate, random_next_prob):
     documents = random_documents(400)
     sizes, starts = np.diff(documents.sentences).tolist(), documents.documents.tolist()
     config = DataConfig(pairs="packed", short_seq_prob=short_rate, random_next_prob=random_next_prob)
@@ -281,7 +281,7 @@ def cut_slowly(a, b, room, rng):
 
 
 @pytest.mark.parametrize(("a", "b", "room"), [(30, 12, 20), (9, 50, 21), (5, 5, 20), (40, 41, 33)])
-def test_packed_pairs_are_cut_at_random_ends_as_the_original_does(a, b, room):
+def test_packed_pairs_are_cut_as_the_original(a, b, room):
     times = 4000
     pairs = Pairs(
         np.tile([100, 100 + a], (times, 1)), np.tile([300, 300 + b], (times, 1)), np.ones(times, bool)
@@ -346,7 +346,7 @@ def original_negatives(documents, config, seed):
 
 
 @pytest.mark.parametrize("max_seq_length", [64, 128])
-def test_place_and_length_of_packed_segments_tell_nothing(wikitext_prepared, max_seq_length):
+def test_packed_pairs_do_not_leak_by_position_or_length(wikitext_prepared, max_seq_length):
     documents = wikitext_prepared.train
     config = DataConfig(pairs="packed", max_seq_length=max_seq_length)
     drawn = [draw_pairs(documents, config, np.random.default_rng(seed), UNK) for seed in range(3)]
@@ -365,7 +365,7 @@ def joined(drawn):
     )
 
 
-def test_one_document_holding_nearly_all_text_still_gets_foreign_packed_negatives():
+def test_large_document_gets_foreign_packed_negatives():
     documents = np.concatenate([[0], np.cumsum([4000, 5, 5])])
     sentences = np.arange(0, 3 * documents[-1] + 1, 3)
     text = Documents(np.arange(5, 5 + sentences[-1], dtype=np.int32), sentences, documents)
@@ -377,7 +377,7 @@ def test_one_document_holding_nearly_all_text_still_gets_foreign_packed_negative
         assert 0.3 < len(false) / len(pairs) < 0.7
 
 
-def test_all_of_the_text_comes_up_within_a_few_epochs(wikitext_prepared):
+def test_packed_pairs_cover_the_text_in_few_epochs(wikitext_prepared):
     documents = wikitext_prepared.train
     seen = np.zeros(len(documents.tokens) + 1, dtype=int)
     for epoch in range(8):
@@ -391,7 +391,7 @@ def test_all_of_the_text_comes_up_within_a_few_epochs(wikitext_prepared):
     assert (np.cumsum(seen)[:-1][with_pairs] > 0).mean() > 0.99
 
 
-def test_wikitext2_gives_the_books_examples(wikitext_prepared):
+def test_wikitext2_gives_d2l_examples(wikitext_prepared):
     pairs = draw_pairs(wikitext_prepared.train, SEED, np.random.default_rng(0), UNK)
     assert abs(len(pairs) - 43_600) < 150
     assert pairs.lengths().mean() == pytest.approx(46, abs=0.5)

@@ -16,7 +16,7 @@ import sentencex
 from gluon_bert.data.corpora import pydoc
 from gluon_bert.data.corpora.pydoc import Source, fingerprint, paragraphs, source_files
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -36,13 +36,13 @@ NEXT = "The next paragraph is about something else, and as long as the first of 
 CURLY = "That is the caf\u00e9\u2019s \u201cbest\u201d \u2013 and the only \u2013 one."
 
 
-def test_running_text_is_one_line_a_paragraph(prose_of):
+def test_paragraph_becomes_one_line(prose_of):
     wrapped = "\n".join(textwrap.wrap(LONG, 60))
     assert prose_of(f"\n    {LONG}\n\n{textwrap.indent(NEXT, '    ')}\n") == [LONG, NEXT]
     assert prose_of(wrapped + "\n\n" + wrapped.replace("\n", "  \n")) == [LONG, LONG]
 
 
-def test_a_first_line_joins_what_it_introduces(prose_of):
+def test_first_line_joins_what_it_introduces(prose_of):
     assert prose_of(f"Show what the lines are.\n\n{LONG}") == [f"Show what the lines are. {LONG}"]
 
 
@@ -76,11 +76,11 @@ def test_text_on_both_sides_of_code_is_not_joined(prose_of):
     ],
     ids=lambda text: text[:24],
 )
-def test_left_out(prose_of, left_out):
+def test_paragraphs_that_are_left_out(prose_of, left_out):
     assert prose_of(f"{LONG}\n\n{left_out}\n\n{NEXT}") == [LONG, NEXT]
 
 
-def test_literal_block_and_the_sentence_that_leads_to_it(prose_of):
+def test_literal_block_goes_with_its_sentence(prose_of):
     docstring = f"{LONG} Use it like this::\n\n    This is what the code is for. It is not text.\n\n{NEXT}"
     assert prose_of(docstring) == [LONG, NEXT]
 
@@ -115,7 +115,7 @@ def test_markup_is_reduced_to_words(prose_of, markup, plain):
     assert prose_of(markup) == [plain]
 
 
-def test_words_parted_at_a_line_end(prose_of):
+def test_words_cut_at_a_line_end_are_joined(prose_of):
     assert prose_of(f"{LONG} It is a well-\nknown thing.") == [f"{LONG} It is a well-known thing."]
     assert prose_of(f"{LONG} It is pre-\nand post-war.") == [f"{LONG} It is pre- and post-war."]
 
@@ -154,7 +154,7 @@ def test_the_language_reference_is_a_dict(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"print 'Python 2'\n", b"\xff\xfe\x00", b"# coding: nonsense\n"])
-def test_files_that_do_not_parse_are_passed_over(tmp_path, content):
+def test_files_that_do_not_parse_are_skipped(tmp_path, content):
     path = tmp_path / "module.py"
     path.write_bytes(content)
     assert paragraphs(Source("pkg/module.py", path)) == []

@@ -80,7 +80,7 @@ def vocab_file(tmp_path):
 
 @pytest.mark.parametrize("lowercase", [True, False], ids=["uncased", "cased"])
 @pytest.mark.parametrize("text", [text for text in TEXTS if "[" not in text])
-def test_pieces_are_those_of_the_published_tokenizer(text, lowercase):
+def test_pieces_match_published_tokenizer(text, lowercase):
     tokens = PUBLISHED if lowercase else CASED
     assert pieces_of(vocabulary(tokens), text, lowercase) == published_pieces(tokens, text, lowercase)
 
@@ -103,7 +103,7 @@ def made():
     ),
     lowercase=st.booleans(),
 )
-def test_any_text_has_the_pieces_of_the_published_tokenizer(made, text, lowercase):
+def test_pieces_of_any_text_match_published_tokenizer(made, text, lowercase):
     for special in (*SPECIAL_TOKENS, "<unk>", "<mask>"):
         text = text.replace(special, "")
     assert pieces_of(made, text, lowercase) == published_pieces(made.tokens, text, lowercase)
@@ -115,17 +115,17 @@ def test_most_pieces_compared_are_known_ones(made):
     assert sum(piece.startswith("##") for piece in pieces) > 0.1 * len(pieces)
 
 
-def test_half_a_character_is_left_out():
+def test_half_surrogate_pair_is_left_out():
     assert split_words("cra\ud83dne \udc00", Normalization(True)) == ["crane"]
     assert reader().text("the cra\ud83dne").tokens[2] == "crane"
 
 
-def test_accents_go_with_the_case_only():
+def test_accents_auto_follows_lowercase():
     assert split_words("Été", Normalization(True)) == ["ete"]
     assert split_words("Été", Normalization(False)) == ["Été"]
 
 
-def test_special_tokens_stand_where_the_file_has_them():
+def test_special_tokens_keep_their_ids():
     vocab = vocabulary()
     assert (vocab.pad, vocab.unk, vocab.cls, vocab.sep, vocab.mask) == (0, 100, 101, 102, 103)
     assert vocab.special[:105].all() and not vocab.special[105:].any()
@@ -134,7 +134,7 @@ def test_special_tokens_stand_where_the_file_has_them():
     assert {vocab.tokens[i] for i in np.flatnonzero(vocab.is_continuation)} == marked
 
 
-def test_saved_and_loaded_is_the_same(tmp_path):
+def test_wordpiece_save_and_load_round_trip(tmp_path):
     vocab = vocabulary([*PUBLISHED, "\u2028", "\x85", "#", "##", "###"])
     vocab.save(tmp_path / "vocab.txt")
     again = load_vocabulary(tmp_path)
@@ -144,7 +144,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     assert again.is_continuation[-3:].tolist() == [False, False, True]
 
 
-def test_a_folder_with_a_word_vocabulary_gives_that(tmp_path):
+def test_load_vocabulary_of_words(tmp_path):
     Vocabulary(["crane"]).save(tmp_path / "vocab.json")
     assert type(load_vocabulary(tmp_path)) is Vocabulary
     with pytest.raises(InputError, match=r"none.*vocab\.json"):
@@ -159,7 +159,7 @@ def test_a_folder_with_a_word_vocabulary_gives_that(tmp_path):
         (b"[PAD]\n\xff\n", ["line 2: byte 0xff is not UTF-8"]),
     ],
 )
-def test_a_file_that_is_no_vocabulary_is_refused_with_all_that_is_wrong(tmp_path, content, told):
+def test_load_broken_file_reports_every_line(tmp_path, content, told):
     path = tmp_path / "vocab.txt"
     path.write_bytes(content)
     for problem in told:
@@ -169,12 +169,12 @@ def test_a_file_that_is_no_vocabulary_is_refused_with_all_that_is_wrong(tmp_path
         WordPieceVocabulary.load(tmp_path / "none.txt")
 
 
-def test_lines_may_end_as_on_windows(tmp_path):
+def test_load_takes_windows_line_ends(tmp_path):
     (tmp_path / "vocab.txt").write_bytes("\r\n".join(PUBLISHED).encode())
     assert load_vocabulary(tmp_path).tokens == PUBLISHED
 
 
-def test_a_vocabulary_is_made_of_frequent_pieces():
+def test_from_counts_keeps_frequent_pieces():
     vocab = WordPieceVocabulary.from_counts({"crane": 50, "cranes": 20, "lone": 1}, min_freq=5, size=1000)
     assert vocab.tokens[:5] == list(SPECIAL_TOKENS)
     assert "crane" in vocab and "cranes" in vocab and "lone" not in vocab
@@ -184,7 +184,7 @@ def test_a_vocabulary_is_made_of_frequent_pieces():
     assert vocab.to_indices(["crane!"]).tolist() == [vocab.unk]
 
 
-def test_size_is_a_bound_and_too_small_a_one_is_refused():
+def test_from_counts_size_is_a_bound():
     counts = small_counts()
     assert len(WordPieceVocabulary.from_counts(counts, min_freq=1, size=60)) == 60
     with pytest.raises(InputError, match="--vocab-size 20: must be at least 4"):
@@ -193,7 +193,7 @@ def test_size_is_a_bound_and_too_small_a_one_is_refused():
     assert len(WordPieceVocabulary.from_counts(counts, min_freq=1, size=needed)) == needed
 
 
-def test_only_the_most_frequent_characters_get_tokens():
+def test_from_counts_keeps_frequent_characters():
     counts = {chr(0x4E00 + i): 1 + i // 500 for i in range(1500)}
     vocab = WordPieceVocabulary.from_counts(counts, min_freq=1)
     assert len(vocab.ordinary_ids) == 1000
@@ -202,7 +202,7 @@ def test_only_the_most_frequent_characters_get_tokens():
     assert {ord(token) - 0x4E00 for token in vocab.tokens[5:]} == set(range(500, 1500))
 
 
-def test_the_same_words_give_the_same_vocabulary_in_any_process(tmp_path):
+def test_from_counts_is_the_same_in_any_process(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(small_text(400), "utf-8")
     code = f"""if True:
@@ -230,7 +230,7 @@ def test_the_same_words_give_the_same_vocabulary_in_any_process(tmp_path):
     assert "crane" in seen.pop()
 
 
-def test_the_vocabulary_is_made_of_the_training_text_only():
+def test_wordpiece_vocabulary_comes_from_training_text():
     def build(counts):
         assert set(counts) == {"cranes", "crane"}
         return WordPieceVocabulary.from_counts(counts, min_freq=1)
@@ -240,7 +240,7 @@ def test_the_vocabulary_is_made_of_the_training_text_only():
     assert prepared.vocab.to_tokens(prepared.validation.tokens) == ["[UNK]", "[UNK]", "cranes"]
 
 
-def test_documents_hold_the_pieces_sentence_by_sentence():
+def test_documents_hold_pieces_by_sentence():
     vocab = vocabulary()
     text = ["the cranes flying .", "unflyable zebra", "", "[UNK] [MASK] a [unused3]"]
     train = numbered([(text, False), (["a"], True), (["cranes", "fly"], False)], lambda _: vocab).train
@@ -260,7 +260,7 @@ def test_documents_hold_the_pieces_sentence_by_sentence():
     assert (train.tokens.dtype, train.sentences.dtype) == (np.int32, np.int64)
 
 
-def test_more_sentences_than_a_block_are_joined_right(monkeypatch):
+def test_sentences_above_a_block_are_joined(monkeypatch):
     documents = [(["the cranes", "flying", ""] * 5, False), (["unflyable"] * 4, False)]
     whole = numbered(documents, lambda _: vocabulary()).train
     monkeypatch.setattr("gluon_bert.data.document_arrays._BLOCK", 4)
@@ -273,7 +273,7 @@ def config_of(path, **changes):
     return DataConfig(corpus=(str(path),), text_format="sentences", tokenizer="wordpiece", **changes)
 
 
-def test_batches_of_a_published_vocabulary_have_its_ids(text_file, vocab_file, tmp_path):
+def test_batches_of_published_vocabulary_have_its_ids(text_file, vocab_file, tmp_path):
     config = config_of(
         text_file, vocab_file=str(vocab_file), max_seq_length=16, mlm_probability=0.9, pairs="packed"
     )
@@ -295,7 +295,7 @@ def test_batches_of_a_published_vocabulary_have_its_ids(text_file, vocab_file, t
     assert len(np.unique(random_or_kept)) == len(vocab.ordinary_ids)
 
 
-def test_the_cache_tells_vocabularies_apart(text_file, vocab_file, tmp_path):
+def test_cache_differs_by_vocabulary(text_file, vocab_file, tmp_path):
     cache = tmp_path / "cache"
     first = prepare(config_of(text_file, vocab_file=str(vocab_file)), cache)
     assert prepare(config_of(text_file, vocab_file=str(vocab_file)), cache).vocab.tokens == first.vocab.tokens
@@ -309,7 +309,7 @@ def test_the_cache_tells_vocabularies_apart(text_file, vocab_file, tmp_path):
     assert "river" in other.vocab and other.vocab.to_indices(["river"])[0] in other.train.tokens
 
 
-def test_any_number_of_processes_gives_the_same(tmp_path):
+def test_wordpiece_any_number_of_processes_agrees(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text(small_text(12_000), "utf-8")
     assert path.stat().st_size > 1 << 20  # more than one piece of text
@@ -353,20 +353,20 @@ def test_unk_of_wikitext_is_an_unknown_word(tmp_path):
         ([*SPECIAL_TOKENS, "q"], True, "has no token for any word of corpus"),
     ],
 )
-def test_a_vocabulary_for_other_text_is_refused(text_file, tmp_path, tokens, lowercase, told):
+def test_vocabulary_for_other_text_is_refused(text_file, tmp_path, tokens, lowercase, told):
     vocabulary(tokens).save(tmp_path / "v.txt")
     with pytest.raises(InputError, match=f"--vocab-file .*v.txt: {told}"):
         prepare(config_of(text_file, vocab_file=str(tmp_path / "v.txt"), lowercase=lowercase), tmp_path / "c")
 
 
-def test_without_the_package_it_is_told_before_any_text_is_read(text_file, tmp_path, monkeypatch):
+def test_missing_tokenizers_is_reported_first(text_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     monkeypatch.setattr("gluon_bert.data.prepared.Corpus", None)
     with pytest.raises(InputError, match=r"needs the package tokenizers .*pip install -e '\.\[wordpiece\]'"):
         prepare(config_of(text_file), tmp_path / "cache")
 
 
-def test_a_word_vocabulary_does_without_the_package(text_file):
+def test_word_vocabulary_needs_no_tokenizers(text_file):
     code = f"""if True:
         import sys; sys.modules["tokenizers"] = None
         import pathlib, tempfile
@@ -378,7 +378,7 @@ def test_a_word_vocabulary_does_without_the_package(text_file):
     assert int(run.stdout) > 10
 
 
-def test_tokens_that_are_not_in_the_training_text_count_as_met_once():
+def test_unseen_tokens_count_once():
     vocab = vocabulary()
     prepared = numbered([(["the the crane", "the"], False), (["the bird", "bird"], True)], lambda _: vocab)
     # the 3 times, crane once, and bird as if once
@@ -393,7 +393,7 @@ def reader(max_seq_length=20):
     return Tokenizer(vocabulary(), max_seq_length, Normalization(lowercase=True))
 
 
-def test_a_text_is_read_in_pieces_with_the_words_they_belong_to():
+def test_text_pieces_know_their_words():
     text = reader().text("The unflyable <mask>, [MASK] zebra.", "Cranes fly")
     assert text.tokens == [
         *("[CLS]", "the", "un", "##fly", "##able", "[MASK]", ",", "[MASK]", "zebra", ".", "[SEP]"),
@@ -406,11 +406,11 @@ def test_a_text_is_read_in_pieces_with_the_words_they_belong_to():
     assert text.token_types.tolist() == [0] * 11 + [1] * 4
 
 
-def test_a_piece_that_comes_first_begins_a_word():
+def test_first_piece_begins_a_word():
     assert reader().tokens(["##s", "##ing"], ["##s", "a"]).words.tolist() == [-1, 0, 0, -1, 1, 2, -1]
 
 
-def test_tokens_and_ids_say_the_same_as_text():
+def test_wordpiece_tokens_and_ids_equal_text():
     by_text = reader().text("the cranes <mask>")
     by_tokens = reader().tokens(["the", "crane", "##s", "<mask>"])
     by_ids = reader().ids([105, 106, 107, 103])
@@ -423,14 +423,14 @@ def test_tokens_and_ids_say_the_same_as_text():
     assert reader().tokens(["[unused3]", "[PAD]"]).ids.tolist() == [101, 100, 100, 102]
 
 
-def test_texts_are_padded_with_the_vocabularys_own_token():
+def test_pad_uses_pad_of_the_vocabulary():
     batch = pad([reader().text("the cranes"), reader().text("the <mask> cranes fly , a bird sees")], 20)
     assert batch.tokens[0].tolist() == [101, 105, 106, 107, 102] + [0] * 11
     assert batch.masked_positions.tolist() == [[1], [2]]
 
 
 @pytest.mark.parametrize("made", [True, False], ids=["made", "published"])
-def test_a_run_keeps_and_finds_its_vocabulary(text_file, vocab_file, tmp_path, made):
+def test_run_keeps_its_vocabulary(text_file, vocab_file, tmp_path, made):
     from gluon_bert.inference.predictor import Predictor
 
     size = ["--vocab-size", "90"] if made else ["--vocab-file", str(vocab_file)]

@@ -41,7 +41,7 @@ def is_word(tokens, unknown):
 
 
 @pytest.mark.parametrize("config", [SEED, DataConfig()], ids=["book", "corrected"])
-def test_labels_are_the_words_that_stood_there_and_the_rest_is_untouched(config):
+def test_masked_ids_are_the_original_tokens(config):
     tokens, lengths = rows()
     result = masked(config, tokens, lengths)
     row, position = result.masked_positions
@@ -54,7 +54,7 @@ def test_labels_are_the_words_that_stood_there_and_the_rest_is_untouched(config)
 
 
 @pytest.mark.parametrize("config", [SEED, DataConfig()], ids=["book", "corrected"])
-def test_the_count_per_row_is_as_documented(config):
+def test_mask_count_per_row_is_as_documented(config):
     tokens, lengths = rows()
     counts = np.bincount(masked(config, tokens, lengths).masked_positions[0], minlength=len(tokens))
     for row, length, count in zip(tokens, lengths, counts):
@@ -64,7 +64,7 @@ def test_the_count_per_row_is_as_documented(config):
         assert count == min(max(1, wanted), candidates)
 
 
-def test_a_rate_of_1_masks_every_word_and_a_tiny_rate_exactly_one():
+def test_mask_extreme_rates_mask_all_or_one():
     tokens, lengths = rows()
     everything = masked(DataConfig(mlm_probability=1.0), tokens, lengths)
     assert len(everything.masked_ids) == is_word(tokens, False).sum()
@@ -78,7 +78,7 @@ def test_a_rate_of_1_masks_every_word_and_a_tiny_rate_exactly_one():
     [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)],
     ids=["mask", "random", "keep"],
 )
-def test_replacement_rates_of_0_and_1_are_exact(mask_token_rate, random_token_rate):
+def test_mask_replacement_rates_0_and_1_are_exact(mask_token_rate, random_token_rate):
     config = DataConfig(
         mlm_probability=1.0, mask_token_rate=mask_token_rate, random_token_rate=random_token_rate
     )
@@ -94,7 +94,7 @@ def test_replacement_rates_of_0_and_1_are_exact(mask_token_rate, random_token_ra
         np.testing.assert_array_equal(shown, result.masked_ids)
 
 
-def test_80_10_10():
+def test_mask_default_rates_are_80_10_10():
     tokens, lengths = rows(4000)
     result = masked(dataclasses.replace(DataConfig(), mlm_probability=0.5), tokens, lengths)
     shown = result.tokens[tuple(result.masked_positions)]
@@ -107,7 +107,7 @@ def test_80_10_10():
     assert abs(1 - as_mask - kept - 0.1) < bound + 1 / V
 
 
-def test_random_tokens_may_be_special_only_in_the_books_preparation():
+def test_mask_random_token_is_special_only_for_d2l():
     tokens, lengths = rows(4000)
     everything = {"mlm_probability": 1.0, "mask_token_rate": 0.0, "random_token_rate": 1.0}
     book = masked(dataclasses.replace(SEED, **everything), tokens, lengths)
@@ -116,7 +116,7 @@ def test_random_tokens_may_be_special_only_in_the_books_preparation():
     assert not (corrected.tokens[tuple(corrected.masked_positions)] < NUM_SPECIAL).any()
 
 
-def test_every_word_is_masked_equally_often():
+def test_mask_every_position_equally_often():
     tokens = np.full((20_000, 20), 7, dtype=np.int32)
     noise = pair_noise(0, 0, np.arange(20_000), 20)
     result = mask(tokens, np.full(20_000, 20), noise, VOCAB, DataConfig())
@@ -124,13 +124,13 @@ def test_every_word_is_masked_equally_often():
     assert abs(times / times.mean() - 1).max() < 0.1
 
 
-def test_noise_belongs_to_the_pair_whatever_its_batch_and_padding():
+def test_noise_depends_on_pair_not_on_batch():
     alone = pair_noise(3, 2, np.array([17]), 16)
     among = pair_noise(3, 2, np.array([4, 17, 99]), 64)
     np.testing.assert_array_equal(alone[:, 0], among[:, 1, :16])
 
 
-def test_noise_is_uniform_and_differs_by_seed_epoch_pair_draw_and_position():
+def test_noise_is_uniform_and_differs_by_each_key():
     noise = pair_noise(0, 0, np.arange(500), 64)
     assert noise.min() >= 0 and noise.max() < 1
     counts, _ = np.histogram(noise, bins=20, range=(0, 1))
@@ -219,7 +219,7 @@ def chosen_slowly(row, length, noise, config):
     mask_count=st.sampled_from(["floor", "round"]),
     predict_unknown=st.booleans(),
 )
-def test_whole_words_and_ngrams_are_those_of_a_slow_reference(
+def test_whole_words_and_ngrams_match_slow_reference(
     seed, rate, masking, max_ngram, mask_count, predict_unknown
 ):
     config = DataConfig(
@@ -238,7 +238,7 @@ def test_whole_words_and_ngrams_are_those_of_a_slow_reference(
 
 
 @pytest.mark.parametrize("masking", ["words", "ngrams"])
-def test_words_are_masked_whole_and_within_the_budget(masking):
+def test_words_are_masked_whole_within_budget(masking):
     tokens, lengths = rows_of_pieces(0, num_rows=3000)
     config = DataConfig(masking=masking)
     noise = pair_noise(0, 0, np.arange(3000), tokens.shape[1], num_draws(config))
@@ -257,7 +257,7 @@ def test_words_are_masked_whole_and_within_the_budget(masking):
 
 
 @pytest.mark.parametrize("config", [SEED, DataConfig()], ids=["book", "corrected"])
-def test_with_a_word_vocabulary_whole_words_are_the_same_as_tokens(config):
+def test_whole_words_of_word_vocabulary_equal_tokens(config):
     tokens, lengths = rows()
     plain, whole = (
         masked(config, tokens, lengths),
@@ -267,7 +267,7 @@ def test_with_a_word_vocabulary_whole_words_are_the_same_as_tokens(config):
         np.testing.assert_array_equal(getattr(plain, name), getattr(whole, name))
 
 
-def test_ngrams_of_n_words_are_drawn_in_proportion_to_1_over_n():
+def test_ngram_lengths_follow_1_over_n():
     shape = (1, 60_000)
     draw = (np.arange(60_000) / 60_000).reshape(shape)
     ones = np.ones(shape, dtype=int)
@@ -277,7 +277,7 @@ def test_ngrams_of_n_words_are_drawn_in_proportion_to_1_over_n():
     np.testing.assert_allclose(shares, np.array([6, 3, 2]) / 11, atol=1e-3)
 
 
-def test_ngrams_are_longer_runs_than_words():
+def test_ngrams_are_longer_than_words():
     tokens, lengths = np.full((4000, 64), 7, dtype=np.int32), np.full(4000, 64)
     runs = {}
     for masking in ("words", "ngrams"):
@@ -289,7 +289,7 @@ def test_ngrams_are_longer_runs_than_words():
     assert runs["words"] < 1.2 and runs["ngrams"] > 1.6
 
 
-def test_a_further_draw_does_not_change_the_others():
+def test_noise_further_draw_keeps_the_others():
     np.testing.assert_array_equal(
         pair_noise(1, 2, np.arange(9), 12),
         pair_noise(1, 2, np.arange(9), 12, num_draws(DataConfig(masking="ngrams")))[:3],

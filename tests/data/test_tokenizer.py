@@ -14,7 +14,7 @@ def reader(max_seq_length=16, lowercase=True):
     return Tokenizer(VOCAB, max_seq_length, Normalization(lowercase))
 
 
-def test_a_single_text():
+def test_text_single_has_cls_and_sep():
     text = reader().text("A crane is <mask>.")
     assert text.tokens == ["<cls>", "a", "crane", "is", "<mask>", ".", "<sep>"]
     assert VOCAB.to_tokens(text.ids) == ["<cls>", "a", "crane", "is", "<mask>", "<unk>", "<sep>"]
@@ -22,14 +22,14 @@ def test_a_single_text():
     assert (text.unknown, text.masks.tolist(), text.is_pair, text.truncated) == (["."], [4], False, 0)
 
 
-def test_a_pair():
+def test_text_pair_has_token_types():
     text = reader().text("a crane", "he left")
     assert text.tokens == ["<cls>", "a", "crane", "<sep>", "he", "left", "<sep>"]
     assert text.token_types.tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert text.is_pair
 
 
-def test_tokens_and_ids_say_the_same_as_text():
+def test_tokens_and_ids_equal_text():
     by_text = reader().text("a crane", "he left")
     by_tokens = reader().tokens(["a", "crane"], ["he", "left"])
     by_ids = reader().ids(VOCAB.to_indices(["a", "crane"]).tolist(), VOCAB.to_indices(["he", "left"]))
@@ -38,28 +38,28 @@ def test_tokens_and_ids_say_the_same_as_text():
         np.testing.assert_array_equal(other.ids, by_text.ids)
 
 
-def test_text_whose_tokens_stand_apart_is_read_as_it_stands():
+def test_text_of_separate_tokens_keeps_them():
     assert reader().text("a @-@ crane don 't").tokens[1:-1] == ["a", "@-@", "crane", "don", "'t"]
     assert reader().text("crane!").tokens[1:-1] == ["crane", "!"]
 
 
-def test_case_is_kept_where_training_kept_it():
+def test_text_cased_keeps_capitals():
     assert reader(lowercase=False).text("A a").ids[1] != reader(lowercase=False).text("A a").ids[2]
 
 
 @pytest.mark.parametrize("special", ["<cls>", "<sep>", "<pad>"])
-def test_a_special_token_in_a_text_is_not_that_token(special):
+def test_text_with_special_token_has_unk(special):
     by_text, by_tokens = reader().text(f"a {special}"), reader().tokens(["a", special])
     for text in (by_text, by_tokens):
         assert VOCAB._ids[special] not in text.ids[1:-1]
     assert special in by_tokens.unknown
 
 
-def test_an_unknown_word_is_told_once_and_unk_itself_is_none():
+def test_text_lists_each_unknown_word_once():
     assert reader().text("zebra a zebra <unk> yak").unknown == ["zebra", "yak"]
 
 
-def test_the_longest_text_fits_and_one_more_does_not():
+def test_text_of_max_length_fits_longer_is_refused():
     assert len(reader(8).text("a " * 6)) == 8
     with pytest.raises(InputError, match=r"9 tokens .* the network takes 8"):
         reader(8).text("a " * 7)
@@ -71,7 +71,7 @@ def test_the_longest_text_fits_and_one_more_does_not():
 @pytest.mark.parametrize(
     "first, second, kept", [(7, None, (6, 0)), (9, 2, (3, 2)), (2, 9, (2, 3)), (9, 9, (3, 2))]
 )
-def test_what_is_too_long_is_cut_from_the_longer_text(first, second, kept):
+def test_text_truncate_cuts_the_longer_one(first, second, kept):
     text = reader(8).text("a " * first, None if second is None else "he " * second, truncate=True)
     assert (text.tokens.count("a"), text.tokens.count("he")) == kept
     assert len(text) == 8
@@ -80,7 +80,7 @@ def test_what_is_too_long_is_cut_from_the_longer_text(first, second, kept):
 
 
 @pytest.mark.parametrize("texts", [("",), (" \n",), ("a", ""), ("", "a")])
-def test_an_empty_text_is_refused(texts):
+def test_text_empty_is_refused(texts):
     with pytest.raises(InputError, match="is empty"):
         reader().text(*texts)
 
@@ -90,13 +90,13 @@ def test_an_empty_text_is_refused(texts):
     [(15, "15 is no id: .* 15 tokens"), (-1, "-1 is no id"), (3, "id 3 is <cls>"), (4, "id 4 is <sep>"),
      (1, "id 1 is <pad>"), (True, "True is no id"), (2.0, "2.0 is no id"), ("a", "'a' is no id")],
 )  # fmt: skip
-def test_ids_that_no_text_has_are_refused(number, what):
+def test_ids_out_of_range_are_refused(number, what):
     assert len(VOCAB) == 15
     with pytest.raises(InputError, match=what):
         reader().ids([5, number])
 
 
-def test_padding():
+def test_pad_fills_arrays():
     texts = [
         reader(20).text("a <mask> crane <mask>"),
         reader(20).text("a", "he <mask>"),
@@ -114,7 +114,7 @@ def test_padding():
 
 
 @pytest.mark.parametrize("length, width", [(3, 8), (8, 8), (9, 16), (17, 18)])
-def test_padded_lengths_are_few_and_never_above_max_len(length, width):
+def test_pad_lengths_are_few_and_bounded(length, width):
     assert pad([reader(18).text("a " * (length - 2))], 18).tokens.shape == (1, width)
 
 
@@ -127,7 +127,7 @@ def random_texts(count=300, max_seq_length=40):
         yield Tokenizer(VOCAB, max_seq_length, Normalization(True)).tokens(list(words))
 
 
-def test_chunks_keep_the_order_and_their_bounds():
+def test_chunks_keep_order_and_bounds():
     texts = list(random_texts())
     parts = list(chunks(iter(texts), max_tokens=200, max_masks=3))
     assert [text for part in parts for text in part] == texts
@@ -136,7 +136,7 @@ def test_chunks_keep_the_order_and_their_bounds():
         assert len(part) == 1 or sum(len(text.masks) for text in part) <= 3
 
 
-def test_chunks_read_no_further_than_they_must():
+def test_chunks_read_lazily():
     taken = []
 
     def endless():
@@ -148,7 +148,7 @@ def test_chunks_read_no_further_than_they_must():
     assert len(taken) == 26
 
 
-def test_batches_are_of_like_length_and_within_bounds():
+def test_bucket_by_length_keeps_bounds():
     texts = list(random_texts())
     batches = list(bucket_by_length(texts, max_tokens=400, max_masks=5))
     assert sorted(i for batch in batches for i in batch) == list(range(len(texts)))

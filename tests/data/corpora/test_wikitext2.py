@@ -23,7 +23,7 @@ from gluon_bert.errors import InputError
 
 TRAIN, VALID = b" = A small corpus = \n" * 9000, b" = Held out = \n"
 XML = b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>PermanentRedirect</Code>'.ljust(243)
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def sha1(content):
@@ -123,7 +123,7 @@ CORPUS = ["datasets/wikitext-2/wiki.train.tokens", "datasets/wikitext-2/wiki.val
 
 
 @pytest.mark.parametrize("name", ["good.zip", "plain/{}.txt"])
-def test_downloaded_once(server, tmp_path, name):
+def test_wikitext2_is_downloaded_once(server, tmp_path, name):
     root = tmp_path / "home"
     folder = wikitext2_folder([f"{server.address}/{name}"], root)
     assert folder == root / "datasets" / "wikitext-2"
@@ -151,7 +151,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_failure_is_told_and_leaves_nothing(server, tmp_path, name):
+def test_download_failure_is_reported_and_leaves_nothing(server, tmp_path, name):
     address = f"{server.address}/{name}"
     with pytest.raises(InputError) as told:
         wikitext2_folder([address], tmp_path, timeout=0.3)
@@ -162,26 +162,26 @@ def test_failure_is_told_and_leaves_nothing(server, tmp_path, name):
     assert files_below(tmp_path) == (CORPUS[:1] if name.startswith("half") else [])
 
 
-def test_no_server(tmp_path):
+def test_download_without_server_is_refused(tmp_path):
     with pytest.raises(InputError, match="could not connect"):
         wikitext2_folder([f"{closed_port()}/good.zip"], tmp_path)
     assert files_below(tmp_path) == []
 
 
-def test_too_long_an_answer(server, tmp_path, monkeypatch):
+def test_download_too_long_is_refused(server, tmp_path, monkeypatch):
     monkeypatch.setattr(wikitext, "_MAX_BYTES", 100)
     with pytest.raises(InputError, match="more than 100 bytes"):
         wikitext2_folder([f"{server.address}/good.zip"], tmp_path)
     assert files_below(tmp_path) == []
 
 
-def test_too_slow_an_answer(server, tmp_path, monkeypatch):
+def test_download_too_slow_is_refused(server, tmp_path, monkeypatch):
     monkeypatch.setattr(wikitext, "_LONGEST", 0.0)
     with pytest.raises(InputError, match="timed out after 0 s"):
         wikitext2_folder([f"{server.address}/good.zip"], tmp_path)
 
 
-def test_goes_on_to_the_next_address(server, tmp_path):
+def test_download_tries_next_address(server, tmp_path):
     addresses = [f"{closed_port()}/good.zip", *(f"{server.address}/{name}" for name in FAILURES)]
     start = time.monotonic()
     folder = wikitext2_folder([*addresses, f"{server.address}/good.zip"], tmp_path, timeout=0.3)
@@ -190,7 +190,7 @@ def test_goes_on_to_the_next_address(server, tmp_path):
     assert files_below(tmp_path) == CORPUS
 
 
-def test_all_failures_in_one_sentence(server, tmp_path):
+def test_download_reports_all_failures(server, tmp_path):
     addresses = [f"{server.address}/missing.zip", f"{server.address}/xml.zip"]
     with pytest.raises(InputError) as told:
         wikitext2_folder(addresses, tmp_path)
@@ -199,7 +199,7 @@ def test_all_failures_in_one_sentence(server, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", TRAIN[:-1], XML], ids=["empty", "cut off", "XML"])
-def test_a_wrong_file_is_fetched_again(server, tmp_path, content):
+def test_wrong_file_is_downloaded_again(server, tmp_path, content):
     folder = wikitext2_folder([f"{server.address}/good.zip"], tmp_path)
     (folder / "wiki.train.tokens").write_bytes(content)
     wikitext2_folder([f"{server.address}/good.zip"], tmp_path)
@@ -207,7 +207,7 @@ def test_a_wrong_file_is_fetched_again(server, tmp_path, content):
     assert len(server.requests) == 2
 
 
-def test_archive_without_a_file(server, tmp_path, monkeypatch):
+def test_archive_without_file_is_refused(server, tmp_path, monkeypatch):
     monkeypatch.setattr(wikitext, "ARCHIVE_SHA1", sha1(OTHER_ARCHIVE))
     monkeypatch.setattr(wikitext, "FILES", {"wiki.valid.tokens": sha1(VALID)})
     with pytest.raises(InputError, match=r"the archive holds no wiki\.valid\.tokens"):
@@ -215,7 +215,7 @@ def test_archive_without_a_file(server, tmp_path, monkeypatch):
     assert files_below(tmp_path) == []
 
 
-def test_folder_that_cannot_be_made(tmp_path):
+def test_folder_not_writable_is_refused(tmp_path):
     (tmp_path / "datasets").write_text("a file where a folder should be", "utf-8")
     with pytest.raises(InputError, match="MXNET_HOME"):
         wikitext2_folder([], tmp_path)
