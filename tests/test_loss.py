@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-import reference
+from support import reference_bert as reference
 
 from gluon_bert.config import ModelConfig
 from gluon_bert.model.bert import BERTModel

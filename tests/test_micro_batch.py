@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pretrain
 import pytest
-import reference
+from support import reference_bert as reference
 from test_trainer import BERT, MODEL, NOISY, assert_same, gradients_of, small_data, trainer_on
 
 from gluon_bert import ops

@@ -12,7 +12,7 @@ import numpy as np
 import pretrain
 import pytest
 from conftest import ROOT
-from test_ops import VARIANTS
+from support.compiled_operators import VARIANTS
 
 from gluon_bert import checkpoint, run, system
 from gluon_bert.data.loader import load_pretraining_data
@@ -108,7 +108,7 @@ STEPS = """
 import sys
 import numpy as np
 sys.path.insert(0, "tests")
-import reference
+from support import reference_bert as reference
 from gluon_bert import ops
 from gluon_bert.config import preset
 from gluon_bert.model.bert import BERTModel

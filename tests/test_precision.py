@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pretrain
 import pytest
-import reference
 from conftest import ROOT
 from simulated_fp16 import simulate
+from support import reference_bert as reference
 from support.jobs import LaunchedJob
 from test_micro_batch import random_batch
 from test_trainer import BERT, MODEL, NOISY, gradients_of, small_data, trainer_on

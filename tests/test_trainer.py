@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import reference
+from support import reference_bert as reference
 
 from gluon_bert.config import DataConfig, ModelConfig, TrainConfig
 from gluon_bert.data.loader import Loader, PretrainingData

@@ -10,8 +10,8 @@ import sys
 import convert
 import numpy as np
 import pytest
-import reference
 from conftest import ROOT
+from support import reference_bert as reference
 from support.conversion import (
     SIZES,
     VOCAB_SIZE,

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import reference
+from support import reference_bert as reference
 from test_trainer import TRAIN, assert_same, small_data, trainer_on
 
 from gluon_bert.data.batch import worker_rows

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-import reference
+from support import reference_bert as reference
 
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary

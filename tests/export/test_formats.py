@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-import reference
 from conftest import ROOT, skip_without, small_text
+from support import reference_bert as reference
 
 from gluon_bert.data.prepared import prepare
 from gluon_bert.data.tokenizer import Tokenizer, pad

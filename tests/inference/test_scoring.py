@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import encode
 import numpy as np
 import pytest
-import reference
 from conftest import ROOT, untrained_run
 from dev import blimp
+from support import reference_bert as reference
 
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.errors import InputError

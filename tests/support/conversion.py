@@ -7,7 +7,6 @@ import dataclasses
 import convert
 import numpy as np
 import pytest
-import reference
 
 from gluon_bert.checkpoint import save_checkpoint
 from gluon_bert.conversion.converter import shapes
@@ -20,6 +19,7 @@ from gluon_bert.run import create_run, load_run
 from gluon_bert.runtime import mx
 from gluon_bert.training.device_batch import split_and_load
 from gluon_bert.training.losses import pretraining_loss
+from support import reference_bert as reference
 
 WORDS = [f"w{i}" for i in range(96)]
 VOCAB_SIZE = len(SPECIAL_TOKENS) + len(WORDS)

@@ -10,6 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import ROOT
+from support.compiled_operators import to_bf16
 
 from gluon_bert import ops
 from gluon_bert.ops import build
@@ -27,7 +28,7 @@ def library(request, tmp_path_factory):
     # -O1, since it takes long to make short vectors of longer ones well.
     wider = ["-D__AVX512F__=1", "-O1"] if request.param == "avx512" else []
     command = [os.environ.get("CXX", "c++"), *build.FLAGS, *wider, f"-I{build.SOURCES}", "-o", str(path)]
-    subprocess.run([*command, str(ROOT / "tests" / "gemm.cc")], check=True)
+    subprocess.run([*command, str(ROOT / "tests" / "support" / "gemm.cc")], check=True)
     return ctypes.CDLL(str(path))
 
 
@@ -49,12 +50,6 @@ def multiply(library, bf16, left, right, start=None, bias=None, transposed=(Fals
     return out
 
 
-def to_bf16(x):
-    """x in float64, rounded to 8 bits, ties to the even one; there are no numbers beyond float32's."""
-    fraction, exponent = np.frexp(np.asarray(x, np.float64))
-    return np.ldexp(np.rint(fraction * 256), exponent - 8)
-
-
 def round_each(library, numbers):
     numbers, out = np.asarray(numbers, np.float32), np.empty(len(numbers), np.uint32)
     library.round_each(len(numbers), pointer(numbers), pointer(out))
@@ -63,7 +58,7 @@ def round_each(library, numbers):
 
 @pytest.mark.parametrize("seed", range(24))
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-def test_products_of_any_size_are_those_of_the_rounded_numbers(library, bf16, seed):
+def test_products_of_any_size_equal_numpys(library, bf16, seed):
     """Sizes that fill no vector, tile or block of terms, odd numbers of terms, and some that fill several."""
     rng = np.random.default_rng(seed)
     rows, columns, depth = (
@@ -83,14 +78,14 @@ def test_products_of_any_size_are_those_of_the_rounded_numbers(library, bf16, se
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-def test_products_of_numbers_that_both_formats_have_are_exact(library, bf16):
+def test_products_of_small_integers_are_exact(library, bf16):
     """Whole numbers of 8 bits, whose sums float32 has, whatever the order."""
     rng = np.random.default_rng(0)
     left, right = rng.integers(-256, 257, (50, 301)), rng.integers(-100, 101, (301, 75))
     np.testing.assert_array_equal(multiply(library, bf16, left, right), left @ right)
 
 
-def test_numbers_are_rounded_to_the_nearest_or_the_even_one(library):
+def test_bf16_rounds_to_nearest_even(library):
     between = 1 + 2.0**-8  # halfway from 1 to the next bfloat16, 1 + 2^-7
     numbers = [
         between,
@@ -109,7 +104,7 @@ def test_numbers_are_rounded_to_the_nearest_or_the_even_one(library):
         np.testing.assert_array_equal(round_each(library, any_number), to_bf16(any_number).astype(np.float32))
 
 
-def test_what_is_no_finite_number_is_none_afterwards(library):
+def test_bf16_keeps_nan_and_infinity(library):
     not_numbers = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32)
     assert np.isnan(round_each(library, not_numbers.view(np.float32))).all()
     largest = np.finfo(np.float32).max

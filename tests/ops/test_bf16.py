@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference
-from test_ops import VARIANTS, compiled, multiply_bf16, network, step
-from test_products import to_bf16
+from support import reference_bert as reference
+from support.compiled_operators import VARIANTS, compiled, multiply_bf16, network, step, to_bf16
 from test_trainer import BERT, NOISY, gradients_of, small_data, trainer_on
 
 from gluon_bert import ops
@@ -38,7 +37,7 @@ def data():
     return small_data()
 
 
-def test_the_forward_pass_is_numpys_with_rounded_numbers(net, batch, monkeypatch):
+def test_bf16_forward_equals_reference_with_rounding(net, batch, monkeypatch):
     """To a quarter of what rounding changes: near halfway float32 rounds some numbers to the other side."""
     values = reference.values(net)
     exact = reference.encode(net.config, values, batch)
@@ -54,7 +53,7 @@ def test_the_forward_pass_is_numpys_with_rounded_numbers(net, batch, monkeypatch
     )
 
 
-def test_losses_and_gradients_are_near_to_those_of_float32(net, batch):
+def test_bf16_step_is_near_float32(net, batch):
     """To a few times the 2^-9 of a rounding; where ReLU cuts off, some gradients go elsewhere."""
     (losses, expected), (near, gradients) = step(net, batch), step(net, batch, bf16=True)
     for found, exact in zip(near[:3], losses):
@@ -67,7 +66,7 @@ def test_losses_and_gradients_are_near_to_those_of_float32(net, batch):
         assert 0 < distance < tolerance * max(np.linalg.norm(gradient), floor), name
 
 
-def test_gradients_that_are_added_up_are_added_up(batch):
+def test_bf16_grad_req_add_adds_gradients(batch):
     net = network(dataclasses.replace(VARIANTS["bert"], **SIZES), vocab_size=301)
     once = step(net, batch, bf16=True)[1]
     net.collect_params().setattr("grad_req", "add")
@@ -78,7 +77,7 @@ def test_gradients_that_are_added_up_are_added_up(batch):
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
-def test_layers_that_are_computed_again_give_the_same_bits(data, norm, monkeypatch):
+def test_bf16_recompute_gives_the_same_bits(data, norm, monkeypatch):
     multiply_bf16(monkeypatch)
     model, batch = dataclasses.replace(NOISY, norm=norm), next(data.train.epoch(0))
     kept, again = (
@@ -89,7 +88,7 @@ def test_layers_that_are_computed_again_give_the_same_bits(data, norm, monkeypat
         np.testing.assert_array_equal(again[name], gradient, err_msg=name)
 
 
-def test_it_learns_as_float32_does(data, monkeypatch):
+def test_bf16_training_follows_float32(data, monkeypatch):
     def curve():
         trainer = trainer_on(1, data, dataclasses.replace(BERT, units=32), lr=1e-3)
         batch = next(data.train.epoch(0))
@@ -103,14 +102,14 @@ def test_it_learns_as_float32_does(data, monkeypatch):
     np.testing.assert_allclose(found, exact, atol=0.1)
 
 
-def test_what_is_no_number_is_seen_in_the_loss(batch):
+def test_bf16_nan_weight_gives_nan_loss(batch):
     net = network(dataclasses.replace(VARIANTS["bert"], **SIZES), vocab_size=301)
     weight = net.encoder.layers[1].feed_forward.expand.weight
     weight.set_data(weight.data() * np.nan)
     assert np.isnan(step(net, batch, bf16=True)[0][0]).all()
 
 
-def test_it_is_told_where_bf16_would_not_be_faster(monkeypatch):
+def test_bf16_unsupported_reason_names_what_is_missing(monkeypatch):
     processors = Path("/proc/cpuinfo")
     if processors.exists():
         here = "avx512_bf16" in processors.read_text("utf-8").split()

@@ -4,11 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-import reference
+from support import reference_bert as reference
 
 from gluon_bert.config import ModelConfig
 from gluon_bert.errors import InputError
-from gluon_bert.model.attention import SelfAttention, padding_scores
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.model.dropout import Dropout
 from gluon_bert.presets import PRESETS, preset
@@ -88,7 +87,7 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 @every_variant
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_forward_equals_the_numpy_reference(config, lengths):
+def test_forward_equals_reference(config, lengths):
     net, batch = build(config), reference.random_batch(*lengths, VOCAB)
     expected = without_padding(batch, *reference.forward(config, reference.values(net), batch))
     for ours, theirs in zip(outputs(net, batch), expected):
@@ -98,7 +97,7 @@ def test_forward_equals_the_numpy_reference(config, lengths):
 
 
 @every_variant
-def test_gradients_equal_finite_differences_of_the_reference(config):
+def test_gradients_equal_finite_differences(config):
     config = without_dropout(config)
     net, batch = build(config), reference.random_batch([3, 10, 6], 10, VOCAB)
     loss, grads = backward(net, batch)
@@ -122,7 +121,7 @@ def test_gradients_equal_finite_differences_of_the_reference(config):
 
 
 @pytest.mark.parametrize("config", [D2L, BERT], ids=["d2l", "bert"])
-def test_every_parameter_has_a_gradient_but_the_key_biases(config):
+def test_gradients_are_nonzero_except_for_key_biases(config):
     _, grads = backward(build(without_dropout(config)), reference.random_batch([12, 7, 9], 12, VOCAB))
     largest = {name: np.abs(grad).max() for name, grad in grads.items()}
     # A key's bias adds the same to all scores of a query, which softmax takes out again.
@@ -147,7 +146,7 @@ def test_hybridized_equals_imperative(config):
 
 @pytest.mark.parametrize("hybrid", [False, True])
 @both_kinds
-def test_dropout_acts_while_training_and_only_then(config, hybrid):
+def test_dropout_acts_only_in_training(config, hybrid):
     net, batch = build(config, hybrid=hybrid), reference.random_batch([12, 7], 12, VOCAB)
     calm = outputs(net, batch)
     with mx.autograd.record():
@@ -158,7 +157,7 @@ def test_dropout_acts_while_training_and_only_then(config, hybrid):
 
 
 @every_variant
-def test_dropout_stands_on_embeddings_attention_weights_and_sub_layers(config):
+def test_dropout_places_are_those_of_bert(config):
     net, batch = build(config, hybrid=False), reference.random_batch([12, 7], 12, VOCAB)
     net.hybridize(active=False)
     seen = []
@@ -205,7 +204,7 @@ def test_padding_changes_nothing(config):
 
 
 @every_variant
-def test_a_row_does_not_depend_on_the_others(config):
+def test_row_does_not_depend_on_other_rows(config):
     net, batch = build(config), reference.random_batch([3, 12, 7, 5], 12, VOCAB)
     encoded, mlm, nsp = outputs(net, batch)
     for row in range(4):
@@ -215,7 +214,7 @@ def test_a_row_does_not_depend_on_the_others(config):
         assert_close(alone[2][0], nsp[row])
 
 
-def test_a_result_outlives_the_next_call():
+def test_result_outlives_the_next_call():
     net = build(BERT)
     first, second = (reference.random_batch([5, 8], 8, VOCAB, seed) for seed in (0, 1))
     kept = net(*inputs(first))
@@ -225,7 +224,7 @@ def test_a_result_outlives_the_next_call():
         np.testing.assert_array_equal(ours.asnumpy(), theirs)
 
 
-def test_a_network_takes_any_batch_size_and_length_after_another():
+def test_network_takes_changing_shapes():
     net = build(BERT)
     for lengths, padded_to in (([3, 12], 12), ([5], 6), ([16, 4, 9], 16), ([3, 12], 12)):
         batch = reference.random_batch(lengths, padded_to, VOCAB)
@@ -234,42 +233,11 @@ def test_a_network_takes_any_batch_size_and_length_after_another():
             assert_close(ours, theirs)
 
 
-# Attention and positions
-
-
-@pytest.mark.parametrize("num_heads", [1, 2, 4])
-def test_attention_to_padding_is_exactly_zero(num_heads):
-    lengths = np.array([3, 8, 5])
-    scores = padding_scores(mx.nd, mx.nd.zeros((3, 8)), mx.nd.array(lengths), num_heads)
-    real = np.repeat(np.arange(8) < lengths[:, None], num_heads, axis=0)  # (B * H, T)
-    # Scores of any size that training reaches, and the same ones everywhere.
-    for size in (0, 100):
-        x = mx.nd.random.normal(0, size, scores.shape) if size else mx.nd.zeros(scores.shape)
-        weights = mx.nd.softmax(x + scores, axis=-1).asnumpy()
-        hidden = np.broadcast_to(~real[:, None, :], weights.shape)
-        assert (weights[hidden] == 0).all()
-        assert_close(weights.sum(axis=-1), 1)
-        alone = np.exp(reference.log_softmax(x.asnumpy()[0, :, : lengths[0]].astype(np.float64)))
-        assert_close(weights[0, :, : lengths[0]], alone)
-
-
-def test_nothing_flows_from_padding_into_real_positions():
-    lengths = np.array([3, 8, 5])
-    attend = SelfAttention(ModelConfig(units=8, num_heads=2, dropout=0.0))
-    attend.initialize(mx.init.Normal(1))
-    x = mx.nd.random.normal(shape=(3, 8, 8))
-    x.attach_grad()
-    real = (np.arange(8) < lengths[:, None])[:, :, None]
-    with mx.autograd.record():
-        padding = padding_scores(mx.nd, mx.nd.zeros((3, 8)), mx.nd.array(lengths), 2)
-        loss = (attend(x, padding) ** 2 * mx.nd.array(real)).sum()
-    loss.backward()
-    moved = np.abs(x.grad.asnumpy()).max(axis=-1, keepdims=True) > 0
-    np.testing.assert_array_equal(moved, real)
+# Positions
 
 
 @pytest.mark.parametrize("hybrid", [False, True])
-def test_more_positions_than_there_are_embeddings_are_an_error(hybrid):
+def test_more_tokens_than_max_positions_raise(hybrid):
     net = build(BERT, hybrid=hybrid)
     outputs(net, reference.random_batch([16], 16, VOCAB))
     with pytest.raises(mx.MXNetError):
@@ -299,7 +267,7 @@ def test_presets_have_the_sizes_of_devlin_2018(name, millions):
     assert count(BERTModel(WORDPIECES, preset(name).model)) == pytest.approx(millions * 1e6, rel=0.02)
 
 
-def test_the_book_preset_has_5_63_million_parameters():
+def test_d2l_preset_has_5_63_million_parameters():
     assert count(BERTModel(20_256, preset("d2l").model)) == 5_632_546
 
 
@@ -312,14 +280,14 @@ def test_presets_have_heads_of_64_units(name):
 # The tied decoder
 
 
-def test_a_tied_decoder_is_the_token_embedding():
+def test_tied_decoder_is_the_token_embedding():
     net = build(BERT)
     assert net.mlm.decoder.weight is net.encoder.embeddings.tokens.weight
     untied = BERTModel(VOCAB, dataclasses.replace(BERT, tied_decoder=False))
     assert count(untied) - count(net) == VOCAB * BERT.units
 
 
-def test_a_tied_weight_has_the_gradients_of_both_its_uses():
+def test_tied_weight_adds_gradients_of_both_uses():
     config = without_dropout(BERT)
     tied, untied = build(config), build(dataclasses.replace(config, tied_decoder=False))
     shared = untied._collect_params_with_prefix()
@@ -343,7 +311,7 @@ def initial(config, seed=0, contexts=None):
 
 
 @pytest.mark.parametrize("name", ["d2l", "bert", "pre"])
-def test_biases_begin_at_zero_and_layer_norms_at_identity(name):
+def test_initial_biases_are_zero_and_norms_identity(name):
     values = initial(VARIANTS[name])
     for parameter, value in values.items():
         if parameter.endswith(("bias", "beta")):
@@ -354,7 +322,7 @@ def test_biases_begin_at_zero_and_layer_norms_at_identity(name):
             assert value.any(axis=-1).all(), parameter
 
 
-def test_normal_weights_have_a_deviation_of_0_02():
+def test_initial_normal_weights_deviate_by_0_02():
     net = BERTModel(500, dataclasses.replace(BERT, units=64, ffn_units=128, max_positions=128))
     net.initialize(ctx=mx.cpu())
     net.hybridize()
@@ -366,7 +334,7 @@ def test_normal_weights_have_a_deviation_of_0_02():
             assert np.abs(value).max() > 0.05, name  # not a uniform distribution
 
 
-def test_xavier_weights_are_uniform_within_their_bound():
+def test_initial_xavier_weights_fill_their_bound():
     net = BERTModel(500, dataclasses.replace(D2L, units=64, ffn_units=128, max_positions=128))
     net.initialize(ctx=mx.cpu())
     net.hybridize()
@@ -380,7 +348,7 @@ def test_xavier_weights_are_uniform_within_their_bound():
 
 
 @both_kinds
-def test_the_seed_alone_decides_the_weights(config):
+def test_initial_weights_depend_on_the_seed_alone(config):
     first, other = initial(config, 3), initial(config, 4)
     mx.nd.random.normal(shape=(5,))  # whatever was drawn before
     again, on_three = initial(config, 3), initial(config, 3, [mx.cpu(i) for i in range(3)])
@@ -395,7 +363,7 @@ def test_the_seed_alone_decides_the_weights(config):
 
 
 @every_variant
-def test_saved_parameters_come_back_bit_for_bit(config, tmp_path):
+def test_saved_parameters_load_bit_for_bit(config, tmp_path):
     net, batch = build(config), reference.random_batch([3, 12], 12, VOCAB)
     net.save_parameters(str(tmp_path / "net.params"))
     again = BERTModel(VOCAB, config)
@@ -414,7 +382,7 @@ SHAPES = [([3, 12], 12), ([5], 6), ([16, 4, 9], 16)]
 
 @pytest.mark.filterwarnings("ignore:Cannot decide type:UserWarning")  # of inputs, which have no fixed one
 @every_variant
-def test_the_encoder_exports_as_a_symbol_of_free_batch_and_length(config, tmp_path):
+def test_encoder_symbol_takes_any_batch_and_length(config, tmp_path):
     net, names = build(config), ["tokens", "token_types", "valid_length"]
     symbol = net.encoder(*map(mx.sym.Variable, names))
     assert set(names) < set(symbol.list_arguments())
@@ -430,7 +398,7 @@ def test_the_encoder_exports_as_a_symbol_of_free_batch_and_length(config, tmp_pa
 
 
 @both_kinds
-def test_the_whole_network_is_a_symbol_of_free_batch_length_and_predictions(config):
+def test_network_symbol_takes_any_shapes(config):
     net, names = build(config), ["tokens", "token_types", "valid_length", "masked_positions"]
     symbol = mx.sym.Group(list(net(*map(mx.sym.Variable, names))))
     parameters = {p.name: p.data() for p in net.collect_params().values()}
@@ -442,7 +410,7 @@ def test_the_whole_network_is_a_symbol_of_free_batch_length_and_predictions(conf
             assert_close(ours, theirs)
 
 
-def test_mxnets_numpy_mode_is_refused_with_the_remedy():
+def test_numpy_mode_is_refused_with_the_remedy():
     mx.npx.set_np()
     try:
         with pytest.raises(InputError, match=r"reset_np\(\)"):

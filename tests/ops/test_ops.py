@@ -1,4 +1,4 @@
-"""The compiled operators: equal to MXNet's own and to NumPy, whole or not there at all, told and chosen."""
+"""The compiled operators: equal to MXNet's own and to NumPy, chosen, built and described."""
 
 import dataclasses
 import json
@@ -8,13 +8,22 @@ import sys
 
 import numpy as np
 import pytest
-import reference
 from conftest import ROOT
+from support import reference_bert as reference
+from support.compiled_operators import (
+    BERT,
+    SMALL,
+    VARIANTS,
+    assert_same,
+    compiled,
+    network,
+    step,
+    tolerance_for,
+)
 
 from gluon_bert import ops
-from gluon_bert.config import DISTANCE_BUCKETS, ModelConfig
+from gluon_bert.config import DISTANCE_BUCKETS
 from gluon_bert.errors import InputError
-from gluon_bert.model.bert import BERTModel
 from gluon_bert.model.relative_position import CLS_BUCKET, distance_buckets
 from gluon_bert.ops import build
 from gluon_bert.runtime import mx
@@ -22,86 +31,18 @@ from gluon_bert.training import losses as loss
 from gluon_bert.training.device_batch import split_and_load
 from gluon_bert.training.losses import pretraining_loss
 
-SMALL = ModelConfig(num_layers=2, units=8, ffn_units=12, num_heads=2, dropout=0.0, max_positions=400)
-BERT = dataclasses.replace(
-    SMALL, activation="gelu", embedding_norm=True, tied_decoder=True, norm_epsilon=1e-12
-)
-VARIANTS = {
-    "post": SMALL,
-    "bert": BERT,
-    "tanh": dataclasses.replace(BERT, activation="gelu_tanh"),
-    "pre": dataclasses.replace(BERT, norm="pre"),
-    "pre-relu": dataclasses.replace(SMALL, norm="pre", num_layers=3),
-    "one-layer": dataclasses.replace(BERT, num_layers=1),
-    "relative": dataclasses.replace(BERT, position="relative-bias"),
-    "relative-pre": dataclasses.replace(BERT, norm="pre", position="relative-bias"),
-}
-
-
-@pytest.fixture(autouse=True)
-def compiled():
-    """Skips where this process has no compiled operators, unless they were asked for."""
-    if ops.describe() != "compiled for this processor":
-        pytest.skip(f"the operators are {ops.describe()}")
-
-
-def network(config, vocab_size=50, seed=0):
-    net = BERTModel(vocab_size, config)
-    net.initialize(ctx=mx.cpu(), seed=seed)
-    net.hybridize()
-    reference.randomise(net, seed)
-    return net
-
-
-def step(net, batch, by_mxnet=False, bf16=False):
-    """The shard's losses and hits, and all gradients, by one side; bf16: by the compiled one, in bfloat16."""
-    with pytest.MonkeyPatch.context() as patch:
-        if by_mxnet:
-            patch.setattr(ops, "use_compiled", lambda *_: False)
-        if bf16:
-            multiply_bf16(patch)
-        (shard,) = split_and_load(batch, [mx.cpu()], count_correct=True)
-        with mx.autograd.record():
-            found = pretraining_loss(net, shard)
-        found.total.backward()
-        mlm, nsp = found.losses.values()
-        correct = mx.nd.concat(mlm.correct, nsp.correct, dim=0)
-        return [x.asnumpy() for x in (mlm.value, nsp.value, found.total, correct)], reference.gradients(net)
-
-
-def multiply_bf16(patch):
-    """Have the compiled operators multiply bfloat16, on processors too where that is no faster."""
-    for name in ("encode", "masked_loss"):
-        operator = getattr(ops, name)
-        patch.setattr(ops, name, lambda *a, _operator=operator, **k: _operator(*a, **{**k, "bf16": True}))
-
-
-def assert_same(ours, theirs, tolerance=1e-5):
-    """Equal to 1e-5 of the largest value of each array, or of a hundredth where all are small."""
-    for one, other in zip(ours[0], theirs[0]):
-        np.testing.assert_allclose(one, other, rtol=1e-5)
-    assert ours[1].keys() == theirs[1].keys()
-    for name, expected in theirs[1].items():
-        atol = tolerance * max(np.abs(expected).max(), 1e-2)
-        np.testing.assert_allclose(ours[1][name], expected, rtol=0, atol=atol, err_msg=name)
-
-
-def tolerance_for(net, batch, theirs):
-    """Four times what the last digit of the weights changes in the gradients, and 1e-5 at least."""
-    with reference.moved_weights(net):
-        moved = step(net, batch, by_mxnet=True)[1]
-    changes = [np.abs(moved[n] - g).max() / max(np.abs(g).max(), 1e-2) for n, g in theirs[1].items()]
-    return max(1e-5, 4 * max(changes))
+# A fixture for all tests here.
+__all__ = ["compiled"]
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_both_sides_give_the_same_losses_and_gradients(config):
+def test_compiled_step_equals_mxnets(config):
     net, batch = network(config), reference.random_batch([3, 12, 7, 5, 12], 12, 50)
     assert_same(step(net, batch), step(net, batch, by_mxnet=True))
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_both_sides_agree_on_random_sizes(seed):
+def test_compiled_step_of_random_sizes_equals_mxnets(seed):
     """Sizes that fill no vector, no tile and no slice, and some that fill several."""
     rng = np.random.default_rng(seed)
     heads = int(rng.integers(1, 6))
@@ -122,12 +63,12 @@ def test_both_sides_agree_on_random_sizes(seed):
     assert_same(step(net, batch), theirs, tolerance_for(net, batch, theirs))
 
 
-def test_tolerance_for_a_common_size_is_the_usual_one():
+def test_tolerance_for_a_common_size_is_small():
     net, batch = network(BERT), reference.random_batch([3, 12, 7, 5, 12], 12, 50)
     assert tolerance_for(net, batch, step(net, batch, by_mxnet=True)) < 2e-5
 
 
-def test_more_predictions_than_a_slice_and_deeper_sums_than_a_block():
+def test_compiled_step_of_large_sizes_equals_mxnets():
     config = dataclasses.replace(BERT, num_layers=1, units=300, ffn_units=520, num_heads=3)
     net, batch = network(config, 700), reference.random_batch([9] * 300, 9, 700)
     assert len(batch.masked_ids) > 500
@@ -153,7 +94,7 @@ def factor(index, rate, key, place):
     return np.where((x >> 8) >= int(np.float32(rate) * (1 << 24)), 1 / (1 - rate), 0.0)
 
 
-def test_half_the_numbers_are_dropped_and_neighbours_know_nothing_of_each_other():
+def test_dropout_factors_are_independent_halves():
     kept = np.stack([factor(np.arange(1 << 16), 0.5, 12345, place) > 0 for place in range(8)]).astype(float)
     assert np.abs(kept.mean(axis=1) - 0.5).max() < 0.01
     for shift in (1, 2, 16, 128, 4096):
@@ -163,7 +104,7 @@ def test_half_the_numbers_are_dropped_and_neighbours_know_nothing_of_each_other(
 
 
 @pytest.mark.parametrize("name", ["post", "bert", "pre", "relative"])
-def test_with_dropout_loss_and_gradients_are_those_of_the_reference(name):
+def test_compiled_dropout_equals_reference(name):
     config = dataclasses.replace(VARIANTS[name], dropout=0.3)
     net, batch = network(config), reference.random_batch([3, 12, 7], 12, 50)
     mx.random.seed(7)
@@ -192,7 +133,10 @@ def test_with_dropout_loss_and_gradients_are_those_of_the_reference(name):
 STEPS = """
 import json, sys
 sys.path[:0] = ["tests"]
-from test_ops import BERT, dataclasses, mx, network, reference, step
+import dataclasses
+from gluon_bert.runtime import mx
+from support import reference_bert as reference
+from support.compiled_operators import BERT, network, step
 net = network(dataclasses.replace(BERT, dropout=0.3, units=24, num_heads=3))
 mx.random.seed(3)
 batch = reference.random_batch([40, 9, 33, 64] * 8, 64, 50)
@@ -219,7 +163,7 @@ def run(code, **variables):
     return json.loads(done.stdout.decode().splitlines()[-1])
 
 
-def test_a_seed_repeats_dropout_on_any_number_of_threads():
+def test_seed_repeats_dropout_on_any_number_of_threads():
     one, again, three = (run(STEPS, OMP_NUM_THREADS=threads) for threads in ("1", "1", "3"))
     assert one == again
     assert one[0] != one[1]
@@ -227,13 +171,13 @@ def test_a_seed_repeats_dropout_on_any_number_of_threads():
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_products_are_counted(bf16):
+def test_peak_matmul_flops_grow_with_repeats(bf16):
     assert ops.peak_matmul_flops(2, bf16) == 2 * ops.peak_matmul_flops(1, bf16) > 1e6
     assert ops.peak_matmul_flops(1, bf16) == ops.peak_matmul_flops(1)
 
 
 @pytest.mark.slow
-def test_wider_vectors_compute_the_same(tmp_path):
+def test_avx512_vectors_give_the_same_step(tmp_path):
     """Those of AVX-512, which the compiler spells out where the processor has none; -O1, or it takes long."""
     wider = tmp_path / "wider"
     wider.write_text('#!/bin/sh\nexec c++ -D__AVX512F__=1 "$@" -O1\n', "utf-8")
@@ -245,7 +189,7 @@ def test_wider_vectors_compute_the_same(tmp_path):
 # What gradients meet
 
 
-def test_gradients_that_are_added_up_are_added_up():
+def test_grad_req_add_adds_gradients():
     net, batch = network(BERT), reference.random_batch([3, 12, 7], 12, 50)
     once = step(net, batch)[1]
     net.collect_params().setattr("grad_req", "add")
@@ -255,7 +199,7 @@ def test_gradients_that_are_added_up_are_added_up():
         np.testing.assert_allclose(added[name], 3 * gradient, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_passes_of_one_graph_are_added_up():
+def test_grad_req_add_with_two_passes_adds_both():
     """Of the words of a tied decoder, too, which two operators use in each pass."""
     net = network(BERT)
     batches = [
@@ -270,14 +214,14 @@ def test_passes_of_one_graph_are_added_up():
         np.testing.assert_allclose(gradient, one[name] + other[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_gradients_are_all_added_up_or_none():
+def test_mixed_grad_req_is_refused():
     net, batch = network(SMALL), reference.random_batch([3, 12], 12, 50)
     net.encoder.layers[0].collect_params().setattr("grad_req", "add")
     with pytest.raises(InputError, match="grad_req must be the same for all"):
         step(net, batch)
 
 
-def test_parameters_that_stand_still_have_no_gradient_and_the_others_theirs():
+def test_grad_req_null_leaves_other_gradients():
     net, batch = network(SMALL), reference.random_batch([3, 12, 7], 12, 50)
     expected = step(net, batch)[1]
     net.encoder.embeddings.collect_params().setattr("grad_req", "null")
@@ -291,7 +235,7 @@ def test_parameters_that_stand_still_have_no_gradient_and_the_others_theirs():
             np.testing.assert_allclose(parameter.grad().asnumpy(), expected[name], rtol=1e-5, atol=1e-7)
 
 
-def test_a_second_forward_pass_leaves_the_first_ones_gradients_alone():
+def test_second_forward_leaves_first_gradients():
     net = network(BERT)
     one, other = (
         reference.random_batch(lengths, 12, 50, seed=i) for i, lengths in enumerate(([3, 12], [9, 5, 7]))
@@ -306,14 +250,14 @@ def test_a_second_forward_pass_leaves_the_first_ones_gradients_alone():
         np.testing.assert_array_equal(gradient, expected[name], err_msg=name)
 
 
-def test_what_is_no_number_is_seen_in_the_loss():
+def test_nan_weight_gives_nan_loss():
     net, batch = network(SMALL), reference.random_batch([3, 12, 7], 12, 50)
     weight = net.encoder.layers[1].feed_forward.expand.weight
     weight.set_data(weight.data() * np.nan)
     assert np.isnan(step(net, batch)[0][0]).all()
 
 
-def test_scores_of_any_size_give_finite_losses():
+def test_large_scores_give_finite_losses():
     net, batch = network(SMALL), reference.random_batch([3, 12, 7], 12, 50)
     net.mlm.decoder.weight.set_data(net.mlm.decoder.weight.data() * 1e4)
     losses, gradients = step(net, batch)
@@ -321,7 +265,7 @@ def test_scores_of_any_size_give_finite_losses():
     np.testing.assert_allclose(losses[0], step(net, batch, by_mxnet=True)[0][0], rtol=1e-5)
 
 
-def test_without_predictions_the_mlm_loss_is_zero(monkeypatch):
+def test_mlm_loss_without_masked_words_is_zero(monkeypatch):
     monkeypatch.setattr(ops, "masked_loss", None)  # which wants one at least
     net, batch = network(SMALL), reference.random_batch([3, 12], 12, 50)
     (shard,) = split_and_load(batch, [mx.cpu()])
@@ -333,7 +277,7 @@ def test_without_predictions_the_mlm_loss_is_zero(monkeypatch):
 # Which side computes
 
 
-def test_graphs_and_exports_have_mxnets_operators_only(tmp_path):
+def test_export_contains_mxnets_operators_only(tmp_path):
     net, batch = network(BERT), reference.random_batch([3, 12], 12, 50)
     arrays = [mx.nd.array(a, dtype=np.float32) for a in (batch.tokens, batch.token_types, batch.valid_length)]
     encoded = net.encoder(*arrays)
@@ -349,7 +293,7 @@ def test_graphs_and_exports_have_mxnets_operators_only(tmp_path):
     np.testing.assert_allclose(served[0, :3].asnumpy(), encoded[0, :3].asnumpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_blocks_that_are_not_hybridized_compute_with_mxnets_operators():
+def test_blocks_not_hybridized_use_mxnets_operators():
     net = network(SMALL)
     array = mx.nd.zeros((1, 3))
     assert ops.use_compiled(net.encoder, array)
@@ -363,7 +307,7 @@ def told(**variables):
     return run(code, **variables)
 
 
-def test_without_a_compiler_mxnet_computes_and_the_reason_is_told(tmp_path):
+def test_missing_compiler_falls_back_with_a_reason(tmp_path):
     elsewhere = {"MXNET_HOME": str(tmp_path), "GLUON_BERT_OPERATORS": "auto"}
     assert told(CXX="no-such-compiler", **elsewhere) == (
         "MXNet's own (no C++ compiler was found (no-such-compiler))"
@@ -379,7 +323,7 @@ def test_without_a_compiler_mxnet_computes_and_the_reason_is_told(tmp_path):
     assert "is not writable" in told(**{**elsewhere, "MXNET_HOME": str(tmp_path / "file")})
 
 
-def test_operators_can_be_chosen(monkeypatch):
+def test_select_chooses_operators(monkeypatch):
     assert told(GLUON_BERT_OPERATORS="mxnet") == "MXNet's own (as chosen)"
     with pytest.raises(InputError, match="operators must be one of auto, compiled, mxnet, got quick"):
         ops.select("quick")
@@ -390,14 +334,14 @@ def test_operators_can_be_chosen(monkeypatch):
     assert ops.select() == "compiled for this processor"
 
 
-def test_compiled_operators_that_are_asked_for_and_missing_are_an_error(tmp_path):
+def test_select_compiled_without_compiler_raises(tmp_path):
     code = "from gluon_bert import ops; ops.select('compiled')"
     environment = {**os.environ, "CXX": "no-such-compiler", "MXNET_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
     assert b"InputError: the compiled operators are not available: no C++ compiler was found" in done.stderr
 
 
-def test_the_library_is_built_once_and_anew_for_other_sources(monkeypatch, tmp_path):
+def test_library_is_built_once_per_flags(monkeypatch, tmp_path):
     path = build.built_library()
     monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
     assert build.built_library() == path
@@ -409,7 +353,7 @@ def test_the_library_is_built_once_and_anew_for_other_sources(monkeypatch, tmp_p
 # Relative positions
 
 
-def test_relative_bias_covers_every_bucket_of_distances():
+def test_relative_bias_equals_reference_in_every_bucket():
     """In 200 tokens: NumPy, MXNet's operators and the compiled ones agree on each distance's bucket."""
     config = dataclasses.replace(BERT, num_layers=1, position="relative-bias")
     net, batch = network(config), reference.random_batch([200, 3], 200, 50)
