@@ -57,8 +57,8 @@ def test_impossible_kvstore_is_refused(environment, capsys, tmp_path, kvstore, v
         (["--batch-size", "30"], "must be a multiple of the number of workers, 4, got 30. Use 28 or 32."),
         (["--batch-size", "3"], "must be a multiple of the number of workers, 4, got 3. Use 4."),
         (["--max-minutes", "5"], "must be 0 with several workers, got 5."),
-        (["--step-timeout", "-1"], "--step-timeout"),
-        (["--step-timeout", "nan"], "--step-timeout"),
+        (["--step-timeout", "-1"], "timeout"),
+        (["--step-timeout", "nan"], "timeout"),
     ],
 )
 def test_options_that_workers_cannot_share_are_refused(environment, capsys, tmp_path, flags, message):
