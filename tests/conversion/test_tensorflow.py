@@ -20,7 +20,7 @@ from support.conversion import (
     real,
 )
 
-from gluon_bert.conversion.converter import network
+from gluon_bert.conversion.converter import network, to_own_names
 from gluon_bert.conversion.weight_names import TENSORFLOW
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS
 from gluon_bert.model.parameters import weights_of
@@ -88,10 +88,9 @@ def _tensorflow_scores(tf, v, config, batch):
 
     rows, length = batch.tokens.shape
     e = "bert/embeddings"
-    x = tf.all_gather(v[f"{e}/word_embeddings"], batch.tokens)
+    x = tf.gather(v[f"{e}/word_embeddings"], batch.tokens)
     x += (
-        tf.all_gather(v[f"{e}/token_type_embeddings"], batch.token_types)
-        + v[f"{e}/position_embeddings"][:length]
+        tf.gather(v[f"{e}/token_type_embeddings"], batch.token_types) + v[f"{e}/position_embeddings"][:length]
     )
     x = norm(x, f"{e}/LayerNorm")
     padding = -1e4 * (np.arange(length) >= batch.valid_length[:, None]).astype(float)[:, None, None]
@@ -168,6 +167,80 @@ def test_tensorflow_checkpoint_gives_same_numbers(size, tmp_path, capsys):
     exact = load_run(tmp_path / "exact")
     assert exact.net.config.activation == "gelu"
     assert_bits(run.net, exact.net)
+
+
+def save_checkpoint_of(tf, folder, name, weights, state_name=None):
+    """Save weights under a name, with what google-research/bert's training saves beside them."""
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        values = {
+            **weights,
+            "bert/pooler/dense/kernel/adam_m": np.zeros((2, 2), np.float32),
+            "bert/pooler/dense/kernel/adam_v": np.zeros((2, 2), np.float32),
+            "beta1_power": np.float32(0.9),
+            "beta2_power": np.float32(0.999),
+            "loss_scale": np.float32(1024),
+        }
+        variables = [tf.compat.v1.Variable(value, name=key) for key, value in values.items()]
+        variables.append(tf.compat.v1.Variable(3, name="global_step"))
+        session.run(tf.compat.v1.global_variables_initializer())
+        saver = tf.compat.v1.train.Saver(variables)
+        saver.save(session, str(folder / name), write_meta_graph=False, write_state=state_name is not None)
+
+
+def test_tensorflow_training_folder_gives_the_latest(tmp_path, capsys):
+    config = configured("small", activation="gelu_tanh")
+    folder = tensorflow_folder(tmp_path / "theirs", tensorflow_weights(config), config)
+    import tensorflow as tf
+
+    for path in folder.glob("bert_model.ckpt*"):
+        path.unlink()
+    (folder / "checkpoint").unlink()
+    states = {}
+    for step in (10, 20, 5):
+        states[step] = {n: a + np.float32(step) for n, a in tensorflow_weights(config).items()}
+        save_checkpoint_of(tf, folder, f"model.ckpt-{step}", states[step])
+    arguments = ["--from", "tensorflow", str(folder), "--to"]
+    assert convert.main([*arguments, str(tmp_path / "none")]) == 2
+    assert "holds several checkpoints, model.ckpt-10, model.ckpt-20" in capsys.readouterr().err
+    (folder / "checkpoint").write_text(
+        'model_checkpoint_path: "/gone/model.ckpt-20"\nall_model_checkpoint_paths: "/gone/model.ckpt-10"\n'
+    )
+    converted(*arguments, tmp_path / "latest")
+    assert "checkpoint: model.ckpt-20" in capsys.readouterr().out
+    converted(*arguments, tmp_path / "early", "--step", 5)
+    for name, step in (("latest", 20), ("early", 5)):
+        expected, _ = to_own_names(states[step], TENSORFLOW, VOCAB_SIZE, config, "here")
+        found = weights_of(load_run(tmp_path / name).net)
+        assert all(np.array_equal(found[each], array) for each, array in expected.items())
+    assert convert.main([*arguments, str(tmp_path / "none"), "--step", "7"]) == 2
+    assert "has no checkpoint of that step; its steps are 5, 10, 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("berts_names", [True, False])
+def test_tensorflow_2_object_based_is_read_or_named(berts_names, tmp_path, capsys):
+    config = configured("small", activation="gelu_tanh")
+    weights = tensorflow_weights(config)
+    folder = tensorflow_folder(tmp_path / "theirs", weights, config)
+    import tensorflow as tf
+
+    for path in folder.glob("bert_model.ckpt*"):
+        path.unlink()
+    prefix = "" if berts_names else "transformer/"
+    variables = {str(i): tf.Variable(a, name=prefix + n) for i, (n, a) in enumerate(weights.items())}
+    objects = {f"v{i}": variable for i, variable in variables.items()}
+    tf.train.Checkpoint(**objects).write(str(folder / "bert_model.ckpt"))
+    capsys.readouterr()
+    status = convert.main(["--from", "tensorflow", str(folder), "--to", str(tmp_path / "run")])
+    if berts_names:
+        assert status == 0
+        expected, _ = to_own_names(weights, TENSORFLOW, VOCAB_SIZE, config, "here")
+        found = weights_of(load_run(tmp_path / "run").net)
+        assert all(np.array_equal(found[each], array) for each, array in expected.items())
+    else:
+        assert status == 2
+        shown = capsys.readouterr().err
+        assert "is an object-based checkpoint of TensorFlow 2 with other names" in shown
+        assert sum(line.startswith("convert: ") for line in shown.splitlines()) == 1
 
 
 def test_tensorflow_damaged_or_missing_is_refused(tmp_path, capsys):
