@@ -23,8 +23,11 @@ It answers on this machine alone (127.0.0.1), at /predictions/bert. A request is
 
   "text", "pair"         a text, or two; or, as ids without <cls> and <sep>, "ids" and "pair_ids"
   "ask"                  "vectors" (when left out), "masks", "next", "score", "task" (when left out, of a
-                         fine-tuned network), or a list of them
+                         fine-tuned network), "similarity" of "text" and "pair", or a list of them
   "top"                  how many words for each <mask> (5)
+  "pooling", "normalize" how the embedding of the text is made (as the model says): "mean", "cls" or "max",
+                         true or false
+  "truncate"             true: cut a text that is too long
   "token_vectors"        true: the vector of every token, too
 
 An answer is an object as `tools/encode.py --json` prints it; what cannot be answered, such as a text that

@@ -134,7 +134,9 @@ def _read_objects(reader: Any, names: list[str], checkpoint: Path) -> dict[str, 
 
 
 def _tensorflow() -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or it logs what it misses on this machine
+    # Or it logs what it misses on this machine, and that it computes with oneDNN, which reading does not.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         return importlib.import_module("tensorflow")
     except ImportError as error:

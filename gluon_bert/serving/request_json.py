@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any, Iterable, NamedTuple, Sequence
 
 from ..data.tokenizer import EncodedText, Tokenizer
 from ..errors import InputError, join_words
 from ..inference.json_output import ASKS, as_json
-from ..inference.predictor import Predictor
+from ..inference.predictor import Prediction, Predictor
 from ..inference.scoring import check_scorable, score
+from ..model.pooling import POOLINGS, Pooling
 
 OK, BAD_REQUEST = 200, 400
 
-FIELDS = ("text", "pair", "ids", "pair_ids", "ask", "top", "token_vectors")
+FIELDS = (
+    *("text", "pair", "ids", "pair_ids", "truncate"),
+    *("ask", "top", "token_vectors", "pooling", "normalize"),
+)
+# What can be asked of two texts only: both are read on their own.
+SIMILARITY = "similarity"
 
 # Far above what any network here reads, and split into words in less than half a second, whatever it holds.
 MAX_BODY = 1 << 20
@@ -21,13 +28,23 @@ MAX_TOP = 1000
 
 
 class Request(NamedTuple):
-    """A request that can be put to the network: the text as read and as given, and what to tell of it."""
+    """A request that can be put to the network: the text as read and as given, and what to answer.
+
+    pooling: how its embedding is made. apart: the two texts of a pair, where their similarity is asked for.
+    """
 
     text: EncodedText
     given: tuple[str, ...]
     ask: tuple[str, ...] = ("vectors",)
     top: int = 5
     token_vectors: bool = False
+    pooling: Pooling | None = None
+    apart: tuple[EncodedText, ...] = ()
+
+    @property
+    def texts(self) -> list[EncodedText]:
+        """All texts that the network reads for this request."""
+        return [self.text, *self.apart]
 
 
 def answer(predictor: Predictor, bodies: Sequence[bytes]) -> list[tuple[int, dict[str, Any]]]:
@@ -43,14 +60,20 @@ def answer(predictor: Predictor, bodies: Sequence[bytes]) -> list[tuple[int, dic
     questions: dict[int, Request] = {}
     for i, body in enumerate(bodies):
         try:
-            questions[i] = read(body, predictor.reader, "task" if predictor.task else "vectors")
+            ask_by_default = "task" if predictor.task else "vectors"
+            questions[i] = read(body, predictor.reader, ask_by_default, predictor.pooling)
         except InputError as error:
             replies[i] = refused(error)
-    answers = predictor.ask(question.text for question in questions.values())
-    for (i, question), found in zip(questions.items(), answers):
+    answers = predictor.ask(text for question in questions.values() for text in question.texts)
+    for i, question in questions.items():
+        found, *apart = [next(answers) for _ in question.texts]
         try:
+            pooling = question.pooling or predictor.pooling
+            found = dataclasses.replace(found, pooling=pooling)
             how = (question.ask, question.top, question.token_vectors, question.given)
             replies[i] = OK, as_json(found, predictor.reader.vocab, *how)
+            if apart:
+                replies[i][1]["similarity"] = _similarity(pooling or Pooling(), *apart)
             if "score" in question.ask:
                 (scored,) = score(predictor, [question.text])
                 replies[i][1].update(scored.to_json(question.top))
@@ -59,13 +82,22 @@ def answer(predictor: Predictor, bodies: Sequence[bytes]) -> list[tuple[int, dic
     return [replies[i] for i in range(len(bodies))]
 
 
+def _similarity(pooling: Pooling, *answers: Prediction) -> float:
+    one, other = (pooling(answer.vectors)[None] for answer in answers)
+    return float(pooling.similarities(one, other)[0, 0])
+
+
 def refused(why: object) -> tuple[int, dict[str, Any]]:
     """The reply to a request that cannot be answered."""
     return BAD_REQUEST, {"error": str(why)}
 
 
-def read(body: bytes, reader: Tokenizer, ask_by_default: str = "vectors") -> Request:
-    """The question in a request's body; InputError says what is wrong with it.
+def read(
+    body: bytes, reader: Tokenizer, ask_by_default: str = "vectors", own: Pooling | None = None
+) -> Request:
+    """Return the question in a request's body; InputError says what is wrong with it.
+
+    own: the pooling of the model, None where it does not say one.
 
     >>> reader = Tokenizer(Vocabulary(["crane", "a"]), 8, Normalization(lowercase=True))     # doctest: +SKIP
     >>> read(b'{"text": "A <mask>", "ask": "masks", "top": 2}', reader).text.tokens    # doctest: +SKIP
@@ -78,14 +110,37 @@ def read(body: bytes, reader: Tokenizer, ask_by_default: str = "vectors") -> Req
     ask = _ask(request.get("ask", ask_by_default))
     if "top" in request and not {"masks", "score"} & set(ask):
         raise InputError('"top" is for "ask": "masks" and "score"')
-    text, given = _text(request, reader)
+    truncate = _flag(request, "truncate")
+    text, given = _text(request, reader, truncate)
     if "score" in ask:
         check_scorable(text)
     top = _top(request.get("top", 5))
-    token_vectors = request.get("token_vectors", False)
-    if not isinstance(token_vectors, bool):
-        raise InputError('"token_vectors" must be true or false')
-    return Request(text, given, ask, top, token_vectors)
+    apart: tuple[EncodedText, ...] = ()
+    if SIMILARITY in ask:
+        if len(given) != 2:
+            raise InputError('"ask": "similarity" needs "text" and "pair"')
+        apart = tuple(reader.text(each, truncate=truncate) for each in given)
+    return Request(text, given, ask, top, _flag(request, "token_vectors"), _pooling(request, own), apart)
+
+
+def _flag(request: dict[str, Any], name: str) -> bool:
+    value = request.get(name, False)
+    if not isinstance(value, bool):
+        raise InputError(f'"{name}" must be true or false')
+    return value
+
+
+def _pooling(request: dict[str, Any], own: Pooling | None) -> Pooling | None:
+    """Return the pooling that a request asks for, None where it says none."""
+    if "pooling" not in request and "normalize" not in request:
+        return None
+    own = own or Pooling()
+    mode = request.get("pooling", own.mode)
+    if mode not in list(POOLINGS):
+        choices = join_words([f'"{each}"' for each in POOLINGS])
+        raise InputError(f'"pooling" must be one of {choices}')
+    normalize = _flag(request, "normalize") if "normalize" in request else own.normalize
+    return Pooling(mode, normalize, own.similarity)
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -130,8 +185,8 @@ def _refuse_constant(name: str) -> Any:
     raise InputError(f"the request is not JSON: {name} is no number there")
 
 
-def _text(request: dict[str, Any], reader: Tokenizer) -> tuple[EncodedText, tuple[str, ...]]:
-    """The text that a request is about, and as it was given, if it was as text."""
+def _text(request: dict[str, Any], reader: Tokenizer, truncate: bool) -> tuple[EncodedText, tuple[str, ...]]:
+    """Return the text that a request is about, and as it was given, if it was as text."""
     kinds = [kind for kind in ("text", "ids") if kind in request]
     if len(kinds) != 1:
         raise InputError('a request has either "text" or "ids"')
@@ -139,8 +194,9 @@ def _text(request: dict[str, Any], reader: Tokenizer) -> tuple[EncodedText, tupl
         raise InputError('"pair" goes with "text", and "pair_ids" with "ids"')
     if kinds == ["text"]:
         text, pair = _string(request, "text"), _string(request, "pair") if "pair" in request else None
-        return reader.text(text, pair), (text,) if pair is None else (text, pair)
-    return reader.ids(_ids(request, "ids"), _ids(request, "pair_ids") if "pair_ids" in request else None), ()
+        return reader.text(text, pair, truncate), (text,) if pair is None else (text, pair)
+    second = _ids(request, "pair_ids") if "pair_ids" in request else None
+    return reader.ids(_ids(request, "ids"), second, truncate), ()
 
 
 def _string(request: dict[str, Any], name: str) -> str:
@@ -163,8 +219,9 @@ def _ids(request: dict[str, Any], name: str) -> list[int]:
 
 def _ask(value: Any) -> tuple[str, ...]:
     asks = value if isinstance(value, list) else [value]
-    if not asks or not all(isinstance(ask, str) and ask in ASKS for ask in asks):
-        choices = join_words([f'"{ask}"' for ask in ASKS])
+    known = (*ASKS, SIMILARITY)
+    if not asks or not all(isinstance(ask, str) and ask in known for ask in asks):
+        choices = join_words([f'"{ask}"' for ask in known])
         raise InputError(f'"ask" must be one of {choices}, or a list of them')
     return tuple(asks)
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.inference.predictor import Predictor
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.model.pooling import Pooling
 from gluon_bert.presets import preset
 from gluon_bert.run import Run
 from gluon_bert.runtime import mx
@@ -114,7 +115,7 @@ def test_several_things_can_be_asked_at_once(predictor):
         (b"null", "must be a JSON object"),
         ({}, 'either "text" or "ids"'),
         ({"text": "a", "ids": [5]}, 'either "text" or "ids"'),
-        ({"txt": "a"}, "'txt' is unknown: a request has text, pair, .* and token_vectors"),
+        ({"txt": "a"}, "'txt' is unknown: a request has text, pair, .* and normalize"),
         ({"text": "a", "\ud800": 1}, r"'\\ud800' is unknown"),
         ({"text": "a", "x" * 9000: 1}, r"'x{40}\.\.\.' is unknown"),
         ({"text": 5}, '"text" must be a string'),
@@ -137,7 +138,10 @@ def test_several_things_can_be_asked_at_once(predictor):
         ({"ids": [10**30]}, "is no id"),
         ({"ids": [Vocabulary.cls]}, "which no text holds"),
         (b'{"ids": [1' + b"0" * 100_000 + b"]}", "is no id|a number of more digits than can be read"),
-        ({"text": "a", "ask": "all"}, '"ask" must be one of "vectors", "masks", "next", "task" and "score"'),
+        (
+            {"text": "a", "ask": "all"},
+            '"ask" must be one of "vectors", "masks", "next", "task", "score" and "similarity"',
+        ),
         ({"text": "a", "ask": []}, '"ask" must be'),
         ({"text": "a", "ask": [["vectors"]]}, '"ask" must be'),
         ({"text": "a", "ask": {"vectors": 1}}, '"ask" must be'),
@@ -148,6 +152,12 @@ def test_several_things_can_be_asked_at_once(predictor):
         ({"text": "a <mask>", "ask": "masks", "top": 1001}, '"top" must be'),
         ({"text": "a <mask>", "ask": "masks", "top": True}, '"top" must be'),
         ({"text": "a", "token_vectors": 1}, '"token_vectors" must be true or false'),
+        ({"text": "a", "truncate": "yes"}, '"truncate" must be true or false'),
+        ({"text": "a", "normalize": 1}, '"normalize" must be true or false'),
+        ({"text": "a", "pooling": "last"}, '"pooling" must be one of "mean", "cls" and "max"'),
+        ({"text": "a", "pooling": ["mean"]}, '"pooling" must be one of'),
+        ({"text": "a", "ask": "similarity"}, '"ask": "similarity" needs "text" and "pair"'),
+        ({"ids": [5], "pair_ids": [6], "ask": "similarity"}, '"ask": "similarity" needs'),
         (b'{"text": "' + b"a" * MAX_BODY + b'"}', "1,048,588 bytes, where 1,048,576 are allowed"),
     ],
 )
@@ -180,6 +190,45 @@ def test_a_batch_asks_the_network_once_for_texts_of_like_length(predictor):
     replies = answer(Predictor(network, predictor.reader), bodies)
     assert [status for status, _ in replies] == [200, 400, 200, 200]
     assert calls == [(3, 8)]
+
+
+def test_request_pooling_gives_the_embedding(predictor):
+    (found,) = predictor.ask([predictor.reader.text("a crane is flying")])
+    content = asked(predictor, text="a crane is flying", pooling="max", normalize=True)
+    expected = found.vectors.max(axis=0)
+    np.testing.assert_allclose(content["embedding"], expected / np.linalg.norm(expected), atol=1e-6)
+    assert "embedding" not in asked(predictor, text="a crane is flying")
+    own = Predictor(predictor.network, predictor.reader, pooling=Pooling("cls"))
+    np.testing.assert_allclose(asked(own, text="a crane is flying")["embedding"], found.cls, atol=1e-6)
+
+
+def test_request_similarity_reads_both_texts_alone(predictor):
+    texts = ("a crane is flying", "he left")
+    content = asked(predictor, text=texts[0], pair=texts[1], ask="similarity")
+    one, other = (each.mean for each in predictor.ask(predictor.reader.text(text) for text in texts))
+    expected = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+    assert content["similarity"] == pytest.approx(expected, abs=1e-5)
+    assert "cls" not in content
+    same = asked(predictor, text=texts[0], pair=texts[0], ask=["similarity", "vectors"])
+    assert same["similarity"] == pytest.approx(1, abs=1e-6)
+
+
+def test_request_truncate_cuts_a_long_text(predictor):
+    content = asked(predictor, text="a crane " * 20, truncate=True)
+    assert (len(content["tokens"]), content["truncated"]) == (12, 30)
+    (_, long), (_, short) = answer(predictor, [
+        json.dumps({"text": "a crane " * 20, "pair": "he", "truncate": True, "ask": "similarity"}).encode(),
+        json.dumps({"text": "a crane " * 5, "pair": "he", "truncate": True, "ask": "similarity"}).encode(),
+    ])  # fmt: skip
+    assert long["similarity"] == pytest.approx(short["similarity"], abs=1e-5)
+
+
+@pytest.mark.parametrize("head, ask", [("mlm", "masks"), ("nsp", "next"), ("mlm", "score")])
+def test_request_for_an_untrained_head_is_refused(head, ask, predictor):
+    marked = Predictor(predictor.network, predictor.reader, untrained=(head,))
+    text = "a crane" if ask == "score" else "a <mask>"
+    why = reason(marked, {"text": text, "pair": "he left", "ask": ask})
+    assert "must be trained first" in why
 
 
 BODIES = st.one_of(
