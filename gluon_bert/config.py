@@ -182,8 +182,17 @@ class DataConfig:
         "first sentence, like a true one; packed ones also as long as a true one)",
         choices=("matched", "any"),
     )
+    objective: str = option(
+        "mlm+nsp",
+        "what is learnt: masked words and next sentences (mlm+nsp), masked words alone, of segments in order "
+        "(mlm, as RoBERTa), or masked words and the order of two segments (mlm+sop, as ALBERT)",
+        choices=("mlm+nsp", "mlm", "mlm+sop"),
+    )
     random_next_prob: float = option(
-        0.5, "share of pairs with a random second sentence", at_least=0.0, at_most=1.0
+        0.5,
+        "share of pairs with a random second segment, or with --objective mlm+sop of swapped pairs",
+        at_least=0.0,
+        at_most=1.0,
     )
     dynamic_masking: bool = option(True, "draw pairs and masks anew each epoch, not once for all")
     mlm_probability: float = option(
@@ -551,6 +560,7 @@ def _without_effect(data: DataConfig) -> List[str]:
         "vocab_size": (makes_pieces, "needs --tokenizer wordpiece, and no --vocab-file, which has its size"),
         "short_seq_prob": (data.pairs == "packed", "needs --pairs packed"),
         "max_ngram": (data.masking == "ngrams", "needs --masking ngrams"),
+        "random_next_prob": (data.objective != "mlm", "needs --objective mlm+nsp or mlm+sop"),
     }
     defaults = DataConfig()
     return [

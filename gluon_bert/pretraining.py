@@ -130,11 +130,17 @@ def trainer_of(given: RunContext, callbacks: Sequence[Any]) -> Any:
     """Return a trainer at the beginning or at a checkpoint, with the same weights on all workers."""
     from .distributed.communicator import weights_hash
     from .model.parameters import weights_of
+    from .training.losses import OBJECTIVES
     from .training.trainer import Trainer
 
     with explain_out_of_memory(given):
         trainer = Trainer(
-            given.net, given.config.train, given.contexts, communicator=given.workers, callbacks=callbacks
+            given.net,
+            given.config.train,
+            given.contexts,
+            loss=OBJECTIVES[given.config.data.objective],
+            communicator=given.workers,
+            callbacks=callbacks,
         )
         if given.snapshot is not None:
             trainer.restore(given.snapshot, given.output)

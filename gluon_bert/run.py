@@ -140,7 +140,11 @@ def read_task(path: Path) -> Task | None:
 
 def read_untrained(path: Path) -> tuple[str, ...]:
     """Return the heads that the run of a config.json has without training; InputError for unknown ones."""
-    return checked_heads(_config_in(path).get(UNTRAINED, []), path)
+    content = _config_in(path)
+    heads = checked_heads(content.get(UNTRAINED, []), path)
+    data = content["data"]
+    masks_only = isinstance(data, dict) and data.get("objective") == "mlm"
+    return tuple(dict.fromkeys([*heads, "pooler", "nsp"])) if masks_only else heads
 
 
 def read_pooling(path: Path) -> Pooling | None:

@@ -23,7 +23,8 @@ class Pairs:
     """Pairs of segments as spans of `Documents.tokens`.
 
     first, second: (N, 2) int64, where a segment starts and ends.
-    is_next: (N,) bool, whether the second follows the first.
+    is_next: (N,) bool, whether the second follows the first. With the objective mlm+sop, the first follows
+    the second in all other pairs.
     """
 
     first: np.ndarray
@@ -65,14 +66,32 @@ def _sentence_pairs(documents: Documents, config: DataConfig, rng: np.random.Gen
     has_next = np.ones(len(documents.sentences) - 1, dtype=bool)
     has_next[last[documents.documents[1:] > documents.documents[:-1]]] = False
     a = np.flatnonzero(has_next)
-    is_next = rng.random(len(a)) >= config.random_next_prob
-    negatives = _matched_negatives if config.negatives == "matched" else _any_negatives
-    b = np.where(is_next, a + 1, negatives(documents, a, rng))
+    is_next = _labels(len(a), config, rng)
+    b = a + 1
+    if config.objective == "mlm+nsp":
+        negatives = _matched_negatives if config.negatives == "matched" else _any_negatives
+        b = np.where(is_next, b, negatives(documents, a, rng))
     spans = np.stack([documents.sentences[:-1], documents.sentences[1:]], axis=1)
     pairs = Pairs(spans[a], spans[b], is_next)
+    if config.objective == "mlm+sop":
+        pairs = _swapped(pairs)
     if config.long_pairs == "drop":
         return pairs.take(pairs.lengths() <= config.max_seq_length)
     return _truncated(pairs, config.max_seq_length)
+
+
+def _labels(count: int, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
+    """Return (count,) bool: True for a pair in order; always True if only masked words are learnt."""
+    if config.objective == "mlm":
+        return np.ones(count, dtype=bool)
+    return rng.random(count) >= config.random_next_prob
+
+
+def _swapped(pairs: Pairs) -> Pairs:
+    """Swap the segments of the negative pairs, for sentence-order prediction (Lan et al. 2019, section 3.1)."""
+    in_order = pairs.is_next[:, None]
+    first = np.where(in_order, pairs.first, pairs.second)
+    return Pairs(first, np.where(in_order, pairs.second, pairs.first), pairs.is_next)
 
 
 def _any_negatives(documents: Documents, a: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -148,6 +167,9 @@ def _packed_pairs(documents: Documents, config: DataConfig, rng: np.random.Gener
     # A segment of sentences without a word is none.
     filled = (np.diff(bounds) > 0).all(axis=1)
     bounds, start, middle, stop, is_next = (x[filled] for x in (bounds, start, middle, stop, is_next))
+    if config.objective != "mlm+nsp":
+        pairs = Pairs(bounds[:, :2], bounds[:, 1:], is_next)
+        return _truncated_at_random_ends(_swapped(pairs), room, rng)
     owner = np.searchsorted(documents.documents, start, side="right") - 1
     place = np.minimum(middle - documents.documents[owner], _PLACES)
     at_end = stop == documents.documents[owner + 1]
@@ -176,8 +198,10 @@ def _packed(
     stop = np.minimum(np.maximum(stop, sentence + 2), document_stop)
     alone = stop - sentence == 1
     middle = sentence + 1 + (rng.random(num_sentences) * (stop - sentence - 1)).astype(np.int64)
-    is_next = rng.random(num_sentences) >= config.random_next_prob
-    following = np.where(is_next | alone, stop, middle)
+    is_next = _labels(num_sentences, config, rng)
+    # A random second segment is not the rest of the pair, so the rest is put back.
+    keeps_rest = is_next | alone if config.objective == "mlm+nsp" else np.ones(num_sentences, dtype=bool)
+    following = np.where(keeps_rest, stop, middle)
     chosen = []
     at, follow = 0, following.data  # which gives Python's ints, faster than the array
     while at < num_sentences:

@@ -22,6 +22,6 @@ def check_trained(untrained: Sequence[str], *heads: str) -> None:
     for head in heads:
         if head in untrained:
             raise InputError(
-                f"{HEADS[head]} must be trained first: the converted weights came without it. "
+                f"{HEADS[head]} must be trained first: this run has it untrained. "
                 "Pretrain with --init, or fine-tune."
             )
