@@ -58,7 +58,9 @@ setup(
     long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["gluon_bert", "gluon_bert.*"]),
+    packages=[*find_packages(include=["gluon_bert", "gluon_bert.*"]), "gluon_bert_commands"],
+    package_dir={"gluon_bert_commands": "tools"},
+    entry_points={"console_scripts": ["gluon-bert = gluon_bert.cli:main"]},
     package_data={"gluon_bert": ["py.typed"], "gluon_bert.ops": ["native/*"]},
     python_requires=">=3.8",
     install_requires=[

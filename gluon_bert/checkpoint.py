@@ -64,7 +64,7 @@ def save_checkpoint(folder: Path, net: Any, step: int, *, best: bool = False, ke
 def write_checkpoint(folder: Path, snapshot: Snapshot, *, best: bool = False, keep: int = 0) -> Path:
     """Write a checkpoint, whole or not at all; `read_checkpoint` is the inverse.
 
-    best: it is the best so far, `load_run(folder, which="best")`. keep: of all checkpoints so many of the
+    best: it is the best so far, `load_run(folder, checkpoint="best")`. keep: of all checkpoints so many of the
     latest stay, and the best; 0: all. Whatever moment the process or the machine ends at, there are the
     latest and the best of before or of now: what gives way is deleted last, when the new one is on the disk.
     """

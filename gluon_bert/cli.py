@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import atexit
 import dataclasses
+import importlib
 import io
 import logging
+import os
 import signal
 import sys
+import traceback
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,7 +19,7 @@ from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, get_type_hin
 
 from . import devices
 from .config import GROUPS, Config, flag_name
-from .errors import InputError, OutOfGPUMemory, gpu_failure, one_line
+from .errors import InputError, OutOfGPUMemory, Terminated, gpu_failure, one_line
 from .presets import PRESETS
 
 TITLES = {"model": "the network", "data": "the text and its masks", "train": "training"}
@@ -94,8 +97,42 @@ def device(arguments: argparse.Namespace) -> Any:
 
 
 def run(main: Callable[[List[str]], int]) -> None:
-    """Run a command and leave with its exit status."""
-    sys.exit(main(sys.argv[1:]))
+    """Run a command and exit with its status; at once where other workers would be waited for in vain."""
+    try:
+        status = main(sys.argv[1:])
+    except Exception:
+        if not _left_by_other_workers():
+            raise
+        traceback.print_exc()
+        status = 1
+    if _left_by_other_workers():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _left_by_other_workers() -> bool:
+    join = sys.modules.get("gluon_bert.distributed.join")
+    return join is not None and bool(join.failed())
+
+
+# The commands of `gluon-bert`; setup.py installs tools/ as the package gluon_bert_commands.
+COMMANDS = ("pretrain", "finetune", "encode", "export", "convert", "serve", "launch")
+
+
+def main() -> None:
+    """Run `gluon-bert COMMAND ...`, which is tools/COMMAND.py of an installed package."""
+    name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if name not in COMMANDS:
+        asked_for_help = name in ("", "-h", "--help")
+        print(
+            f"usage: gluon-bert {{{','.join(COMMANDS)}}} ...",
+            file=sys.stdout if asked_for_help else sys.stderr,
+        )
+        sys.exit(0 if asked_for_help else 2)
+    command = importlib.import_module(f"gluon_bert_commands.{name}")
+    run(lambda _: int(command.main(rest)))
 
 
 def main_with_exit_status(
@@ -126,10 +163,6 @@ def main_with_inner_command(
     return main_with_exit_status(
         parser, given[:behind], lambda arguments: body(arguments, given[behind + 1 :])
     )
-
-
-class Terminated(BaseException):
-    """SIGTERM, as KeyboardInterrupt is SIGINT."""
 
 
 def run_command(body: Callable[[], int], name: str) -> int:

@@ -173,14 +173,13 @@ class DataConfig:
     short_seq_prob: float = option(
         0.1, "share of packed pairs that aim at a random shorter length", at_least=0.0, at_most=1.0
     )
-    long_pairs: str = option(
-        "truncate", "what to do with pairs of sentences above --max-seq-length", choices=("truncate", "drop")
-    )
-    negatives: str = option(
-        "matched",
-        "random second segments: any sentence of the corpus, or matched (of another document and never its "
-        "first sentence, like a true one; packed ones also as long as a true one)",
-        choices=("matched", "any"),
+    preparation: str = option(
+        "bert",
+        "how pairs and masks are made. bert: long pairs are truncated; random second segments come from other "
+        "documents; random tokens are words; <unk> is never predicted. d2l: as in Dive into Deep Learning: long "
+        "pairs are dropped; any sentence can be a second segment; any token can be a random token; <unk> is "
+        "predicted",
+        choices=("bert", "d2l"),
     )
     objective: str = option(
         "mlm+nsp",
@@ -198,12 +197,6 @@ class DataConfig:
     mlm_probability: float = option(
         0.15, "share of a pair's tokens to predict; one at least", at_least=0.001, at_most=1.0
     )
-    mask_count: str = option(
-        "floor",
-        "tokens to predict: floor of the rate times the pair's words, or round of the rate times its length "
-        "with the special tokens",
-        choices=("floor", "round"),
-    )
     masking: str = option(
         "tokens",
         "what is masked together: a token, all pieces of a word, or up to --max-ngram words in a row",
@@ -215,10 +208,6 @@ class DataConfig:
     random_token_rate: float = option(
         0.1, "of those, the share shown as a random token", at_least=0.0, at_most=1.0
     )
-    random_token: str = option(
-        "word", "what a random token may be: a word, or any with special tokens", choices=("word", "any")
-    )
-    predict_unknown: bool = option(False, "let <unk> be a word to predict")
     num_buckets: int = option(
         1, "batches of like length, padded to this many lengths; 1: all to --max-seq-length", at_least=1
     )
@@ -228,6 +217,11 @@ class DataConfig:
         at_least=0,
         may_change=True,
     )
+
+    @property
+    def predict_unknown(self) -> bool:
+        """Whether <unk> is a word to predict."""
+        return self.preparation == "d2l"
 
 
 @dataclass(frozen=True)
@@ -459,6 +453,8 @@ def flag_name(name: str) -> str:
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
     if hint == Tuple[str, ...]:
+        if isinstance(value, str):
+            return (value,)
         if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
             return tuple(value)
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -538,10 +534,8 @@ def _data_contradictions(data: DataConfig) -> List[str]:
         )
     if data.masking == "ngrams" and data.max_ngram == 1:
         problems.append("--max-ngram 1: must be at least 2 for --masking ngrams; one word is --masking words")
-    if data.pairs == "packed" and data.long_pairs == "drop":
-        problems.append("--long-pairs drop: packed pairs are truncated; add --long-pairs truncate")
-    if data.pairs == "packed" and data.negatives == "any":
-        problems.append("--negatives any: those of packed pairs are matched; add --negatives matched")
+    if data.pairs == "packed" and data.preparation == "d2l":
+        problems.append("--preparation d2l: has no packed pairs; add --preparation bert")
     return problems + _without_effect(data)
 
 

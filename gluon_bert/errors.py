@@ -42,3 +42,7 @@ def join_words(items: Sequence[str]) -> str:
     """A list in a sentence: ["a"] -> "a", ["a", "b", "c"] -> "a, b and c"."""
     *others, last = items
     return f"{', '.join(others)} and {last}" if others else last
+
+
+class Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT."""

@@ -45,14 +45,7 @@ PRESETS: dict[str, Config] = {
     # The book's section "Pretraining BERT": its model, its preparation of the data, its 50 steps.
     "d2l": Config(
         ModelConfig(),
-        DataConfig(
-            long_pairs="drop",
-            negatives="any",
-            dynamic_masking=False,
-            mask_count="round",
-            random_token="any",
-            predict_unknown=True,
-        ),
+        DataConfig(preparation="d2l", dynamic_masking=False),
         TrainConfig(),
     ),
     # What learnt the most of WikiText-2 in half an hour on two cores: docs/learning.md has the comparison.

@@ -1,189 +1,477 @@
-"""The steps of a run: what is told of them, the signals that stop them, the watchdog. Parses no flags."""
+"""A whole pretraining run: `pretrain` and `resume`, from the configuration to the checkpoints. Parses no flags."""
 
 from __future__ import annotations
 
-import argparse
+import logging
 import os
 import signal
-import sys
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
-from . import devices, runtime
-from .cli import Terminated
-from .config import Config
-from .errors import InputError, OutOfGPUMemory, gpu_failure
+from . import devices as device_choice
+from . import ops, runtime
+from .checkpoint import CONFIG, latest_valid, steps
+from .config import Config, check_changes
+from .data.cooccurrence import cached_word_vectors
+from .data.loader import PretrainingData, load_pretraining_data
+from .data.wordpiece import load_vocabulary
+from .distributed.communicator import Communicator, weights_hash
+from .distributed.join import (
+    check_enough,
+    check_sharing,
+    init_distributed,
+    rank_and_size,
+    run_environment,
+)
+from .errors import InputError, OutOfGPUMemory, Terminated, gpu_failure
+from .fileio import exclusive_lock, remove_temporary_files
+from .inference.samples import MaskedSentence, best_words, format_samples, masked_sentences
+from .model.bert import BERTModel
+from .model.parameters import weights_of
+from .run import Run, check_new_run, create_run, read_config, read_environment, write_config
+from .system import machine_memory, peak_memory
+from .training import checks
+from .training.callbacks import Callback
+from .training.checkpointer import AsyncCheckpointer, ReadOnlyCheckpointer, format_checkpoint_timing
+from .training.gpu_memory import check_gpu_memory, estimate_gpu_memory, memory_of, what_fits
+from .training.losses import OBJECTIVES
+from .training.plots import References
+from .training.profiling import device_utilization
+from .training.progress import ProgressLogger
+from .training.resources import check_memory, estimate_resources
+from .training.trainer import Trainer
+from .training.watchdog import watched
+from .warm_start import load_init_run, load_initial_weights
+
+log = logging.getLogger(__name__)
 
 
-class RunContext(NamedTuple):
-    """What the steps of a run are made with; `snapshot`: the checkpoint that they go on from."""
+class Execution(NamedTuple):
+    """How a run executes; nothing here changes what it computes, up to rounding and dropout's draws.
+
+    devices: MXNet contexts; None: those of a resumed run, else every GPU, else one CPU. operators: auto,
+    compiled or mxnet; None: as the environment or the resumed run has it. kvstore: device, dist_sync or
+    horovod. step_timeout: seconds after which a step ends the process; 0: never. profile: a file for
+    MXNet's trace. ignore_memory_estimate: train although the estimate exceeds the memory.
+    """
+
+    devices: Sequence[Any] | None = None
+    operators: str | None = None
+    kvstore: str = "device"
+    step_timeout: float = 0.0
+    profile: Path | None = None
+    ignore_memory_estimate: bool = False
+
+    def check(self) -> None:
+        """Raise InputError where a value cannot be used."""
+        if not self.step_timeout >= 0:
+            raise InputError(f"step_timeout must be at least 0, got {self.step_timeout}.")
+        if self.profile and (self.profile.is_dir() or not self.profile.absolute().parent.is_dir()):
+            raise InputError(f"profile must be a file that can be written, got {self.profile}.")
+
+
+def pretrain(
+    config: Config,
+    output: Path | str,
+    devices: Sequence[Any] | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    **execution: Any,
+) -> Run | None:
+    """Pretrain a network as the configuration says, into a new folder, and return the run.
+
+    The folder gets the configuration, the vocabulary, a log, a plot and checkpoints. Ctrl-C saves a
+    checkpoint and raises KeyboardInterrupt; `resume` continues. execution: the fields of `Execution`.
+    callbacks: run beside those that log and save. Return None on workers other than the first.
+
+    >>> config = preset("quick").replace(corpus="wikitext-2", max_minutes=30)      # doctest: +SKIP
+    >>> run = pretrain(config, output="runs/quick", devices=[mx.cpu(0)])
+    >>> run.fill_mask("the <mask> is flying")
+    """
+    output, how = Path(output), Execution(devices, **execution)
+    config.check()
+    how.check()
+    placement = _place(config, how, recorded={})
+    if placement.is_root:
+        check_new_run(output)
+    init_run = load_init_run(config)
+    data = _load_data(config, placement, how)
+    with init_distributed(how.kvstore) as communicator:
+        communicator.check_same_on_all(run_environment(config, data.fingerprint))
+        job = _Job(config, data, _network(config, data, placement.devices, init_run), placement, how, output)
+        init_step = init_run.step if init_run else None
+        del init_run  # its weights would stay in memory to the end of the run
+        if not placement.is_root:
+            _train_worker(job, communicator, callbacks)
+            return None
+        create_run(
+            output,
+            config,
+            data.vocab,
+            {
+                **placement.environment(),
+                "text": data.fingerprint,
+                "init_step": init_step,
+                "reference_losses": References.of(data)._asdict(),
+            },
+        )
+        with exclusive_lock(output, "output"), _profiled(how.profile, placement.devices):
+            return _train(job, communicator, callbacks)
+
+
+def resume(
+    run: Run | Path | str,
+    devices: Sequence[Any] | None = None,
+    *,
+    config: Config | None = None,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> Run | None:
+    """Continue a run from its latest checkpoint, as if it had not been stopped, and return it.
+
+    A run without a checkpoint starts at step 0. options: the fields of `Execution`, and fields of the
+    configuration that a run may change, such as num_steps. config: the whole configuration instead.
+
+    >>> run = resume("runs/quick", num_steps=20000)                                # doctest: +SKIP
+    """
+    folder = _folder_of(run)
+    how = Execution(devices, **{name: options.pop(name) for name in Execution._fields if name in options})
+    how.check()
+    before, recorded = read_config(folder / CONFIG), read_environment(folder / CONFIG)
+    config = (config or before).replace(**options)
+    config.check()
+    check_changes(before, config, str(folder))
+    placement = _place(config, how, recorded)
+    with exclusive_lock(folder, "resume") if placement.is_root else nullcontext():
+        if placement.is_root:
+            remove_temporary_files(folder)
+            remove_temporary_files(folder / "checkpoints")
+        snapshot = latest_valid(folder) if steps(folder) else None
+        init_run = load_init_run(config) if snapshot is None else None
+        data = _load_data(config, placement, how)
+        _check_same_text(data, folder, recorded)
+        with init_distributed(how.kvstore) as communicator:
+            communicator.check_same_on_all(run_environment(config, data.fingerprint))
+            net = _network(config, data, placement.devices, init_run)
+            job = _Job(config, data, net, placement, how, folder, snapshot)
+            if not placement.is_root:
+                _train_worker(job, communicator, callbacks)
+                return None
+            _report_changes(recorded, placement)
+            environment = {**recorded, **placement.environment()}
+            if (config, environment) != (before, recorded):
+                write_config(folder, config, environment)
+            if snapshot is None:
+                log.info("%s has no checkpoint yet: it starts at step 0", folder)
+            else:
+                log.info("resuming after step %d", snapshot.step)
+            with _profiled(how.profile, placement.devices):
+                return _train(job, communicator, callbacks)
+
+
+def _folder_of(run: Run | Path | str) -> Path:
+    folder = run.folder if isinstance(run, Run) else Path(run)
+    if folder is None or not (folder / CONFIG).is_file():
+        raise InputError(f"resume must be the folder of a run, got {folder}, which has no {CONFIG}.")
+    return folder
+
+
+class _Placement(NamedTuple):
+    """Where a run computes: this worker's rank, the number of workers, the devices, the operators."""
+
+    rank: int
+    num_workers: int
+    devices: list[Any]
+    operators: str
+
+    @property
+    def is_root(self) -> bool:
+        return self.rank == 0
+
+    def environment(self) -> dict[str, Any]:
+        """Return what a run records of it."""
+        return {
+            "contexts": [str(device) for device in self.devices],
+            "workers": self.num_workers,
+            "operators": self.operators,
+            "versions": runtime.versions(),
+        }
+
+
+class _Job(NamedTuple):
+    """What the steps of a run need. snapshot: the checkpoint to continue from."""
 
     config: Config
-    data: Any
+    data: PretrainingData
     net: Any
-    contexts: list[Any]
+    placement: _Placement
+    execution: Execution
     output: Path
-    workers: Any
-    step_timeout: float
     snapshot: Any = None
 
 
-def train(given: RunContext) -> int:
-    """The steps of a run, from the first or from a checkpoint on, and what they leave in its folder."""
-    from . import ops
-    from .system import machine_memory, peak_memory
-    from .training.checkpointer import AsyncCheckpointer, format_checkpoint_timing
-    from .training.gpu_memory import memory_of
-    from .training.plots import References
-    from .training.progress import ProgressLogger
-    from .training.resources import estimate_resources
+def _place(config: Config, how: Execution, recorded: Mapping[str, Any]) -> _Placement:
+    """Choose devices and operators; InputError where they are missing or cannot do what the run needs."""
+    devices = how.devices
+    if devices is None and recorded.get("contexts"):
+        devices = device_choice.contexts(*device_choice.parse_contexts(recorded["contexts"]))
+    devices = list(device_choice.contexts() if devices is None else devices)
+    rank, num_workers = rank_and_size(how.kvstore)
+    check_sharing(config, num_workers)
+    checks.check_micro_batch(config.train, len(devices))
+    ops.select(how.operators or ops.parse_description(recorded.get("operators", "")))
+    checks.check_precision(config.train, devices)
+    placement = _Placement(rank, num_workers, devices, ops.describe(devices))
+    _check_memory(config, placement, how)
+    return placement
 
-    config, contexts, output, snapshot = given.config.train, given.contexts, given.output, given.snapshot
-    operators = f"{ops.describe(contexts)}, precision {config.precision}"
-    print(f"{describe(given)}\noperators: {operators}", file=sys.stderr)
-    planned = estimate_resources(
-        given.config, len(given.data.vocab), len(contexts), ops.compiled(contexts), given.workers.count
-    )
-    on_gpus = gpu_estimate(given)
-    if on_gpus is None:
-        print(planned.in_words(config.batch_size, machine_memory(contexts)), file=sys.stderr)
-    else:
-        print(
-            f"{on_gpus.in_words(sum(memory_of(contexts)))}\n{planned.step_in_words(config.batch_size)}",
-            file=sys.stderr,
-        )
-    print(f"run folder: {output}", file=sys.stderr)
-    report = ProgressLogger(output, References.of(given.data))
-    checkpointer = AsyncCheckpointer(output)
-    trainer = trainer_of(given, [report, checkpointer])
-    if snapshot is not None:
-        print(f"resuming after step {snapshot.step}", file=sys.stderr)
+
+def _check_memory(config: Config, placement: _Placement, how: Execution, vocab_size: int = 1) -> None:
+    """Raise InputError where a worker does not fit in its machine's memory, or warn where that is ignored."""
+    devices = placement.devices
+    limit = machine_memory(devices)
     try:
-        with stop_between_steps(trainer):
-            fit(trainer, given)
-    except (KeyboardInterrupt, Terminated):
-        print(
-            f"stopped after step {trainer.state.step}; --resume {output} continues from its checkpoint",
-            file=sys.stderr,
+        if devices[0].device_type == "gpu":
+            free, _ = memory_of(devices)
+            check_gpu_memory(config, vocab_size, len(devices), free, placement.num_workers)
+        elif limit is not None:
+            check_memory(config, vocab_size, len(devices), ops.compiled(devices), limit, placement.num_workers)
+    except InputError as error:
+        if not how.ignore_memory_estimate:
+            raise InputError(f"{error} To train anyway, set ignore_memory_estimate.") from error
+        log.warning("%s It trains anyway (ignore_memory_estimate).", error)
+
+
+def _load_data(config: Config, placement: _Placement, how: Execution) -> PretrainingData:
+    """Load the text; InputError where it is too little, or its vocabulary too large for the memory."""
+    data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
+    _check_memory(config, placement, how, len(data.vocab))
+    checks.check_evaluable(config.train, data.validation is not None)
+    check_enough(len(data.train.pairs(0)), placement.num_workers)
+    return data
+
+
+def _network(config: Config, data: PretrainingData, devices: Sequence[Any], init_run: Run | None) -> Any:
+    """Return a network with its first weights: random ones, or those of an earlier run."""
+    net = BERTModel(len(data.vocab), config.model)
+    net.initialize(ctx=devices, seed=config.train.seed)
+    net.hybridize()
+    if config.model.decoder_bias == "unigram":
+        net.set_unigram_bias(data.word_counts)
+    if config.model.init_embeddings == "cooccurrence":
+        documents = data.train.documents
+        net.set_word_vectors(
+            cached_word_vectors(
+                documents, data.vocab, config.model.units, config.train.seed, documents.folder
+            )
         )
-        shut_down(trainer)
+    if init_run is not None:
+        load_initial_weights(net, data.vocab, init_run)
+    return net
+
+
+def _check_same_text(data: PretrainingData, folder: Path, recorded: Mapping[str, Any]) -> None:
+    """Raise InputError where a resumed run would read another text, or read it in another way."""
+    if data.fingerprint != recorded.get("text") or data.vocab.tokens != load_vocabulary(folder).tokens:
+        raise InputError(
+            f"corpus: the text or its preparation has changed since {folder} was started. "
+            f"Start a new run with config {folder / CONFIG}."
+        )
+
+
+def _report_changes(recorded: Mapping[str, Any], placement: _Placement) -> None:
+    """Log everything that makes numbers differ from those of the recorded run."""
+    now = placement.environment()
+    versions_before, versions_now = recorded.get("versions") or {}, now["versions"]
+    for name in sorted(versions_before.keys() | versions_now.keys()):
+        _report_change(name, versions_before.get(name), versions_now.get(name), "the last digits may differ")
+    dropout = "dropout draws other numbers; without dropout the last digits may differ"
+    _report_change("workers", recorded.get("workers", 1), now["workers"], dropout)
+    before = recorded.get("operators", "")
+    if before and ops.parse_description(before) != ops.parse_description(placement.operators):
+        _report_change("operators", before, placement.operators, dropout)
+
+
+def _report_change(name: str, before: Any, now: Any, effect: str) -> None:
+    if before != now:
+        log.warning("%s is %s and was %s: %s from those of an uninterrupted run", name, now, before, effect)
+
+
+def _train(job: _Job, communicator: Communicator, callbacks: Sequence[Callback]) -> Run:
+    """Make the steps of a run and print its summary."""
+    config, devices, output = job.config.train, job.placement.devices, job.output
+    log.info("%s", _describe(job))
+    log.info("operators: %s, precision %s", ops.describe(devices), config.precision)
+    estimate = estimate_resources(
+        job.config, len(job.data.vocab), len(devices), ops.compiled(devices), job.placement.num_workers
+    )
+    on_gpus = _gpu_estimate(job)
+    if on_gpus is None:
+        log.info("%s", estimate.in_words(config.batch_size, machine_memory(devices)))
+    else:
+        log.info("%s", on_gpus.in_words(sum(memory_of(devices))))
+        log.info("%s", estimate.step_in_words(config.batch_size))
+    log.info("run folder: %s", output)
+    progress = ProgressLogger(output, References.of(job.data))
+    checkpointer = AsyncCheckpointer(output)
+    samples = MaskedSamples(job)
+    trainer = _trainer(job, communicator, [progress, checkpointer, samples, *callbacks])
+    try:
+        with _stop_between_steps(trainer):
+            _fit(trainer, job)
+    except (KeyboardInterrupt, Terminated):
+        log.info(
+            "stopped after step %d; --resume %s continues from its checkpoint", trainer.state.step, output
+        )
+        _shut_down(trainer)
         raise
-    finished_before = snapshot is not None and trainer.state.step == snapshot.step
-    if finished_before:
-        print(f"{output} is finished, after step {snapshot.step}: --num-steps or --max-minutes asks for more")
-    print("\n".join(report.summary(contexts)))
-    if len(contexts) > 1 and not finished_before:
-        print(trainer.load_balance)
+    was_finished = job.snapshot is not None and trainer.state.step == job.snapshot.step
+    if was_finished:
+        print(
+            f"{output} is finished, after step {job.snapshot.step}. Raise num_steps or max_minutes to continue."
+        )
+    print("\n".join(progress.summary(devices)))
+    if not was_finished:
+        samples.show()
+        if len(devices) > 1:
+            print(trainer.load_balance)
     if checkpointer.timing.written:
         print(format_checkpoint_timing(checkpointer.timing, trainer.state.clock.elapsed()))
     peak = peak_memory()
     if on_gpus is not None:
-        print(on_gpus.outcome(memory_of(contexts)[1]), file=sys.stderr)
+        log.info("%s", on_gpus.outcome(memory_of(devices)[1]))
     elif peak is not None:
-        print(planned.outcome(peak), file=sys.stderr)
-    return 0
+        log.info("%s", estimate.outcome(peak))
+    return Run(job.net, job.data.vocab, job.config, trainer.state.step, folder=output)
 
 
-def gpu_estimate(given: RunContext) -> Any:
+def _train_worker(job: _Job, communicator: Communicator, callbacks: Sequence[Callback]) -> None:
+    """Make the steps of a run on a worker other than the first, which writes nothing."""
+    trainer = _trainer(job, communicator, [ReadOnlyCheckpointer(job.output), *callbacks])
+    try:
+        with _stop_between_steps(trainer):
+            _fit(trainer, job)
+    except (KeyboardInterrupt, Terminated):
+        _shut_down(trainer)
+        raise
+
+
+def _trainer(job: _Job, communicator: Communicator, callbacks: Sequence[Callback]) -> Trainer:
+    """Return a trainer at the beginning or at a checkpoint, with the same weights on all workers."""
+    with _explain_out_of_memory(job):
+        trainer = Trainer(
+            job.net,
+            job.config.train,
+            job.placement.devices,
+            loss=OBJECTIVES[job.config.data.objective],
+            communicator=communicator,
+            callbacks=callbacks,
+        )
+        if job.snapshot is not None:
+            trainer.restore(job.snapshot, job.output)
+    if job.snapshot is not None:
+        for arrays in (job.snapshot.weights, job.snapshot.optimizer):
+            arrays.clear()  # they would stay in memory to the end of the run
+    if communicator.count > 1:
+        weights = weights_hash(weights_of(job.net))
+        communicator.check_same_on_all(
+            {"the step of the checkpoint": trainer.state.step, "the first weights": weights}
+        )
+    return trainer
+
+
+def _fit(trainer: Trainer, job: _Job) -> None:
+    """Train, with a watchdog that ends the process when a step takes too long."""
+    seconds = job.execution.step_timeout
+
+    def end() -> None:
+        log.error(
+            "step %d took longer than step_timeout %g s. Another worker may be gone, or the time too short.",
+            trainer.state.step,
+            seconds,
+        )
+        os._exit(1)  # a process that waits for another one cannot be asked to end
+
+    with _explain_out_of_memory(job), watched(seconds, end) as trainer.alive:
+        trainer.fit(job.data.train, validation=job.data.validation)
+
+
+def _gpu_estimate(job: _Job) -> Any:
     """Return the estimate of each GPU's memory, or None for a run on CPUs."""
-    from .training.gpu_memory import estimate_gpu_memory
-
-    if given.contexts[0].device_type != "gpu":
+    devices = job.placement.devices
+    if devices[0].device_type != "gpu":
         return None
-    return estimate_gpu_memory(given.config, len(given.data.vocab), len(given.contexts), given.workers.count)
+    return estimate_gpu_memory(job.config, len(job.data.vocab), len(devices), job.placement.num_workers)
 
 
 @contextmanager
-def explain_out_of_memory(given: RunContext) -> Iterator[None]:
+def _explain_out_of_memory(job: _Job) -> Iterator[None]:
     """Raise OutOfGPUMemory, which says what would fit, where a GPU has too little memory."""
     try:
         yield
     except Exception as error:
         if gpu_failure(error) != "out of memory":
             raise
-        from .training.gpu_memory import memory_of, what_fits
-
-        total = sum(memory_of(given.contexts))
-        fits = what_fits(given.config, len(given.data.vocab), len(given.contexts), total, given.workers.count)
+        devices, workers = job.placement.devices, job.placement.num_workers
+        total = sum(memory_of(devices))
+        fits = what_fits(job.config, len(job.data.vocab), len(devices), total, workers)
         raise OutOfGPUMemory(
             f"the GPU is out of memory. Each has {total / 1e9:.1f} GB, and the run was expected to take "
-            f"{gpu_estimate(given).memory / 1e9:.1f} GB; {fits}"
+            f"{_gpu_estimate(job).memory / 1e9:.1f} GB; {fits}"
         ) from error
 
 
-def run_non_root_rank(given: RunContext) -> int:
-    """The part that a worker other than the first has in a run: it writes nothing."""
-    from .training.checkpointer import ReadOnlyCheckpointer
-
-    trainer = trainer_of(given, [ReadOnlyCheckpointer(given.output)])
-    try:
-        with stop_between_steps(trainer):
-            fit(trainer, given)
-    except (KeyboardInterrupt, Terminated):
-        shut_down(trainer)
-        raise
-    return 0
-
-
-def trainer_of(given: RunContext, callbacks: Sequence[Any]) -> Any:
-    """Return a trainer at the beginning or at a checkpoint, with the same weights on all workers."""
-    from .distributed.communicator import weights_hash
-    from .model.parameters import weights_of
-    from .training.losses import OBJECTIVES
-    from .training.trainer import Trainer
-
-    with explain_out_of_memory(given):
-        trainer = Trainer(
-            given.net,
-            given.config.train,
-            given.contexts,
-            loss=OBJECTIVES[given.config.data.objective],
-            communicator=given.workers,
-            callbacks=callbacks,
-        )
-        if given.snapshot is not None:
-            trainer.restore(given.snapshot, given.output)
-    if given.snapshot is not None:
-        for arrays in (given.snapshot.weights, given.snapshot.optimizer):
-            arrays.clear()  # they would stay in memory to the end of the run
-    if given.workers.count > 1:
-        step, weights = trainer.state.step, weights_hash(weights_of(given.net))
-        given.workers.check_same_on_all({"the step of the checkpoint": step, "the first weights": weights})
-    return trainer
-
-
-def fit(trainer: Any, given: RunContext) -> None:
-    """Take the steps of a run, between two of which signals stop it, and none of which takes too long."""
-    from .training.watchdog import watched
-
-    def end() -> None:
-        print(
-            f"pretrain: --step-timeout {given.step_timeout:g}: step {trainer.state.step} takes longer; "
-            "another worker may be gone, or the time too short",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # whoever waits for another process cannot be asked to end
-
-    with explain_out_of_memory(given), watched(given.step_timeout, end) as trainer.alive:
-        trainer.fit(given.data.train, validation=given.data.validation)
-
-
-def shut_down(trainer: Any) -> None:
-    """Leave the other workers where all have come to an end, rather than this one alone."""
+def _shut_down(trainer: Trainer) -> None:
+    """Leave the other workers where all have ended, rather than this one alone."""
     if trainer.has_ended():
         trainer.communicator.shutdown()
 
 
+class MaskedSamples(Callback):
+    """Shows what the network puts in masked sentences of the validation text, before and after training."""
+
+    def __init__(self, job: _Job) -> None:
+        self._net, self._vocab, self._device = job.net, job.data.vocab, job.placement.devices[0]
+        self._sentences: list[MaskedSentence] = []
+        self._before: list[list[int]] = []
+        if job.data.validation is not None:
+            self._sentences = masked_sentences(
+                job.data.validation.documents,
+                self._vocab,
+                seed=job.config.train.seed,
+                max_seq_length=job.config.data.max_seq_length,
+            )
+
+    def on_fit_begin(self, trainer: Trainer) -> None:
+        self._before = self._guess()
+
+    def show(self) -> None:
+        """Print the sentences, with the best words before and after."""
+        if self._sentences:
+            print(format_samples(self._vocab, self._sentences, self._before, self._guess()))
+
+    def _guess(self) -> list[list[int]]:
+        if not self._sentences:
+            return []
+        return best_words(self._net, self._vocab, self._sentences, self._device)
+
+
 @contextmanager
-def stop_between_steps(trainer: Any) -> Iterator[None]:
-    """Let a first Ctrl-C or SIGTERM wait for the end of the step; a second one ends the process at once."""
+def _stop_between_steps(trainer: Trainer) -> Iterator[None]:
+    """Let a first Ctrl-C or SIGTERM wait for the end of the step; a second one ends the process at once.
+
+    Signals reach the main thread only. In another thread they keep their handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     signals = (signal.SIGINT, signal.SIGTERM)
     came: list[int] = []
 
     def handle(number: int, _: Any) -> None:
-        print("stopping after this step; once more stops at once", file=sys.stderr)
+        log.info("stopping after this step; once more stops at once")
         came.append(number)
         trainer.interrupted = True
         for each in signals:
@@ -203,30 +491,25 @@ def stop_between_steps(trainer: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def describe(given: RunContext) -> str:
-    """A line on what is about to be trained."""
-    data, contexts, workers = given.data, given.contexts, given.workers.count
-    parameters = sum(p.data(contexts[0]).size for p in given.net.collect_params().values())
+def _describe(job: _Job) -> str:
+    """Return a line on what is about to be trained."""
+    data, devices, workers = job.data, job.placement.devices, job.placement.num_workers
+    parameters = sum(p.data(devices[0]).size for p in job.net.collect_params().values())
     validation = data.validation.documents if data.validation else ()
     return (
-        f"{len(data.train.documents):,} documents to train on and {len(validation):,} held out, "
+        f"{len(data.train.documents):,} documents to train on and {len(validation):,} for validation, "
         f"{len(data.train.pairs(0)):,} sentence pairs, a vocabulary of {len(data.vocab):,}, "
-        f"{parameters:,} parameters, on {contexts}{f' of each of {workers} workers' if workers > 1 else ''}"
+        f"{parameters:,} parameters, on {devices}{f' of each of {workers} workers' if workers > 1 else ''}"
     )
 
 
 @contextmanager
-def profiled(path: Path | None, contexts: Sequence[Any]) -> Iterator[None]:
-    """Let MXNet's profiler watch a block, if there is a file for its trace; then prints its table.
-
-    Told is also how long each of several contexts was at work.
-    """
+def _profiled(path: Path | None, devices: Sequence[Any]) -> Iterator[None]:
+    """Profile a block with MXNet, if there is a file for the trace; print its table and the devices' use."""
     if path is None:
         yield
         return
-    from .runtime import mx
-    from .training.profiling import device_utilization
-
+    mx = runtime.mx
     mx.profiler.set_config(
         profile_imperative=True, profile_symbolic=True, aggregate_stats=True, filename=str(path)
     )
@@ -238,138 +521,5 @@ def profiled(path: Path | None, contexts: Sequence[Any]) -> Iterator[None]:
         mx.profiler.set_state("stop")
         print(mx.profiler.dumps(sort_by="total"))
         mx.profiler.dump()
-        if len(contexts) > 1:
-            print(device_utilization(path, contexts))
-
-
-class RunPlacement(NamedTuple):
-    """Where a run computes: which of how many workers this is, its contexts, what computes on them."""
-
-    rank: int
-    preprocessing_workers: int
-    contexts: list[Any]
-    operators: str
-
-    def facts(self) -> dict[str, Any]:
-        """What a run records of it."""
-        return {
-            "contexts": [str(context) for context in self.contexts],
-            "workers": self.preprocessing_workers,
-            "operators": self.operators,
-            "versions": runtime.versions(),
-        }
-
-
-def place(arguments: argparse.Namespace, config: Config, recorded: Mapping[str, Any]) -> RunPlacement:
-    """Where the flags let a run compute, else where it is recorded to have been begun.
-
-    InputError where that cannot be had, or cannot do what the configuration asks for.
-    """
-    from . import ops
-    from .distributed.join import check_sharing, rank_and_size
-    from .training import checks
-
-    contexts = contexts_from(arguments, recorded.get("contexts") or ())
-    rank, preprocessing_workers = rank_and_size(arguments.kvstore)
-    check_sharing(config, preprocessing_workers)
-    checks.check_micro_batch(config.train, len(contexts))
-    ops.select(arguments.operators or ops.parse_description(recorded.get("operators", "")))
-    checks.check_precision(config.train, contexts)
-    here = RunPlacement(rank, preprocessing_workers, contexts, ops.describe(contexts))
-    check_fits_memory(config, here)
-    return here
-
-
-def contexts_from(arguments: argparse.Namespace, recorded: Sequence[str] = ()) -> list[Any]:
-    """The contexts that the flags ask for; without any those of a resumed run, else what there is."""
-    gpus = None if arguments.gpus is None else devices.parse_gpus(arguments.gpus)
-    if gpus is None and arguments.cpus is None and recorded:
-        gpus, cpus = devices.parse_contexts(recorded)
-        return devices.contexts(gpus, cpus)
-    return devices.contexts(gpus, arguments.cpus)
-
-
-def check_fits_memory(config: Config, here: RunPlacement, vocab_size: int = 1) -> None:
-    """Raise InputError where a worker cannot fit in its machine's memory, however small the vocabulary."""
-    from . import ops
-    from .system import machine_memory
-    from .training.resources import check_memory
-
-    contexts = here.contexts
-    if contexts[0].device_type == "gpu":
-        from .training.gpu_memory import check_gpu_memory, memory_of
-
-        free, _ = memory_of(contexts)
-        check_gpu_memory(config, vocab_size, len(contexts), free, here.preprocessing_workers)
-    limit = machine_memory(contexts)
-    if limit is not None:
-        check_memory(
-            config, vocab_size, len(contexts), ops.compiled(contexts), limit, here.preprocessing_workers
-        )
-
-
-def text(config: Config, here: RunPlacement) -> Any:
-    """The text of a run; InputError where it is too little, or its vocabulary too large for the memory."""
-    from .data.loader import load_pretraining_data
-    from .distributed.join import check_enough
-    from .training.checks import check_evaluable
-
-    data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
-    check_fits_memory(config, here, len(data.vocab))
-    check_evaluable(config.train, data.validation is not None)
-    check_enough(len(data.train.pairs(0)), here.preprocessing_workers)
-    return data
-
-
-def network(config: Config, data: Any, contexts: list[Any]) -> Any:
-    """A network for the text, with its first weights."""
-    from .data.cooccurrence import cached_word_vectors
-    from .model.bert import BERTModel
-
-    net = BERTModel(len(data.vocab), config.model)
-    net.initialize(ctx=contexts, seed=config.train.seed)
-    net.hybridize()
-    if config.model.decoder_bias == "unigram":
-        net.set_unigram_bias(data.word_counts)
-    if config.model.init_embeddings == "cooccurrence":
-        documents = data.train.documents
-        vectors = cached_word_vectors(
-            documents, data.vocab, config.model.units, config.train.seed, documents.folder
-        )
-        net.set_word_vectors(vectors)
-    return net
-
-
-def check_same_text(config: Config, data: Any, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Raise InputError where a run would go on with another text, or another way to read it."""
-    from .data.wordpiece import load_vocabulary
-
-    if data.fingerprint != facts.get("text") or data.vocab.tokens != load_vocabulary(folder).tokens:
-        raise InputError(
-            f"--corpus {' '.join(config.data.corpus)}: the text, or what reads it, is not what {folder} "
-            "was begun with, and a run that goes on with another is another; begin one with --config"
-        )
-
-
-def report_device_change(facts: Mapping[str, Any], here: RunPlacement) -> None:
-    """A line for everything that makes numbers differ from those of the run that was recorded."""
-    from . import ops
-
-    now = here.facts()
-    report_config_changes(facts.get("versions") or {}, now["versions"], "the last digits may differ")
-    dropout = "with dropout other numbers come, without it the last digits may differ"
-    report_config_changes({"workers": facts.get("workers", 1)}, {"workers": now["workers"]}, dropout)
-    recorded = facts.get("operators", "")
-    if recorded and ops.parse_description(recorded) != ops.parse_description(here.operators):
-        report_config_changes({"operators": recorded}, {"operators": here.operators}, dropout)
-
-
-def report_config_changes(before: Mapping[str, Any], now: Mapping[str, Any], so: str) -> None:
-    """A line for everything that is not what it was when a resumed run was begun, and so changes it."""
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            print(
-                f"{name} is {now.get(name)} and was {before.get(name)}: {so} from those of a run that was "
-                "not stopped",
-                file=sys.stderr,
-            )
+        if len(devices) > 1:
+            print(device_utilization(path, devices))

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Sequence, Tuple, Union
 
-from .checkpoint import CHECKPOINTS, CONFIG, FORMAT, WEIGHTS, _path, find_checkpoint, read_checkpoint
+import numpy as np
+
+from .checkpoint import (
+    CHECKPOINTS,
+    CONFIG,
+    FORMAT,
+    WEIGHTS,
+    _path,
+    best_step,
+    find_checkpoint,
+    read_checkpoint,
+)
 from .config import GROUPS, Config
 from .data.tokenizer import Tokenizer
 from .data.vocab import Normalization, Vocabulary
-from .data.wordpiece import load_vocabulary
+from .data.wordpiece import WordPieceVocabulary, load_vocabulary
 from .errors import InputError
-from .fileio import check_new_folder, write_json
+from .fileio import check_new_folder, remove_temporary_files, write_json
+from .inference.predictor import Prediction, Predictor
 from .model.bert import BERTModel
 from .model.classifier import BERTForTask, task_of
 from .model.head_names import checked_heads
 from .model.parameters import set_weights
-from .model.pooling import Pooling
+from .model.pooling import POOLINGS, Pooling
 from .model.task import Task
 from .runtime import mx
 
@@ -25,11 +38,23 @@ from .runtime import mx
 TASK, UNTRAINED, POOLING = "task", "untrained", "pooling"
 
 
-class Run(NamedTuple):
-    """A run read back from its folder: the network of one of its checkpoints, and what belongs to it.
+# A text, or a pair of texts.
+Text = Union[str, Tuple[str, str]]
 
-    untrained: the heads, keys of HEADS, that no training has changed. pooling: how a text gets one vector,
-    None where the run does not say it.
+
+@dataclass(frozen=True)
+class Run:
+    """A trained network with its vocabulary and configuration, as `load_run` and `pretrain` return it.
+
+    net: a `BERTModel` or a `BERTForTask`. step: of its checkpoint. untrained: the heads, keys of HEADS, that
+    no training has changed. pooling: how a text gets one vector, None where the run does not say it. folder:
+    of the run.
+
+    >>> run = load_run("runs/quick", checkpoint="best")                         # doctest: +SKIP
+    >>> run.encode(["a crane is flying", ("it rained", "she left")]).shape
+    (2, 128)
+    >>> run.fill_mask("the <mask> is flying", top=2)
+    [[('bird', 0.21), ('plane', 0.07)]]
     """
 
     net: Any
@@ -38,6 +63,62 @@ class Run(NamedTuple):
     step: int
     untrained: tuple[str, ...] = ()
     pooling: Pooling | None = None
+    folder: Path | None = None
+
+    def encode(
+        self, texts: Iterable[Text], pooling: str | None = None, normalize: bool | None = None
+    ) -> np.ndarray:
+        """Return a vector of each text or pair: (N, C) float32. Texts that are too long are truncated.
+
+        pooling: mean, cls or max over the tokens' vectors. normalize: to length 1. None: as the run says, else
+        the mean, not normalized.
+        """
+        own = self.pooling or Pooling()
+        mode = own.mode if pooling is None else pooling
+        if mode not in POOLINGS:
+            raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, got {mode!r}.")
+        pool = Pooling(mode, own.normalize if normalize is None else normalize)
+        rows = [pool(each.vectors) for each in self._predict(texts)]
+        return np.stack(rows) if rows else np.zeros((0, self.config.model.units), np.float32)
+
+    def fill_mask(self, text: Text, top: int = 5) -> list[list[tuple[str, float]]]:
+        """Return for each <mask> of a text the `top` most probable tokens with their probabilities."""
+        return next(self._predict([text])).fill_masks(self.vocab, top)
+
+    def next_sentence(self, first: str, second: str) -> float:
+        """Return the probability that the second text follows the first."""
+        return next(self._predict([(first, second)])).next_sentence_probability
+
+    def predict(self, texts: Iterable[Text]) -> list[dict[str, Any]]:
+        """Return what a fine-tuned network predicts: {"label", "probabilities"} or {"score"} of each text."""
+        return [each.task_prediction for each in self._predict(texts)]
+
+    def _predict(self, texts: Iterable[Text]) -> Iterator[Prediction]:
+        pairs = ((text, None) if isinstance(text, str) else text for text in texts)
+        encoded = (self.reader.text(first, second, truncate=True) for first, second in pairs)
+        return Predictor.of(self).predict(encoded)
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Return the last logged figures: "train" of a window of steps, "validation" of an evaluation."""
+        found: dict[str, dict[str, float]] = {}
+        for line in (self._folder() / "log.jsonl").read_text("utf-8").splitlines():
+            record = json.loads(line)
+            if "validation" in record:
+                found["validation"] = {"step": record["step"], **record["validation"]}
+            elif any(name.endswith("_loss") for name in record):
+                found["train"] = record
+        return found
+
+    @property
+    def best_step(self) -> int | None:
+        """Return the step of the best checkpoint, None without evaluations."""
+        return best_step(self._folder())
+
+    def _folder(self) -> Path:
+        if self.folder is None:
+            raise InputError("This run has no folder. Load one with load_run.")
+        return self.folder
 
     @property
     def task(self) -> Task | None:
@@ -57,6 +138,19 @@ def check_new_run(folder: Path, flag: str = "--output") -> None:
     if (folder / CONFIG).exists():
         raise InputError(f"{flag} {folder}: holds a run already; name a new folder")
     check_new_folder(folder, flag)
+
+
+def remove_unfinished_run(folder: Path) -> None:
+    """Remove what a run left that was killed before its config.json was written, and nothing else."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    visible = {name for name in names if not name.startswith(".")}
+    if not visible <= {Vocabulary.FILE, WordPieceVocabulary.FILE, CHECKPOINTS}:
+        return
+    if CHECKPOINTS in names and any((folder / CHECKPOINTS).iterdir()):
+        return
+    remove_temporary_files(folder)
+    for name in visible:
+        (folder / name).rmdir() if name == CHECKPOINTS else (folder / name).unlink()
 
 
 def create_run(
@@ -93,7 +187,7 @@ def write_config(
     pooling: Pooling | None = None,
 ) -> None:
     """Write a run's config.json; `read_config`, `read_environment` and so on are the inverse."""
-    content = {"format": FORMAT, **config.to_json(), "facts": facts}
+    content = {"format": FORMAT, **config.to_json(), "environment": facts}
     if task:
         content[TASK] = task.to_json()
     if untrained:
@@ -116,7 +210,7 @@ def read_config(path: Path) -> Config:
 
 def read_environment(path: Path) -> dict[str, Any]:
     """What else a run's config.json says: contexts, versions, the text's fingerprint."""
-    facts = _config_in(path).get("facts")
+    facts = _config_in(path).get("environment")
     return facts if isinstance(facts, dict) else {}
 
 
@@ -153,21 +247,23 @@ def read_pooling(path: Path) -> Pooling | None:
     return Pooling.from_json(content[POOLING], path) if POOLING in content else None
 
 
-def load_run(folder: Path, contexts: Sequence[Any] | None = None, which: str | int = "latest") -> Run:
-    """Read a run's checkpoint onto the contexts, by default one CPU; InputError says what is missing.
+def load_run(
+    folder: Path | str, devices: Sequence[Any] | None = None, checkpoint: str | int = "latest"
+) -> Run:
+    """Read a run's checkpoint onto the devices, by default one CPU; InputError says what is missing.
 
-    which: the latest, the best by the MLM loss on validation text, or that of a step.
+    checkpoint: the latest, the best by the MLM loss on validation text, or that of a step.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder}: is no run: it has no {CONFIG}; name a folder that pretrain.py wrote")
     config = read_config(folder / CONFIG)
     vocab = load_vocabulary(folder)
-    step = find_checkpoint(folder, which)
+    step = find_checkpoint(folder, checkpoint)
     task = read_task(folder / CONFIG)
     net = BERTForTask(len(vocab), config.model, task) if task else BERTModel(len(vocab), config.model)
-    net.initialize(mx.init.Zero(), ctx=list(contexts or [mx.cpu()]))
+    net.initialize(mx.init.Zero(), ctx=list(devices or [mx.cpu()]))
     set_weights(net, read_checkpoint(folder, step, weights_only=True).weights, _path(folder, step) / WEIGHTS)
     net.hybridize()
     untrained, pooling = read_untrained(folder / CONFIG), read_pooling(folder / CONFIG)
-    return Run(net, vocab, config, step, untrained, pooling)
+    return Run(net, vocab, config, step, untrained, pooling, folder)

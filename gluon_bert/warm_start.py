@@ -76,7 +76,7 @@ def _load(init: str, checkpoint: str) -> Run:
         raise InputError(
             f"--init {init}: is no folder; it must be {', '.join(RANDOM_INITS)} or the folder of a run"
         )
-    run = load_run(Path(init), which=checkpoint)
+    run = load_run(Path(init), checkpoint=checkpoint)
     if run.task:
         raise InputError(f"--init {init}: was fine-tuned, and has no heads to pretrain; name the run before")
     return run

@@ -30,5 +30,7 @@ def simulate(patch):
 
 
 if __name__ == "__main__":
+    from gluon_bert.cli import run
+
     simulate(pytest.MonkeyPatch())
-    pretrain.leave(pretrain.main)
+    run(pretrain.main)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.token_vectors import encode
 
 from gluon_bert import checkpoint
 from gluon_bert.checkpoint import find_checkpoint, save_checkpoint, steps
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.errors import InputError
-from gluon_bert.inference.predictor import encode
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.presets import preset
 from gluon_bert.run import create_run, load_run
@@ -123,7 +123,7 @@ def save(folder, net, step, **options):
 
 def loaded(folder, which):
     """The step of a checkpoint, which its weights confirm."""
-    run = load_run(folder, which=which)
+    run = load_run(folder, checkpoint=which)
     assert run.net.nsp.dense.bias.data().asnumpy().tolist() == [run.step, 0]
     return run.step
 
@@ -204,18 +204,18 @@ def test_a_run_that_is_killed_at_any_moment_leaves_its_latest_and_its_best(tmp_p
 
 def test_checkpoints_that_are_not_there_are_told(run_folder, net):
     with pytest.raises(InputError, match=r"best: .*run has none of that name; it has latest, 9, 100$"):
-        load_run(run_folder, which="best")
+        load_run(run_folder, checkpoint="best")
     save(run_folder, net, 200, best=True)
     for name in ("best!", "10", "-9", "9.0", ""):
         with pytest.raises(InputError, match=rf"--checkpoint {name}: .* it has latest, 9, 100, 200, best$"):
-            load_run(run_folder, which=name)
+            load_run(run_folder, checkpoint=name)
 
 
 def test_a_best_checkpoint_that_was_removed_is_told(run_folder, net):
     save(run_folder, net, 200, best=True)
     shutil.rmtree(run_folder / "checkpoints" / "step-00000200")
     with pytest.raises(InputError, match=r"--checkpoint best: .* it has latest, 9, 100$"):
-        load_run(run_folder, which="best")
+        load_run(run_folder, checkpoint="best")
     assert load_run(run_folder).step == 100
 
 
@@ -223,5 +223,5 @@ def test_a_best_checkpoint_that_was_removed_is_told(run_folder, net):
 def test_a_damaged_note_of_the_best_is_told(run_folder, content):
     (run_folder / "checkpoints" / "best.json").write_text(content)
     with pytest.raises(InputError, match=r"best\.json: cannot be read as the step of the best checkpoint"):
-        load_run(run_folder, which="best")
+        load_run(run_folder, checkpoint="best")
     assert load_run(run_folder).step == 100

@@ -62,8 +62,8 @@ def test_json_files_hold_no_nan(tmp_path):
 
 
 def test_replace_refuses_other_types():
-    with pytest.raises(InputError, match="--corpus is 'pydoc', which is no list of strings"):
-        preset("d2l").replace(corpus="pydoc")
+    with pytest.raises(InputError, match="--corpus is 3, which is no list of strings"):
+        preset("d2l").replace(corpus=3)
 
 
 def test_replace_reaches_every_group_and_refuses_other_names():
@@ -75,7 +75,7 @@ def test_replace_reaches_every_group_and_refuses_other_names():
 
 def test_all_problems_are_told_at_once():
     config = preset("d2l").replace(
-        num_heads=3, max_seq_length=2, batch_size=0, long_pairs="burn", lr=float("nan")
+        num_heads=3, max_seq_length=2, batch_size=0, preparation="burn", lr=float("nan")
     )
     with pytest.raises(InputError) as told:
         config.check()
@@ -83,7 +83,7 @@ def test_all_problems_are_told_at_once():
     assert "--num-heads 3: must divide --units 128" in lines
     assert "--max-seq-length 2: must be at least 8" in lines
     assert "--batch-size 0: must be at least 1" in lines
-    assert "--long-pairs burn: must be one of truncate, drop" in lines
+    assert "--preparation burn: must be one of bert, d2l" in lines
     assert any(line.startswith("--lr nan") for line in lines)
 
 
@@ -123,8 +123,7 @@ def test_all_problems_are_told_at_once():
         ({"short_seq_prob": 0.2}, "--short-seq-prob 0.2: has no effect, it needs --pairs packed"),
         ({"max_ngram": 2}, "--max-ngram 2: has no effect, it needs --masking ngrams"),
         ({"masking": "ngrams", "max_ngram": 1}, "--max-ngram 1: must be at least 2 for --masking ngrams"),
-        ({"pairs": "packed"}, "--long-pairs drop: packed pairs are truncated"),
-        ({"pairs": "packed", "long_pairs": "truncate"}, "--negatives any: those of packed pairs are matched"),
+        ({"pairs": "packed"}, "--preparation d2l: has no packed pairs; add --preparation bert"),
     ],
 )
 def test_contradictions_name_the_flags(changes, told):
@@ -139,7 +138,7 @@ def test_contradictions_name_the_flags(changes, told):
         ({"modle": {}}, "'modle' is no group"),
         ({"model": {"units": "many"}}, "model.units is 'many', which is no int"),
         ({"model": {"units": True}}, "model.units is True"),
-        ({"data": {"corpus": "pydoc"}}, "data.corpus is 'pydoc'"),
+        ({"data": {"corpus": 3}}, "data.corpus is 3"),
         ({"train": 3}, "'train' is no group"),
     ],
 )

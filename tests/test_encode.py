@@ -38,7 +38,7 @@ def predictor(run_folder):
 
 
 def answer(predictor, *texts):
-    (found,) = predictor.ask([predictor.reader.text(*texts)])
+    (found,) = predictor.predict([predictor.reader.text(*texts)])
     return found
 
 
@@ -118,7 +118,7 @@ def test_a_file_to_vectors(run_folder, predictor, sentences, tmp_path, capsys):
         assert np.flatnonzero(arrays["truncated"]).tolist() == [20, 40]
         for i, line in enumerate(sentences.read_text("utf-8").splitlines()):
             text = predictor.reader.text(*line.split(" || "), truncate=True)
-            (expected,) = predictor.ask([text])
+            (expected,) = predictor.predict([text])
             np.testing.assert_allclose(arrays["mean"][i], expected.mean, atol=1e-5)
             start, stop = arrays["starts"][i : i + 2]
             np.testing.assert_allclose(arrays["vectors"][start:stop], expected.vectors, atol=1e-5)

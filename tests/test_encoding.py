@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from support.token_vectors import encode
 
 from gluon_bert.data.tokenizer import Tokenizer
 from gluon_bert.data.vocab import Normalization, Vocabulary
 from gluon_bert.errors import InputError
 from gluon_bert.inference import predictor as encoding
-from gluon_bert.inference.predictor import GluonNetwork, Predictor, encode
+from gluon_bert.inference.predictor import GluonNetwork, Predictor
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
@@ -75,12 +76,12 @@ def read(predictor, texts=TEXTS):
 
 def test_answers_come_in_order_and_are_those_of_each_text_alone(predictor, monkeypatch):
     texts = read(predictor) * 3
-    alone = [next(iter(predictor.ask([text]))) for text in texts]
+    alone = [next(iter(predictor.predict([text]))) for text in texts]
     for chunk_tokens, batch_tokens, batch_masks in ((65536, 4096, 256), (20, 16, 2), (100, 40, 3)):
         monkeypatch.setattr(encoding, "CHUNK_TOKENS", chunk_tokens)
         monkeypatch.setattr(encoding, "BATCH_TOKENS", batch_tokens)
         monkeypatch.setattr(encoding, "BATCH_MASKS", batch_masks)
-        together = list(predictor.ask(iter(texts)))
+        together = list(predictor.predict(iter(texts)))
         assert [answer.text for answer in together] == texts
         for one, other in zip(alone, together):
             np.testing.assert_allclose(one.vectors, other.vectors, atol=1e-5)
@@ -91,7 +92,7 @@ def test_answers_come_in_order_and_are_those_of_each_text_alone(predictor, monke
 
 
 def test_the_vectors_are_those_of_encode(net, predictor):
-    (answer,) = predictor.ask(read(predictor, [("a crane", "he left")]))
+    (answer,) = predictor.predict(read(predictor, [("a crane", "he left")]))
     expected = encode(net, VOCAB, ["a", "crane"], ["he", "left"]).asnumpy()[0]
     np.testing.assert_allclose(answer.vectors, expected, atol=1e-5)
     np.testing.assert_array_equal(answer.cls, answer.vectors[0])
@@ -99,7 +100,7 @@ def test_the_vectors_are_those_of_encode(net, predictor):
 
 
 def test_the_heads_are_those_of_the_network(net, predictor):
-    (answer,) = predictor.ask(read(predictor, [("a <mask>", "he <mask> left")]))
+    (answer,) = predictor.predict(read(predictor, [("a <mask>", "he <mask> left")]))
     text = answer.text
     inputs = ([text.ids], [text.token_types], [len(text)], [[0, 0], text.masks])
     _, mlm, nsp = net(*(mx.nd.array(x) for x in inputs))
@@ -108,7 +109,7 @@ def test_the_heads_are_those_of_the_network(net, predictor):
 
 
 def test_masks_are_filled_with_the_likeliest_words(predictor):
-    (answer,) = predictor.ask(read(predictor, ["a <mask> is <mask>"]))
+    (answer,) = predictor.predict(read(predictor, ["a <mask> is <mask>"]))
     everything = answer.fill_masks(VOCAB, top=len(VOCAB))
     assert len(everything) == 2
     for words, scores in zip(everything, answer.mask_scores):
@@ -123,13 +124,13 @@ def test_masks_are_filled_with_the_likeliest_words(predictor):
 
 
 def test_the_next_sentence_is_a_probability(predictor):
-    (answer,) = predictor.ask(read(predictor, [("a crane", "he left")]))
+    (answer,) = predictor.predict(read(predictor, [("a crane", "he left")]))
     no, yes = np.exp(np.float64(answer.next_scores))
     assert answer.next_sentence_probability == pytest.approx(yes / (no + yes), abs=1e-6)
 
 
 def test_what_a_text_cannot_be_asked_is_refused(predictor):
-    single, pair = predictor.ask(read(predictor, ["a crane", ("a", "he")]))
+    single, pair = predictor.predict(read(predictor, ["a crane", ("a", "he")]))
     with pytest.raises(InputError, match="no <mask>"):
         pair.fill_masks(VOCAB)
     with pytest.raises(InputError, match="give a pair"):

@@ -259,7 +259,7 @@ def test_classes_are_learnt_kept_and_told(command, kind, capsys):
     assert [epoch["number"] for epoch in log] == [1, 2, 3, 4, 5, 6]
     assert log[-1]["dev"]["accuracy"] > 0.9
     best = next(epoch for epoch in log if epoch["dev"]["accuracy"] == max(e["dev"]["accuracy"] for e in log))
-    run = load_run(folder, which="best")
+    run = load_run(folder, checkpoint="best")
     assert run.step == best["step"]
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     right = [each["given"]["label"] == each["predicted"]["label"] for each in predictions]
@@ -293,9 +293,9 @@ def test_the_same_seed_gives_the_same_network(command):
 def test_it_is_exported_and_answers_as_the_run_does(command, format, capsys):
     _, folder = command("classes", "--epochs", "2")
     assert export.main([str(folder), "--checkpoint", "best", "--format", format]) == 0
-    run, exported = load_run(folder, which="best"), load_exported(folder / "export" / format)
+    run, exported = load_run(folder, checkpoint="best"), load_exported(folder / "export" / format)
     texts = [run.reader.text(text) for text in ("the crane rises", "the bird falls", "city")]
-    for one, other in zip(Predictor.of(run).ask(texts), exported.predictor.ask(texts)):
+    for one, other in zip(Predictor.of(run).predict(texts), exported.predictor.predict(texts)):
         assert one.task_prediction["label"] == other.task_prediction["label"]
         for label, probability in one.task_prediction["probabilities"].items():
             assert other.task_prediction["probabilities"][label] == pytest.approx(probability, abs=1e-5)

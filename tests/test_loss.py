@@ -75,7 +75,7 @@ def test_hits_are_the_rows_whose_highest_score_is_the_label(rows, classes):
 
 
 @pytest.mark.parametrize("slice_size", [1, 3, 10_000])
-def test_shard_loss_equals_the_numpy_reference(net, batch, slice_size, monkeypatch):
+def test_pretraining_loss_equals_the_numpy_reference(net, batch, slice_size, monkeypatch):
     # Slices of which the last is smaller, and one slice for all.
     monkeypatch.setattr("gluon_bert.training.losses.CHUNK", slice_size)
     (shard,) = split_and_load(batch, [mx.cpu()], count_correct=True)

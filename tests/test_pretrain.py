@@ -14,9 +14,9 @@ import numpy as np
 import pretrain
 import pytest
 from conftest import ROOT
+from support.token_vectors import encode
 
 from gluon_bert import checkpoint, ops
-from gluon_bert.inference.predictor import encode
 from gluon_bert.presets import preset
 from gluon_bert.run import load_run
 from gluon_bert.runtime import mx
@@ -63,8 +63,8 @@ def test_a_run_leaves_all_that_it_promises(command, capsys):
     assert f"run folder: {folder}" in err
     content = json.loads((folder / "config.json").read_text())
     assert content["train"]["seed"] == 0
-    assert content["facts"]["contexts"] == ["cpu(0)"]
-    assert {"gluon_bert", "python", "numpy", "mxnet"} <= content["facts"]["versions"].keys()
+    assert content["environment"]["contexts"] == ["cpu(0)"]
+    assert {"gluon_bert", "python", "numpy", "mxnet"} <= content["environment"]["versions"].keys()
 
 
 @pytest.mark.parametrize("name, told", [("mxnet", "MXNet's own (as chosen)"), ("auto", None)])
@@ -74,7 +74,7 @@ def test_a_run_tells_which_operators_compute(command, capsys, monkeypatch, name,
     assert status == 0
     told = told or ops.describe()
     assert f"\noperators: {told}, precision fp32\n" in capsys.readouterr().err
-    assert json.loads((folder / "config.json").read_text())["facts"]["operators"] == told
+    assert json.loads((folder / "config.json").read_text())["environment"]["operators"] == told
     monkeypatch.undo()
     ops.select()
 
@@ -243,7 +243,7 @@ def test_the_latest_and_the_best_weights_stay(command, held_out_losses, capsys):
     status, folder = command("--num-steps", "7", "--eval-every", "2", "--keep-checkpoints", "1")
     assert status == 0
     assert checkpoint.steps(folder) == [4, 7]
-    assert (load_run(folder, which="best").step, load_run(folder).step) == (4, 7)
+    assert (load_run(folder, checkpoint="best").step, load_run(folder).step) == (4, 7)
     assert "best of 4 evaluations, after step 4: MLM loss 3.000" in capsys.readouterr().out
 
 
@@ -271,7 +271,7 @@ def test_an_interrupt_after_an_evaluation_keeps_the_best_and_the_latest(command,
     status, folder = command("--eval-every", "4")
     assert status == 130
     assert f"stopped after step 5; --resume {folder} continues" in capsys.readouterr().err
-    assert (load_run(folder, which="best").step, load_run(folder).step) == (4, 5)
+    assert (load_run(folder, checkpoint="best").step, load_run(folder).step) == (4, 5)
 
 
 @pytest.fixture
@@ -427,7 +427,7 @@ def test_a_run_may_begin_with_the_words_frequencies(command):
     ]
     status, folder = command(*flags)
     assert status == 0
-    compared = json.loads((folder / "config.json").read_text())["facts"]["reference_losses"]
+    compared = json.loads((folder / "config.json").read_text())["environment"]["reference_losses"]
     reached = log_of(folder)[-1]["validation"]["mlm_loss"]
     assert reached == pytest.approx(compared["validation_unigram"], abs=0.2)
     assert reached < compared["uniform"] - 0.4

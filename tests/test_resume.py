@@ -128,7 +128,7 @@ def test_a_run_goes_on_with_the_operators_that_it_was_begun_with(command, stoppi
     assert_same_run(undisturbed, stopped)
 
     assert pretrain.main(["--resume", str(stopped), "--operators", "auto"]) == 0
-    changed = f"operators is {ops.describe()} and was MXNet's own (as chosen): with dropout other numbers"
+    changed = f"operators is {ops.describe()} and was MXNet's own (as chosen): dropout draws other numbers"
     assert (changed in capsys.readouterr().err) == (ops.parse_description(ops.describe()) is None)
     monkeypatch.undo()
     ops.select()
@@ -180,7 +180,9 @@ def test_more_steps_can_be_asked_for(command, capsys):
     _, folder = command(*flags)
     capsys.readouterr()
     assert pretrain.main(["--resume", str(folder)]) == 0
-    assert "is finished, after step 12: --num-steps or --max-minutes asks for more" in capsys.readouterr().out
+    assert (
+        "is finished, after step 12. Raise num_steps or max_minutes to continue." in capsys.readouterr().out
+    )
     assert pretrain.main(["--resume", str(folder), "--num-steps", "18"]) == 0
     assert_same_run(longer, folder)
     assert run.read_config(folder / "config.json").train.num_steps == 18
@@ -294,8 +296,8 @@ def test_weights_alone_are_no_run_to_go_on_with(damaged_run, capsys):
             ["--units", "32"],
             "what may change: --corpus, --vocab-file, --preprocessing-workers, --micro-batch, --recompute,",
         ),
-        (["--preset", "d2l"], "--preset: has no place beside --resume"),
-        (["--output", "x"], "--output: has no place beside --resume"),
+        (["--preset", "d2l"], "--preset cannot be used with --resume"),
+        (["--output", "x"], "--output cannot be used with --resume"),
     ],
 )
 def test_what_may_not_change_is_named(damaged_run, capsys, flags, told):
@@ -311,13 +313,16 @@ def test_another_text_is_refused(damaged_run, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text(small_text(seed=1), "utf-8")
     assert pretrain.main(["--resume", str(folder), "--corpus", str(other)]) == 2
-    told = f"--corpus {other}: the text, or what reads it, is not what {folder} was begun with"
+    told = f"the text or its preparation has changed since {folder} was started"
     assert told in capsys.readouterr().err
 
 
 def test_what_is_no_run_is_not_resumed(tmp_path, capsys):
     assert pretrain.main(["--resume", str(tmp_path)]) == 2
-    assert f"--resume {tmp_path}: is no run: it has no config.json" in capsys.readouterr().err
+    assert (
+        f"--resume must be the folder of a run, got {tmp_path}, which has no config.json"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ import numpy as np
 import pretrain
 import pytest
 from conftest import small_text
+from support.token_vectors import encode
 
 from gluon_bert.data.prepared import prepare
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
 from gluon_bert.errors import InputError
-from gluon_bert.inference.predictor import Predictor, encode
+from gluon_bert.inference.predictor import Predictor
 from gluon_bert.model.parameters import weights_of
 from gluon_bert.presets import preset
 from gluon_bert.run import load_run
@@ -70,7 +71,7 @@ def test_it_goes_on_with_the_weights_the_network_and_the_vocabulary(before, name
     after = weights_of(new.net)
     for parameter, array in weights_of(old.net).items():
         np.testing.assert_allclose(after[parameter], array, atol=1e-7)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["facts"]["init_step"] == 3
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["environment"]["init_step"] == 3
 
 
 @both
@@ -95,7 +96,7 @@ def test_new_words_change_nothing_until_they_are_trained(before, name, tmp_path,
         np.testing.assert_allclose(now[row], was[ids].mean(axis=0), atol=1e-6)
         np.testing.assert_allclose(now[:known], was, atol=1e-6)
     asked = ["the", old.vocab.tokens[old.vocab.mask], "."]
-    (one,), (other,) = (Predictor.of(run).ask([run.reader.tokens(asked)]) for run in (old, new))
+    (one,), (other,) = (Predictor.of(run).predict([run.reader.tokens(asked)]) for run in (old, new))
     np.testing.assert_allclose(other.mask_scores[:, :known], one.mask_scores, atol=1e-5)
 
 

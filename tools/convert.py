@@ -220,7 +220,7 @@ def write(arguments: argparse.Namespace, source: Format, target: Format) -> list
 
     (folder,) = target.paths
     check_new_folder(folder, "--to")
-    loaded = load_run(source.paths[0], which=arguments.checkpoint)
+    loaded = load_run(source.paths[0], checkpoint=arguments.checkpoint)
     if loaded.task and target.kind != "huggingface":
         raise InputError(f"--from {source.paths[0]}: was fine-tuned. Name the run that it began with.")
     if target.kind == "huggingface":

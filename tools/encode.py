@@ -132,7 +132,7 @@ def encode(arguments: argparse.Namespace) -> int:
     told, asked_lines = tee(lines)
     truncate = arguments.too_long == "cut"
     texts_read = readable(predictor.reader, asked_lines, ask, truncate)
-    answers = score(predictor, texts_read) if ask == "score" else predictor.ask(texts_read)
+    answers = score(predictor, texts_read) if ask == "score" else predictor.predict(texts_read)
     seen = Seen(predictor.reader.vocab.unk)
     bar = tqdm(total=total, unit=" texts", disable=not (arguments.input and sys.stderr.isatty()))
     with ExitStack() as stack:
@@ -170,7 +170,7 @@ def compare(arguments: argparse.Namespace, ask: str, predictor: Any, lines: list
     truncate = arguments.too_long == "cut"
     texts = (encoded(predictor.reader, line, each, truncate) for line, each in zip(places, given))
     embeddings = []
-    for line, answer in zip(places, predictor.ask(texts)):
+    for line, answer in zip(places, predictor.predict(texts)):
         embeddings.append(answer.embedding)
         seen.add(line, answer)
     found = (similar_texts if ask == "similar" else similar_pairs)(arguments, predictor, lines, embeddings)

@@ -67,7 +67,7 @@ def export(arguments: argparse.Namespace) -> int:
     check(arguments)
     folder = arguments.output or arguments.run / "export" / arguments.format
     check_new_folder(folder)
-    run = load_run(arguments.run, which=arguments.checkpoint)
+    run = load_run(arguments.run, checkpoint=arguments.checkpoint)
     if arguments.format == "mar":
         path = archive.export_archive(run, folder, arguments.outputs)
         print(f"{path}: serve it with python tools/serve.py {path}")

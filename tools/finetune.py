@@ -222,8 +222,8 @@ def predict(output: Path, flag: str, rows: Any, data: Any, reader: Any) -> str:
     from gluon_bert.inference.predictor import GluonNetwork, Predictor
     from gluon_bert.run import load_run
 
-    net = load_run(output, which="best").net
-    answers = list(Predictor(GluonNetwork(net), reader, net.task).ask(data[flag].texts))
+    net = load_run(output, checkpoint="best").net
+    answers = list(Predictor(GluonNetwork(net), reader, net.task).predict(data[flag].texts))
     path = output / "predictions.jsonl"
     with atomic_write(path) as file:
         for row, answer in zip(rows[flag], answers):

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import traceback
-from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
-from typing import Callable
+from typing import Any
 
-from gluon_bert.cli import add_config_flags, config_from, main_with_exit_status, parser_of
-from gluon_bert.config import RANDOM_INITS, Config, changeable, check_changes
+from gluon_bert import devices
+from gluon_bert.cli import add_config_flags, config_from, main_with_exit_status, parser_of, run
+from gluon_bert.config import RANDOM_INITS, Config, changeable
 from gluon_bert.errors import InputError
-from gluon_bert.fileio import exclusive_lock, remove_temporary_files
 from gluon_bert.presets import PRESETS, preset
-from gluon_bert.pretraining import (
-    RunContext,
-    check_same_text,
-    network,
-    place,
-    profiled,
-    report_device_change,
-    run_non_root_rank,
-    text,
-    train,
-)
 
 EXAMPLES = """\
 examples:
@@ -56,11 +41,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--config", type=Path, metavar="FILE", help="an earlier run's config.json, not a preset")
     p.add_argument(
         "--resume",
-        type=Path,
-        metavar="RUN",
-        help="go on with the run in this folder from its latest checkpoint, as if it had not been stopped; "
-        f"beside it only flags that a run may change: {', '.join(changeable())}, --gpus, --cpus, "
-        "--operators, --kvstore, --step-timeout and --profile",
+        metavar="RUN|auto",
+        help="continue the run in this folder from its latest checkpoint; auto: continue the run in --output, or "
+        f"start it. A resumed run may change {', '.join(changeable())}, --gpus, --cpus, --operators, --kvstore, "
+        "--step-timeout and --profile",
     )
     p.add_argument(
         "--output",
@@ -95,6 +79,11 @@ def parser() -> argparse.ArgumentParser:
         help="end with exit status 1 when a step, with its data and maybe a checkpoint, takes longer, as "
         "where another worker is gone; 0: wait for ever (0)",
     )
+    where.add_argument(
+        "--ignore-memory-estimate",
+        action="store_true",
+        help="train although the estimated memory exceeds the machine's",
+    )
     p.add_argument(
         "--profile",
         type=Path,
@@ -112,13 +101,62 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def pretrain(arguments: argparse.Namespace) -> int:
-    """Pretrain as the flags say: a new run, or one that goes on."""
-    if not arguments.step_timeout >= 0:
-        raise InputError(f"--step-timeout {arguments.step_timeout}: must be at least 0")
-    profile = arguments.profile
-    if profile and (profile.is_dir() or not profile.absolute().parent.is_dir()):
-        raise InputError(f"--profile {profile}: is no file that can be written")
-    return begin(arguments) if arguments.resume is None else resume(arguments)
+    """Pretrain as the flags say: a new run, or one that continues."""
+    auto = arguments.resume == "auto"
+    if auto and arguments.output is None:
+        raise InputError("--resume auto needs --output. It names the run's folder.")
+    if arguments.resume is not None and not auto:
+        return resume(arguments, Path(arguments.resume))
+    from gluon_bert.checkpoint import CONFIG  # needs MXNet, which --help does not
+
+    if auto and (arguments.output / CONFIG).is_file():
+        return resume(arguments, arguments.output, auto=True)
+    return begin(arguments, auto)
+
+
+def begin(arguments: argparse.Namespace, auto: bool = False) -> int:
+    """Start a new run. auto: in a folder where an earlier start may have been killed."""
+    from gluon_bert.pretraining import pretrain
+    from gluon_bert.run import remove_unfinished_run
+
+    config = config_from(arguments, init_run(arguments))
+    output = new_folder(arguments)
+    if auto:
+        remove_unfinished_run(output)
+    pretrain(config, output, devices_from(arguments), **execution_from(arguments))
+    return 0
+
+
+def resume(arguments: argparse.Namespace, folder: Path, auto: bool = False) -> int:
+    """Continue a run from its latest checkpoint. auto: with the flags of its start."""
+    from gluon_bert.checkpoint import CONFIG
+    from gluon_bert.pretraining import resume
+    from gluon_bert.run import read_config
+
+    for name in () if auto else ("preset", "config", "output"):
+        if getattr(arguments, name) is not None:
+            raise InputError(
+                f"--{name} cannot be used with --resume, which continues {folder} as it was started."
+            )
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"--resume must be the folder of a run, got {folder}, which has no {CONFIG}.")
+    config = config_from(arguments, init_run(arguments) if auto else read_config(folder / CONFIG))
+    resume(folder, devices_from(arguments), config=config, **execution_from(arguments))
+    return 0
+
+
+def devices_from(arguments: argparse.Namespace) -> list[Any] | None:
+    """Return the contexts that --gpus or --cpus name, None without these flags."""
+    if arguments.gpus is None and arguments.cpus is None:
+        return None
+    gpus = None if arguments.gpus is None else devices.parse_gpus(arguments.gpus)
+    return devices.contexts(gpus, arguments.cpus)
+
+
+def execution_from(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `pretrain` and `resume` that say how a run executes."""
+    names = ("operators", "kvstore", "step_timeout", "profile", "ignore_memory_estimate")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def init_run(arguments: argparse.Namespace) -> Config:
@@ -156,102 +194,5 @@ def new_folder(arguments: argparse.Namespace) -> Path:
     return next(folder for folder in numbered if not folder.exists())
 
 
-def begin(arguments: argparse.Namespace) -> int:
-    """A new run, in a folder of its own."""
-    from gluon_bert.distributed.join import init_distributed, run_environment
-    from gluon_bert.run import check_new_run, create_run
-    from gluon_bert.training.plots import References
-    from gluon_bert.warm_start import load_init_run, load_initial_weights
-
-    config = config_from(arguments, init_run(arguments))
-    output = new_folder(arguments)
-    here = place(arguments, config, recorded={})
-    if not here.rank:
-        check_new_run(output)
-    start = load_init_run(config)
-    data = text(config, here)
-    init_step = start.step if start else None
-    with init_distributed(arguments.kvstore) as workers:
-        workers.check_same_on_all(run_environment(config, data.fingerprint))
-        net = network(config, data, here.contexts)
-        if start:
-            load_initial_weights(net, data.vocab, start)
-        del start  # its weights would stay in memory to the end of the run
-        given = RunContext(config, data, net, here.contexts, output, workers, arguments.step_timeout)
-        if here.rank:
-            return run_non_root_rank(given)
-        facts = {
-            **here.facts(),
-            "text": data.fingerprint,
-            "init_step": init_step,
-            "reference_losses": References.of(data)._asdict(),
-        }
-        create_run(output, config, data.vocab, facts)
-        with exclusive_lock(output, "--output"), profiled(arguments.profile, here.contexts):
-            return train(given)
-
-
-def resume(arguments: argparse.Namespace) -> int:
-    """Go on with a run from its latest checkpoint, as if it had not been stopped."""
-    from gluon_bert.checkpoint import CONFIG, latest_valid
-    from gluon_bert.distributed.join import init_distributed, run_environment
-    from gluon_bert.run import read_config, read_environment, write_config
-
-    folder = arguments.resume
-    for name in ("preset", "config", "output"):
-        if getattr(arguments, name) is not None:
-            raise InputError(f"--{name}: has no place beside --resume, which goes on as {folder} was begun")
-    if not (folder / CONFIG).is_file():
-        raise InputError(
-            f"--resume {folder}: is no run: it has no {CONFIG}; name a folder that pretrain wrote"
-        )
-    before, facts = read_config(folder / CONFIG), read_environment(folder / CONFIG)
-    config = config_from(arguments, before)
-    check_changes(before, config, str(folder))
-    here = place(arguments, config, facts)
-    with nullcontext() if here.rank else exclusive_lock(folder, "--resume"):
-        if not here.rank:
-            remove_temporary_files(folder)
-            remove_temporary_files(folder / "checkpoints")
-        snapshot = latest_valid(folder)
-        data = text(config, here)
-        check_same_text(config, data, folder, facts)
-        with init_distributed(arguments.kvstore) as workers:
-            workers.check_same_on_all(run_environment(config, data.fingerprint))
-            net = network(config, data, here.contexts)
-            given = RunContext(
-                config, data, net, here.contexts, folder, workers, arguments.step_timeout, snapshot
-            )
-            if here.rank:
-                return run_non_root_rank(given)
-            report_device_change(facts, here)
-            now = {**facts, **here.facts()}
-            if (config, now) != (before, facts):
-                write_config(folder, config, now)
-            with profiled(arguments.profile, here.contexts):
-                return train(given)
-
-
-def leave(main: Callable[[list[str]], int]) -> None:
-    """Run the command and leave with its exit status; at once where other workers are waited for in vain."""
-
-    def failed() -> bool:
-        workers = sys.modules.get("gluon_bert.distributed.join")
-        return workers is not None and bool(workers.failed())
-
-    try:
-        status = main(sys.argv[1:])
-    except Exception:
-        if not failed():
-            raise
-        traceback.print_exc()
-        status = 1
-    if failed():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
 if __name__ == "__main__":
-    leave(main)
+    run(main)

@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gluon_bert.cli import Terminated, parser_of, run, run_command
-from gluon_bert.errors import InputError
+from gluon_bert.cli import parser_of, run, run_command
+from gluon_bert.errors import InputError, Terminated
 from gluon_bert.serving.server import ServerFailed, Settings, check_server, serving
 
 EXAMPLES = """\

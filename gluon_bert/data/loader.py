@@ -74,6 +74,10 @@ class Loader:
         pairs = sizes[:-1] + sizes[1:] + NUM_SPECIAL_IN_PAIR
         return float((pairs[inside[:-1]] > self.config.max_seq_length).mean())
 
+    def __iter__(self) -> Iterator[Batch]:
+        """Iterate over the batches of epoch 0."""
+        return self.epoch(0)
+
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """The batches of one epoch in their shuffled order, the last of each bucket maybe smaller.
 
@@ -183,10 +187,10 @@ def load_pretraining_data(config: DataConfig, batch_size: int, seed: int = 0) ->
         )
     if config.pairs == "sentences":
         log.info(
-            "%.0f %% of the pairs of sentences are longer than --max-seq-length %d: --long-pairs %s",
+            "%.0f %% of the pairs of sentences are longer than max_seq_length=%d and are %s",
             100 * train.fraction_truncated(),
             config.max_seq_length,
-            config.long_pairs,
+            "dropped" if config.preparation == "d2l" else "truncated",
         )
     validation = Loader(prepared.validation, prepared.vocab, config, batch_size, seed)
     usable = prepared.validation.with_pairs() >= 2 and len(validation.pairs(0)) > 0

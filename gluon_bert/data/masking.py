@@ -48,7 +48,7 @@ def mask(
     # Padding and special tokens are never words; <unk> is one, but not always worth predicting.
     word = real & (~vocab.special[tokens] | (tokens == vocab.unk))
     candidate = word if config.predict_unknown else word & (tokens != vocab.unk)
-    if config.mask_count == "round":
+    if config.preparation == "d2l":
         wanted = np.rint(config.mlm_probability * valid_length)
     else:
         # Without the small term 0.15 * 20 and the like may fall just below a whole number.
@@ -171,7 +171,7 @@ def _taken(
 def _replacements(
     masked_ids: np.ndarray, action: np.ndarray, which: np.ndarray, vocab: Vocabulary, config: DataConfig
 ) -> np.ndarray:
-    choice = np.arange(len(vocab)) if config.random_token == "any" else vocab.ordinary_ids
+    choice = np.arange(len(vocab)) if config.preparation == "d2l" else vocab.ordinary_ids
     random_tokens = choice[(which * len(choice)).astype(np.int64)]
     as_mask = action < config.mask_token_rate
     as_random = ~as_mask & (action < config.mask_token_rate + config.random_token_rate)

@@ -69,13 +69,13 @@ def _sentence_pairs(documents: Documents, config: DataConfig, rng: np.random.Gen
     is_next = _labels(len(a), config, rng)
     b = a + 1
     if config.objective == "mlm+nsp":
-        negatives = _matched_negatives if config.negatives == "matched" else _any_negatives
+        negatives = _any_negatives if config.preparation == "d2l" else _matched_negatives
         b = np.where(is_next, b, negatives(documents, a, rng))
     spans = np.stack([documents.sentences[:-1], documents.sentences[1:]], axis=1)
     pairs = Pairs(spans[a], spans[b], is_next)
     if config.objective == "mlm+sop":
         pairs = _swapped(pairs)
-    if config.long_pairs == "drop":
+    if config.preparation == "d2l":
         return pairs.take(pairs.lengths() <= config.max_seq_length)
     return _truncated(pairs, config.max_seq_length)
 

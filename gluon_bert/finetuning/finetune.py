@@ -148,7 +148,7 @@ class FineTuner:
     def predict(self, examples: Examples) -> np.ndarray:
         """(N, K) float32 the scores of each text, dropout off."""
         predictor = Predictor(GluonNetwork(self.net), self.reader)
-        return scores_of(predictor.ask(examples.texts))
+        return scores_of(predictor.predict(examples.texts))
 
     def evaluate(self, examples: Examples) -> dict[str, float]:
         """The metrics of the task on labelled examples."""

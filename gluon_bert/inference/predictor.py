@@ -8,7 +8,7 @@ from typing import Any, Iterable, Iterator, NamedTuple, Protocol, Sequence
 import numpy as np
 
 from ..data.tokenizer import EncodedText, PaddedBatch, Tokenizer, bucket_by_length, chunks, pad
-from ..data.vocab import Normalization, Vocabulary
+from ..data.vocab import Vocabulary
 from ..errors import InputError
 from ..model.classifier import task_of
 from ..model.head_names import check_trained
@@ -105,6 +105,11 @@ class Prediction:
         """(C,) the mean of all T vectors."""
         return self.vectors.mean(axis=0)
 
+    @property
+    def max(self) -> np.ndarray:
+        """(C,) the largest value of each column over all T vectors."""
+        return self.vectors.max(axis=0)
+
     def fill_masks(self, vocab: Vocabulary, top: int = 5) -> list[list[tuple[str, float]]]:
         """For each <mask> the likeliest tokens, each with its probability among the whole vocabulary."""
         if not len(self.text.masks):
@@ -154,7 +159,7 @@ class Predictor:
 
     >>> run = gb.load_run("runs/d2l-1")                                         # doctest: +SKIP
     >>> predictor = Predictor.of(run)
-    >>> for answer in predictor.ask([predictor.reader.text("the <mask> is flying")]):
+    >>> for answer in predictor.predict([predictor.reader.text("the <mask> is flying")]):
     ...     print(answer.mean, answer.fill_masks(run.vocab))
     """
 
@@ -174,16 +179,16 @@ class Predictor:
         """A predictor of a run as `load_run` gives it."""
         return cls(GluonNetwork(run.net), run.reader, run.task, run.untrained, run.pooling)
 
-    def ask(self, texts: Iterable[EncodedText]) -> Iterator[Prediction]:
+    def predict(self, texts: Iterable[EncodedText]) -> Iterator[Prediction]:
         """An answer for each text, in their order. Reads ahead no more than one chunk of them."""
         for chunk in chunks(texts, CHUNK_TOKENS, 2 * BATCH_MASKS):
             answers: dict[int, Prediction] = {}
             for members in bucket_by_length(chunk, BATCH_TOKENS, BATCH_MASKS):
-                answers.update(zip(members, self._ask([chunk[i] for i in members])))
+                answers.update(zip(members, self._predict_batch([chunk[i] for i in members])))
             for i in range(len(chunk)):
                 yield answers.pop(i)
 
-    def _ask(self, texts: list[EncodedText]) -> Iterator[Prediction]:
+    def _predict_batch(self, texts: list[EncodedText]) -> Iterator[Prediction]:
         batch = pad(texts, self.reader.max_seq_length)
         encoded, pooled, mask_scores, next_scores, task_scores = self.network(batch)
         for row, text in enumerate(texts):
@@ -205,25 +210,6 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     """The probabilities of scores, along the last axis."""
     powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
-
-
-def encode(
-    net: Any, vocab: Vocabulary, tokens_a: Sequence[str], tokens_b: Sequence[str] | None = None
-) -> Any:
-    """The vectors of a text or of a pair: lists of tokens -> (1, T, C) float32, dropout off.
-
-    Position 0 is <cls>; the others follow as in `<cls> a <sep> b <sep>`. A token outside the vocabulary
-    counts as <unk>; with WordPiece the tokens are pieces. Raises InputError above the network's number of
-    positions.
-
-    >>> encode(net, vocab, ["a", "crane", "is", "flying"]).shape        # doctest: +SKIP
-    (1, 6, 128)
-    """
-    reader = Tokenizer(vocab, net.config.max_positions, Normalization(lowercase=False))
-    text = reader.tokens(tokens_a, tokens_b)
-    context = net.pooler.dense.weight.list_ctx()[0]
-    inputs = ([text.ids], [text.token_types], [len(text)])
-    return net.encoder(*(mx.nd.array(each, ctx=context, dtype=np.float32) for each in inputs))
 
 
 def _likeliest(vocab: Vocabulary, probabilities: np.ndarray, top: int) -> list[tuple[str, float]]:

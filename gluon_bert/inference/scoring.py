@@ -87,7 +87,7 @@ def score(predictor: Predictor, texts: Iterable[EncodedText]) -> Iterator[TextSc
             yield from masked_copies(text, positions)
 
     log_probabilities: list[float] = []
-    for prediction in predictor.ask(copies()):
+    for prediction in predictor.predict(copies()):
         text, positions = waiting[0]
         target = text.ids[positions[len(log_probabilities)]]
         (row,) = prediction.mask_log_probabilities()

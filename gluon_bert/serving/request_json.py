@@ -64,7 +64,7 @@ def answer(predictor: Predictor, bodies: Sequence[bytes]) -> list[tuple[int, dic
             questions[i] = read(body, predictor.reader, ask_by_default, predictor.pooling)
         except InputError as error:
             replies[i] = refused(error)
-    answers = predictor.ask(text for question in questions.values() for text in question.texts)
+    answers = predictor.predict(text for question in questions.values() for text in question.texts)
     for i, question in questions.items():
         found, *apart = [next(answers) for _ in question.texts]
         try:

@@ -162,7 +162,7 @@ def max_masked(config: Config) -> int:
     words = data.max_seq_length - 3  # without <cls> and two <sep>
     count = (
         round(data.mlm_probability * data.max_seq_length)
-        if data.mask_count == "round"
+        if data.preparation == "d2l"
         else int(data.mlm_probability * words)
     )
     return min(max(1, count), words)

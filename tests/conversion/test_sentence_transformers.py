@@ -49,7 +49,7 @@ def embeddings(run, texts, pooling=None):
     predictor = Predictor.of(run)
     predictor.pooling = pooling or run.pooling
     read = (predictor.reader.text(text, truncate=True) for text in texts)
-    return np.stack([answer.embedding for answer in predictor.ask(read)])
+    return np.stack([answer.embedding for answer in predictor.predict(read)])
 
 
 def sentence_transformer(folder):

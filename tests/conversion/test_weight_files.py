@@ -178,7 +178,7 @@ def test_architecture_gives_the_hidden_states_of_transformers(name, tmp_path):
     text = run.reader.text("w1 w2 w3")
     from gluon_bert.inference.predictor import Predictor
 
-    (found,) = Predictor.of(back).ask([text])
+    (found,) = Predictor.of(back).predict([text])
     expected = model(torch.tensor([text.ids.tolist()]), output_hidden_states=True).hidden_states[-1]
     np.testing.assert_allclose(found.vectors, expected[0].detach().numpy(), rtol=0, atol=2e-5)
     if {"mlm", "nsp"} & set(back.untrained) and name != "BertForNextSentencePrediction":
@@ -205,7 +205,7 @@ def test_classifier_gives_the_logits_of_transformers(labels, tmp_path):
     back = load_run(tmp_path / "back")
     for given in (("w1 w2 w3",), ("w1 w2", "w3 w4 w5")):
         text = run.reader.text(*given)
-        (found,) = Predictor.of(back).ask([text])
+        (found,) = Predictor.of(back).predict([text])
         inputs = {
             "input_ids": torch.tensor([text.ids.tolist()]),
             "token_type_ids": torch.tensor([text.token_types.tolist()]),

@@ -239,13 +239,11 @@ def test_fraction_truncated_is_logged(tmp_path, caplog):
     )
     with caplog.at_level(logging.INFO):
         load_pretraining_data(config, batch_size=2)
-        assert (
-            "25 % of the pairs of sentences are longer than --max-seq-length 17: --long-pairs trunc"
-            in caplog.text
-        )
+        told = "25 % of the pairs of sentences are longer than max_seq_length=17 and are truncated"
+        assert told in caplog.messages
         caplog.clear()
         load_pretraining_data(dataclasses.replace(config, max_seq_length=18), batch_size=2)
-    told = "0 % of the pairs of sentences are longer than --max-seq-length 18: --long-pairs truncate"
+    told = "0 % of the pairs of sentences are longer than max_seq_length=18 and are truncated"
     assert told in caplog.messages
 
 
@@ -268,7 +266,7 @@ def test_load_data_without_fitting_pair_is_refused(tmp_path):
         corpus=(str(path),),
         text_format="sentences",
         max_seq_length=16,
-        long_pairs="drop",
+        preparation="d2l",
         validation_fraction=0.0,
     )
     with pytest.raises(InputError, match="--max-seq-length 16: no pair of sentences fits"):

@@ -59,7 +59,7 @@ def test_mask_count_per_row_is_as_documented(config):
     counts = np.bincount(masked(config, tokens, lengths).masked_positions[0], minlength=len(tokens))
     for row, length, count in zip(tokens, lengths, counts):
         words = int(is_word(row, True).sum())
-        wanted = round(length * 0.15) if config.mask_count == "round" else words * 15 // 100
+        wanted = round(length * 0.15) if config.preparation == "d2l" else words * 15 // 100
         candidates = int(is_word(row, config.predict_unknown).sum())
         assert count == min(max(1, wanted), candidates)
 
@@ -182,7 +182,7 @@ def chosen_slowly(row, length, noise, config):
     words = words_slowly(row, length, config.predict_unknown)
     count = sum(len(positions) for positions, _ in words)
     wanted = int(config.mlm_probability * count + 1e-9)
-    if config.mask_count == "round":
+    if config.preparation == "d2l":
         wanted = round(config.mlm_probability * length)
     usable = [w for w, (_, may) in enumerate(words) if may]
     if not usable:
@@ -216,18 +216,14 @@ def chosen_slowly(row, length, noise, config):
     rate=st.sampled_from([0.001, 0.05, 0.15, 0.5, 1.0]),
     masking=st.sampled_from(["words", "ngrams"]),
     max_ngram=st.integers(2, 5),
-    mask_count=st.sampled_from(["floor", "round"]),
-    predict_unknown=st.booleans(),
+    preparation=st.sampled_from(["bert", "d2l"]),
 )
-def test_whole_words_and_ngrams_match_slow_reference(
-    seed, rate, masking, max_ngram, mask_count, predict_unknown
-):
+def test_whole_words_and_ngrams_match_slow_reference(seed, rate, masking, max_ngram, preparation):
     config = DataConfig(
         masking=masking,
         mlm_probability=rate,
         max_ngram=max_ngram,
-        mask_count=mask_count,
-        predict_unknown=predict_unknown,
+        preparation=preparation,
     )
     tokens, lengths = rows_of_pieces(seed, num_rows=12)
     noise = np.random.default_rng(seed).random((num_draws(config), *tokens.shape))

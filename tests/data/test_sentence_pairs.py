@@ -109,7 +109,7 @@ def test_drop_keeps_exactly_the_pairs_that_fit():
     documents = random_documents()
     whole = draw_pairs(documents, DataConfig(max_seq_length=64), np.random.default_rng(0), UNK)
     short = draw_pairs(
-        documents, DataConfig(max_seq_length=16, long_pairs="drop"), np.random.default_rng(0), UNK
+        documents, DataConfig(max_seq_length=16, preparation="d2l"), np.random.default_rng(0), UNK
     )
     fitting = whole.take(whole.lengths() <= 16)
     np.testing.assert_array_equal(short.first, fitting.first)
@@ -140,7 +140,7 @@ def test_pair_of_unknown_words_is_left_out():
     rng = np.random.default_rng(0)
     kept = draw_pairs(documents, DataConfig(random_next_prob=0.0), rng, UNK)
     assert len(kept) == 3
-    assert len(draw_pairs(documents, DataConfig(random_next_prob=0.0, predict_unknown=True), rng, UNK)) == 4
+    assert len(draw_pairs(documents, DataConfig(random_next_prob=0.0, preparation="d2l"), rng, UNK)) == 4
 
 
 def test_words_to_predict_are_found_anywhere():

@@ -435,8 +435,8 @@ def test_run_keeps_its_vocabulary(text_file, vocab_file, tmp_path, made):
 
     size = ["--vocab-size", "90"] if made else ["--vocab-file", str(vocab_file)]
     flags = [
-        *("--tokenizer", "wordpiece", *size, "--pairs", "packed", "--long-pairs", "truncate"),
-        *("--negatives", "matched", "--masking", "ngrams", "--max-seq-length", "32"),
+        *("--tokenizer", "wordpiece", *size, "--pairs", "packed"),
+        *("--preparation", "bert", "--masking", "ngrams", "--max-seq-length", "32"),
         *("--corpus", str(text_file), "--output", str(tmp_path / "run"), "--num-steps", "2"),
         *("--batch-size", "16", "--units", "16", "--ffn-units", "16", "--cpus", "1"),
     ]
@@ -446,7 +446,7 @@ def test_run_keeps_its_vocabulary(text_file, vocab_file, tmp_path, made):
     assert type(found.vocab) is WordPieceVocabulary
     assert len(found.vocab) == (90 if made else len(PUBLISHED))
     predictor = Predictor.of(found)
-    (answer,) = predictor.ask([predictor.reader.text("the crane <mask> it.")])
+    (answer,) = predictor.predict([predictor.reader.text("the crane <mask> it.")])
     assert len(answer.vectors) == len(answer.text)
     assert len(answer.fill_masks(found.vocab)[0]) == 5
 

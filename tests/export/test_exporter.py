@@ -206,7 +206,7 @@ def test_an_export_answers_like_its_run(run, exports):
     exported = load_exported(exports / "all")
     predictors = Predictor(exported.network, exported.reader), Predictor.of(run)
     texts = [exported.reader.text("w1 W2 w9"), exported.reader.text("w1 <mask> w2 <mask>", "w3 <mask> w4")]
-    for one, other in zip(*(predictor.ask(texts) for predictor in predictors)):
+    for one, other in zip(*(predictor.predict(texts) for predictor in predictors)):
         np.testing.assert_allclose(one.vectors, other.vectors, atol=1e-5)
         np.testing.assert_allclose(one.next_scores, other.next_scores, atol=1e-5)
     np.testing.assert_allclose(one.mask_scores, other.mask_scores, atol=1e-5)
@@ -225,8 +225,8 @@ def test_a_run_with_word_pieces(run, tmp_path):
     exported = load_exported(tmp_path / "export")
     text = exported.reader.text("The cranes [MASK] away")
     assert text.tokens == ["[CLS]", "the", "crane", "##s", "[MASK]", "away", "[SEP]"]
-    (one,) = Predictor(exported.network, exported.reader).ask([text])
-    (other,) = Predictor.of(pieces).ask([text])
+    (one,) = Predictor(exported.network, exported.reader).predict([text])
+    (other,) = Predictor.of(pieces).predict([text])
     np.testing.assert_allclose(one.vectors, other.vectors, atol=1e-5)
     np.testing.assert_allclose(one.mask_scores, other.mask_scores, atol=1e-5)
 
@@ -234,7 +234,7 @@ def test_a_run_with_word_pieces(run, tmp_path):
 def test_the_encoder_alone_says_what_it_lacks(exports):
     exported = load_exported(exports / "encoder")
     predictor = Predictor(exported.network, exported.reader)
-    (answer,) = predictor.ask([exported.reader.text("w1 <mask>", "w3")])
+    (answer,) = predictor.predict([exported.reader.text("w1 <mask>", "w3")])
     assert answer.vectors.shape == (6, 32)
     assert answer.pooled is None
     with pytest.raises(InputError, match="exported without masked words: export it with --outputs all"):

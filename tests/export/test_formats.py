@@ -126,7 +126,7 @@ def test_an_export_answers_as_the_run_does(run, exports, format):
     exported = load_exported(exports(format, "all"))
     text = exported.reader.text("the <mask> lifts it .", "the driver <mask> .")
     ours, theirs = (
-        next(Predictor(network, exported.reader).ask([text]))
+        next(Predictor(network, exported.reader).predict([text]))
         for network in (GluonNetwork(run.net), exported.network)
     )
     assert ours.fill_masks(run.vocab, 1)[0][0][0] == theirs.fill_masks(run.vocab, 1)[0][0][0]

@@ -56,7 +56,7 @@ def reason(predictor, body):
 
 def test_a_text_is_answered_with_its_vectors(predictor):
     content = asked(predictor, text="A crane is purple")
-    (expected,) = predictor.ask([predictor.reader.text("A crane is purple")])
+    (expected,) = predictor.predict([predictor.reader.text("A crane is purple")])
     assert list(content) == ["text", "tokens", "unknown", "truncated", "cls", "mean", "pooled"]
     assert content["text"] == "A crane is purple"
     assert content["tokens"] == ["<cls>", "a", "crane", "is", "purple", "<sep>"]
@@ -79,7 +79,7 @@ def test_a_pair_a_text_of_ids_and_a_pair_of_ids(predictor):
 
 def test_masks_are_filled_with_the_likeliest_words(predictor):
     content = asked(predictor, text="a <mask> is <mask>", ask="masks", top=3)
-    (expected,) = predictor.ask([predictor.reader.text("a <mask> is <mask>")])
+    (expected,) = predictor.predict([predictor.reader.text("a <mask> is <mask>")])
     found = [[(word["token"], word["probability"]) for word in mask] for mask in content["predictions"]]
     assert found == expected.fill_masks(VOCAB, 3)
     assert len(found) == 2

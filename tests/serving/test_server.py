@@ -123,7 +123,7 @@ print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"
         assert done.returncode == 0, done.stderr
         assert "0 200 OK" in done.stderr
         assert "1 400 Bad Request" in done.stderr
-        (expected,) = predictor.ask([predictor.reader.text("a crane")])
+        (expected,) = predictor.predict([predictor.reader.text("a crane")])
         np.testing.assert_allclose(json.loads(done.stdout)["mean"], expected.mean, atol=1e-5)
 
     def test_no_status_is_torn_apart_in_the_servers_message(self):
@@ -324,14 +324,14 @@ class TestServer:
             ({"ids": [5, 6, 7]}, reader.ids([5, 6, 7])),
             ({"ids": [5, 6], "pair_ids": [11, 13, 0]}, reader.ids([5, 6], [11, 13, 0])),
         ]
-        for (request, _), expected in zip(cases, predictor.ask(text for _, text in cases)):
+        for (request, _), expected in zip(cases, predictor.predict(text for _, text in cases)):
             found = self.ask(server, **request, token_vectors=True)
             np.testing.assert_allclose(found["token_vectors"], expected.vectors, atol=1e-5)
             np.testing.assert_allclose(found["mean"], expected.mean, atol=1e-5)
             np.testing.assert_allclose(found["pooled"], expected.pooled, atol=1e-5)
 
     def test_masks_and_the_next_sentence(self, server, predictor):
-        (expected,) = predictor.ask([predictor.reader.text("a <mask> came", "he left")])
+        (expected,) = predictor.predict([predictor.reader.text("a <mask> came", "he left")])
         found = self.ask(server, text="a <mask> came", pair="he left", ask=["masks", "next"], top=14)
         words, probabilities = zip(
             *((word["token"], word["probability"]) for word in found["predictions"][0])
@@ -374,7 +374,7 @@ class TestServer:
         texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 20))) for _ in range(400)]
         bodies = [bad[i % 5] if i % 10 == 3 else json.dumps({"text": texts[i]}).encode() for i in range(400)]
         replies = ask_all(server, bodies, connections=8)
-        expected = list(predictor.ask(predictor.reader.text(text) for text in texts))
+        expected = list(predictor.predict(predictor.reader.text(text) for text in texts))
         for i, (status, content) in enumerate(replies):
             if i % 10 == 3:
                 assert status == 400 and content["error"], content

@@ -44,7 +44,7 @@ def broken(self, broke=[]):
     update(self)
 
 Trainer.step, Trainer._update = disturbed, broken
-pretrain.leave(pretrain.main)
+from gluon_bert.cli import run; run(pretrain.main)
 """
 
 

@@ -12,9 +12,9 @@ SMALL = {"units": 16, "ffn_units": 16, "num_layers": 1, "num_heads": 1, "batch_s
 
 @pytest.fixture
 def recipes(monkeypatch):
-    """Two fast recipes: one learns, the other has a tiny learning rate."""
-    learns = Recipe("one that learns", "d2l", {**SMALL, "lr": 0.01, "long_pairs": "truncate"})
-    both = {"learns": learns, "stays": learns.but("one that stays", lr=1e-9, predict_unknown=False)}
+    """Two recipes that need seconds: one learns, the other has a learning rate of nearly nothing."""
+    learns = Recipe("one that learns", "d2l", {**SMALL, "lr": 0.01, "preparation": "bert"})
+    both = {"learns": learns, "stays": learns.but("one that stays", lr=1e-9, dropout=0.0)}
     monkeypatch.setattr(compare_recipes, "RECIPES", both)
     # Steps instead of minutes, so that results do not depend on the machine.
     limited = ["--eval-every", "15", "--max-minutes", "0", "--num-steps", "30"]

@@ -74,7 +74,7 @@ def test_converted_run_predicts_and_has_no_corpus(tmp_path):
     _, folder = huggingface_folder(tmp_path)
     converted("--from", "huggingface", folder, "--to", tmp_path / "run")
     run = load_run(tmp_path / "run")
-    (answer,) = Predictor.of(run).ask([run.reader.text("w3 [MASK]")])
+    (answer,) = Predictor.of(run).predict([run.reader.text("w3 [MASK]")])
     assert len(answer.fill_masks(run.vocab)[0]) == 5
     with pytest.raises(InputError, match="the run has no corpus: name a text"):
         validation_texts(run)

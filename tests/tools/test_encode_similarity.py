@@ -37,7 +37,7 @@ def marked(run_folder, tmp_path, **values):
 
 def pooled(run_folder, pooling):
     run = load_run(run_folder)
-    answers = Predictor.of(run).ask([run.reader.text(text) for text in TEXTS])
+    answers = Predictor.of(run).predict([run.reader.text(text) for text in TEXTS])
     return np.stack([pooling(answer.vectors) for answer in answers])
 
 
@@ -50,7 +50,7 @@ def test_encode_pooling_gives_the_embedding(mode, run_folder, capsys):
     flags = ["--json", "--pooling", mode, "--normalize"]
     assert encode.main([str(run_folder), *TEXTS, *flags]) == 0
     found = [line["embedding"] for line in lines_of(capsys)]
-    vectors = [each.vectors for each in Predictor.of(load_run(run_folder)).ask(
+    vectors = [each.vectors for each in Predictor.of(load_run(run_folder)).predict(
         [load_run(run_folder).reader.text(text) for text in TEXTS])]  # fmt: skip
     expected = np.stack([{"mean": v.mean(0), "cls": v[0], "max": v.max(0)}[mode] for v in vectors])
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)

@@ -60,7 +60,7 @@ def test_what_is_compared_on_text(run_folder, tmp_path, capsys, name):
     groups = exported.manifest.comparison["groups"]
     assert all(group["speed ratio"] > 0 and group["errors"]["encoded"]["largest"] < 0.5 for group in groups)
     predictor = Predictor(exported.network, exported.reader)
-    (answer,) = predictor.ask([exported.reader.text("the crane <mask>")])
+    (answer,) = predictor.predict([exported.reader.text("the crane <mask>")])
     assert len(answer.fill_masks(exported.reader.vocab, 3)[0]) == 3
 
 

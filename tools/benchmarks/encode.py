@@ -58,7 +58,7 @@ def _means(network: Any, texts: Sequence[EncodedText], max_seq_length: int) -> n
 
 
 def _vectors_by(predictor: Predictor) -> Vectors:
-    return lambda texts: np.stack([answer.mean for answer in predictor.ask(texts)])
+    return lambda texts: np.stack([answer.mean for answer in predictor.predict(texts)])
 
 
 def by_length(run: Run, folder: Path, stack: ExitStack) -> Vectors:

@@ -215,7 +215,7 @@ def measure(folder: Path, name: str, seed: int, data: Any) -> RunResult:
 
     if not steps(folder):
         raise InputError(f"{folder} must have at least one checkpoint. Remove it to train it again.")
-    evaluated = [(step, averages_of(load_run(folder, which=step), data)) for step in steps(folder)]
+    evaluated = [(step, averages_of(load_run(folder, checkpoint=step), data)) for step in steps(folder)]
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
     minutes = {r["step"]: r["seconds"] / 60 for r in records if "seconds" in r}
     last_step, last = evaluated[-1]
