@@ -237,7 +237,9 @@ def _check_memory(config: Config, placement: _Placement, how: Execution, vocab_s
             free, _ = memory_of(devices)
             check_gpu_memory(config, vocab_size, len(devices), free, placement.num_workers)
         elif limit is not None:
-            check_memory(config, vocab_size, len(devices), ops.compiled(devices), limit, placement.num_workers)
+            check_memory(
+                config, vocab_size, len(devices), ops.compiled(devices), limit, placement.num_workers
+            )
     except InputError as error:
         if not how.ignore_memory_estimate:
             raise InputError(f"{error} To train anyway, set ignore_memory_estimate.") from error
