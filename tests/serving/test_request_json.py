@@ -193,7 +193,7 @@ def test_a_batch_asks_the_network_once_for_texts_of_like_length(predictor):
 
 
 def test_request_pooling_gives_the_embedding(predictor):
-    (found,) = predictor.ask([predictor.reader.text("a crane is flying")])
+    (found,) = predictor.predict([predictor.reader.text("a crane is flying")])
     content = asked(predictor, text="a crane is flying", pooling="max", normalize=True)
     expected = found.vectors.max(axis=0)
     np.testing.assert_allclose(content["embedding"], expected / np.linalg.norm(expected), atol=1e-6)
@@ -205,7 +205,7 @@ def test_request_pooling_gives_the_embedding(predictor):
 def test_request_similarity_reads_both_texts_alone(predictor):
     texts = ("a crane is flying", "he left")
     content = asked(predictor, text=texts[0], pair=texts[1], ask="similarity")
-    one, other = (each.mean for each in predictor.ask(predictor.reader.text(text) for text in texts))
+    one, other = (each.mean for each in predictor.predict(predictor.reader.text(text) for text in texts))
     expected = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
     assert content["similarity"] == pytest.approx(expected, abs=1e-5)
     assert "cls" not in content

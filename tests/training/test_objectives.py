@@ -178,10 +178,10 @@ def test_command_trains_and_resumes_each_objective(command, capsys, objective, n
 def test_next_sentence_of_an_mlm_run_is_one_clear_error(command):
     _, folder = command("--objective", "mlm")
     predictor = Predictor.of(load_run(folder))
-    (answer,) = predictor.ask([predictor.reader.text("the crane", "it lifts")])
+    (answer,) = predictor.predict([predictor.reader.text("the crane", "it lifts")])
     with pytest.raises(InputError, match="the next-sentence head must be trained first"):
         _ = answer.next_sentence_probability
-    predictor.ask([predictor.reader.text("the <mask>")])
+    predictor.predict([predictor.reader.text("the <mask>")])
 
 
 # Any iterable of batches
