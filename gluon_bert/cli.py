@@ -9,6 +9,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -178,7 +179,7 @@ def run_command(body: Callable[[], int], name: str) -> int:
         print(f"{name}: stopped", file=sys.stderr)
         return 128 + signal.SIGTERM
     except InputError as error:
-        for line in str(error).splitlines():
+        for line in with_flags(str(error)).splitlines():
             print(f"{name}: {line}", file=sys.stderr)
         return 2
     except OutOfGPUMemory as error:
@@ -195,6 +196,25 @@ def run_command(body: Callable[[], int], name: str) -> int:
         if type(error).__name__ != "MXNetError":
             raise
         return _failed(name, error)
+
+
+# Options that are no fields of the configuration.
+_OPTIONS = ("step_timeout", "profile", "ignore_memory_estimate", "kvstore", "operators", "resume", "output")
+
+
+def with_flags(message: str) -> str:
+    """Return an error of the library with flags in place of the names of options.
+
+    A name is replaced where it has an underscore, or where it begins a line and "must" follows.
+
+    >>> with_flags("step_timeout must be at least 0, got -1.")
+    '--step-timeout must be at least 0, got -1.'
+    """
+    fields = [field.name for group in GROUPS.values() for field in dataclasses.fields(group)]
+    for name in [*fields, *_OPTIONS]:
+        place = rf"(?<![\w.-]){name}(?![\w.])" if "_" in name else rf"^{name}(?= must )"
+        message = re.sub(place, flag_name(name), message, flags=re.MULTILINE)
+    return message
 
 
 @contextmanager

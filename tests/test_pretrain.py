@@ -95,7 +95,9 @@ def test_a_profile_shows_the_operators_of_a_run(command, tmp_path, capsys):
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert any("adamw_update" in event["name"] for event in events)
     assert command("--profile", "/no/folder/trace.json", name="other")[0] == 2
-    assert "--profile /no/folder/trace.json: is no file that can be written" in capsys.readouterr().err
+    assert (
+        "--profile must be a file that can be written, got /no/folder/trace.json" in capsys.readouterr().err
+    )
 
 
 def test_the_run_can_be_loaded_and_encodes(command):
@@ -205,7 +207,7 @@ def test_a_folder_with_something_else_is_refused(command, capsys, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.doc").write_text("")
     assert command()[0] == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "is there already" in capsys.readouterr().err
 
 
 def test_a_run_without_held_out_text_says_so_and_writes_valid_json(command, capsys):

@@ -1,5 +1,6 @@
 """Exports to ONNX, int8 and bf16: close to the network they came from at any length, or not written."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -363,7 +364,7 @@ def test_held_out_texts_are_of_all_lengths_and_of_the_held_out_text_alone(run, t
 def test_another_text_than_the_runs_is_refused(run, tmp_path):
     path = tmp_path / "other.txt"
     path.write_text(small_text().replace("crane", "heron"), "utf-8")
-    other = run._replace(config=run.config.replace(corpus=(str(path),)))
+    other = dataclasses.replace(run, config=run.config.replace(corpus=(str(path),)))
     with pytest.raises(InputError, match=r"is not the text that the run was trained on; .*--text FILE"):
         validation_texts(other)
     path.unlink()
