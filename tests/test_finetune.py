@@ -167,7 +167,7 @@ def test_labels_that_make_no_task_are_refused(labels, kind, told):
 def test_infer_task_prints_classes_with_counts(caplog):
     caplog.set_level("INFO")
     infer_task(some_rows(*["pos"] * 3, "neg", "neg", "POS", "-"))
-    assert "classes: 'pos' 3, 'neg' 2, 'POS' 1, '-' 1" in caplog.text
+    assert "classes: 'pos' 3, 'neg' 2, '-' 1, 'POS' 1" in caplog.text
     assert "class '-' may mean that a row has no label" in caplog.text
     assert "classes that differ in capitals only: 'POS', 'pos'" in caplog.text
 

@@ -152,7 +152,7 @@ def test_losses_fall(command):
         (["--patience", "2"], "--patience 2: counts evaluations; ask for some with --eval-every"),
         (
             ["--patience", "2", "--eval-every", "1", "--validation-fraction", "0"],
-            "pretrain: patience must be 0 without enough validation text, got 2",
+            "pretrain: --patience must be 0 without enough validation text, got 2",
         ),
         (
             ["--warmup-ratio", "1", "--schedule", "linear"],
@@ -163,7 +163,7 @@ def test_losses_fall(command):
         (["--gpus", "7"], "--gpus 7"),
         (["--cpus", "0"], "--cpus 0"),
         (["--gpus", "0", "--cpus", "1"], "--gpus and --cpus exclude each other"),
-        (["--min-freq", "100000"], "min_freq 100000: no word of corpus"),
+        (["--min-freq", "100000"], "--min-freq 100000: no word of corpus"),
         (["--units", "many"], "argument --units: invalid int value: 'many'"),
         (["--tied-decoder", "maybe"], "argument --tied-decoder: maybe: must be yes or no"),
         (["--config", "/no/where.json"], "/no/where.json: cannot be read as a run's configuration"),

@@ -234,7 +234,11 @@ def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:
         vocabulary_size=len(run.vocab),
         tokenizer={
             "kind": run.config.data.tokenizer,
-            **Normalization.from_config(run.config.data)._asdict(),
+            # Lists, as JSON reads them back.
+            **{
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in Normalization.from_config(run.config.data)._asdict().items()
+            },
             "ids": {name: getattr(run.vocab, name) for name in ("unk", "pad", "mask", "cls", "sep")},
         },
         step=run.step,

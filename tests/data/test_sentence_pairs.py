@@ -107,7 +107,9 @@ def test_random_next_prob_0_and_1_are_exact(rate):
 
 def test_drop_keeps_exactly_the_pairs_that_fit():
     documents = random_documents()
-    whole = draw_pairs(documents, DataConfig(max_seq_length=64), np.random.default_rng(0), UNK)
+    whole = draw_pairs(
+        documents, DataConfig(max_seq_length=64, preparation="d2l"), np.random.default_rng(0), UNK
+    )
     short = draw_pairs(
         documents, DataConfig(max_seq_length=16, preparation="d2l"), np.random.default_rng(0), UNK
     )

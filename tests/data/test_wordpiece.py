@@ -355,7 +355,7 @@ def test_unk_of_wikitext_is_an_unknown_word(tmp_path):
 )
 def test_vocabulary_for_other_text_is_refused(text_file, tmp_path, tokens, lowercase, told):
     vocabulary(tokens).save(tmp_path / "v.txt")
-    with pytest.raises(InputError, match=f"--vocab-file .*v.txt: {told}"):
+    with pytest.raises(InputError, match=f"(--vocab-file|vocab_file) .*v.txt: {told}"):
         prepare(config_of(text_file, vocab_file=str(tmp_path / "v.txt"), lowercase=lowercase), tmp_path / "c")
 
 

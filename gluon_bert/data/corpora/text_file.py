@@ -27,6 +27,10 @@ _DECOMPRESS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+# Formats whose tokens stand apart already; D2L's vocabulary of WikiText-2 has a byte order mark.
+_TOKENIZED = ("wikitext", "articles")
+
+
 def read_chunks(path: Path, text_format: str, language: str = "en") -> Iterator[TextChunk]:
     """Read a file's text in chunks that end where a document does.
 
@@ -41,7 +45,9 @@ def read_chunks(path: Path, text_format: str, language: str = "en") -> Iterator[
         num_bytes += block_bytes
         if len(block) > _LARGEST_DOCUMENT and not block.endswith(b"\n"):  # its last line goes on
             raise _too_large(path, line_number + block.count(b"\n"))
-        text = _clean(decode_utf8(block, f"corpus {path}", line_number))
+        text = decode_utf8(block, f"corpus {path}", line_number).replace("\r\n", "\n").replace("\r", "\n")
+        if text_format not in _TOKENIZED:
+            text = _clean(text)
         line_number += block.count(b"\n")
         if text_format == "auto":
             text_format = guess_format(text, language)
@@ -103,6 +109,5 @@ def _blocks(path: Path) -> Iterator[tuple[bytes, int]]:
 
 
 def _clean(text: str) -> str:
-    """The text with Unix line ends, and without NUL and byte order marks, which programs leave in files."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    """Return the text without NUL and byte order marks, which programs leave in files."""
     return text.replace("\0", "").replace("\ufeff", "")
