@@ -212,7 +212,7 @@ def with_flags(message: str) -> str:
     """
     fields = [field.name for group in GROUPS.values() for field in dataclasses.fields(group)]
     for name in [*fields, *_OPTIONS]:
-        place = rf"(?<![\w.-]){name}(?![\w.])" if "_" in name else rf"^{name}(?= must )"
+        place = rf"(?<![\w.-]){name}(?![\w.=])" if "_" in name else rf"^{name}(?= must )"
         message = re.sub(place, flag_name(name), message, flags=re.MULTILINE)
     return message
 

@@ -288,7 +288,7 @@ def test_huggingface_other_vocabulary_is_refused(tmp_path, capsys):
     "changes, told",
     [
         ({"norm": "pre"}, "norm must be 'post'"),
-        ({"embedding_norm": False}, "embedding_norm must be true"),
+        ({"embedding_norm": False}, "--embedding-norm must be true"),
         ({"position": "relative-bias"}, "position must be 'absolute', as its BERT has, got 'relative-bias'"),
     ],
 )

@@ -153,7 +153,7 @@ def test_num_heads_missing_is_refused(tmp_path, capsys):
     converted("--from", tmp_path / "run", "--to", "d2l", tmp_path / "theirs")
     paths = [str(tmp_path / "theirs" / name) for name in ("bert.params", "vocab.json")]
     assert convert.main(["--from", "d2l", *paths, "--to", str(tmp_path / "back")]) == 2
-    assert "num_heads must be given" in capsys.readouterr().err
+    assert "--num-heads must be given" in capsys.readouterr().err
     converted("--from", "d2l", *paths, "--num-heads", 2, "--to", tmp_path / "back", "--max-seq-length", 9)
     back = load_run(tmp_path / "back")
     assert_bits(load_run(tmp_path / "run").net, back.net)
