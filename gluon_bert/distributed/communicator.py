@@ -35,7 +35,7 @@ class Communicator:
     rank, count, alone = 0, 1, True
     kvstore: Any = "device"
 
-    def begin(self, trainer: Any) -> None:
+    def init_trainer(self, trainer: Any) -> None:
         """Initialize the kvstore of a Gluon Trainer before its first step."""
 
     def all_reduce(self, gradients: Sequence[Sequence[Any]]) -> None:
@@ -59,7 +59,7 @@ class Communicator:
     def shutdown(self) -> None:
         """Leave the job. Waits for the other workers."""
 
-    def total(self, values: np.ndarray) -> np.ndarray:
+    def sum_values(self, values: np.ndarray) -> np.ndarray:
         """Return the sum of float64 values over all workers, added in rank order. Waits for all workers."""
         values = np.ascontiguousarray(values, dtype=np.float64)
         rows = [np.frombuffer(row).reshape(values.shape) for row in self.all_gather(values.tobytes())]

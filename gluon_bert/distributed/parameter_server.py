@@ -19,7 +19,7 @@ class ParameterServerCommunicator(DistributedCommunicator):
         self.kvstore = mx.kv.create("dist_sync")
         self._known: set[int] = set()
 
-    def begin(self, trainer: Any) -> None:
+    def init_trainer(self, trainer: Any) -> None:
         # Without this barrier a fast worker could receive gradients instead of initial weights.
         trainer.optimizer.rescale_grad = 1.0
         trainer._init_kvstore()

@@ -126,7 +126,7 @@ class Trainer:
         self._froze_unused = False
         self._back_to, self._num_rollbacks = -1, 0
         self._optimizer = gluon_trainer(parameters, config, self.communicator.kvstore)
-        self.communicator.begin(self._optimizer)
+        self.communicator.init_trainer(self._optimizer)
 
     def _trained(self) -> dict[str, Any]:
         """Return the parameters that have a gradient, by name."""
@@ -392,7 +392,7 @@ class Trainer:
     def _total(self, meter: Meter) -> MetricSums:
         """Return the sum of all workers' meters. Waits for them."""
         totals = meter.totals()
-        return totals.with_array(self.communicator.total(totals.to_array()))
+        return totals.with_array(self.communicator.sum_values(totals.to_array()))
 
     def _gather(self) -> None:
         """Move the sums of all workers to the first one, for its checkpoint; compare their weights."""

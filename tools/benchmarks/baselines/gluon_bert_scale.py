@@ -51,7 +51,7 @@ def main(case: dict[str, Any], benchmark: int, path: Path, kvstore: str) -> None
             taken.append(batch)
         seconds = time.perf_counter() - before
         parts = parts_of_a_step(trainer, batches)
-        products = float(communicator.total(np.array(products)))
+        products = float(communicator.sum_values(np.array(products)))
         # The memory of all workers counts, so none may have left yet.
         report = {
             "seconds": seconds,
