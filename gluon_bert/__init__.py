@@ -24,6 +24,8 @@ _PUBLIC = {
     "Vocabulary": "data.vocab",
     "contexts": "devices",
     "create_run": "run",
+    "finetune": "finetuning.finetune",
+    "resume_finetuning": "finetuning.finetune",
     "pretrain": "pretraining",
     "resume": "pretraining",
     "Run": "run",

@@ -354,7 +354,14 @@ class FineTuneConfig:
     # 3e-4 for small networks.
     epochs: int = option(3, "how often each example is seen", at_least=1)
     batch_size: int = option(32, "examples an optimizer step", at_least=1)
-    lr: float = option(5e-5, "the learning rate at its peak; small networks want up to 3e-4", at_least=0.0)
+    micro_batch: int = option(
+        0, "examples per forward and backward pass, over all devices, to save memory; 0: all", at_least=0
+    )
+    recompute: bool = option(False, "compute each layer again for the gradient, to save memory")
+    precision: str = option("fp32", "of matrix products, as in pretraining", choices=("fp32", "fp16", "bf16"))
+    lr: float = option(
+        5e-5, "the learning rate at its peak; small networks want up to 3e-4", at_least=0.0, at_most=1e3
+    )
     warmup_ratio: float = option(
         0.1, "share of the steps over which the learning rate rises", at_least=0.0, at_most=0.99
     )

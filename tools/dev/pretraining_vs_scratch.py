@@ -109,16 +109,27 @@ def fine_tuned(
     before: Any, task: Any, train: Any, dev: Any, config: FineTuneConfig, pretrained: bool
 ) -> dict[str, Any]:
     """Fine-tune a network; return its metrics on the dev examples after the last epoch."""
-    from gluon_bert.finetuning.finetune import FineTuner, init_from_pretrained
+    from gluon_bert.finetuning.finetune import (
+        ExampleLoader,
+        evaluate,
+        init_from_pretrained,
+        task_trainer,
+        train_config,
+    )
 
     started = time.perf_counter()
-    context = before.net.pooler.dense.weight.list_ctx()[0]
-    tuner = FineTuner(
-        init_from_pretrained(before.net, task, config, context, pretrained), before.reader, config
-    )
-    losses = [loss for _, _, loss in tuner.epochs(train)]
-    right = tuner.evaluate(dev)
-    return {**right, "train_loss": losses[-1], "seconds": round(time.perf_counter() - started, 1)}
+    devices = before.net.pooler.dense.weight.list_ctx()[:1]
+    net = init_from_pretrained(before.net, task, config, devices, pretrained)
+    trainer = task_trainer(net, config, train_config(config, len(train)), devices)
+    batches = ExampleLoader(train, config.batch_size, config.seed, before.reader.max_seq_length)
+    last = trainer.fit(batches)
+    assert last is not None
+    right = evaluate(net, before.reader, dev)
+    return {
+        **right,
+        "train_loss": last.window["task_loss"],
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 def format_result(result: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import encode
 import export
@@ -20,13 +21,17 @@ from gluon_bert.errors import InputError
 from gluon_bert.export.exporter import load_exported
 from gluon_bert.finetuning import metrics
 from gluon_bert.finetuning.dataset import Examples, examples, infer_task
-from gluon_bert.finetuning.finetune import FineTuner, init_from_pretrained, task_loss
+from gluon_bert.finetuning.finetune import finetune as finetune_run
+from gluon_bert.finetuning.finetune import init_from_pretrained, predict
 from gluon_bert.finetuning.tables import TableRow
 from gluon_bert.inference.predictor import Predictor
 from gluon_bert.model.task import Task
 from gluon_bert.run import load_run
 from gluon_bert.runtime import mx
 from gluon_bert.serving.request_json import answer
+from gluon_bert.training.device_batch import DeviceBatch
+from gluon_bert.training.losses import task_loss
+from gluon_bert.training.trainer import Trainer
 
 NOUNS = ["crane", "bird", "driver", "city", "river"]
 
@@ -210,7 +215,7 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own(before):
 def test_it_begins_with_the_pretrained_encoder_and_the_loss_is_that_of_its_task(before):
     run = load_run(before)
     task = Task("classification", False, ("a", "b", "c"))
-    net = init_from_pretrained(run.net, task, FineTuneConfig(dropout=0.0), mx.cpu())
+    net = init_from_pretrained(run.net, task, FineTuneConfig(dropout=0.0), [mx.cpu()])
     own, old = net._collect_params_with_prefix(), run.net._collect_params_with_prefix()
     kept = [
         name for name in shapes(run.net.vocab_size, run.net.config) if name.startswith(("encoder", "pooler"))
@@ -218,28 +223,38 @@ def test_it_begins_with_the_pretrained_encoder_and_the_loss_is_that_of_its_task(
     assert set(own) == {*kept, "head.dense.weight", "head.dense.bias"}
     for name in kept:
         np.testing.assert_array_equal(own[name].data().asnumpy(), old[name].data().asnumpy())
-    scratch = init_from_pretrained(run.net, task, FineTuneConfig(seed=9), mx.cpu(), pretrained=False)
+    scratch = init_from_pretrained(run.net, task, FineTuneConfig(seed=9), [mx.cpu()], pretrained=False)
     drawn = scratch._collect_params_with_prefix()["encoder.layers.0.attend.query.weight"].data().asnumpy()
     assert np.abs(drawn - own["encoder.layers.0.attend.query.weight"].data().asnumpy()).max() > 0.01
 
+
+def loss_of(task, scores, targets):
+    """The task loss of a network with these scores, as the mean over the batch."""
+    net = SimpleNamespace(
+        encoder=lambda *_: None, pooler=lambda _: None, head=lambda _: mx.nd.array(scores), task=task
+    )
+    arrays = dict.fromkeys(("tokens", "token_types", "valid_length"))
+    shard = DeviceBatch({**arrays, "targets": mx.nd.array(targets)}, 2, 0, 0, 1 / 2, 0.0)
+    return task_loss(net, shard).total.asscalar()
+
+
+def test_task_loss_is_the_mean_cross_entropy_or_error():
+    task = Task("classification", False, ("a", "b", "c"))
     scores = np.array([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
-    loss = task_loss(mx.nd.array(scores), mx.nd.array([1, 0]), task).asscalar()
+    loss = loss_of(task, scores, [1, 0])
     log = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
     assert loss == pytest.approx(-(log[0, 1] + log[1, 0]) / 2, rel=1e-6)
     score = Task("regression", False, mean=5.0, scale=2.0)
-    assert task_loss(mx.nd.array([[7.0], [5.0]]), mx.nd.array([5.0, 4.0]), score).asscalar() == pytest.approx(
-        0.625
-    )
+    assert loss_of(score, [[7.0], [5.0]], [5.0, 4.0]) == pytest.approx(0.625)
 
 
 def test_padding_and_the_batch_change_no_score(before):
     run = load_run(before)
     net = init_from_pretrained(
-        run.net, Task("regression", False, mean=1.0, scale=3.0), FineTuneConfig(), mx.cpu()
+        run.net, Task("regression", False, mean=1.0, scale=3.0), FineTuneConfig(), [mx.cpu()]
     )
     texts = [run.reader.text(text) for text in ("the crane", "the bird rises . it falls", "city")]
-    tuner = FineTuner(net, run.reader, FineTuneConfig())
-    together = tuner.predict(Examples(texts, None))
+    together = predict(net, run.reader, Examples(texts, None))
     for text, score in zip(texts, together):
         batch = pad([text], 16)
         inputs = [mx.nd.array(a) for a in (batch.tokens, batch.token_types, batch.valid_length)]
@@ -249,21 +264,27 @@ def test_padding_and_the_batch_change_no_score(before):
 # The command
 
 
+def evaluations(folder):
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if "validation" in record]
+
+
 @pytest.mark.parametrize("kind", ["classes", "pairs"])
 def test_classes_are_learnt_kept_and_told(command, kind, capsys):
     status, folder = command(kind, "--epochs", "6")
     assert status == 0
     shown = capsys.readouterr()
     assert "2 classes of" in shown.err
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [epoch["number"] for epoch in log] == [1, 2, 3, 4, 5, 6]
-    assert log[-1]["dev"]["accuracy"] > 0.9
-    best = next(epoch for epoch in log if epoch["dev"]["accuracy"] == max(e["dev"]["accuracy"] for e in log))
+    log = evaluations(folder)
+    assert [record["step"] for record in log] == [6, 12, 18, 24, 30, 36]
+    assert log[-1]["validation"]["accuracy"] > 0.9
+    highest = max(record["validation"]["accuracy"] for record in log)
+    best = next(record for record in log if record["validation"]["accuracy"] == highest)
     run = load_run(folder, checkpoint="best")
     assert run.step == best["step"]
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     right = [each["given"]["label"] == each["predicted"]["label"] for each in predictions]
-    assert np.mean(right) == best["dev"]["accuracy"]
+    assert np.mean(right) == best["validation"]["accuracy"]
     assert f"accuracy {np.mean(right):.4f}" in shown.out
 
 
@@ -271,8 +292,13 @@ def test_a_score_is_learnt_in_its_own_unit(command, tmp_path, capsys):
     test = table(tmp_path / "test.jsonl", [{"text": "the crane rises"}, {"text": "the crane falls"}])
     status, folder = command("score", "--epochs", "8", "--test", str(test), "--best-metric", "mse")
     assert status == 0
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert max(epoch["dev"]["pearson"] for epoch in log) > 0.9
+    log = evaluations(folder)
+    assert max(record["validation"]["pearson"] for record in log) > 0.9
+    lowest = min(record["validation"]["mse"] for record in log)
+    assert (
+        lowest
+        == next(r for r in log if r["step"] == load_run(folder, checkpoint="best").step)["validation"]["mse"]
+    )
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert [each["given"] for each in predictions] == [{}, {}]
     rises, falls = (each["predicted"]["score"] for each in predictions)
@@ -343,12 +369,12 @@ def test_encode_tells_labels_and_scores(command, tmp_path, capsys):
         (["--lr", "0"], "--lr 0.0: must be above 0"),
         (["--text", "a", "b", "c"], "--text a b c: must be one column, or two of pairs"),
         (["--text", "words"], "has no column 'words'; it has the columns 'text', 'label'"),
-        (["--max-seq-length", "4"], "--max-seq-length 4: must be from 8 to the run's 1000 positions"),
+        (["--max-seq-length", "4"], "from 8 to the run's 1000 positions, got 4"),
         (
             ["--best-metric", "pearson"],
-            "--best-metric pearson: of a classification it must be accuracy, f1, matthews",
+            "must be accuracy, f1, matthews for classification, got pearson",
         ),
-        (["--lr", "1e30", "--clip-norm", "0"], "the loss is no number any more"),
+        (["--lr", "1e30"], "--lr 1e+30: must be at most 1000"),
         (["--test", "gone.tsv"], "--test gone.tsv: cannot be read"),
         (["--checkpoint", "99"], "--checkpoint 99"),
     ],
@@ -380,3 +406,78 @@ def test_the_command_in_a_process_of_its_own(before, tmp_path):
     done = subprocess.run([*command, "--dev", str(bad)], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"finetune: {bad}, line 3: has 1 columns, where the header has 2\n"
+
+
+# The trainer's features
+
+
+def weights(folder):
+    parameters = load_run(folder).net._collect_params_with_prefix()
+    return {name: parameter.data().asnumpy() for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("flags", [["--cpus", "2"], ["--micro-batch", "5"], ["--recompute", "yes"]])
+def test_finetuning_matches_over_devices_and_micro_batches(command, flags):
+    once = ["--epochs", "2", "--dropout", "0"]
+    _, one = command("classes", *once, name="one")
+    status, other = command("classes", *once, *flags, name="other")
+    assert status == 0
+    ours, theirs = weights(one), weights(other)
+    for name, value in ours.items():
+        if not name.endswith("key.bias"):  # its gradient is rounding, which Adam enlarges
+            np.testing.assert_allclose(theirs[name], value, rtol=0, atol=2e-3, err_msg=name)
+
+
+def test_finetuning_resumed_equals_one_that_was_not_stopped(command, tmp_path, monkeypatch):
+    _, whole = command("classes", "--epochs", "3", name="whole")
+    step = Trainer.step
+
+    def stopping(self, batch, count_correct=False):
+        if self.state.step == 9:  # in the second of three epochs
+            raise KeyboardInterrupt
+        return step(self, batch, count_correct)
+
+    monkeypatch.setattr(Trainer, "step", stopping)
+    status, parts = command("classes", "--epochs", "3", name="parts")
+    assert status == 130
+    monkeypatch.undo()
+    assert finetune.main(["--resume", str(parts)]) == 0
+    for name, value in weights(whole).items():
+        np.testing.assert_array_equal(weights(parts)[name], value, err_msg=name)
+    assert [r["validation"] for r in evaluations(parts)] == [r["validation"] for r in evaluations(whole)]
+    assert (parts / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
+
+
+def test_resume_of_finetuning_refuses_other_runs_and_rows(command, before, tmp_path, capsys):
+    assert finetune.main(["--resume", str(before)]) == 2
+    assert "must be the record of a fine-tuning" in capsys.readouterr().err
+    _, folder = command("classes", "--epochs", "1")
+    table(tmp_path / "train.jsonl", rows(20, 1, "classes"))
+    assert finetune.main(["--resume", str(folder)]) == 2
+    assert "must have the rows that" in capsys.readouterr().err
+    assert finetune.main([]) == 2
+    assert "RUN, --train and --dev must be given" in capsys.readouterr().err
+
+
+def test_finetune_function_returns_the_best_run(before, tmp_path):
+    train = table(tmp_path / "train.jsonl", rows(96, 1, "classes"))
+    dev = table(tmp_path / "dev.jsonl", rows(40, 2, "classes"))
+    options = {"lr": 0.003, "batch_size": 16, "epochs": 4}
+    tuned = finetune_run(load_run(before), train, dev, tmp_path / "tuned", **options)
+    (said,) = Predictor.of(tuned).predict([tuned.reader.text("the crane rises")])
+    assert said.task_prediction["label"] == "up"
+    with pytest.raises(InputError, match="unknown option speed"):
+        finetune_run(before, train, dev, tmp_path / "other", speed=9)
+
+
+def test_finetuning_with_non_finite_gradient_diverges(command, monkeypatch, capsys):
+    gradients = Trainer._gradients
+
+    def broken(self):
+        arrays = gradients(self)
+        arrays[0][0][0, 0] = np.nan
+        return arrays
+
+    monkeypatch.setattr(Trainer, "_gradients", broken)
+    assert command("classes")[0] == 2
+    assert "has diverged: at step 1" in capsys.readouterr().err
