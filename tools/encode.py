@@ -38,13 +38,13 @@ whose tokens stand apart by spaces is taken as it is. Words that the vocabulary 
 is what was cut off where a text is longer than the network was trained for. In a file of texts no line may be
 empty.
 
-An embedding is one vector for a text. Converted models of sentence-transformers say how it is made; --pooling
-and --normalize set it for every other run. --similar and --similarity compare embeddings (by their cosine, unless
-the model says dot product). Without a pooling they use the mean of all tokens.
+An embedding is one vector for a text. Converted models of sentence-transformers say how it is made. --pooling
+and --normalize set it for every run. --similar and --similarity compare embeddings by their cosine, unless the
+model says dot product. Without a pooling they use the mean of all tokens.
 
 vectors.npz holds, for N texts, the arrays cls, mean and pooled, (N, C), and truncated, (N,), how many tokens
-were cut off; with a pooling also embeddings, (N, C); with --token-vectors also vectors, those of all tokens one text after the other, and starts,
-(N + 1,), where each text begins. mean is over all tokens of a text, <cls> and <sep> among them. A file of
+were cut off; with a pooling also embeddings, (N, C); with --token-vectors also vectors, those of all tokens one
+text after the other, and starts, (N + 1,), where each text begins. mean is over all tokens of a text, <cls> and <sep> among them. A file of
 that name is replaced once the new one is whole.
 """
 

@@ -1,4 +1,4 @@
-"""Exports a pretrained network to where it is used: `python tools/export.py --help` tells how."""
+"""Export a run for other programs; `python tools/export.py --help` shows how."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ formats:
   int8    as mxnet, with matrix products in 8 bits, for CPUs
   bf16    as mxnet, with matrix products in bfloat16, for CPUs that have it
 
-Beside the network stand vocab.json and manifest.json: inputs and outputs with their meaning, max_seq_length, hashes,
-versions, and how far the results are from the run's own. Each export is read back from its files and compared
-with the run; where they differ too much the command fails and leaves nothing. A text longer than max_seq_length is
-an error of the exported network, never cut in silence.
+The folder also holds the vocabulary and manifest.json: inputs and outputs with their meaning, max_seq_length,
+hashes, versions, and the differences from the run. Each export is read back from its files and compared with
+the run. Where they differ too much, the command fails and leaves nothing. A text longer than max_seq_length is
+an error of the exported network; it is never truncated. Untrained heads are named in the manifest. Without a
+trained head the encoder alone is exported.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Return the command's flags."""
     p = parser_of("export", "RUN [flags]", "Write a pretrained network in a form that others run.", EXAMPLES)
     p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     p.add_argument(
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     return main_with_exit_status(parser(), argv, export)
 
 
@@ -79,12 +80,12 @@ def export(arguments: argparse.Namespace) -> int:
         texts = texts_of(run, arguments.text)
         manifest = write[arguments.format](run, folder, arguments.outputs, texts, arguments.max_error)
     print(f"{folder}: {', '.join(manifest.files)}, manifest.json")
-    print(told(manifest))
+    print(summary(manifest))
     return 0
 
 
-def told(manifest: Any) -> str:
-    """How far an export is from its run, in words."""
+def summary(manifest: Any) -> str:
+    """Return how far an export is from its run, as text."""
     from gluon_bert.export.verify import table
 
     if manifest.format != "mxnet":
@@ -97,7 +98,7 @@ def told(manifest: Any) -> str:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raise one InputError that tells everything that is wrong with the flags."""
+    """Raise one InputError that names everything that is wrong with the flags."""
     problems = []
     if arguments.format in ("mxnet", "mar"):
         problems += [
@@ -112,7 +113,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def texts_of(run: Any, path: Path | None) -> Sequence[Any]:
-    """The texts to compare on: those of a file, cut where they are too long, or held out by the run."""
+    """Return the texts to compare on: a file's, truncated where too long, or the run's validation texts."""
     from gluon_bert.export.evaluation_texts import validation_texts
     from gluon_bert.inference.text_files import count_lines, read_lines
 

@@ -1,4 +1,4 @@
-"""Serves a trained network over HTTP: `python tools/serve.py --help` tells how."""
+"""Serve a run over HTTP; `python tools/serve.py --help` shows how."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ is too long, gets status 400 and {"error": why}. Ctrl-C and SIGTERM stop the ser
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Return the command's flags."""
     p = parser_of(
         "serve",
         "WHAT [flags]",
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--port": (default.port, "where it answers"),
         "--management-port": (
             default.management_port,
-            "where the server is managed, by whoever reaches it",
+            "where the server is managed, without a password",
         ),
         "--workers": (default.workers, "processes that answer, each with a copy of the network"),
         "--batch-size": (default.batch_size, "requests that are answered together at most"),
@@ -69,10 +69,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     try:
         arguments = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has told what is wrong
+    except SystemExit as stop:  # argparse has printed what is wrong
         return int(stop.code or 0)
     before = {number: signal.signal(number, _stop_once) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -105,7 +105,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def archive_of(what: Path, stack: ExitStack) -> Path:
-    """The archive of what was named, made in a folder of the stack's where there is none yet."""
+    """Return the archive that was named; make one in a folder of the stack where there is none yet."""
     from gluon_bert.export.model_archive import ARCHIVE, export_archive, pack
 
     if what.is_file():
@@ -119,11 +119,11 @@ def archive_of(what: Path, stack: ExitStack) -> Path:
         from gluon_bert.run import load_run
 
         return export_archive(load_run(what), folder / "archive")
-    raise InputError(f"{what}: is neither an archive ({ARCHIVE}), nor an export, nor a run")
+    raise InputError(f"{what}: must be an archive ({ARCHIVE}), an export or a run")
 
 
 def example(address: str) -> str:
-    """A request to paste into a shell."""
+    """Return a request to paste into a shell."""
     return f"""curl -H 'Content-Type: application/json' -d '{{"text": "a crane is flying"}}' {address}"""
 
 

@@ -196,5 +196,6 @@ def untrained_note(untrained: Iterable[str]) -> list[str]:
     if not names:
         return []
     return [
-        f"not in the file, so untrained: {join_words(names)}. What needs them is refused until they are trained."
+        f"not in the file, so untrained: {join_words(names)}. "
+        "Commands refuse to use an untrained head until it is trained."
     ]

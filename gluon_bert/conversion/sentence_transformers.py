@@ -52,7 +52,7 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
     names = [name for name, _ in modules]
     if not names or names != ["Transformer", "Pooling", "Normalize"][: len(names)]:
         raise InputError(
-            f"{folder / MODULES}: the modules must be Transformer, Pooling and Normalize, or the first of these, "
+            f"{folder / MODULES}: the modules must be Transformer, Pooling and Normalize, or the first ones, "
             f"got {', '.join(names) or 'none'}"
         )
     places = [folder / path for _, path in modules]

@@ -24,9 +24,7 @@ _OPTIMIZER_ENDINGS = (
     *("/adam_m", "/adam_v", "/Adam", "/Adam_1", "/AdamWeightDecayOptimizer", "/AdamWeightDecayOptimizer_1"),
     *("/LAMBOptimizer", "/LAMBOptimizer_1", "/lamb_m", "/lamb_v", "/Momentum", "/ExponentialMovingAverage"),
 )
-_COUNTERS = re.compile(
-    r"global_step|(\w+/)?beta[12]_power(_\d+)?|(current_)?loss_scale|good_steps|bad_steps|.*[Ll]oss_?[Ss]cale.*"
-)
+_COUNTERS = re.compile(r"global_step|(\w+/)?beta[12]_power(_\d+)?|good_steps|bad_steps|.*[Ll]oss_?[Ss]cale.*")
 _NAME, _INDEX = "bert_model.ckpt", ".index"
 # Variables of TensorFlow 2's object-based checkpoints.
 _OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
@@ -127,8 +125,8 @@ def _read_objects(reader: Any, names: list[str], checkpoint: Path) -> dict[str, 
         shown = " ".join(sorted(found or names)[:3])
         raise InputError(
             f"{checkpoint}: is an object-based checkpoint of TensorFlow 2 with other names than "
-            f"google-research/bert has, such as {shown}. Load it in the program that saved it and save it for "
-            "transformers, then use --from huggingface."
+            f"google-research/bert has, such as {shown}. Load it in the program that saved it and save it "
+            "for transformers, then use --from huggingface."
         )
     return {name.split(":")[0]: np.asarray(reader.get_tensor(key)) for name, key in found.items()}
 

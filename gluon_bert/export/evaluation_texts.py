@@ -14,16 +14,16 @@ from ..run import Run
 # and wrong on another: int8 calibrated on long texts alone was 22 % off on short ones.
 LENGTH_SHARES = ((1 / 16, 1 / 4), (1 / 4, 3 / 4), (3 / 4, 1))
 
-# Some thousand tokens: the first digit of their mean errors holds still, and comparing a network as large as
-# BERT-base takes a few minutes on two cores.
+# A few thousand tokens: enough for a stable first digit of the mean errors. BERT-base takes a few minutes on
+# two cores.
 NUM_TEXTS = 96
 
 
 def validation_texts(run: Run, count: int = NUM_TEXTS) -> list[EncodedText]:
-    """Pairs of consecutive validation words, a third of them short, middling and long; always the same.
+    """Return pairs of consecutive validation words: a third short, a third middling, a third long.
 
-    Each begins where a sentence begins. InputError, with the remedy, where the corpus cannot be read any more
-    or is another text than the run's.
+    They are the same at every call, and each begins where a sentence begins. Raises InputError with the
+    remedy where the corpus cannot be read or has changed.
     """
     prepared = _prepared(run)
     tokens, starts = prepared.validation.tokens, prepared.validation.sentences[:-1]

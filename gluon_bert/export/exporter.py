@@ -1,4 +1,4 @@
-"""A run to a folder in each format, compared before it takes its name; and back to what answers questions."""
+"""Exports a run in each format, compares it with the run, and reads exports back."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .mxnet_symbol import BlockNetwork, ModuleNetwork, save_graph, trace
 from .onnx_graph import OnnxNetwork, onnx_versions, package, save_onnx
 from .verify import NUM_GROUPS, batches, compare, differences, random_texts
 
-# The same operators on the same numbers: what remains is the order of sums where shapes differ.
+# The operators and numbers are the same; sums may differ in their order where shapes differ.
 FP32_TOLERANCE = 1e-5
 
-# What an export may differ by, as `compare` measures it, where no other limit is asked for.
+# The default limits on the difference that `compare` measures.
 # onnxruntime computes in float32 too: 2e-6 at most was measured, on bert-tiny and bert-base.
 ONNX_ERROR = 1e-5
 # A vector that is off by e has a cosine of 1 - e * e / 2 or more: 0.995 and 0.9998. The means were
@@ -35,12 +35,12 @@ ONNX_ERROR = 1e-5
 INT8_ERROR = 0.1
 BF16_ERROR = 0.02
 
-# What asks of the CPU more than others have.
+# Formats that not every CPU can compute in.
 CPU_CHECKS = {"int8": check_int8, "bf16": check_bf16}
 
 
 class Exported(NamedTuple):
-    """An export read back: the network, what makes texts into its inputs, and its manifest."""
+    """An export read back: the network, its tokenizer and its manifest."""
 
     network: Backend
     reader: Tokenizer
@@ -60,9 +60,9 @@ class Exported(NamedTuple):
 
 
 def load_exported(folder: Path, context: Any | None = None) -> Exported:
-    """Read an export of any format, by default onto the CPU; InputError where it is damaged or none.
+    """Read an export of any format, by default onto the CPU; raise InputError where it is damaged.
 
-    context: where to compute, which only the format mxnet can choose.
+    context: where to compute; only the format mxnet can choose.
     """
     folder = Path(folder)
     manifest = Manifest.load(folder)
@@ -74,9 +74,9 @@ def load_exported(folder: Path, context: Any | None = None) -> Exported:
 def export_mxnet(run: Run, folder: Path, outputs: str = "all") -> Manifest:
     """Write a run's network as an MXNet symbol with its parameters, vocabulary and manifest.
 
-    It is read back by `gluon.SymbolBlock.imports` and by `mx.mod.Module`, and both are compared with the
-    network at three other batch sizes and lengths. InputError where the folder is taken, or where they
-    differ, in which case nothing is left.
+    It is read back by `gluon.SymbolBlock.imports` and by `mx.mod.Module`. Both are compared with the network
+    at three batch sizes and lengths. Raises InputError, and leaves nothing, where the folder is taken or
+    where they differ.
     """
     check_new_folder(folder)
     outputs = outputs_of_run(run, outputs)
@@ -100,8 +100,8 @@ def export_onnx(
 ) -> Manifest:
     """Write a run's network as ONNX with its vocabulary and manifest, once onnxruntime agrees on the texts.
 
-    No vector may differ by more than max_error. InputError where one does, where the folder is taken, or
-    where the extra `onnx` is missing; then nothing is left.
+    No vector may differ by more than max_error. Raises InputError, and leaves nothing, where one does, where
+    the folder is taken, or where the extra `onnx` is missing.
     """
     for name in ("onnx", "onnxruntime"):
         package(name)
@@ -117,15 +117,15 @@ def export_int8(
 ) -> Manifest:
     """Write a run's network with dense layers in int8, as an MXNet symbol with its vocabulary and manifest.
 
-    Every other text, by length, calibrates it and the rest are compared: of these no third may differ by
-    more than max_error in the mean. InputError where one does, where the folder is taken, or where the CPU
-    cannot compute in int8; then nothing is left.
+    Every other text, by length, calibrates it. The rest are compared: none of their thirds may differ by
+    more than max_error on average. Raises InputError, and leaves nothing, where one does, where the folder is
+    taken, or where the CPU cannot compute in int8.
     """
     check_int8()
     if len(texts) < 2 * NUM_GROUPS:
         raise InputError(
-            f"--text: {len(texts)} texts are too few for int8, which needs {2 * NUM_GROUPS}: half of them "
-            "are to calibrate with"
+            f"--text: there must be at least {2 * NUM_GROUPS} texts for int8, half of them for calibration, "
+            f"got {len(texts)}"
         )
     ordered = sorted(texts, key=len)
     calibration, compared = ordered[::2], ordered[1::2]
@@ -142,9 +142,9 @@ def export_bf16(
 ) -> Manifest:
     """Write a run's network with dense layers in bfloat16, as an MXNet symbol with vocabulary and manifest.
 
-    On no third of the texts, by length, may the results differ by more than max_error in the mean.
-    InputError where they do, where the folder is taken, or where the CPU cannot compute in bfloat16; then
-    nothing is left.
+    The results may not differ by more than max_error on average, on any third of the texts by length.
+    Raises InputError, and leaves nothing, where they do, where the folder is taken, or where the CPU cannot
+    compute in bfloat16.
     """
     check_bf16()
     outputs = outputs_of_run(run, outputs)
@@ -156,21 +156,21 @@ def export_bf16(
 
 
 class ErrorLimit(NamedTuple):
-    """How far an export's vectors may differ from the network's: the largest difference, or the mean."""
+    """The limit on the difference between an export's vectors and the network's: the largest, or the mean."""
 
     kind: str
     value: float
 
     def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Raise InputError unless every output is within the limit in every group that `compare` gave."""
+        """Raise InputError unless every output is within the limit in every group of `compare`."""
         for group in groups:
             for output, error in group["errors"].items():
                 if not error[self.kind] <= self.value:
                     shortest, longest = group["tokens"]
                     raise InputError(
-                        f"on texts of {shortest} to {longest} tokens the export's {output} differ from the "
-                        f"network's by {error[self.kind]:.1e} ({self.kind}), where --max-error allows "
-                        f"{self.value:.1e}: nothing was written"
+                        f"on texts of {shortest} to {longest} tokens the {self.kind} difference of {output} "
+                        f"from the network's must be at most {self.value:.1e} (--max-error), got "
+                        f"{error[self.kind]:.1e}. Nothing was written."
                     )
 
 
@@ -190,7 +190,7 @@ def _new_export(folder: Path) -> Iterator[Path]:
 def _compared(
     folder: Path, run: Run, format: str, outputs: str, texts: Sequence[EncodedText], limit: ErrorLimit
 ) -> Manifest:
-    """Read an export's files back and compare them; write and give the manifest that tells the result."""
+    """Read an export's files back and compare them; write and return the manifest with the result."""
     manifest = describe(folder, run, format, outputs)
     if format == "onnx":
         manifest = dataclasses.replace(manifest, versions={**manifest.versions, **onnx_versions()})
@@ -225,7 +225,7 @@ def outputs_of_run(run: Run, outputs: str) -> str:
 
 
 def describe(folder: Path, run: Run, format: str, outputs: str) -> Manifest:
-    """The manifest of the graph's files in a folder, beside which the vocabulary is written."""
+    """Write the vocabulary beside the graph's files in a folder; return their manifest."""
     run.vocab.save(folder / run.vocab.FILE)
     return Manifest(
         format=format,
@@ -256,8 +256,8 @@ def check_errors(tolerance: float, found: Mapping[str, Mapping[str, float]]) -> 
         for output, difference in by_output.items():
             if not difference <= tolerance:
                 raise InputError(
-                    f"read back by {name}, the {output} of the export differ by {difference:.1e} from the "
-                    f"network's, where {tolerance:.0e} is allowed: nothing was written"
+                    f"read back by {name}, the difference of {output} from the network's must be at most "
+                    f"{tolerance:.0e}, got {difference:.1e}. Nothing was written."
                 )
 
 

@@ -1,4 +1,4 @@
-"""The network in int8 and in bf16: MXNet's own conversions of its graph. Knows no ONNX, compares nothing."""
+"""Converts a network's graph to int8 and to bf16 by MXNet's own passes. Compares nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..runtime import mx
 from .manifest import OUTPUTS
 from .mxnet_symbol import Graph, model_inputs
 
-# The name under which oneDNN, which MXNet computes with on the CPU, takes over parts of a graph.
+# MXNet's name of oneDNN, with which it computes on the CPU, for passes over a graph.
 BACKEND = "MKLDNN_QUANTIZE"
 
 # Operators that stay float32. With residual sums in int8 the vectors of a trained bert-tiny were off by 20 %
@@ -28,10 +28,10 @@ _BFLOAT16 = "12"
 
 
 def to_int8(graph: Graph, outputs: str, calibration: Iterable[PaddedBatch]) -> Graph:
-    """A graph with these outputs whose dense layers compute in int8.
+    """Return a graph with these outputs whose dense layers compute in int8.
 
-    The range of a layer's values is what it meets in the calibration texts: these must be of all lengths,
-    since a range that is right for long texts is wrong for short ones.
+    The calibration texts give the range of a layer's values. They must have all lengths: a range that is
+    right for long texts is wrong for short ones.
     """
     quantization = _module("contrib.quantization")
     fused = graph.symbol.get_backend_symbol(BACKEND)
@@ -60,7 +60,7 @@ def to_int8(graph: Graph, outputs: str, calibration: Iterable[PaddedBatch]) -> G
 
 
 def to_bf16(graph: Graph) -> Graph:
-    """A graph whose dense layers compute in bfloat16, with their weights in it; the rest stays float32."""
+    """Return a graph whose dense layers compute in bfloat16 and keep their weights in it."""
     symbol, parameters, _ = _module("contrib.amp").convert_model(
         graph.symbol, dict(graph.parameters), {}, target_dtype="bfloat16"
     )
@@ -68,7 +68,7 @@ def to_bf16(graph: Graph) -> Graph:
 
 
 def _with_cast_weights(graph: Graph) -> Graph:
-    """The graph with its casts of weights done beforehand, so that no call repeats them.
+    """Return the graph with its weights cast beforehand, so that no call repeats it.
 
     MXNet's own option for that (cast_optional_params) fails where an embedding shares its weight with the
     decoder: here such a weight is kept in both types.
@@ -90,8 +90,8 @@ def _with_cast_weights(graph: Graph) -> Graph:
 def check_bf16() -> None:
     """Raise InputError where MXNet cannot compute in bfloat16 on this CPU.
 
-    It is tried, since what a CPU says it has is not all: oneDNN may be told to use less (DNNL_MAX_CPU_ISA).
-    It needs AVX-512. Without AVX512_BF16 as well it computes the same, but slower than in float32.
+    The check computes a product: the CPU's own flags do not suffice, as DNNL_MAX_CPU_ISA may limit oneDNN.
+    It needs AVX-512. Without AVX512_BF16 it gives the same results, but slower than in float32.
     """
     ones = mx.nd.amp_cast(mx.nd.ones((16, 16)), dtype=BFLOAT16)
     try:
@@ -106,8 +106,8 @@ def check_bf16() -> None:
 def check_int8() -> None:
     """Raise InputError where MXNet's int8 products are wrong on this CPU.
 
-    Without VNNI oneDNN adds up pairs of products in 16 bits, which two large ones overflow without a word.
-    It is tried, as in `check_bf16`.
+    Without VNNI oneDNN adds pairs of products in 16 bits, which two large ones overflow silently. The check
+    computes a product, as `check_bf16` does.
     """
     width = 16
     tokens = mx.nd.full((1, width), 255, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The manifest of an exported network: what its files are, what goes in, what comes out. Runs nothing."""
+"""The manifest of an export: its files, inputs, outputs and errors. Runs nothing."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..model.task import Task
 
 MANIFEST = "manifest.json"
 
-# Raised when an older gluon_bert could not read what is written now.
+# Increased when an older gluon_bert could not read what is written now.
 VERSION = 1
 
 FORMATS = ("mxnet", "onnx", "int8", "bf16")
 TOKENIZERS = ("words", "wordpiece")
 
-# What an export may give: the encoder's vectors, or these and what the heads make of them.
+# The outputs that an export may have: the encoder's vectors, or also what the heads compute.
 OUTPUTS = {
     "encoder": ("encoded",),
     "all": ("encoded", "pooled", "mask_scores", "next_scores"),
@@ -45,24 +45,24 @@ _INPUTS = {
 _OUTPUTS = {
     "encoded": ("B T C", "a vector for each token; those of padding mean nothing"),
     "pooled": ("B C", "the vector of <cls> through the pooler"),
-    "mask_scores": ("B K V", "for each masked position a score for each token of the vocabulary; softmax makes "
+    "mask_scores": ("B K V", "for each masked position a score for each token of the vocabulary; softmax gives "
                              "probabilities of them"),
     "next_scores": ("B 2", "scores for: the second text does not follow the first, it does"),
-    "task_scores": ("B K", "what the task says: a score for each of its labels, softmax makes probabilities "
-                           "of them; or K = 1, the score that it asks for"),
+    "task_scores": ("B K", "a score for each label of the task, softmax makes probabilities of them; "
+                           "or K = 1, the score of a regression"),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What stands in manifest.json.
+    """The content of manifest.json.
 
-    format: one of FORMATS. outputs: a key of OUTPUTS. max_seq_length: the longest T; a longer one is an error.
+    format: one of FORMATS. outputs: a key of OUTPUTS. max_seq_length: the longest T, above it is an error.
     tokenizer: how text becomes tokens, and the ids of the special ones. vocabulary_size, step: of the run.
     files: the SHA-256 of each file. versions: what the export was made with. comparison: how far the
     results are from the run's, and at which shapes or on which text. task: what the network was fine-tuned
-    for, as Task.to_json gives it, or None. untrained: the heads whose outputs mean nothing, as no training has
-    changed them. pooling: how a text gets one vector, as Pooling.to_json gives it, or None.
+    for, as Task.to_json gives it, or None. untrained: the heads whose outputs mean nothing, as no training
+    has changed them. pooling: how a text gets one vector, as Pooling.to_json gives it, or None.
     """
 
     format: str
@@ -80,12 +80,12 @@ class Manifest:
 
     @property
     def input_names(self) -> list[str]:
-        """The names of the graph's inputs, in their order."""
+        """Return the names of the graph's inputs, in order."""
         return input_names(self.outputs)
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """The names of the graph's outputs, in their order."""
+        """Return the names of the graph's outputs, in order."""
         return OUTPUTS[self.outputs]
 
     def save(self, folder: Path) -> None:
@@ -100,29 +100,29 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """The manifest of an export's folder whose files are all there and whole; InputError where not."""
+        """Return the manifest of an export; raise InputError where a file is missing or damaged."""
         path = Path(folder) / MANIFEST
         try:
             content = json.loads(path.read_text("utf-8"))
             version = content["manifest"]
             manifest = cls(**{each.name: content[each.name] for each in fields(cls)})
         except FileNotFoundError as error:
-            raise InputError(f"{folder}: holds no export: there is no {MANIFEST}") from error
+            raise InputError(f"{folder}: must be an export, with {MANIFEST}") from error
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{path}: cannot be read as an export's manifest ({type(error).__name__}: {error})"
             ) from error
         if version != VERSION:
-            raise InputError(f"{path}: version {version}, where this gluon_bert reads {VERSION}")
+            raise InputError(f"{path}: version must be {VERSION}, got {version}. Export the run again.")
         manifest._check(path)
         return manifest
 
     def reader(self, folder: Path) -> Tokenizer:
-        """What makes texts into the network's inputs; InputError where the vocabulary does not fit."""
+        """Return the network's tokenizer; raise InputError where the vocabulary does not fit."""
         vocab = load_vocabulary(Path(folder))
         if len(vocab) != self.vocabulary_size:
             raise InputError(
-                f"{folder}: {vocab.FILE} has {len(vocab)} tokens, the network {self.vocabulary_size}"
+                f"{folder}: {vocab.FILE} must have {self.vocabulary_size} tokens, got {len(vocab)}"
             )
         return Tokenizer(vocab, self.max_seq_length, self._normalization(folder))
 
@@ -141,7 +141,7 @@ class Manifest:
             isinstance(self.files, Mapping),
         ]
         if not all(sound):
-            raise InputError(f"{path}: does not say what this gluon_bert knows; export the run again")
+            raise InputError(f"{path}: holds unknown values. Export the run again.")
         self._normalization(path)
         if self.task is not None:
             Task.from_json(self.task, path)
@@ -150,9 +150,9 @@ class Manifest:
         checked_heads(self.untrained, path)
         for name, expected in self.files.items():
             if Path(name).name != name:
-                raise InputError(f"{path}: {name!r} is no file of this folder")
+                raise InputError(f"{path}: {name!r} must be a file of this folder")
             if not (path.parent / name).is_file():
-                raise InputError(f"{path.parent}: {name} is missing; export the run again")
+                raise InputError(f"{path.parent}: {name} is missing. Export the run again.")
             if file_hash(path.parent / name) != expected:
                 raise InputError(
                     f"{path.parent / name}: is not the file that was exported; export the run again"
@@ -160,12 +160,12 @@ class Manifest:
 
 
 def input_names(outputs: str) -> list[str]:
-    """The inputs that a graph with these outputs takes."""
+    """Return the inputs that a graph with these outputs takes."""
     return [name for name in _INPUTS if name != "masked_positions" or "mask_scores" in OUTPUTS[outputs]]
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file in a folder, by name."""
+    """Return the SHA-256 of every file in a folder, by name."""
     return {path.name: file_hash(path) for path in sorted(folder.iterdir())}
 
 

@@ -1,4 +1,4 @@
-"""A run as a model archive: the .mar that multi-model-server takes, with all it needs but MXNet and NumPy."""
+"""Packs a run as a model archive, the .mar that multi-model-server takes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def export_archive(run: Run, folder: Path, outputs: str = "all") -> Path:
-    """Write a run as `bert.mar` into a new folder; returns the file.
+    """Write a run as `bert.mar` into a new folder; return the file.
 
-    It holds what `export_mxnet` writes and a copy of this package. InputError where the folder is taken, the
-    extra `serve` is missing, or the export differs from the run, in which case nothing is left.
+    It holds what `export_mxnet` writes and a copy of this package. Raises InputError, and leaves nothing,
+    where the folder is taken, the extra `serve` is missing, or the export differs from the run.
     """
     check_archiver()
     check_new_folder(folder)
@@ -43,7 +43,7 @@ def export_archive(run: Run, folder: Path, outputs: str = "all") -> Path:
 
 
 def pack(export: Path, folder: Path) -> Path:
-    """Write the archive of an export of `export_mxnet` into a folder that is there; returns the file."""
+    """Write the archive of an export of `export_mxnet` into an existing folder; return the file."""
     check_archiver()
     manifest = Manifest.load(export)
     if manifest.format != "mxnet":
@@ -61,7 +61,7 @@ def pack(export: Path, folder: Path) -> Path:
 
 
 def check_archive(path: Path) -> None:
-    """Raise InputError unless a file is an archive of `pack`, and whole, that can be served here."""
+    """Raise InputError unless a file is a whole archive of `pack` that can be served here."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -90,7 +90,7 @@ def check_archiver() -> None:
 
 
 def _archive(content: Path, folder: Path) -> None:
-    """Make bert.mar of a folder's content, by model-archiver's command."""
+    """Make bert.mar from a folder's content, by model-archiver's command."""
     command = [
         *(sys.executable, "-m", "model_archiver.model_packaging"),
         *("--model-name", MODEL, "--model-path", str(content), "--export-path", str(folder)),

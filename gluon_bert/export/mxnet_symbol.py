@@ -1,4 +1,4 @@
-"""The network as an MXNet symbol of MXNet's own operators with named inputs, and back from its files."""
+"""Traces a network as a symbol of MXNet's own operators, and runs it again from its files."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ FLOAT32 = "0"
 
 
 class Graph(NamedTuple):
-    """A network as MXNet serves it: its symbol, and its parameters by their names there."""
+    """A network as MXNet serves it: its symbol, and its parameters by their names in it."""
 
     symbol: Any
     parameters: dict[str, Any]
 
 
 def trace(net: Any, outputs: str, max_seq_length: int) -> Graph:
-    """The graph of a network for texts of up to `max_seq_length` tokens, with any batch size and length.
+    """Return the graph of a network for texts of at most `max_seq_length` tokens, with any batch size.
 
-    outputs: a key of OUTPUTS. A longer text is an error of the graph itself: it has that many positions.
+    outputs: a key of OUTPUTS. A longer text is an error of the graph, which has no more positions.
     """
     with mx.name.NameManager():  # so that equal networks have equal names, whatever was traced before
         net = _shortened(net, max_seq_length)
@@ -60,7 +60,7 @@ def _places(positions: Any) -> Any:
 
 
 def _shortened(net: Any, max_seq_length: int) -> Any:
-    """A copy of a network on the CPU, without dropout, with the first `max_seq_length` position embeddings."""
+    """Copy a network to the CPU, without dropout, with the first `max_seq_length` position embeddings."""
     config = dataclasses.replace(net.config, max_positions=max_seq_length, dropout=0.0)
     copy = net.with_config(config, prefix="bert_")
     copy.initialize(ctx=mx.cpu())
@@ -74,14 +74,14 @@ def _shortened(net: Any, max_seq_length: int) -> Any:
 
 def save_graph(folder: Path, graph: Graph) -> None:
     """Write the symbol and the parameters; `load_graph` is the inverse."""
-    # Unless told not to, MXNet leaves out the casts of a graph in low precision when it saves.
+    # By default MXNet leaves out the casts of a graph in low precision when it saves.
     graph.symbol.save(str(folder / SYMBOL), remove_amp_cast=False)
     arrays = {f"arg:{name}": array for name, array in graph.parameters.items()}
     mx.nd.save(str(folder / PARAMETERS), arrays)
 
 
 def load_graph(folder: Path) -> Graph:
-    """The graph that `save_graph` wrote."""
+    """Return the graph that `save_graph` wrote."""
     try:
         arrays = mx.nd.load(str(folder / PARAMETERS))
         symbol = mx.sym.load(str(folder / SYMBOL))
@@ -91,7 +91,7 @@ def load_graph(folder: Path) -> Graph:
 
 
 def model_inputs(texts: PaddedBatch, outputs: Sequence[str]) -> dict[str, np.ndarray]:
-    """The inputs of a graph with these outputs, float32, by name."""
+    """Return the inputs of a graph with these outputs, float32, by name."""
     arrays = {"tokens": texts.tokens, "token_types": texts.token_types, "valid_length": texts.valid_length}
     if "mask_scores" in outputs:
         rows, positions = texts.masked_positions
@@ -103,7 +103,7 @@ def model_inputs(texts: PaddedBatch, outputs: Sequence[str]) -> dict[str, np.nda
 
 
 def outputs_of(results: Mapping[str, np.ndarray], texts: PaddedBatch) -> Outputs:
-    """What a graph gave, with the scores of the masks that exist: (B, K, V) -> (M, V)."""
+    """Return a graph's results, with the scores of the masks that exist: (B, K, V) -> (M, V)."""
     if "mask_scores" in results:
         rows = texts.masked_positions[0]
         results = {**results, "mask_scores": results["mask_scores"][rows, _place_in_row(rows)]}
@@ -116,17 +116,17 @@ def _place_in_row(rows: np.ndarray) -> np.ndarray:
 
 
 def outputs_needed(manifest: Manifest, texts: PaddedBatch) -> tuple[str, ...]:
-    """The outputs to compute: without a mask not the masks' scores, which cost more than a small encoder."""
+    """Return the outputs to compute; mask scores, which are costly, only where there is a mask."""
     return tuple(n for n in manifest.output_names if n != "mask_scores" or texts.masked_positions.size)
 
 
 def part_of(symbol: Any, outputs: Sequence[str]) -> Any:
-    """The part of a graph that computes these outputs."""
+    """Return the part of a graph that computes these outputs."""
     return mx.sym.Group([symbol[f"{name}_output"] for name in outputs])
 
 
 class BlockNetwork:
-    """An exported network read back by `gluon.SymbolBlock.imports`; a Network."""
+    """An exported network read back by `gluon.SymbolBlock.imports`; a Backend."""
 
     def __init__(self, folder: Path, manifest: Manifest, context: Any | None = None) -> None:
         self._manifest, self._context = manifest, context or mx.cpu()
@@ -147,7 +147,7 @@ class BlockNetwork:
         self._blocks = {without_masks: part, manifest.output_names: whole}
 
     def __call__(self, texts: PaddedBatch) -> Outputs:
-        """The outputs, brought to the host."""
+        """Return the outputs on the host."""
         outputs = outputs_needed(self._manifest, texts)
         inputs = (mx.nd.array(array, ctx=self._context) for array in model_inputs(texts, outputs).values())
         results = self._blocks[outputs](*inputs)
@@ -156,14 +156,14 @@ class BlockNetwork:
 
 
 class ModuleNetwork:
-    """An exported network read back by `mx.mod.Module`, the way of MXNet's model servers; a Network."""
+    """An exported network read back by `mx.mod.Module`, as MXNet's model servers do; a Backend."""
 
     def __init__(self, folder: Path, manifest: Manifest, context: Any | None = None) -> None:
         self._manifest, self._context = manifest, context or mx.cpu()
         self._graph = load_graph(folder)
 
     def __call__(self, texts: PaddedBatch) -> Outputs:
-        """The outputs, brought to the host. Binds anew each time, so it is for comparing only."""
+        """Return the outputs on the host. Binds anew each time, so use it for comparisons only."""
         outputs = outputs_needed(self._manifest, texts)
         inputs = model_inputs(texts, outputs)
         symbol = part_of(self._graph.symbol, outputs)

@@ -1,4 +1,4 @@
-"""The network as an ONNX file, and back from it through onnxruntime. Needs the extra `onnx`."""
+"""Writes a network as an ONNX file and runs it with onnxruntime. Needs the extra `onnx`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SIZES = {"B": 2, "T": 4, "K": 2}
 
 
 def package(name: str) -> Any:
-    """onnx or onnxruntime; InputError, with the remedy, where it is missing or cannot be loaded."""
+    """Return the module onnx or onnxruntime; raise InputError with the remedy where it cannot be loaded."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -43,7 +43,7 @@ def package(name: str) -> Any:
 
 
 def onnx_versions() -> dict[str, str]:
-    """The versions of what writes ONNX and what runs it."""
+    """Return the versions of onnx and onnxruntime."""
     return {name: metadata.version(name) for name in ("onnx", "onnxruntime")}
 
 
@@ -127,17 +127,17 @@ def _keep(field: Any, items: list[Any]) -> None:
 
 
 class OnnxNetwork:
-    """An exported network read back by onnxruntime, on the CPU; a Network.
+    """An exported network read back by onnxruntime, on the CPU; a Backend.
 
-    One with mask scores is held twice, with them and without: onnxruntime computes all of a graph, whatever
-    is asked of it (its only_execute_path_to_fetches has had no effect since 1.19 at the latest).
+    A graph with mask scores is held twice, with them and without them. onnxruntime computes a whole graph,
+    whatever outputs are requested (only_execute_path_to_fetches has had no effect since 1.19 at the latest).
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._manifest = manifest
         onnx, runtime = package("onnx"), package("onnxruntime")
         options = runtime.SessionOptions()
-        # As many as MXNet has; by itself it takes all cores, in each of a server's workers.
+        # As many as MXNet has. By default onnxruntime takes all cores, in each of a server's workers.
         options.intra_op_num_threads = _threads()
         path, without_masks = folder / FILE, tuple(n for n in manifest.output_names if n != "mask_scores")
         try:
@@ -153,20 +153,20 @@ class OnnxNetwork:
             raise InputError(f"{path}: cannot be read as ONNX ({_first_line(error)})") from error
 
     def __call__(self, texts: PaddedBatch) -> Outputs:
-        """The outputs, float32."""
+        """Return the outputs, float32."""
         outputs = outputs_needed(self._manifest, texts)
         results = self._sessions[outputs].run(list(outputs), model_inputs(texts, outputs))
         return outputs_of(dict(zip(outputs, results)), texts)
 
 
 def _part(model: Any, outputs: tuple[str, ...]) -> bytes:
-    """The part of an ONNX model that computes these outputs of texts without masks."""
+    """Return the part of an ONNX model that computes these outputs of texts without masks."""
     extractor = importlib.import_module("onnx.utils").Extractor(model)
     return extractor.extract_model(input_names("encoder"), list(outputs)).SerializeToString()
 
 
 def _threads() -> int:
-    # The door to MXNet has set it, unless the user did; a list is for nested loops, which there are none of.
+    # runtime.py has set it, unless the user did. A list is for nested loops, which do not occur here.
     return int(os.environ["OMP_NUM_THREADS"].split(",")[0])
 
 

@@ -1,4 +1,4 @@
-"""Two networks side by side on the same texts: how far apart their results are, how fast each is."""
+"""Compares two networks on the same texts: how far apart their results are, how fast each is."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ NUM_GROUPS = 3
 # Tokens that are computed at once: enough for matrix products at full speed, and a round takes few seconds.
 BATCH_TOKENS = 1024
 
-# Rounds in which both networks take turns on the same texts: other work on the machine slows down both.
+# Both networks take turns in each round, so that other work on the machine slows both down.
 ROUNDS = 5
 
 
 def random_texts(rng: np.random.Generator, batch_size: int, length: int, vocab: Vocabulary) -> PaddedBatch:
-    """Rows of random words in two segments, of different lengths up to `length`, some of them masked."""
+    """Return rows of random words in two segments, with lengths up to `length` and some masks."""
     valid_length = rng.integers(max(length // 2, 3), length + 1, batch_size).astype(np.int32)
     valid_length[0] = length
     position = np.arange(length)
@@ -46,9 +46,9 @@ def random_texts(rng: np.random.Generator, batch_size: int, length: int, vocab: 
 
 
 def differences(reference: Backend, other: Backend, batches: Iterable[PaddedBatch]) -> dict[str, float]:
-    """The largest difference of each of the other's outputs, in units of the reference's largest value.
+    """Return the largest difference of each output, in units of the reference's largest value.
 
-    The unit is 1 where all values are smaller; the vectors of padding, which mean nothing, are left out.
+    The unit is 1 where all values are smaller. The vectors of padding are left out, as they mean nothing.
     """
     largest: dict[str, float] = {}
     for texts in batches:
@@ -59,7 +59,7 @@ def differences(reference: Backend, other: Backend, batches: Iterable[PaddedBatc
                 continue
             a, b = (each[real] if name == "encoded" else each for each in (expected[name], array))
             difference = np.abs(a - b).max() / max(1.0, np.abs(a).max())
-            # Infinite where a value is none, or a comparison with NaN would find nothing to object to.
+            # NaN becomes infinite: every comparison with NaN is false, so it would pass as no difference.
             largest[name] = max(largest.get(name, 0.0), float(np.nan_to_num(difference, nan=np.inf)))
     return largest
 
@@ -67,7 +67,7 @@ def differences(reference: Backend, other: Backend, batches: Iterable[PaddedBatc
 class MaskedText(NamedTuple):
     """A text with some of its words masked, and the words that stood at its masks, (K,) ids.
 
-    An id is -1 where the text came with a <mask>, so that nobody knows.
+    An id is -1 where the text itself has a <mask>, as its word is unknown.
     """
 
     text: EncodedText
@@ -75,7 +75,7 @@ class MaskedText(NamedTuple):
 
 
 def question(text: EncodedText, vocab: Vocabulary, rng: np.random.Generator) -> MaskedText:
-    """A text with 15 % of its known words masked, one at least if it has any."""
+    """Return a text with 15 % of its known words masked, at least one if it has any."""
     words = np.flatnonzero(~vocab.special[text.ids])
     chosen = rng.permutation(words)[: max(1, int(MASK_RATE * len(words)))]
     ids, tokens = text.ids.copy(), list(text.tokens)
@@ -90,20 +90,20 @@ def question(text: EncodedText, vocab: Vocabulary, rng: np.random.Generator) -> 
 def compare(
     reference: Backend, other: Backend, texts: Sequence[EncodedText], reader: Tokenizer, with_masks: bool
 ) -> list[dict[str, Any]]:
-    """How far another network's results are from the reference's and how fast it is, by length of text.
+    """Return how far another network's results are from the reference's and how fast it is, by text length.
 
-    The texts are parted into a short, a middle and a long third; if `with_masks`, some of their words are
-    masked. Of each third, as plain values for a manifest:
+    The texts are split into a short, a middle and a long third. With `with_masks` some of their words are
+    masked. Returned for each third, as plain values for a manifest:
 
     texts: how many. tokens: their lengths, from and to. errors: of each output the mean and the largest
     distance between both networks' vectors (one a token, a text, or a mask's scores), in units of the
     reference's length, of 1 where that is shorter. cosine: between both networks' <cls>, and between both
-    means of all tokens, the mean over the texts and the smallest. same word: the share of masks of which
-    both think the same word likeliest. mlm loss: of the words that were masked, in nats, of either network.
+    means of all tokens, the mean over the texts and the smallest. same word: the share of masks where
+    both rank the same word first. mlm loss: of the words that were masked, in nats, of either network.
     speed ratio: how many times as many texts a second the other computes.
     """
     if len(texts) < NUM_GROUPS:
-        raise InputError(f"--text: {len(texts)} texts are too few to compare with: {NUM_GROUPS} are needed")
+        raise InputError(f"--text: there must be at least {NUM_GROUPS} texts to compare on, got {len(texts)}")
     rng = np.random.default_rng(0)
     ordered = sorted(texts, key=len)
     bounds = np.linspace(0, len(ordered), NUM_GROUPS + 1).round().astype(int)
@@ -114,7 +114,7 @@ def compare(
         if with_masks and not any(each.texts.masked_positions.size for each in asked):
             raise InputError(
                 f"--text: no text of {len(group[0])} to {len(group[-1])} tokens holds a word of the "
-                "vocabulary, so there is none to mask and to compare"
+                "vocabulary. Name texts with known words."
             )
         tokens = [len(group[0]), len(group[-1])]
         groups.append({"texts": len(group), "tokens": tokens, **_compared(reference, other, asked)})
@@ -122,9 +122,9 @@ def compare(
 
 
 def table(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What `compare` found, a line a group of texts under a line of headings.
+    """Return what `compare` found as lines: a heading, then a line for each group of texts.
 
-    The errors are the outputs' largest, the cosine that of the means of all tokens.
+    The errors are the largest of all outputs. The cosine is between the means of all tokens.
     """
     lines = ["tokens    error: mean, largest   cosine   same word   MLM loss           speed"]
     for group in groups:
@@ -141,7 +141,7 @@ def table(groups: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 class Asked(NamedTuple):
-    """Questions side by side; labels (M,), one a mask."""
+    """A batch of texts, and labels (M,) with one for each mask."""
 
     texts: PaddedBatch
     masked_ids: np.ndarray
@@ -150,14 +150,14 @@ class Asked(NamedTuple):
 def batches(
     texts: Sequence[EncodedText], reader: Tokenizer, rng: np.random.Generator, with_masks: bool
 ) -> Iterator[Asked]:
-    """Texts in batches of like length, with some of their words masked or with nothing to predict."""
+    """Yield texts in batches of similar length, with some words masked or with nothing to predict."""
     masked_ids = [np.zeros(0, dtype=np.int32)] * len(texts)
     if with_masks:
         texts, masked_ids = zip(*(question(text, reader.vocab, rng) for text in texts))
     for members in bucket_by_length(texts, BATCH_TOKENS, BATCH_MASKS):
         batch = pad([texts[i] for i in members], reader.max_seq_length)
         if not with_masks:
-            # The other gives no scores of masks, so the reference must not spend time on a text's own ones.
+            # The other network has no mask scores, so the reference must not spend time on them.
             batch = batch._replace(masked_positions=batch.masked_positions[:, :0])
         yield Asked(batch, np.concatenate([masked_ids[i] for i in members]))
 
@@ -182,7 +182,7 @@ def _compared(reference: Backend, other: Backend, asked: Sequence[Asked]) -> dic
 
 
 def _measured(expected: Outputs, found: Outputs, asked: Asked) -> dict[str, np.ndarray]:
-    """A number for each vector, text or mask, by what it measures."""
+    """Return a number for each vector, text or mask, by the name of the measure."""
     valid_length = asked.texts.valid_length
     real = np.arange(asked.texts.tokens.shape[1]) < valid_length[:, None]
     numbers = {}
@@ -190,7 +190,7 @@ def _measured(expected: Outputs, found: Outputs, asked: Asked) -> dict[str, np.n
         if array is not None:
             a, b = (each[real] if name == "encoded" else each for each in (getattr(expected, name), array))
             distance = np.linalg.norm(a - b, axis=-1) / np.maximum(1.0, np.linalg.norm(a, axis=-1))
-            # Infinite where a value is none, or a comparison with NaN would find nothing to object to.
+            # NaN becomes infinite: every comparison with NaN is false, so it would pass as no difference.
             numbers[name] = np.nan_to_num(distance, nan=np.inf)
     both = [each.encoded for each in (expected, found)]
     numbers["cosine cls"] = _cosine(*(encoded[:, 0] for encoded in both))
@@ -205,7 +205,7 @@ def _measured(expected: Outputs, found: Outputs, asked: Asked) -> dict[str, np.n
 
 
 def _losses(scores: np.ndarray, masked_ids: np.ndarray) -> np.ndarray:
-    """The negative log-likelihood of each label that is known, from scores (M, V)."""
+    """Return the negative log-likelihood of each known label, from scores (M, V)."""
     scores, masked_ids = scores[masked_ids >= 0], masked_ids[masked_ids >= 0]
     above = scores - scores.max(axis=1, keepdims=True)
     return np.log(np.exp(above).sum(axis=1)) - above[np.arange(len(masked_ids)), masked_ids]
@@ -220,7 +220,7 @@ def _summary(numbers: np.ndarray, extreme: str, function: Any) -> dict[str, floa
 
 
 def speed_ratio(reference: Backend, other: Backend, texts: PaddedBatch) -> float:
-    """How many times as many texts a second the other computes: the median of rounds taken in turns."""
+    """Return the other's texts a second over the reference's: the median of alternating rounds."""
     ratios = []
     for _ in range(ROUNDS):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What multi-model-server calls: loads an archive once and answers batches. Imports nothing of the server."""
+"""The handler that multi-model-server calls: loads an archive once and answers batches."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _PREFIX = 4 + 4 + len("Prediction success")
 
 
 def handle(data: Sequence[Mapping[str, Any]] | None, context: Any) -> list[bytes]:
-    """The answers to a batch, JSON each, their statuses set in the context; [] for None, which only loads.
+    """Return the answers to a batch as JSON, and set their statuses in the context; None only loads.
 
-    data: for each request what it holds by name: its body, or the fields of a form. Raises nothing for a
-    request: the server cannot tell several that their batch failed.
+    data: for each request its body or the fields of a form, by name. Raises nothing for a request, as the
+    server cannot report to several requests that their batch failed.
     """
     properties = context.system_properties
     predictor = load(properties["model_dir"], properties.get("gpu_id"))
@@ -73,13 +73,13 @@ def _before_status(request_id: str) -> int:
 
 @functools.lru_cache(maxsize=None)
 def load(model_dir: str, gpu_id: int | None = None) -> Predictor:
-    """The predictor of an unpacked archive, on a GPU if one is named; InputError where it cannot be."""
+    """Return the predictor of an unpacked archive, on a GPU if one is named."""
     context = None if gpu_id is None or gpu_id < 0 else contexts(gpus=[gpu_id])[0]
     return load_exported(Path(model_dir), context).predictor
 
 
 def _replies(predictor: Predictor, data: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
-    """A status and an object for each request of a batch."""
+    """Return a status and an object for each request of a batch."""
     bodies = {i: item[BODY] for i, item in enumerate(data) if set(item) == {BODY}}
     try:
         answers = dict(zip(bodies, answer(predictor, list(bodies.values()))))

@@ -1,4 +1,4 @@
-"""Bodies of requests to answers, a batch at once. Knows JSON and the predictor, and nothing of a server."""
+"""Answers the JSON bodies of requests, a batch at once. Knows no server."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class Request(NamedTuple):
 
 
 def answer(predictor: Predictor, bodies: Sequence[bytes]) -> list[tuple[int, dict[str, Any]]]:
-    """For each body a status and an object: 200 and the answer, or 400 and {"error": why}.
+    """Return a status and an object for each body: 200 and the answer, or 400 and {"error": why}.
 
-    The network is asked once for all that can be answered. Whatever the bytes are, they change nothing for
-    the others; what is raised all the same is a fault of the network or of this package.
+    The network runs once for all valid requests. An invalid one changes nothing for the others. Exceptions
+    that escape are faults of the network or of this package.
 
     >>> answer(predictor, [b'{"text": "a crane"}', b'{"txt": "a"}'])                    # doctest: +SKIP
     [(200, {'text': 'a crane', 'tokens': [...], ...}), (400, {'error': "'txt' is unknown: ..."})]
@@ -88,7 +88,7 @@ def _similarity(pooling: Pooling, *answers: Prediction) -> float:
 
 
 def refused(why: object) -> tuple[int, dict[str, Any]]:
-    """The reply to a request that cannot be answered."""
+    """Return the reply to a request that cannot be answered."""
     return BAD_REQUEST, {"error": str(why)}
 
 
@@ -182,7 +182,7 @@ def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise InputError(f"the request is not JSON: {name} is no number there")
+    raise InputError(f"the request is not JSON: {name} must be a finite number")
 
 
 def _text(request: dict[str, Any], reader: Tokenizer, truncate: bool) -> tuple[EncodedText, tuple[str, ...]]:

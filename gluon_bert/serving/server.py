@@ -31,7 +31,7 @@ HOST = "127.0.0.1"
 # The server takes a port for a signed number of 16 bits.
 HIGHEST_PORT = 32766
 
-# Above this the server itself answers, with a bare 413; below it the handler does, in words.
+# Above this the server itself answers, with a bare 413. Below it the handler explains.
 MAX_REQUEST = 16 << 20
 # An answer is as long as the network's vectors make it; the server ends a worker that goes beyond.
 MAX_RESPONSE = 2**31 - 1
@@ -45,7 +45,7 @@ LONGEST_FOLDER = 92
 START_TIMEOUT = 300.0
 STOP_TIMEOUT = 10.0
 
-# In the server's folder: its log, and what it and Java print, of which this is told once it listens.
+# In the server's folder: its log, and what it and Java print. It prints STARTED once it listens.
 LOG, OUTPUT = "server.log", "output.log"
 STARTED = b"Model server started."
 
@@ -90,11 +90,11 @@ class Settings:
     threads: int | None = None
 
     def check(self) -> None:
-        """Raise InputError for what cannot be, naming the flag."""
+        """Raise InputError for values that are not possible, naming the flag."""
         for name in ("workers", "batch_size", "max_batch_delay", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} {value}: at least 1")
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.port == self.management_port:
             raise InputError(f"--management-port {self.port}: is --port already; choose another")
         for name, port in (("--port", self.port), ("--management-port", self.management_port)):
@@ -102,7 +102,7 @@ class Settings:
 
 
 class Server:
-    """A server that runs: where it is asked, and what it tells."""
+    """A running server: its addresses and its log."""
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path, settings: Settings) -> None:
         self._process, self._folder = process, folder
@@ -152,7 +152,7 @@ class Server:
 
 @contextmanager
 def serving(archive: Path, settings: Settings = Settings()) -> Iterator[Server]:
-    """A server of one archive, which answers until the block ends, and of which nothing is left then.
+    """Serve one archive until the block ends; then stop its processes and remove its files.
 
     Raises InputError for what the user can mend, ServerFailed where the server does not start.
 
@@ -173,7 +173,7 @@ def serving(archive: Path, settings: Settings = Settings()) -> Iterator[Server]:
 
 
 def free_ports(count: int = 2) -> list[int]:
-    """Ports on which nothing answers, for a server whose address nobody has to know beforehand."""
+    """Return free ports, for a server whose address need not be known beforehand."""
 
     def is_free(port: int) -> bool:
         with socket.socket() as probe:
@@ -193,13 +193,13 @@ def check_server() -> None:
     where = "JAVA_HOME" if home else "PATH"
     install = "install one, such as the package openjdk-17-jre-headless"
     if java is None or not os.access(java, os.X_OK):
-        raise InputError(f"the model server needs Java 8 or later, and there is none in {where}: {install}")
-    told = subprocess.run(
+        raise InputError(f"{where}: must have Java 8 or later, which the model server needs; {install}")
+    shown = subprocess.run(
         [java, "-version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
     )
-    version = re.search(r'version "(?:1\.)?(\d+)', told.stdout)
-    if told.returncode or version is None:
-        raise InputError(f"{java}: does not run as Java ({told.stdout.strip()[:200]}): {install}")
+    version = re.search(r'version "(?:1\.)?(\d+)', shown.stdout)
+    if shown.returncode or version is None:
+        raise InputError(f"{java}: does not run as Java ({shown.stdout.strip()[:200]}): {install}")
     if int(version[1]) < 8:
         raise InputError(f"{java}: is Java {version[1]}, where the model server needs 8 or later: {install}")
 
@@ -238,7 +238,7 @@ def _config(settings: Settings) -> str:
     content = {
         "inference_address": f"http://{HOST}:{settings.port}",
         "management_address": f"http://{HOST}:{settings.management_port}",
-        # Or the worker parses JSON itself, and dies of what is none.
+        # Otherwise the worker parses JSON itself, and ends on invalid JSON.
         "decode_input_request": "false",
         # MXNet's threads do not survive the fork that follows a model that is loaded before it.
         "preload_model": "false",

@@ -164,7 +164,7 @@ ARCHITECTURES = {
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architecture_gives_the_hidden_states_of_transformers(name, tmp_path):
+def test_architecture_gives_transformers_hidden_states(name, tmp_path):
     torch = pytest.importorskip("torch", reason="needs the extra test-others")
     transformers = pytest.importorskip("transformers", reason="needs the extra test-others")
     run, folder = huggingface_folder(tmp_path)

@@ -100,7 +100,7 @@ def reader_of(run):
 
 
 @pytest.mark.parametrize("outputs", OF_PRETRAINED)
-def test_an_export_agrees_with_the_network_at_any_batch_and_length(run, exports, format, outputs):
+def test_format_any_shape_agrees_with_the_network(run, exports, format, outputs):
     exported = load_exported(exports(format, outputs))
     rng = np.random.default_rng(1)
     for shape in ((2, 3), (1, MAX_SEQ_LENGTH), (5, 11), (9, 17)):
@@ -112,7 +112,7 @@ def test_an_export_agrees_with_the_network_at_any_batch_and_length(run, exports,
             assert min(found.values()) > 1e-5, "computed in float32 all the same"
 
 
-def test_texts_without_a_mask_get_no_mask_scores_and_the_same_vectors(run, exports, format):
+def test_format_without_masks_gives_the_same_vectors(run, exports, format):
     network = load_exported(exports(format, "all")).network
     masked = random_texts(np.random.default_rng(1), 3, 11, run.vocab)
     plain = masked._replace(masked_positions=masked.masked_positions[:, :0])
@@ -123,7 +123,7 @@ def test_texts_without_a_mask_get_no_mask_scores_and_the_same_vectors(run, expor
     assert len(outputs) == len(OUTPUTS["all"])
 
 
-def test_an_export_answers_as_the_run_does(run, exports, format):
+def test_format_predicts_as_the_run_does(run, exports, format):
     exported = load_exported(exports(format, "all"))
     text = exported.reader.text("the <mask> lifts it .", "the driver <mask> .")
     ours, theirs = (
@@ -135,7 +135,7 @@ def test_an_export_answers_as_the_run_does(run, exports, format):
     np.testing.assert_allclose(ours.mean, theirs.mean, atol=0.05)
 
 
-def test_more_tokens_than_positions_are_an_error_of_the_graph(run, exports, format):
+def test_format_too_long_text_is_an_error(run, exports, format):
     network = load_exported(exports(format, "encoder")).network
     rng = np.random.default_rng(0)
     assert network(random_texts(rng, 2, MAX_SEQ_LENGTH, run.vocab)).encoded.shape[1] == MAX_SEQ_LENGTH
@@ -154,9 +154,7 @@ def test_more_tokens_than_positions_are_an_error_of_the_graph(run, exports, form
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
-def test_every_variant_of_the_network(corpus, tmp_path, format, changes):
-    if format == "int8" and "position" in changes:
-        pytest.skip("int8 with large random biases exceeds --max-error (0.11 of 0.10 on VNNI)")
+def test_format_every_variant_agrees(corpus, tmp_path, format, changes):
     run = run_of(corpus, **changes)
     texts = validation_texts(run, 12)
     for outputs in OF_PRETRAINED:
@@ -165,7 +163,7 @@ def test_every_variant_of_the_network(corpus, tmp_path, format, changes):
 
 
 @pytest.mark.parametrize("outputs", OF_PRETRAINED)
-def test_the_manifest_tells_how_far_and_how_fast_by_length(texts, exports, format, outputs):
+def test_format_manifest_has_errors_and_speed_by_length(texts, exports, format, outputs):
     manifest = load_exported(exports(format, outputs)).manifest
     assert (manifest.format, manifest.outputs, manifest.step) == (format, outputs, 7)
     comparison = manifest.comparison
@@ -191,13 +189,15 @@ def test_the_manifest_tells_how_far_and_how_fast_by_length(texts, exports, forma
     assert f"{groups[0]['speed ratio']:.2f} x" in lines[1]
 
 
-def test_a_larger_error_than_asked_for_leaves_nothing(run, texts, tmp_path, format):
-    with pytest.raises(InputError, match=r"on texts of \d+ to \d+ tokens .* --max-error allows 1\.0e-12"):
+def test_format_above_max_error_leaves_nothing(run, texts, tmp_path, format):
+    with pytest.raises(
+        InputError, match=r"on texts of \d+ to \d+ tokens .* at most 1\.0e-12 \(--max-error\)"
+    ):
         EXPORTS[format](run, tmp_path / "export", "all", texts, 1e-12)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_network_that_differs_is_refused_by_default(run, texts, tmp_path, format, monkeypatch):
+def test_format_of_another_network_is_refused(run, texts, tmp_path, format, monkeypatch):
     network = BlockNetwork if format != "onnx" else onnx_graph.OnnxNetwork
     right = network.__call__
 
@@ -209,19 +209,19 @@ def test_a_network_that_differs_is_refused_by_default(run, texts, tmp_path, form
         )
 
     monkeypatch.setattr(network, "__call__", wrong)
-    with pytest.raises(InputError, match=r"the export's encoded differ .* by inf"):
+    with pytest.raises(InputError, match=r"difference of encoded .* got inf"):
         EXPORTS[format](run, tmp_path / "export", "encoder", texts)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_taken_stays_as_it_is(run, texts, tmp_path, format):
+def test_format_to_a_taken_folder_is_refused(run, texts, tmp_path, format):
     (tmp_path / "mine.txt").write_text("mine", "utf-8")
     with pytest.raises(InputError, match="is there already"):
         EXPORTS[format](run, tmp_path, "all", texts)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_damaged_file_is_refused(run, texts, tmp_path, format):
+def test_format_with_a_damaged_file_is_refused(run, texts, tmp_path, format):
     manifest = EXPORTS[format](run, tmp_path / "export", "encoder", texts)
     largest = max(manifest.files, key=lambda name: (tmp_path / "export" / name).stat().st_size)
     content = bytearray((tmp_path / "export" / largest).read_bytes())
@@ -231,8 +231,8 @@ def test_a_damaged_file_is_refused(run, texts, tmp_path, format):
         load_exported(tmp_path / "export")
 
 
-def test_too_few_texts_are_refused(run, texts, tmp_path, format):
-    with pytest.raises(InputError, match="--text: 2 texts are too few"):
+def test_format_with_too_few_texts_is_refused(run, texts, tmp_path, format):
+    with pytest.raises(InputError, match=r"--text: there must be at least [36] texts .* got 2"):
         EXPORTS[format](run, tmp_path / "export", "all", texts[:2])
     assert not list(tmp_path.iterdir())
 
@@ -240,7 +240,7 @@ def test_too_few_texts_are_refused(run, texts, tmp_path, format):
 # ONNX
 
 
-def test_the_file_is_of_the_stated_opset_with_named_inputs_and_outputs(exports):
+def test_onnx_file_has_opset_and_names(exports):
     skip_without("onnx")
     import onnx
 
@@ -257,7 +257,7 @@ def test_the_file_is_of_the_stated_opset_with_named_inputs_and_outputs(exports):
         assert onnx.checker.DEFAULT_CONTEXT.opset_imports == {"": onnx.defs.onnx_opset_version()}
 
 
-def test_a_text_without_a_mask_does_not_pay_for_the_scores_of_one(exports):
+def test_onnx_without_masks_skips_their_scores(exports):
     skip_without("onnx")
     network = load_exported(exports("onnx", "all")).network
     whole, part = network._sessions[OUTPUTS["all"]], network._sessions[("encoded", "pooled", "next_scores")]
@@ -267,14 +267,14 @@ def test_a_text_without_a_mask_does_not_pay_for_the_scores_of_one(exports):
     assert "mask_scores" not in [each.name for each in part.get_outputs()]
 
 
-def test_what_is_no_onnx_is_refused(tmp_path):
+def test_onnx_file_that_is_not_one_is_refused(tmp_path):
     skip_without("onnx")
     (tmp_path / onnx_graph.FILE).write_bytes(b"not ONNX")
     with pytest.raises(InputError, match=r"bert\.onnx: cannot be read as ONNX"):
         onnx_graph.OnnxNetwork(tmp_path, Manifest("onnx", "all", MAX_SEQ_LENGTH, 0, {}, 0, {}, {}))
 
 
-def test_more_weights_than_a_file_holds_are_refused(run, texts, tmp_path, monkeypatch):
+def test_onnx_with_too_many_weights_is_refused(run, texts, tmp_path, monkeypatch):
     skip_without("onnx")
     monkeypatch.setattr(onnx_graph, "MAX_BYTES", 10_000)
     with pytest.raises(InputError, match=r"--format onnx: the weights take .* use --format mxnet"):
@@ -283,7 +283,7 @@ def test_more_weights_than_a_file_holds_are_refused(run, texts, tmp_path, monkey
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
-def test_without_the_extra_the_remedy_is_told(run, texts, tmp_path, monkeypatch, missing):
+def test_onnx_without_the_extra_names_the_remedy(run, texts, tmp_path, monkeypatch, missing):
     skip_without("onnx")
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(InputError, match=rf"needs the package {missing} .*pip install -e '\.\[cpu,onnx\]'"):
@@ -291,7 +291,7 @@ def test_without_the_extra_the_remedy_is_told(run, texts, tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-def test_onnxruntime_takes_as_many_threads_as_mxnet(monkeypatch):
+def test_onnx_threads_equal_mxnets(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
     assert onnx_graph._threads() == 3
 
@@ -300,7 +300,7 @@ def test_onnxruntime_takes_as_many_threads_as_mxnet(monkeypatch):
 
 
 @pytest.mark.parametrize("low", ["int8", "bf16"])
-def test_the_weights_are_kept_in_the_format(exports, low):
+def test_low_precision_weights_have_its_type(exports, low):
     skip_without(low)
     folder = exports(low, "all")
     arrays = mx.nd.load(str(folder / PARAMETERS))
@@ -314,7 +314,7 @@ def test_the_weights_are_kept_in_the_format(exports, low):
 
 
 @pytest.mark.parametrize("low", ["int8", "bf16"])
-def test_module_reads_it_too(run, exports, low):
+def test_low_precision_is_read_by_module(run, exports, low):
     skip_without(low)
     folder = exports(low, "all")
     exported = load_exported(folder)
@@ -332,7 +332,7 @@ def test_module_reads_it_too(run, exports, low):
         ("int8", "int8: this CPU's products of int8 overflow, for which MXNet needs AVX512_VNNI"),
     ],
 )
-def test_a_cpu_that_cannot_is_told_so(low, told):
+def test_low_precision_on_a_cpu_without_it_is_refused(low, told):
     code = f"from gluon_bert.export.low_precision import check_{low}; check_{low}()"
     limited = {**os.environ, "DNNL_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=limited, capture_output=True, text=True)
@@ -340,7 +340,7 @@ def test_a_cpu_that_cannot_is_told_so(low, told):
     assert f"InputError: {told}" in done.stderr
 
 
-def test_only_the_symbol_runs_elsewhere_than_on_the_cpu(exports, format):
+def test_format_on_a_gpu_is_refused(exports, format):
     with pytest.raises(InputError, match=rf"an export in {format} runs on the CPU only, not on gpu\(0\)"):
         load_exported(exports(format, "encoder"), mx.gpu(0))
 
@@ -348,7 +348,7 @@ def test_only_the_symbol_runs_elsewhere_than_on_the_cpu(exports, format):
 # What is compared, and on what
 
 
-def test_held_out_texts_are_of_all_lengths_and_of_the_held_out_text_alone(run, texts):
+def test_validation_texts_have_all_lengths(run, texts):
     validation = prepare(run.config.data).validation.tokens.tolist()
     lengths = np.array([len(text) for text in texts])
     assert lengths.max() > 0.9 * MAX_SEQ_LENGTH
@@ -363,7 +363,7 @@ def test_held_out_texts_are_of_all_lengths_and_of_the_held_out_text_alone(run, t
     assert [text.tokens for text in again] == [text.tokens for text in texts]
 
 
-def test_another_text_than_the_runs_is_refused(run, tmp_path):
+def test_validation_texts_of_another_corpus_are_refused(run, tmp_path):
     path = tmp_path / "other.txt"
     path.write_text(small_text().replace("crane", "heron"), "utf-8")
     other = dataclasses.replace(run, config=run.config.replace(corpus=(str(path),)))
@@ -374,13 +374,13 @@ def test_another_text_than_the_runs_is_refused(run, tmp_path):
         validation_texts(other)
 
 
-def test_a_run_without_held_out_text_is_told_the_remedy(corpus):
+def test_validation_texts_missing_name_the_remedy(corpus):
     run = run_of(corpus, validation_fraction=0.0)
     with pytest.raises(InputError, match=r"no validation text: name a text .*--text FILE"):
         validation_texts(run)
 
 
-def test_a_question_masks_known_words_and_keeps_what_stood_there(run):
+def test_question_masks_known_words_and_keeps_labels(run):
     text = reader_of(run).text("the crane lifts it . the <mask> xyzzy", "the driver sees it .")
     asked = question(text, run.vocab, np.random.default_rng(0))
     (given,) = text.masks
@@ -395,7 +395,7 @@ def test_a_question_masks_known_words_and_keeps_what_stood_there(run):
     np.testing.assert_array_equal(asked.text.ids[others], text.ids[others])
 
 
-def test_errors_are_measured_by_length_and_in_units_of_the_vector(run, texts):
+def test_compare_errors_are_relative_by_length(run, texts):
     network = GluonNetwork(run.net)
 
     def tenth_longer(batch):
@@ -414,7 +414,7 @@ def test_errors_are_measured_by_length_and_in_units_of_the_vector(run, texts):
         assert group["errors"]["mask_scores"] == {"mean": 0, "largest": 0}
 
 
-def test_the_loss_is_that_of_the_masked_words(run, texts):
+def test_compare_loss_is_of_the_masked_words(run, texts):
     network = GluonNetwork(run.net)
 
     def unsure(batch):
@@ -426,7 +426,7 @@ def test_the_loss_is_that_of_the_masked_words(run, texts):
         assert group["mlm loss"]["reference"] != pytest.approx(np.log(len(run.vocab)), abs=1e-2)
 
 
-def test_without_masks_neither_network_computes_their_scores(run, texts):
+def test_compare_without_masks_computes_no_scores(run, texts):
     network = GluonNetwork(run.net)
     asked = []
 
@@ -439,14 +439,14 @@ def test_without_masks_neither_network_computes_their_scores(run, texts):
     assert "same word" not in groups[0]
 
 
-def test_texts_of_unknown_words_alone_are_refused_where_masks_are_compared(run):
+def test_compare_texts_of_unknown_words_are_refused(run):
     network, unknown = GluonNetwork(run.net), [reader_of(run).text("xyzzy " * n) for n in (1, 2, 3)]
     assert len(compare(network, network, unknown, reader_of(run), with_masks=False)) == 3
     with pytest.raises(InputError, match="--text: no text of 3 to 3 tokens holds a word of the vocabulary"):
         compare(network, network, unknown, reader_of(run), with_masks=True)
 
 
-def test_padding_is_not_compared(run):
+def test_compare_ignores_padding(run):
     network = GluonNetwork(run.net)
 
     def noise_behind(batch):

@@ -54,7 +54,7 @@ def reason(predictor, body):
     return content["error"]
 
 
-def test_a_text_is_answered_with_its_vectors(predictor):
+def test_request_text_gives_its_vectors(predictor):
     content = asked(predictor, text="A crane is purple")
     (expected,) = predictor.predict([predictor.reader.text("A crane is purple")])
     assert list(content) == ["text", "tokens", "unknown", "truncated", "cls", "mean", "pooled"]
@@ -65,7 +65,7 @@ def test_a_text_is_answered_with_its_vectors(predictor):
         np.testing.assert_array_equal(np.float32(content[name]), getattr(expected, name))
 
 
-def test_a_pair_a_text_of_ids_and_a_pair_of_ids(predictor):
+def test_request_pair_and_ids_give_the_same_vectors(predictor):
     pair = asked(predictor, text="a crane", pair="he left")
     assert (pair["text"], pair["pair"]) == ("a crane", "he left")
     same = asked(predictor, ids=[5, CRANE], pair_ids=[11, 13])
@@ -77,7 +77,7 @@ def test_a_pair_a_text_of_ids_and_a_pair_of_ids(predictor):
     )
 
 
-def test_masks_are_filled_with_the_likeliest_words(predictor):
+def test_request_masks_gives_the_likeliest_words(predictor):
     content = asked(predictor, text="a <mask> is <mask>", ask="masks", top=3)
     (expected,) = predictor.predict([predictor.reader.text("a <mask> is <mask>")])
     found = [[(word["token"], word["probability"]) for word in mask] for mask in content["predictions"]]
@@ -86,7 +86,7 @@ def test_masks_are_filled_with_the_likeliest_words(predictor):
     assert "cls" not in content
 
 
-def test_several_things_can_be_asked_at_once(predictor):
+def test_request_several_asks_are_answered_together(predictor):
     content = asked(
         predictor, text="a <mask>", pair="he left", ask=["vectors", "masks", "next"], token_vectors=True
     )
@@ -108,8 +108,8 @@ def test_several_things_can_be_asked_at_once(predictor):
         (b'{"text": "a"} {}', "not JSON: Extra data"),
         (b"[" * 100_000, "brackets"),
         (b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "brackets"),
-        (b'{"text": "a", "top": NaN}', "NaN is no number"),
-        (b'{"text": "a", "top": -Infinity}', "-Infinity is no number"),
+        (b'{"text": "a", "top": NaN}', "NaN must be a finite number"),
+        (b'{"text": "a", "top": -Infinity}', "-Infinity must be a finite number"),
         (b'{"text": "a", "text": "b"}', "'text' is given twice"),
         (b'["a"]', "must be a JSON object"),
         (b"null", "must be a JSON object"),
@@ -161,25 +161,25 @@ def test_several_things_can_be_asked_at_once(predictor):
         (b'{"text": "' + b"a" * MAX_BODY + b'"}', "1,048,588 bytes, where 1,048,576 are allowed"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_in_words(predictor, body, why):
+def test_request_that_is_wrong_is_refused(predictor, body, why):
     found = reason(predictor, body)
     assert re.search(why, found), found
     assert len(found) < 300
 
 
-def test_what_the_export_cannot_give_is_refused_in_words(predictor):
+def test_request_for_a_missing_output_is_refused(predictor):
     bare = Predictor(lambda texts: predictor.network(texts)._replace(mask_scores=None), predictor.reader)
     assert "exported without masked words" in reason(bare, {"text": "a <mask>", "ask": "masks"})
 
 
-def test_a_network_that_gives_no_numbers_is_told_of(predictor):
+def test_request_with_non_finite_vectors_is_refused(predictor):
     broken = Predictor(
         lambda texts: predictor.network(texts)._replace(encoded=np.full((1, 8, 8), np.nan)), predictor.reader
     )
     assert "no finite numbers" in reason(broken, GOOD)
 
 
-def test_a_batch_asks_the_network_once_for_texts_of_like_length(predictor):
+def test_answer_of_a_batch_runs_the_network_once(predictor):
     calls = []
 
     def network(texts):
@@ -255,7 +255,7 @@ BODIES = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(BODIES, max_size=4), st.integers(0, 4))
-def test_whatever_the_bytes_are_the_neighbours_get_their_answers(predictor, bodies, place):
+def test_answer_with_any_bytes_keeps_the_neighbours(predictor, bodies, place):
     (alone,) = answer(predictor, [GOOD])
     bodies.insert(place, GOOD)
     replies = answer(predictor, bodies)
@@ -272,16 +272,16 @@ def test_whatever_the_bytes_are_the_neighbours_get_their_answers(predictor, bodi
 class TestHandler:
     """The handler with a batch as the server gives it; loading is tested in test_serving."""
 
-    def test_no_requests_have_no_answers(self, predictor):
+    def test_handler_without_requests_answers_nothing(self, predictor):
         assert _replies(predictor, []) == []
 
-    def test_a_form_is_refused_and_its_neighbour_answered(self, predictor):
+    def test_handler_form_is_refused_alone(self, predictor):
         form = {'{"text": "a"}': b""}
         (first, why), (second, _) = _replies(predictor, [form, {"body": bytearray(GOOD)}])
         assert (first, second) == (400, 200)
         assert "Content-Type: application/json" in why["error"]
 
-    def test_a_network_that_fails_is_told_of_and_logged(self, predictor, caplog):
+    def test_handler_failing_network_is_logged(self, predictor, caplog):
         def network(texts):
             raise MemoryError("no room")
 
@@ -292,6 +292,6 @@ class TestHandler:
         assert "no room" in caplog.text
 
 
-def test_the_core_imports_no_server():
+def test_handler_imports_no_server():
     code = "import sys, gluon_bert.serving.handler; sys.exit('mms' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -82,7 +82,7 @@ def short_tmp(tmp_path, monkeypatch):
 
 
 class TestArchive:
-    def test_it_holds_the_export_and_the_package_and_nothing_is_left_beside_it(self, archive):
+    def test_archive_holds_the_export_and_the_package(self, archive):
         assert [path.name for path in archive.parent.iterdir()] == [ARCHIVE]
         check_archive(archive)
         with zipfile.ZipFile(archive) as file:
@@ -95,7 +95,7 @@ class TestArchive:
         assert manifest["model"] == {"modelName": "bert", "handler": "gluon_bert.serving.handler:handle"}
         assert manifest["runtime"] == "python"
 
-    def test_it_answers_by_itself(self, archive, predictor, tmp_path):
+    def test_archive_answers_by_itself(self, archive, predictor, tmp_path):
         """With its own code, and no package but MXNet, NumPy and what these need (requests is MXNet's)."""
         with zipfile.ZipFile(archive) as file:
             file.extractall(tmp_path)
@@ -126,7 +126,7 @@ print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"
         (expected,) = predictor.predict([predictor.reader.text("a crane")])
         np.testing.assert_allclose(json.loads(done.stdout)["mean"], expected.mean, atol=1e-5)
 
-    def test_no_status_is_torn_apart_in_the_servers_message(self):
+    def test_aligned_status_is_never_split(self):
         """As multi-model-server itself writes it, whatever the answers: see the handler on its pieces."""
         handlers = pytest.importorskip("mms.protocol.otf_message_handler")
         rng = random.Random(0)
@@ -149,9 +149,7 @@ print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"
                 assert message[at : at + 4] == status.to_bytes(4, "big")
                 assert 0 < at % 16 <= 12
 
-    def test_nothing_is_left_where_the_folder_is_taken_or_the_archiver_fails(
-        self, run_folder, tmp_path, monkeypatch
-    ):
+    def test_archive_that_fails_leaves_nothing(self, run_folder, tmp_path, monkeypatch):
         run = load_run(run_folder)
         (tmp_path / "taken").mkdir()
         (tmp_path / "taken" / "file").touch()
@@ -162,7 +160,7 @@ print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"
             export_archive(run, tmp_path / "new")
         assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
-    def test_only_an_export_for_mxnet_is_packed(self, run_folder, tmp_path):
+    def test_pack_another_format_is_refused(self, run_folder, tmp_path):
         manifest = export_mxnet(load_run(run_folder), tmp_path / "export")
         other = json.loads((tmp_path / "export" / "manifest.json").read_text("utf-8"))
         (tmp_path / "export" / "manifest.json").write_text(json.dumps({**other, "format": "onnx"}), "utf-8")
@@ -171,14 +169,14 @@ print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"
         manifest.save(tmp_path / "export")
         check_archive(pack(tmp_path / "export", tmp_path))
 
-    def test_a_missing_extra_is_told_of(self, monkeypatch, tmp_path):
+    def test_archive_without_the_extra_is_refused(self, monkeypatch, tmp_path):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(
             InputError, match=r"model-archiver is not installed: pip install -e '\.\[cpu,serve\]'"
         ):
             export_archive(None, tmp_path / "new")
 
-    def test_what_is_no_archive_is_refused(self, archive, tmp_path):
+    def test_archive_that_is_not_one_is_refused(self, archive, tmp_path):
         path = tmp_path / "bad.mar"
         with pytest.raises(InputError, match="cannot be read as a model archive"):
             check_archive(path)
@@ -212,31 +210,34 @@ class TestBadInput:
             ("--port 0", "--port 0: from 1 to 32766"),
             ("--port 8081", "--management-port 8081: is --port already"),
             ("--management-port 70000", "--management-port 70000: from 1"),
-            ("--workers 0", "--workers 0: at least 1"),
-            ("--batch-size -1", "--batch-size -1: at least 1"),
-            ("--max-batch-delay 0", "--max-batch-delay 0: at least 1"),
-            ("--threads 0", "--threads 0: at least 1"),
+            ("--workers 0", "--workers must be at least 1, got 0"),
+            ("--batch-size -1", "--batch-size must be at least 1, got -1"),
+            ("--max-batch-delay 0", "--max-batch-delay must be at least 1, got 0"),
+            ("--threads 0", "--threads must be at least 1, got 0"),
         ],
     )
-    def test_flags_that_cannot_be(self, flags, why, capsys):
+    def test_serve_wrong_flags_are_refused(self, flags, why, capsys):
         assert serve.main(["x.mar", *flags.split()]) == 2
         assert f"serve: {why}" in capsys.readouterr().err
 
-    def test_a_port_that_is_taken(self, settings, capsys):
+    def test_serve_on_a_taken_port_is_refused(self, settings, capsys):
         with socket.socket() as other:
             other.bind(("127.0.0.1", settings.port))
             other.listen()
             assert serve.main(["x.mar", "--port", str(settings.port)]) == 2
         assert f"--port {settings.port}: cannot be taken" in capsys.readouterr().err
 
-    def test_no_java(self, settings, monkeypatch, capsys, tmp_path):
+    def test_serve_without_java_is_refused(self, settings, monkeypatch, capsys, tmp_path):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
         monkeypatch.delenv("JAVA_HOME", raising=False)
         monkeypatch.setenv("PATH", str(tmp_path))
         assert serve.main(["x.mar", *port_flags(settings)]) == 2
-        assert "needs Java 8 or later, and there is none in PATH: install one" in capsys.readouterr().err
+        assert (
+            "PATH: must have Java 8 or later, which the model server needs; install one"
+            in capsys.readouterr().err
+        )
         monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-        with pytest.raises(InputError, match="none in JAVA_HOME"):
+        with pytest.raises(InputError, match="JAVA_HOME: must have Java 8"):
             check_server()
 
     @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ class TestBadInput:
             ("echo no runtime present >&2; exit 1", r"does not run as Java \(no runtime present\)"),
         ],
     )
-    def test_a_java_that_does_not_do(self, script, why, monkeypatch, tmp_path):
+    def test_serve_with_a_broken_java_is_refused(self, script, why, monkeypatch, tmp_path):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
         monkeypatch.setenv("JAVA_HOME", str(tmp_path))
         (tmp_path / "bin").mkdir()
@@ -255,24 +256,22 @@ class TestBadInput:
         with pytest.raises(InputError, match=why):
             check_server()
 
-    def test_a_missing_extra(self, settings, monkeypatch, capsys):
+    def test_serve_without_the_extra_is_refused(self, settings, monkeypatch, capsys):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         assert serve.main(["x.mar", *port_flags(settings)]) == 2
         assert "multi-model-server is not installed: pip install -e '.[cpu,serve]'" in capsys.readouterr().err
 
-    def test_a_folder_for_temporary_files_whose_name_is_too_long(
-        self, archive, settings, monkeypatch, tmp_path
-    ):
+    def test_serve_with_a_long_tmpdir_is_refused(self, archive, settings, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "check_server", lambda: None)
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 80)))
         (tmp_path / ("x" * 80)).mkdir()
         with pytest.raises(InputError, match=r"TMPDIR: .* is too long"), serving(archive, settings):
             pass
 
-    def test_nothing_to_serve(self, settings, monkeypatch, capsys, tmp_path):
+    def test_serve_an_empty_folder_is_refused(self, settings, monkeypatch, capsys, tmp_path):
         monkeypatch.setattr("serve.check_server", lambda: None)
         assert serve.main([str(tmp_path), *port_flags(settings)]) == 2
-        assert "is neither an archive (bert.mar), nor an export, nor a run" in capsys.readouterr().err
+        assert "must be an archive (bert.mar), an export or a run" in capsys.readouterr().err
 
 
 def port_flags(settings):
@@ -296,7 +295,7 @@ class TestServer:
         assert reply.headers["content-type"] == "application/json"
         return reply.json()
 
-    def test_answers_of_megabytes_fail_no_batch(self, tmp_path):
+    def test_handler_large_answers_fail_no_batch(self, tmp_path):
         """The frontend reads them in many pieces; a torn status would fail a whole batch."""
         config = preset("d2l").replace(max_seq_length=64, units=256, ffn_units=16, num_heads=2, num_layers=1)
         vocab = Vocabulary(WORDS)
@@ -316,7 +315,7 @@ class TestServer:
             with ThreadPoolExecutor(8) as pool:
                 assert list(pool.map(ask, lengths)) == [(200, length + 2) for length in lengths]
 
-    def test_texts_pairs_and_ids_have_the_networks_vectors(self, server, predictor):
+    def test_server_gives_the_networks_vectors(self, server, predictor):
         reader = predictor.reader
         cases = [
             ({"text": "A crane, flying"}, reader.text("A crane, flying")),
@@ -330,7 +329,7 @@ class TestServer:
             np.testing.assert_allclose(found["mean"], expected.mean, atol=1e-5)
             np.testing.assert_allclose(found["pooled"], expected.pooled, atol=1e-5)
 
-    def test_masks_and_the_next_sentence(self, server, predictor):
+    def test_server_fills_masks_and_scores_pairs(self, server, predictor):
         (expected,) = predictor.predict([predictor.reader.text("a <mask> came", "he left")])
         found = self.ask(server, text="a <mask> came", pair="he left", ask=["masks", "next"], top=14)
         words, probabilities = zip(
@@ -355,7 +354,7 @@ class TestServer:
             (b"x" * (MAX_REQUEST + 1), {}, 413, "^$"),
         ],
     )
-    def test_a_bad_request_is_refused_and_the_worker_lives(self, server, body, headers, status, why):
+    def test_server_survives_a_bad_request(self, server, body, headers, status, why):
         worker = worker_of(server)
         reply = requests.post(server.address, data=body, headers=headers, timeout=60)
         assert reply.status_code == status
@@ -363,11 +362,11 @@ class TestServer:
         assert self.ask(server, text="a crane")["tokens"]
         assert worker_of(server) == worker
 
-    def test_an_answer_of_megabytes_arrives(self, server):
+    def test_server_large_answer_arrives(self, server):
         text = "w" * 1_000_000
         assert self.ask(server, text=text)["unknown"] == [text]
 
-    def test_under_load_every_good_request_is_answered_and_every_bad_one_refused(self, server, predictor):
+    def test_server_under_load_answers_every_request(self, server, predictor):
         worker = worker_of(server)
         rng = random.Random(0)
         bad = [b"{", b'{"txt": "a"}', b'{"ids": [99]}', b'{"text": ""}', b'{"text": "' + b"a " * 90 + b'"}']
@@ -383,7 +382,7 @@ class TestServer:
                 np.testing.assert_allclose(content["mean"], expected[i].mean, atol=1e-5)
         assert worker_of(server) == worker
 
-    def test_requests_of_the_same_time_are_answered_together(self, server):
+    def test_server_batches_simultaneous_requests(self, server):
         """Eight at once fill a batch, and none waits as one alone does, for whom the delay runs out."""
 
         def seconds(count):
@@ -395,7 +394,7 @@ class TestServer:
         assert alone > 0.05
         assert together < 4 * alone
 
-    def test_the_servers_own_ports_are_on_loopback_alone(self, server):
+    def test_server_ports_are_on_loopback_only(self, server):
         listening = {
             connection.laddr
             for process in group_of(server)
@@ -460,9 +459,7 @@ class TestLife:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    def test_the_command_prints_a_request_that_works_and_stops_when_told(
-        self, archive, settings, number, status
-    ):
+    def test_serve_prints_a_working_request_and_stops(self, archive, settings, number, status):
         with self.start(archive.parent, settings) as process:
             assert "Try:" in process.stdout.readline()
             line = shlex.split(process.stdout.readline())
@@ -474,7 +471,7 @@ class TestLife:
         assert process.returncode == status
         assert "Traceback" not in errors
 
-    def test_a_signal_while_it_starts_leaves_nothing(self, archive, settings, short_tmp):
+    def test_serve_signal_while_starting_leaves_nothing(self, archive, settings, short_tmp):
         with self.start(archive, settings) as process:
             while not list(short_tmp.glob("gluon_bert-serve-*/output.log")):
                 assert process.poll() is None, process.stderr.read()
@@ -484,7 +481,7 @@ class TestLife:
         assert process.returncode == 143
         assert "Traceback" not in errors
 
-    def test_a_server_that_ends_by_itself_is_told_of(self, run_folder, settings):
+    def test_serve_reports_a_server_that_ends(self, run_folder, settings):
         with self.start(run_folder, settings) as process:
             assert "Try:" in process.stdout.readline()
             (java,) = [p for p in processes_under(process.pid) if p.name() == "java"]
@@ -494,7 +491,7 @@ class TestLife:
         assert "serve: the server ended by itself; the end of its log:" in errors
         assert "Traceback" not in errors
 
-    def test_a_network_that_cannot_be_read_is_told_of(self, archive, settings, tmp_path):
+    def test_serving_an_unreadable_network_fails(self, archive, settings, tmp_path):
         path = tmp_path / "bad.mar"
         with zipfile.ZipFile(archive) as good, zipfile.ZipFile(path, "w") as bad:
             for name in good.namelist():
@@ -502,7 +499,7 @@ class TestLife:
         with pytest.raises(ServerFailed, match="is not the file that was exported"), serving(path, settings):
             pass
 
-    def test_the_code_that_answers_is_the_archives_own(self, archive, settings, tmp_path):
+    def test_server_runs_the_archives_own_code(self, archive, settings, tmp_path):
         path = tmp_path / "other.mar"
         with zipfile.ZipFile(archive) as good, zipfile.ZipFile(path, "w") as other:
             for name in good.namelist():
@@ -510,7 +507,7 @@ class TestLife:
         with serving(path, settings) as server:
             assert "nothing was sent" in requests.post(server.address, timeout=60).text
 
-    def test_an_export_is_served_too(self, run_folder, settings, tmp_path):
+    def test_serve_an_export_answers(self, run_folder, settings, tmp_path):
         export_mxnet(load_run(run_folder), tmp_path / "export", "encoder")
         with self.start(tmp_path / "export", settings) as process:
             assert "Try:" in process.stdout.readline()
@@ -524,7 +521,7 @@ class TestLife:
             process.communicate(timeout=60)
 
 
-def test_the_manifest_of_an_archive_is_that_of_its_export(archive, tmp_path):
+def test_archive_manifest_is_that_of_its_export(archive, tmp_path):
     with zipfile.ZipFile(archive) as file:
         file.extractall(tmp_path)
     assert Manifest.load(tmp_path).outputs == "all"

@@ -36,7 +36,7 @@ def told(capsys, *arguments):
     return shown.err
 
 
-def test_the_symbol(run_folder, capsys):
+def test_export_mxnet_prints_files_and_errors(run_folder, capsys):
     assert export.main([str(run_folder), "--format", "mxnet", "--outputs", "encoder"]) == 0
     shown = capsys.readouterr().out
     assert "bert-0000.params, bert-symbol.json, vocab.json, manifest.json" in shown
@@ -49,7 +49,7 @@ def test_the_symbol(run_folder, capsys):
 
 
 @pytest.mark.parametrize("name", ["onnx", "int8", "bf16"])
-def test_what_is_compared_on_text(run_folder, tmp_path, capsys, name):
+def test_export_formats_print_a_table(run_folder, tmp_path, capsys, name):
     skip_without(name)
     folder = tmp_path / name
     assert export.main([str(run_folder), "--format", name, "--output", str(folder)]) == 0
@@ -64,7 +64,7 @@ def test_what_is_compared_on_text(run_folder, tmp_path, capsys, name):
     assert len(answer.fill_masks(exported.reader.vocab, 3)[0]) == 3
 
 
-def test_texts_of_ones_own_to_compare_with(run_folder, tmp_path, capsys):
+def test_export_text_file_is_compared_on(run_folder, tmp_path, capsys):
     skip_without("onnx")
     texts = tmp_path / "texts.txt"
     texts.write_text("the crane\n" + "the bird || sees it\n" + "the river " * 30 + "\n", "utf-8")
@@ -74,14 +74,14 @@ def test_texts_of_ones_own_to_compare_with(run_folder, tmp_path, capsys):
     assert [group["tokens"] for group in content["comparison"]["groups"]] == [[4, 4], [7, 7], [16, 16]]
 
 
-def test_too_large_an_error_leaves_nothing(run_folder, capsys):
+def test_export_above_max_error_leaves_nothing(run_folder, capsys):
     skip_without("onnx")
     shown = told(capsys, run_folder, "--format", "onnx", "--max-error", "1e-9")
-    assert "where --max-error allows 1.0e-09" in shown
+    assert "must be at most 1.0e-09 (--max-error)" in shown
     assert not list((run_folder / "export").iterdir())
 
 
-def test_what_is_refused(run_folder, tmp_path, capsys):
+def test_export_wrong_flags_are_refused(run_folder, tmp_path, capsys):
     assert "is no run" in told(capsys, tmp_path / "nothing")
     shown = told(capsys, run_folder, "--text", "x.txt", "--max-error", "0")
     assert "--text: is for the formats onnx, int8 and bf16" in shown
@@ -95,14 +95,14 @@ def test_what_is_refused(run_folder, tmp_path, capsys):
     )
 
 
-def test_a_corpus_that_is_gone(run_folder, text_file, capsys):
+def test_export_without_its_corpus_names_the_remedy(run_folder, text_file, capsys):
     text_file.unlink()
     shown = told(capsys, run_folder, "--format", "bf16")
     assert "the run's corpus cannot be read" in shown
     assert "--text FILE" in shown
 
 
-def test_the_checkpoint_that_is_asked_for_is_exported(run_folder, capsys):
+def test_export_checkpoint_flag_chooses_the_step(run_folder, capsys):
     save_checkpoint(run_folder, load_run(run_folder).net, 5)
     for which, step in (("1", 1), ("latest", 5)):
         folder = run_folder / "export" / which
