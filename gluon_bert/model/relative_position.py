@@ -31,7 +31,8 @@ def distance_buckets(F: Any, tokens: Any) -> Any:
     side = F.broadcast_minimum(distance, F.clip(doublings, 0, SIDE_BUCKETS - 1))
     bucket = side + (SIDE_BUCKETS - 1) * F.clip(to_key, 0, 1)
     apart_from_cls = F.clip(F.broadcast_mul(queries, keys), 0, 1)
-    return F.BlockGrad(CLS_BUCKET + apart_from_cls * (bucket - CLS_BUCKET))
+    # broadcast_mul, since the export to int8 would round the buckets of an elementwise product.
+    return F.BlockGrad(CLS_BUCKET + F.broadcast_mul(apart_from_cls, bucket - CLS_BUCKET))
 
 
 class RelativeBias(mx.gluon.HybridBlock):

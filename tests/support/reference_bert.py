@@ -201,7 +201,7 @@ def randomise_relative_bias(net, seed=0):
     for name, parameter in net._collect_params_with_prefix().items():
         if name.endswith("relative.bias"):
             array = parameter.data(parameter.list_ctx()[0]).copy()
-            array[:] = 0.2 * rng.normal(size=parameter.shape).astype(np.float32)
+            array[:] = 0.5 * rng.normal(size=parameter.shape).astype(np.float32)
             parameter.set_data(array)
 
 
