@@ -1,12 +1,12 @@
 """Numbers gone wrong: found without waiting, told, skipped, gone back from; the batch is kept."""
 
-import json
 import os
 import signal
 
 import numpy as np
 import pretrain
 import pytest
+from support.runs import SMALL_NETWORK, log_of
 
 from gluon_bert import checkpoint
 from gluon_bert.data.loader import Loader
@@ -17,19 +17,7 @@ from gluon_bert.training.optimizers import OPTIMIZERS, finite_on
 from gluon_bert.training.progress import ProgressLogger
 from gluon_bert.training.trainer import Trainer
 
-SMALL = [
-    "--units",
-    "16",
-    "--ffn-units",
-    "32",
-    "--max-seq-length",
-    "16",
-    "--batch-size",
-    "64",
-    "--dropout",
-    "0.3",
-]
-SMALL += ["--num-steps", "12", "--log-every", "3", "--dynamic-masking", "yes"]
+SMALL = [*SMALL_NETWORK, "--num-steps", "12", "--log-every", "3", "--dynamic-masking", "yes"]
 NAME = "encoder.layers.1.attend.query.weight"
 
 
@@ -56,11 +44,6 @@ def breaking(monkeypatch):
         monkeypatch.setattr(Trainer, "_gradients", broken)
 
     return break_batches
-
-
-def log_of(folder, kind):
-    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [record for record in records if kind in record]
 
 
 def weights(folder):

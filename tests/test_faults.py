@@ -16,6 +16,7 @@ import pretrain
 import pytest
 from conftest import ROOT
 from support.processes import children_of, wait_for, wait_until_gone
+from support.runs import SMALL_NETWORK
 
 from gluon_bert import checkpoint
 from gluon_bert.training import checkpointer as saving
@@ -23,18 +24,9 @@ from gluon_bert.training.progress import ProgressLogger
 from gluon_bert.training.run_log import LogFile
 
 SMALL = [
-    "--units",
-    "16",
-    "--ffn-units",
-    "32",
-    "--max-seq-length",
-    "16",
-    "--batch-size",
-    "64",
-    "--dropout",
-    "0.3",
+    *(*SMALL_NETWORK, "--num-steps", "12", "--log-every", "3"),
+    *("--dynamic-masking", "yes", "--checkpoint-every", "2"),
 ]
-SMALL += ["--num-steps", "12", "--log-every", "3", "--dynamic-masking", "yes", "--checkpoint-every", "2"]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from conftest import ROOT
 from simulated_fp16 import simulate
 from support import reference_bert as reference
 from support.jobs import LaunchedJob
+from support.runs import SMALL_NETWORK, log_of
 from test_micro_batch import random_batch
 from test_trainer import BERT, MODEL, NOISY, gradients_of, small_data, trainer_on
 
@@ -27,19 +28,7 @@ from gluon_bert.training import checks, loss_scale, losses, trainer
 from gluon_bert.training.loss_scale import FIRST, LARGEST, SMALLEST, LossScale
 from gluon_bert.training.optimizers import OPTIMIZERS
 
-SMALL = [
-    "--units",
-    "16",
-    "--ffn-units",
-    "32",
-    "--max-seq-length",
-    "16",
-    "--batch-size",
-    "64",
-    "--dropout",
-    "0.3",
-]
-SMALL += ["--num-steps", "12", "--log-every", "3", "--dynamic-masking", "yes"]
+SMALL = [*SMALL_NETWORK, "--num-steps", "12", "--log-every", "3", "--dynamic-masking", "yes"]
 HALF = {"precision": "fp16"}
 
 # A pretrain.py that simulates float16, and begins with that scale.
@@ -96,11 +85,6 @@ def directed(arrays):
 
 def state_of(made):
     return {**made.snapshot().weights, **made.snapshot().optimizer}
-
-
-def log_of(folder, kind):
-    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [record for record in records if kind in record]
 
 
 def everything(folder):

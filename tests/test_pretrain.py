@@ -14,6 +14,7 @@ import numpy as np
 import pretrain
 import pytest
 from conftest import ROOT
+from support.runs import log_of
 from support.token_vectors import encode
 
 from gluon_bert import checkpoint, ops
@@ -28,10 +29,6 @@ MXNetError = mx.MXNetError
 
 SMALL = ["--units", "16", "--ffn-units", "32", "--max-seq-length", "16", "--batch-size", "16"]
 SMALL += ["--num-steps", "6", "--log-every", "2"]
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def untimed(folder):

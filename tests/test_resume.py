@@ -15,25 +15,14 @@ import pretrain
 import pytest
 from conftest import ROOT, small_text
 from support.processes import wait_for
+from support.runs import SMALL_NETWORK
 
 from gluon_bert import checkpoint, ops, run
 from gluon_bert.npz import read_arrays
 from gluon_bert.training.progress import ProgressLogger
 from gluon_bert.training.trainer import Trainer, dropout_seed
 
-SMALL = [
-    "--units",
-    "16",
-    "--ffn-units",
-    "32",
-    "--max-seq-length",
-    "16",
-    "--batch-size",
-    "64",
-    "--dropout",
-    "0.3",
-]
-SMALL += ["--num-steps", "12", "--log-every", "3", "--eval-every", "5", "--num-buckets", "2"]
+SMALL = [*SMALL_NETWORK, "--num-steps", "12", "--log-every", "3", "--eval-every", "5", "--num-buckets", "2"]
 SMALL += ["--dynamic-masking", "yes"]
 
 

@@ -51,7 +51,7 @@ class Shards:
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], side: str, counts: np.ndarray) -> None:
-        self.folder = self._folder = folder
+        self.folder = folder
         self._shards, self._side, self._counts = manifest["shards"], side, counts
         self._lengths = np.array(
             [[shard[side][name] for name in (*ARRAYS, "with_pairs")] for shard in self._shards],
@@ -95,18 +95,18 @@ class Shards:
                 lengths = self._lengths[number] + [0, 1, 1, 0]
                 for name, length in zip(ARRAYS, lengths.tolist()):
                     path = Path(shard_name(number), f"{self._side}.{name}.npy")
-                    if _crc(self._folder / path) != self._shards[number]["files"][path.name][1]:
+                    if _crc(self.folder / path) != self._shards[number]["files"][path.name][1]:
                         raise Damaged(f"{path} has not the content that {MANIFEST} says")
                     array = self._array(number, name)
                     if array.shape != (length,) or array.dtype.kind not in "iu":
                         raise Damaged(f"{path} has not the length that {MANIFEST} says")
         except (OSError, ValueError, KeyError, TypeError, OverflowError, Damaged) as problem:
             raise InputError(
-                f"{self._folder}: is damaged ({problem}); delete it, and the text is prepared anew"
+                f"{self.folder}: is damaged ({problem}); delete it, and the text is prepared anew"
             ) from problem
 
     def _array(self, shard: int, name: str) -> np.ndarray:
-        return mapped_array(self._folder / shard_name(shard) / f"{self._side}.{name}.npy")
+        return mapped_array(self.folder / shard_name(shard) / f"{self._side}.{name}.npy")
 
     @property
     def tokens(self) -> np.ndarray:

@@ -15,12 +15,12 @@ from support.jobs import (
     NUM_STEPS,
     SMALL,
     assert_close,
-    log_of,
     losses_of,
     path_with_ssh,
     write_disturbed,
 )
 from support.processes import is_alive
+from support.runs import log_of
 
 from gluon_bert import checkpoint, run
 from gluon_bert.distributed import launcher

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import numpy as np
 from conftest import ROOT
 
 from gluon_bert import checkpoint
+from support.runs import log_of
 
 from .processes import processes_with, wait_for
 
@@ -138,11 +138,6 @@ def assert_close(run, other, tolerance):
     assert ours.keys() == theirs.keys() and len(ours) > 40
     for name, array in ours.items():
         np.testing.assert_allclose(array, theirs[name], rtol=0, atol=tolerance, err_msg=name)
-
-
-def log_of(run):
-    """Return the records of a run's log."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
 
 
 def losses_of(run):
