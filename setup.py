@@ -83,6 +83,8 @@ setup(
         "onnx": ONNX,
         "convert": [*CONVERT, *WORDPIECE],
         "convert-google": [*GOOGLE, *WORDPIECE],
+        # tensorboardX writes the event files, TensorBoard shows them.
+        "tensorboard": ["tensorboardX>=2.5", "tensorboard>=2.8"],
         "serve": ["multi-model-server==1.1.11", "model-archiver==1.0.3"],
         "test": ["pytest>=7", "pytest-xdist", "hypothesis", *CONVERT, *WORDPIECE, *ONNX],
         # What conversions are compared with. The book's package, d2l 0.17.6, pins versions that exclude ours:

@@ -20,6 +20,7 @@ _PUBLIC = {
     "Predictor": "inference.predictor",
     "TrainConfig": "config",
     "ProgressLogger": "training.progress",
+    "TensorBoardLogger": "training.tensorboard",
     "Trainer": "training.trainer",
     "Vocabulary": "data.vocab",
     "contexts": "devices",

@@ -199,7 +199,16 @@ def run_command(body: Callable[[], int], name: str) -> int:
 
 
 # Options that are no fields of the configuration.
-_OPTIONS = ("step_timeout", "profile", "ignore_memory_estimate", "kvstore", "operators", "resume", "output")
+_OPTIONS = (
+    "step_timeout",
+    "profile",
+    "ignore_memory_estimate",
+    "tensorboard",
+    "kvstore",
+    "operators",
+    "resume",
+    "output",
+)
 
 
 def with_flags(message: str) -> str:

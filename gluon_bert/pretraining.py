@@ -27,7 +27,7 @@ from .distributed.join import (
 )
 from .errors import InputError, OutOfGPUMemory, Terminated, gpu_failure
 from .fileio import exclusive_lock, remove_temporary_files
-from .inference.samples import MaskedSentence, best_words, format_samples, masked_sentences
+from .inference.samples import MaskedSentence, best_words, format_samples, markdown_samples, masked_sentences
 from .model.bert import BERTModel
 from .model.parameters import weights_of
 from .run import Run, check_new_run, create_run, read_config, read_environment, write_config
@@ -41,6 +41,7 @@ from .training.plots import References
 from .training.profiling import device_utilization
 from .training.progress import ProgressLogger
 from .training.resources import check_memory, estimate_resources
+from .training.tensorboard import TENSORBOARD, TensorBoardLogger, check_tensorboard
 from .training.trainer import Trainer
 from .training.watchdog import watched
 from .warm_start import load_init_run, load_initial_weights
@@ -54,7 +55,8 @@ class Execution(NamedTuple):
     devices: MXNet contexts; None: those of a resumed run, else every GPU, else one CPU. operators: auto,
     compiled or mxnet; None: as the environment or the resumed run has it. kvstore: device, dist_sync or
     horovod. step_timeout: seconds after which a step ends the process; 0: never. profile: a file for
-    MXNet's trace. ignore_memory_estimate: train although the estimate exceeds the memory.
+    MXNet's trace. ignore_memory_estimate: train although the estimate exceeds the memory. tensorboard: write
+    event files into the run's folder `tensorboard`; a resumed run that has the folder continues them.
     """
 
     devices: Sequence[Any] | None = None
@@ -63,6 +65,7 @@ class Execution(NamedTuple):
     step_timeout: float = 0.0
     profile: Path | None = None
     ignore_memory_estimate: bool = False
+    tensorboard: bool = False
 
     def check(self) -> None:
         """Raise InputError where a value cannot be used."""
@@ -70,6 +73,8 @@ class Execution(NamedTuple):
             raise InputError(f"step_timeout must be at least 0, got {self.step_timeout}.")
         if self.profile and (self.profile.is_dir() or not self.profile.absolute().parent.is_dir()):
             raise InputError(f"profile must be a file that can be written, got {self.profile}.")
+        if self.tensorboard:
+            check_tensorboard()
 
 
 def pretrain(
@@ -138,6 +143,7 @@ def resume(
     """
     folder = _folder_of(run)
     how = Execution(devices, **{name: options.pop(name) for name in Execution._fields if name in options})
+    how = how._replace(tensorboard=how.tensorboard or (folder / TENSORBOARD).is_dir())
     how.check()
     before, recorded = read_config(folder / CONFIG), read_environment(folder / CONFIG)
     config = (config or before).replace(**options)
@@ -319,7 +325,10 @@ def _train(job: _Job, communicator: Communicator, callbacks: Sequence[Callback])
     progress = ProgressLogger(output, References.of(job.data))
     checkpointer = AsyncCheckpointer(output)
     samples = MaskedSamples(job)
-    trainer = _trainer(job, communicator, [progress, checkpointer, samples, *callbacks])
+    watching: list[Callback] = [progress, checkpointer, samples]
+    if job.execution.tensorboard:
+        watching.append(TensorBoardLogger(output / TENSORBOARD, samples.markdown))
+    trainer = _trainer(job, communicator, [*watching, *callbacks])
     try:
         with _stop_between_steps(trainer):
             _fit(trainer, job)
@@ -453,6 +462,10 @@ class MaskedSamples(Callback):
         """Print the sentences, with the best words before and after."""
         if self._sentences:
             print(format_samples(self._vocab, self._sentences, self._before, self._guess()))
+
+    def markdown(self) -> str:
+        """Return the sentences with the best words now, in Markdown; empty without validation text."""
+        return markdown_samples(self._vocab, self._sentences, self._guess()) if self._sentences else ""
 
     def _guess(self) -> list[list[int]]:
         if not self._sentences:

@@ -91,6 +91,12 @@ def parser() -> argparse.ArgumentParser:
         help="write what MXNet's operators did, and when, for chrome://tracing; a table of them follows the "
         "summary, and how long each of several contexts was at work. The run is slower by it",
     )
+    p.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write the curves as event files into the run's folder, for tensorboard --logdir; a resumed run "
+        "continues them",
+    )
     add_config_flags(p)
     return p
 
@@ -155,7 +161,7 @@ def devices_from(arguments: argparse.Namespace) -> list[Any] | None:
 
 def execution_from(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `pretrain` and `resume` that say how a run executes."""
-    names = ("operators", "kvstore", "step_timeout", "profile", "ignore_memory_estimate")
+    names = ("operators", "kvstore", "step_timeout", "profile", "ignore_memory_estimate", "tensorboard")
     return {name: getattr(arguments, name) for name in names}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple, Sequence
 
 import numpy as np
@@ -92,12 +93,36 @@ def format_samples(
     """Return a table of the sentences and the words before and after training; the right word is in brackets."""
     lines = ["masked words of the validation text, the three best guesses (the right word in brackets):"]
     for each, *guesses in zip(sentences, before, after):
-        words = [vocab.tokens[i] for i in each.ids[1:-1]]
-        words[each.position - 1] = "____"
         first, last = (
             " ".join(f"[{vocab.tokens[i]}]" if i == each.answer else vocab.tokens[i] for i in ids)
             for ids in guesses
         )
-        lines.append(f"  {' '.join(words)}")
+        lines.append(f"  {_with_gap(vocab, each)}")
         lines.append(f"      {vocab.tokens[each.answer]}: before {first}; after {last}")
     return "\n".join(lines)
+
+
+def markdown_samples(
+    vocab: Vocabulary, sentences: Sequence[MaskedSentence], guesses: Sequence[Sequence[int]]
+) -> str:
+    """Return a Markdown table of the sentences, the right words and the guesses; right guesses are in bold."""
+    lines = ["| sentence | word | guesses |", "| --- | --- | --- |"]
+    for each, ids in zip(sentences, guesses):
+        words = (_escape(vocab.tokens[i]) for i in ids)
+        shown = " ".join(f"**{word}**" if i == each.answer else word for i, word in zip(ids, words))
+        lines.append(
+            f"| {_escape(_with_gap(vocab, each))} | {_escape(vocab.tokens[each.answer])} | {shown} |"
+        )
+    return "\n".join(lines)
+
+
+def _with_gap(vocab: Vocabulary, sentence: MaskedSentence) -> str:
+    """Return the words of a sentence with a gap in place of the masked one."""
+    words = [vocab.tokens[i] for i in sentence.ids[1:-1]]
+    words[sentence.position - 1] = "____"
+    return " ".join(words)
+
+
+def _escape(text: str) -> str:
+    """Return a text whose characters mean nothing in Markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", text)

@@ -5,7 +5,14 @@ import pytest
 
 from gluon_bert.data.document_arrays import Documents
 from gluon_bert.data.vocab import Vocabulary
-from gluon_bert.inference.samples import SKIPPED_WORDS, best_words, format_samples, masked_sentences
+from gluon_bert.inference.samples import (
+    SKIPPED_WORDS,
+    MaskedSentence,
+    best_words,
+    format_samples,
+    markdown_samples,
+    masked_sentences,
+)
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
@@ -65,3 +72,12 @@ def test_the_table_marks_the_right_word(text):
     shown = format_samples(VOCAB, [sentence], [[other]], [[answer, other]])
     assert f"{VOCAB.tokens[answer]}: before word0; after [{VOCAB.tokens[answer]}] word0" in shown
     assert shown.splitlines()[1].split()[sentence.position - 1] == "____"
+
+
+def test_markdown_samples_escapes_words_and_marks_the_right_one():
+    vocab = Vocabulary(["in", "*star*", "a|b", "fog"])
+    star, bar, fog = vocab.to_indices(["*star*", "a|b", "fog"])
+    sentence = MaskedSentence(np.array([vocab.cls, star, vocab.mask, bar, vocab.sep]), 2, fog)
+    assert markdown_samples(vocab, [sentence], [[star, fog]]).splitlines()[2:] == [
+        r"| \*star\* \_\_\_\_ a\|b | fog | \*star\* **fog** |"
+    ]
