@@ -1,7 +1,8 @@
-"""losses.png: the losses of a run as a picture. Reads no log."""
+"""The losses of a run as a picture. Reads no log."""
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
@@ -32,13 +33,26 @@ TITLES = {"mlm_loss": "Masked language model", "nsp_loss": "Next sentence", "sop
 
 
 def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: References | None = None) -> None:
-    """Draw each loss over the steps, with the best evaluation and the baselines, as a PNG."""
+    """Write the picture of `losses_png` to a file, if there are losses."""
+    picture = losses_png(records, references)
+    if picture is not None:
+        with atomic_write(path, "wb") as file:
+            file.write(picture)
+
+
+def losses_png(
+    records: Sequence[dict[str, Any]], references: References | None = None, dpi: int = 120
+) -> bytes | None:
+    """Return each loss over the steps, with the best evaluation and the baselines, as a PNG; None without losses.
+
+    records: of a log, as `run_log.LogFile` has them. dpi: dots per inch of 5 by 4.6 inches for each loss.
+    """
     trained = [r for r in records if _losses_in(r)]
     validation = [r for r in records if "validation" in r]
     names = list(dict.fromkeys(name for r in trained for name in _losses_in(r)))
     names = names or list(dict.fromkeys(name for r in validation for name in r["validation"]))[:1]
     if not names:
-        return
+        return None
     figure = Figure(figsize=(5 * len(names), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(1, len(names), squeeze=False)[0]
@@ -60,8 +74,9 @@ def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: Refer
         # Small, or the wide legend takes the width from the curves.
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncol": 2, "columnspacing": 1.0}
         axes.legend(**place, fontsize="small", frameon=False)
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
+    return content.getvalue()
 
 
 def _losses_in(record: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Shows a run: a progress bar or lines, log.jsonl, losses.png, the closing summary. Trains nothing."""
+"""Shows a run: a bar, lines or a live picture, log.jsonl, losses.png, the closing summary. Trains nothing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..fileio import atomic_write
 from ..npz import write_arrays
 from .callbacks import Callback
 from .divergence import NonFiniteStep
+from .live_plot import LivePlot, notebook_display
 from .metrics import Metrics, perplexity
 from .plots import References, draw_losses
 from .run_log import LogFile
@@ -32,8 +33,9 @@ NONFINITE_BATCHES = "nonfinite-batches"
 class ProgressLogger(Callback):
     """Shows a run on the screen, in log.jsonl and in losses.png.
 
-    A terminal gets a progress bar; other outputs get a plain line per window. The log has one JSON object per
-    line: a window of steps, or with the key `validation` an evaluation.
+    A terminal gets a progress bar, a notebook the picture of losses.png, which grows while the run trains. Other
+    outputs get a plain line per window. The log has one JSON object per line: a window of steps, or with the key
+    `validation` an evaluation.
 
     references: baseline losses for the picture and the summary; None: none are shown.
     """
@@ -49,6 +51,8 @@ class ProgressLogger(Callback):
         # Looked up now, not at import: notebooks and tests replace the stream.
         self._screen = screen or sys.stderr
         self._config = TrainConfig()
+        display = notebook_display()
+        self._plot = LivePlot(display) if display and screen is None else None
 
     def on_fit_begin(self, trainer: Trainer) -> None:
         config, state = trainer.config, trainer.state
@@ -91,7 +95,9 @@ class ProgressLogger(Callback):
         self._bar.set_postfix_str(
             f"{format_briefly(report.window)} lr {report.lr:.2g} {report.pairs_per_second:.0f} pairs/s"
         )
-        if self._bar.disable:
+        if self._plot:
+            self._plot.draw(self._log.records, self.references)
+        elif self._bar.disable:
             left = tqdm.format_interval(report.seconds_left)
             shown = (
                 f"{format_metrics(report.window)}, lr {report.lr:.3g}, {report.pairs_per_second:.1f} pairs/s"
@@ -108,7 +114,10 @@ class ProgressLogger(Callback):
         if best.since:
             name = trainer.monitor if trainer.monitor in best.validation else next(iter(best.validation))
             line += f"; best: {_label(name)} {best.validation[name]:.3f} after step {best.step}"
-        self._bar.write(line, file=self._screen)
+        if self._plot:
+            self._plot.draw(self._log.records, self.references)
+        else:
+            self._bar.write(line, file=self._screen)
 
     def on_non_finite(self, trainer: Trainer, found: NonFiniteStep) -> None:
         position = found.position._asdict() if found.position else None
@@ -152,9 +161,11 @@ class ProgressLogger(Callback):
         trainer.state.log_bytes = self._log.synced()
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Close the log and draw losses.png."""
+        """Close the log and draw losses.png, and the last picture in a notebook."""
         self._bar.close()
         self._log.close()
+        if self._plot:
+            self._plot.draw(self._log.records, self.references, last=True)
         if self._log.records:
             try:
                 draw_losses(self.folder / "losses.png", self._log.records, self.references)
