@@ -79,7 +79,7 @@ def imported_rooms(path: Path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_file_imports_only_from_lower_floors_or_its_own_folder(path):
+def test_imports_go_to_lower_floors_only(path):
     room = room_of(path)
     assert room in FLOORS, "a new room needs a floor"
     for other in imported_rooms(path):
@@ -87,13 +87,13 @@ def test_a_file_imports_only_from_lower_floors_or_its_own_folder(path):
         assert other == room or same_ground or FLOORS[other] < FLOORS[room], f"{room} imports {other}"
 
 
-def test_the_rule_sees_imports():
+def test_imported_rooms_finds_imports():
     assert "data" in set(imported_rooms(PACKAGE / "training" / "trainer.py"))
     assert "runtime" in set(imported_rooms(PACKAGE / "model" / "bert.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_the_door_imports_mxnet_and_only_commands_parse_and_exit(path):
+def test_mxnet_and_argparse_have_one_importer(path):
     names = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -107,7 +107,7 @@ def test_only_the_door_imports_mxnet_and_only_commands_parse_and_exit(path):
         assert "sys.exit" not in path.read_text("utf-8")
 
 
-def test_text_is_prepared_without_mxnet():
+def test_data_imports_no_mxnet():
     code = """
 import importlib, sys
 for module in sys.argv[1:]:
@@ -120,11 +120,11 @@ for module in sys.argv[1:]:
     assert done.returncode == 0, done.stderr
 
 
-def test_every_file_says_first_what_it_is():
+def test_every_file_begins_with_a_docstring():
     for path in [*FILES, *ROOT.glob("tools/*.py"), *ROOT.glob("tests/*.py"), ROOT / "setup.py"]:
         if path.read_text("utf-8").strip():
             assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), path
 
 
-def test_there_is_no_room_for_odds_and_ends():
+def test_no_file_is_named_utils():
     assert not [path for path in FILES if path.stem in ("utils", "util", "constants", "helpers", "common")]

@@ -39,21 +39,21 @@ def run_folder(tmp_path, net):
     return folder
 
 
-def test_a_run_read_back_is_the_same(run_folder, net):
+def test_load_run_gives_back_the_saved_network(run_folder, net):
     run = load_run(run_folder)
     assert (run.config, run.vocab.tokens, run.step) == (CONFIG, VOCAB.tokens, 100)
     ours, theirs = encode(net, VOCAB, ["a", "crane"]), encode(run.net, run.vocab, ["a", "crane"])
     np.testing.assert_array_equal(ours.asnumpy(), theirs.asnumpy())
 
 
-def test_the_latest_checkpoint_is_that_of_the_highest_step(run_folder):
+def test_latest_checkpoint_has_the_highest_step(run_folder):
     (run_folder / "checkpoints" / "step-99999999x").mkdir()
     (run_folder / "checkpoints" / ".step-00000999.part").mkdir()
     assert steps(run_folder) == [9, 100]
     assert find_checkpoint(run_folder) == 100
 
 
-def test_a_failing_write_leaves_the_checkpoint_before(run_folder, net, monkeypatch):
+def test_failed_write_keeps_the_previous_checkpoint(run_folder, net, monkeypatch):
     def half(file, arrays):
         file.write(b"half")
         raise OSError("no space left")
@@ -68,18 +68,18 @@ def test_a_failing_write_leaves_the_checkpoint_before(run_folder, net, monkeypat
     assert load_run(run_folder).step == 100
 
 
-def test_a_folder_with_a_run_is_not_written_over(run_folder):
+def test_create_run_in_a_run_is_refused(run_folder):
     with pytest.raises(InputError, match="holds a run already"):
         create_run(run_folder, CONFIG, VOCAB, {})
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+def test_create_run_without_permission_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--output .*file/run: cannot be written"):
         create_run(tmp_path / "file" / "run", CONFIG, VOCAB, {})
 
 
-def test_what_is_no_run_is_told(tmp_path, run_folder):
+def test_load_run_without_config_is_refused(tmp_path, run_folder):
     with pytest.raises(InputError, match=r"nowhere: is no run: it has no config\.json"):
         load_run(tmp_path / "nowhere")
     config = json.loads((run_folder / "config.json").read_text())
@@ -93,20 +93,20 @@ def test_what_is_no_run_is_told(tmp_path, run_folder):
 
 
 @pytest.mark.parametrize("content", [b"", b"no parameters", None], ids=["empty", "foreign", "truncated"])
-def test_damaged_weights_are_told(run_folder, content):
+def test_load_run_damaged_weights_are_refused(run_folder, content):
     path = run_folder / "checkpoints" / "step-00000100" / "weights.npz"
     path.write_bytes(path.read_bytes()[:2000] if content is None else content)
     with pytest.raises(InputError, match=r"step-00000100/weights\.npz: is damaged"):
         load_run(run_folder)
 
 
-def test_weights_of_another_size_are_told(run_folder):
+def test_load_run_weights_of_other_shape_are_refused(run_folder):
     Vocabulary(["a"]).save(run_folder / "vocab.json")
     with pytest.raises(InputError, match="the weights do not fit this run"):
         load_run(run_folder)
 
 
-def test_a_run_without_a_checkpoint_is_told(tmp_path):
+def test_load_run_without_checkpoint_is_refused(tmp_path):
     create_run(tmp_path / "run", CONFIG, VOCAB, {})
     with pytest.raises(InputError, match="no checkpoint yet"):
         load_run(tmp_path / "run")
@@ -138,7 +138,7 @@ def empty_run(tmp_path):
     ("keep", "left"),
     [(1, [[1], [2], [2, 3], [2, 4], [5], [5, 6]]), (2, [[1], [1, 2], [2, 3], [2, 3, 4], [4, 5], [5, 6]])],
 )
-def test_the_latest_and_the_best_stay(empty_run, net, keep, left):
+def test_keep_leaves_the_latest_and_the_best(empty_run, net, keep, left):
     for step, expected in enumerate(left, 1):
         save(empty_run, net, step, best=step in (1, 2, 5), keep=keep)
         assert steps(empty_run) == expected
@@ -146,7 +146,7 @@ def test_the_latest_and_the_best_stay(empty_run, net, keep, left):
         assert (loaded(empty_run, "latest"), loaded(empty_run, "best")) == (step, best)
 
 
-def test_without_keep_all_stay_and_each_is_found_by_its_step(empty_run, net):
+def test_keep_0_leaves_all_and_finds_each_by_step(empty_run, net):
     for step in (1, 2, 30):
         save(empty_run, net, step, best=step == 2)
     assert [loaded(empty_run, str(step)) for step in (1, 2, 30)] == [1, 2, 30]
@@ -157,7 +157,7 @@ class Killed(BaseException):
     pass
 
 
-def test_a_run_that_is_killed_at_any_moment_leaves_its_latest_and_its_best(tmp_path, net, monkeypatch):
+def test_kill_at_any_write_leaves_latest_and_best(tmp_path, net, monkeypatch):
     """Every change of a file on the way from one best checkpoint to the next is the last one, in turn."""
     moments, room, after_the_last = [], [None], [False]
 
@@ -202,7 +202,7 @@ def test_a_run_that_is_killed_at_any_moment_leaves_its_latest_and_its_best(tmp_p
     assert names[6] == "replace" and moments[: moments.index("rmdir")].count("fsync") > 8
 
 
-def test_checkpoints_that_are_not_there_are_told(run_folder, net):
+def test_find_checkpoint_unknown_name_lists_the_known(run_folder, net):
     with pytest.raises(InputError, match=r"best: .*run has none of that name; it has latest, 9, 100$"):
         load_run(run_folder, checkpoint="best")
     save(run_folder, net, 200, best=True)
@@ -211,7 +211,7 @@ def test_checkpoints_that_are_not_there_are_told(run_folder, net):
             load_run(run_folder, checkpoint=name)
 
 
-def test_a_best_checkpoint_that_was_removed_is_told(run_folder, net):
+def test_find_checkpoint_removed_best_is_refused(run_folder, net):
     save(run_folder, net, 200, best=True)
     shutil.rmtree(run_folder / "checkpoints" / "step-00000200")
     with pytest.raises(InputError, match=r"--checkpoint best: .* it has latest, 9, 100$"):
@@ -220,7 +220,7 @@ def test_a_best_checkpoint_that_was_removed_is_told(run_folder, net):
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "3", '{"step": null}', '{"step": "x"}'])
-def test_a_damaged_note_of_the_best_is_told(run_folder, content):
+def test_best_step_damaged_file_is_refused(run_folder, content):
     (run_folder / "checkpoints" / "best.json").write_text(content)
     with pytest.raises(InputError, match=r"best\.json: cannot be read as the step of the best checkpoint"):
         load_run(run_folder, checkpoint="best")

@@ -18,7 +18,7 @@ def test_presets_are_valid_and_survive_json(name):
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-def test_the_book_preset_has_the_books_figures():
+def test_d2l_preset_has_the_values_of_d2l():
     d2l = preset("d2l")
     model = d2l.model
     assert (model.num_layers, model.units, model.ffn_units, model.num_heads) == (2, 128, 256, 2)
@@ -27,14 +27,14 @@ def test_the_book_preset_has_the_books_figures():
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("bert-")])
-def test_the_presets_of_berts_train_as_the_original_bert(name):
+def test_bert_presets_train_as_the_original_bert(name):
     train = preset(name).train
     assert (train.optimizer, train.beta1, train.beta2, train.epsilon) == ("bertadam", 0.9, 0.999, 1e-6)
     assert (train.weight_decay, train.clip_norm) == (0.01, 1.0)
     assert (train.lr, train.schedule, train.warmup_ratio) == (1e-4, "linear", 0.1)
 
 
-def test_the_book_preset_is_plain_adam():
+def test_d2l_preset_is_plain_adam():
     train = preset("d2l").train
     assert (train.optimizer, train.beta1, train.beta2, train.epsilon) == ("adam", 0.9, 0.999, 1e-8)
     assert (train.weight_decay, train.clip_norm, train.schedule, train.warmup_ratio) == (
@@ -45,35 +45,35 @@ def test_the_book_preset_is_plain_adam():
     )
 
 
-def test_no_two_options_share_a_name():
+def test_options_have_distinct_names():
     names = [field.name for group in GROUPS.values() for field in dataclasses.fields(group)]
     assert len(names) == len(set(names))
 
 
-def test_every_option_explains_itself():
+def test_options_have_help_texts():
     for group in GROUPS.values():
         for field in dataclasses.fields(group):
             assert len(field.metadata["help"]) > 8, field.name
 
 
-def test_json_files_hold_no_nan(tmp_path):
+def test_write_json_refuses_nan(tmp_path):
     write_json(tmp_path / "a.json", {"a": {"b": float("nan"), "c": 1.5}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": {"b": None, "c": 1.5}}
 
 
-def test_replace_refuses_other_types():
+def test_replace_other_type_is_refused():
     with pytest.raises(InputError, match="--corpus is 3, which is no list of strings"):
         preset("d2l").replace(corpus=3)
 
 
-def test_replace_reaches_every_group_and_refuses_other_names():
+def test_replace_reaches_all_groups_refuses_other_names():
     changed = preset("d2l").replace(units=64, max_seq_length=32, seed=5)
     assert (changed.model.units, changed.data.max_seq_length, changed.train.seed) == (64, 32, 5)
     with pytest.raises(InputError, match="unitz"):
         preset("d2l").replace(unitz=64)
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     config = preset("d2l").replace(
         num_heads=3, max_seq_length=2, batch_size=0, preparation="burn", lr=float("nan")
     )
@@ -126,7 +126,7 @@ def test_all_problems_are_told_at_once():
         ({"pairs": "packed"}, "--preparation d2l: has no packed pairs; add --preparation bert"),
     ],
 )
-def test_contradictions_name_the_flags(changes, told):
+def test_check_contradictions_name_the_options(changes, told):
     with pytest.raises(InputError, match=told):
         preset("d2l").replace(**changes).check()
 
@@ -142,11 +142,11 @@ def test_contradictions_name_the_flags(changes, told):
         ({"train": 3}, "'train' is no group"),
     ],
 )
-def test_json_with_unknown_keys_or_types_is_refused_by_name(content, told):
+def test_from_json_unknown_key_or_type_is_refused(content, told):
     with pytest.raises(InputError, match=told):
         Config.from_json(content)
 
 
-def test_an_unknown_preset_lists_the_known():
+def test_preset_unknown_name_lists_the_known():
     with pytest.raises(InputError, match="--preset bert-huge: must be one of d2l, quick, bert-tiny"):
         preset("bert-huge")

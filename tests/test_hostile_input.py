@@ -32,7 +32,7 @@ def target(request, tmp_path_factory):
     return request.param, fuzz.TARGETS[request.param].valid(), tmp_path_factory.mktemp("target")
 
 
-def test_what_is_valid_is_read(target):
+def test_valid_files_are_read(target):
     name, valid, folder = target
     if name == "export":  # its vocabulary is not there
         assert not fuzz.read(name, folder, valid)
@@ -42,7 +42,7 @@ def test_what_is_valid_is_read(target):
 
 @QUIET
 @given(data=st.data())
-def test_damaged_files_are_refused_in_words_or_read(target, data):
+def test_damaged_files_are_refused_or_read(target, data):
     name, valid, folder = target
     content = bytearray(valid)
     for _ in range(data.draw(st.integers(1, 4))):
@@ -61,7 +61,7 @@ def test_damaged_files_are_refused_in_words_or_read(target, data):
 @example(content=b"9" * 100_000)
 @example(content=b"\xff\xfe\x00")
 @example(content=b'{"format": 2}')
-def test_any_bytes_are_refused_in_words_or_read(target, content):
+def test_random_bytes_are_refused_or_read(target, content):
     name, _, folder = target
     fuzz.read(name, folder, content)
 
@@ -69,7 +69,7 @@ def test_any_bytes_are_refused_in_words_or_read(target, content):
 @pytest.mark.parametrize("name", OF_JSON)
 @QUIET
 @given(data=st.data())
-def test_made_up_objects_are_refused_in_words_or_read(tmp_path_factory, name, data):
+def test_made_up_json_is_refused_or_read(tmp_path_factory, name, data):
     """A valid object in which something is another value, missing, or new."""
     folder = tmp_path_factory.getbasetemp() / f"objects-{name}"
     folder.mkdir(exist_ok=True)
@@ -112,7 +112,7 @@ arrays = st.dictionaries(
 
 @QUIET
 @given(content=arrays)
-def test_arrays_come_back_as_they_were(tmp_path_factory, content):
+def test_arrays_survive_a_round_trip(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "arrays.npz"
     with path.open("wb") as file:
         write_arrays(file, content)
@@ -130,7 +130,7 @@ class Exploit:
         return os.mkdir, ("executed",)
 
 
-def test_nothing_in_a_file_of_arrays_is_executed(tmp_path, monkeypatch):
+def test_read_arrays_executes_no_pickle(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez("pickled.npz", a=np.array([Exploit()], dtype=object))
     with pytest.raises(InputError, match="it does not begin as an array does"):
@@ -138,7 +138,7 @@ def test_nothing_in_a_file_of_arrays_is_executed(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_file_takes_no_more_memory_than_it_has_bytes(tmp_path):
+def test_read_arrays_takes_no_more_memory_than_bytes(tmp_path):
     file = io.BytesIO()
     np.lib.format.write_array(file, np.zeros((1 << 20,), np.float32), (1, 0))
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -156,7 +156,7 @@ def test_a_file_takes_no_more_memory_than_it_has_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", ".", ""])
-def test_a_manifest_reads_nothing_outside_its_folder(tmp_path, name):
+def test_manifest_reads_nothing_outside_its_folder(tmp_path, name):
     (tmp_path / "secret").write_text("secret")
     path = write_checkpoint(made(tmp_path / "run"), Snapshot(1, {}, {}, {"step": 1}))
     manifest = json.loads((path / "manifest.json").read_text())
@@ -177,7 +177,7 @@ def made(folder):
 
 @pytest.mark.parametrize("name", ["weights.npz", "optimizer.npz", "state.json", "manifest.json"])
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_what_is_no_regular_file_is_not_read(tmp_path, name, kind):
+def test_pipes_and_links_are_not_read(tmp_path, name, kind):
     path = write_checkpoint(made(tmp_path / "run"), Snapshot(1, {}, {}, {"step": 1}))
     (path / name).rename(tmp_path / name)
     if kind == "link":
@@ -201,7 +201,7 @@ lines = st.text(max_size=30) | st.binary(max_size=30) | st.just("the crane lifts
 @given(corpus=st.lists(lines, max_size=12), repeated=st.sampled_from([1, 1, 40]))
 @example(corpus=["x" * 3_000_000], repeated=1)
 @example(corpus=[], repeated=1)
-def test_a_corpus_of_anything_is_trained_on_or_refused_in_words(tmp_path_factory, capsys, corpus, repeated):
+def test_random_corpus_is_trained_on_or_refused(tmp_path_factory, capsys, corpus, repeated):
     folder = tmp_path_factory.mktemp("corpus")
     encoded = [line if isinstance(line, bytes) else line.encode("utf-8", "ignore") for line in corpus]
     (folder / "text.txt").write_bytes(b"\n\n".join(encoded * repeated))
@@ -245,7 +245,7 @@ flags += [
 
 @settings(QUIET, max_examples=30)
 @given(pairs=st.lists(st.tuples(st.sampled_from(flags), st.sampled_from(words)), min_size=1, max_size=4))
-def test_any_flags_are_refused_in_words_or_begin_with_reading_the_text(tmp_path_factory, capsys, pairs):
+def test_random_flags_are_refused_or_start_a_run(tmp_path_factory, capsys, pairs):
     folder = tmp_path_factory.mktemp("flags")
     given_flags = [part for pair in pairs for part in pair]
     nowhere = ["--corpus", str(folder / "nowhere"), "--output", str(folder / "run")]

@@ -121,11 +121,11 @@ def test_indexing_takes_numpy_scalars():
     np.testing.assert_array_equal(array[ONE, ZERO:TWO].asnumpy(), array.asnumpy()[1, 0:2])
 
 
-def test_a_variable_keeps_a_shape_of_numpy_scalars():
+def test_variable_keeps_a_shape_of_numpy_scalars():
     assert mx.sym.var("x", shape=(TWO, THREE)).attr("__shape__") == "(2, 3)"
 
 
-def test_a_gluon_block_takes_numpy_scalars():
+def test_gluon_block_takes_numpy_scalars():
     net = mx.gluon.nn.Dense(THREE, in_units=TWO)
     net.initialize()
     net.hybridize()
@@ -197,7 +197,7 @@ def test_numpy_1_gets_no_names(monkeypatch):
         assert set(vars(np)) == before
 
 
-def test_a_gone_function_says_so_when_called():
+def test_removed_function_says_so_when_called():
     with pytest.raises(RuntimeError, match="does not have numpy"):
         numpy_compat.old_names()["pmt"](1, 2)
 

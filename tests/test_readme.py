@@ -51,7 +51,7 @@ PRETRAINED, LOADED, TRAINED = PROGRAMS["python-api.md"]
 (SCORED,) = PROGRAMS["scoring.md"]
 
 
-def test_the_python_programs_run(text_file, tmp_path, monkeypatch, capsys):
+def test_python_programs_run(text_file, tmp_path, monkeypatch, capsys):
     small = f'corpus="{text_file}", num_steps=2, batch_size=16, log_every=1'
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -81,7 +81,7 @@ def commands(tool, flag="", of="runs/d2l-1"):
     return [shlex.split(arguments) for arguments in used if re.search(rf"{of}[ /]", arguments)]
 
 
-def test_what_was_pretrained_is_used_as_told(runs, capfd):
+def test_commands_use_the_pretrained_run(runs, capfd):
     (runs / "sentences.txt").write_text("a crane\nthe bird || sees it\n", "utf-8")
     for arguments in commands("encode"):
         assert encode.main(arguments) == 0
@@ -94,7 +94,7 @@ def test_what_was_pretrained_is_used_as_told(runs, capfd):
     assert subprocess.run(command, cwd=runs, capture_output=True, text=True).stdout == "(1, 4, 128)\n"
 
 
-def test_what_was_pretrained_is_fine_tuned_and_exported_as_told(runs, capsys):
+def test_commands_finetune_and_export_the_run(runs, capsys):
     rows = [f"the {noun} {verb}\t{verb}" for noun in ("crane", "bird", "city") for verb in ("sees", "lifts")]
     for name in ("train.tsv", "dev.tsv"):
         (runs / name).write_text("\n".join(["text\tlabel", *rows]) + "\n", "utf-8")
@@ -113,7 +113,7 @@ def test_what_was_pretrained_is_fine_tuned_and_exported_as_told(runs, capsys):
 
 
 @pytest.mark.java
-def test_what_was_pretrained_is_served_as_told(runs, capfd):
+def test_commands_serve_the_run(runs, capfd):
     """The README's lines from the export to the three requests, and the vectors of encode."""
     (archive,) = commands("export", "--format mar")
     assert export.main(archive) == 0
@@ -151,7 +151,7 @@ def check_pretrain_flags(flags):
 
 
 @pytest.mark.parametrize("tool, arguments", COMMANDS)
-def test_the_commands_have_flags_that_exist(tool, arguments, capsys):
+def test_commands_have_flags_that_exist(tool, arguments, capsys):
     arguments = shlex.split(arguments)
     if "--help" in arguments:
         assert TOOLS[tool].main(arguments) == 0
@@ -169,13 +169,13 @@ def test_the_commands_have_flags_that_exist(tool, arguments, capsys):
         TOOLS[tool].parser().parse_args(arguments)
 
 
-def test_the_commands_were_found():
+def test_commands_were_found():
     found = [tool for tool, _ in COMMANDS]
     assert set(found) == set(TOOLS)
     assert len(found) >= 18
 
 
-def test_presets_files_and_pictures_that_are_named_exist():
+def test_named_presets_files_and_pictures_exist():
     for name in PRESETS:
         assert f"| `{name}` |" in README
     for page, text in PAGES.items():
@@ -193,7 +193,7 @@ def test_named_test_files_exist():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_table_of_presets_is_true(name):
+def test_table_of_presets_is_true(name):
     config = PRESETS[name]
     row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
     figures = [cell.strip() for cell in row.split("|")[2:8]]

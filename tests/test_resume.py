@@ -85,7 +85,7 @@ def stopping(monkeypatch):
     ],
     ids=["adam", "bertadam", "lamb", "in parts"],
 )
-def test_a_run_stopped_after_every_step_is_bit_for_bit_the_undisturbed_one(command, stopping, capsys, flags):
+def test_stop_after_each_step_resumes_bit_for_bit(command, stopping, capsys, flags):
     status, undisturbed = command(*flags, name="undisturbed")
     assert status == 0 and run.load_run(undisturbed).step == 12
     epochs = json.loads((undisturbed / "checkpoints/step-00000012/state.json").read_text())["position"]
@@ -103,7 +103,7 @@ def test_a_run_stopped_after_every_step_is_bit_for_bit_the_undisturbed_one(comma
     assert f"stopped after step 11; --resume {stopped} continues" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_the_operators_that_it_was_begun_with(command, stopping, capsys, monkeypatch):
+def test_resume_keeps_the_operators(command, stopping, capsys, monkeypatch):
     monkeypatch.setenv(ops.VARIABLE, "auto")  # and back to what it was
     _, undisturbed = command("--operators", "mxnet", name="undisturbed")
     stopping(5)
@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_the_operators_that_it_was_begun_with(command, stoppi
     ops.select()
 
 
-def test_a_stop_inside_an_evaluation_is_made_up_for(command, monkeypatch):
+def test_stop_inside_an_evaluation_repeats_it(command, monkeypatch):
     _, undisturbed = command(name="undisturbed")
     evaluate, calls = Trainer.evaluate, itertools.count()
 
@@ -139,7 +139,7 @@ def test_a_stop_inside_an_evaluation_is_made_up_for(command, monkeypatch):
     assert_same_run(undisturbed, stopped)
 
 
-def test_sigterm_ends_with_143_and_everything_saved(command, stopping):
+def test_sigterm_saves_and_exits_with_143(command, stopping):
     _, undisturbed = command(name="undisturbed")
     stopping(7, number=signal.SIGTERM)
     status, stopped = command(name="stopped")
@@ -150,7 +150,7 @@ def test_sigterm_ends_with_143_and_everything_saved(command, stopping):
 
 
 @pytest.mark.parametrize(("before", "after"), [("1", "3"), ("2", "1")])
-def test_on_another_number_of_contexts_a_run_goes_on_to_1e_5(command, stopping, before, after):
+def test_resume_on_other_contexts_matches_to_1e_5(command, stopping, before, after):
     flags = ["--dropout", "0", "--lr", "0.0001"]
     _, undisturbed = command(*flags, "--cpus", before, name="undisturbed")
     stopping(7)
@@ -163,7 +163,7 @@ def test_on_another_number_of_contexts_a_run_goes_on_to_1e_5(command, stopping, 
     assert facts["contexts"] == [f"cpu({i})" for i in range(int(after))]
 
 
-def test_more_steps_can_be_asked_for(command, capsys):
+def test_resume_takes_more_steps(command, capsys):
     flags = ["--eval-every", "6", "--log-every", "6"]
     _, longer = command(*flags, "--num-steps", "18", name="longer")
     _, folder = command(*flags)
@@ -178,7 +178,7 @@ def test_more_steps_can_be_asked_for(command, capsys):
     assert "means of 18 steps" in capsys.readouterr().out
 
 
-def test_the_minutes_of_before_count(command, stopping):
+def test_resume_counts_earlier_minutes(command, stopping):
     stopping(3)
     _, folder = command("--num-steps", "100000")
     state = json.loads((folder / "checkpoints/step-00000003/state.json").read_text())
@@ -209,7 +209,7 @@ def rewrite(path, name, content):
         ("manifest.json", "gone"),
     ],
 )
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(damaged_run, capsys, tmp_path, name, damage):
+def test_damaged_checkpoint_falls_back_to_the_previous(damaged_run, capsys, tmp_path, name, damage):
     undisturbed, folder = damaged_run
     path = folder / "checkpoints/step-00000012" / name
     content = path.read_bytes()
@@ -245,7 +245,7 @@ def damaged_run(finished_run, tmp_path):
     return finished_run, shutil.copytree(finished_run, tmp_path / "copy")
 
 
-def test_what_an_interrupted_write_left_is_cleaned_up(damaged_run):
+def test_resume_removes_interrupted_writes(damaged_run):
     _, folder = damaged_run
     half = folder / "checkpoints/.step-00000013.abc.part"
     half.mkdir()
@@ -260,7 +260,7 @@ def test_what_an_interrupted_write_left_is_cleaned_up(damaged_run):
     assert not list(folder.glob(".*"))
 
 
-def test_without_a_whole_checkpoint_a_run_does_not_go_on(damaged_run, capsys):
+def test_resume_without_a_valid_checkpoint_is_refused(damaged_run, capsys):
     _, folder = damaged_run
     for path in folder.glob("checkpoints/step-*/weights.npz"):
         path.write_bytes(b"")
@@ -268,7 +268,7 @@ def test_without_a_whole_checkpoint_a_run_does_not_go_on(damaged_run, capsys):
     assert "none of its checkpoints can be gone on from" in capsys.readouterr().err
 
 
-def test_weights_alone_are_no_run_to_go_on_with(damaged_run, capsys):
+def test_resume_with_weights_alone_is_refused(damaged_run, capsys):
     _, folder = damaged_run
     checkpoint.save_checkpoint(folder, run.load_run(folder).net, 13)
     assert pretrain.main(["--resume", str(folder)]) == 0
@@ -289,7 +289,7 @@ def test_weights_alone_are_no_run_to_go_on_with(damaged_run, capsys):
         (["--output", "x"], "--output cannot be used with --resume"),
     ],
 )
-def test_what_may_not_change_is_named(damaged_run, capsys, flags, told):
+def test_resume_names_options_that_may_not_change(damaged_run, capsys, flags, told):
     _, folder = damaged_run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert pretrain.main(["--resume", str(folder), *flags]) == 2
@@ -297,7 +297,7 @@ def test_what_may_not_change_is_named(damaged_run, capsys, flags, told):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_another_text_is_refused(damaged_run, tmp_path, capsys):
+def test_resume_with_another_text_is_refused(damaged_run, tmp_path, capsys):
     _, folder = damaged_run
     other = tmp_path / "other.txt"
     other.write_text(small_text(seed=1), "utf-8")
@@ -306,7 +306,7 @@ def test_another_text_is_refused(damaged_run, tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
-def test_what_is_no_run_is_not_resumed(tmp_path, capsys):
+def test_resume_without_a_run_is_refused(tmp_path, capsys):
     assert pretrain.main(["--resume", str(tmp_path)]) == 2
     assert (
         f"--resume must be the folder of a run, got {tmp_path}, which has no config.json"
@@ -328,7 +328,7 @@ def test_what_is_no_run_is_not_resumed(tmp_path, capsys):
         lambda state: state["position"].pop("batch"),
     ],
 )
-def test_a_state_that_was_made_up_is_told(damaged_run, capsys, change):
+def test_resume_invalid_state_is_refused(damaged_run, capsys, change):
     _, folder = damaged_run
     path = folder / "checkpoints/step-00000012"
     state = json.loads((path / "state.json").read_text())
@@ -338,7 +338,7 @@ def test_a_state_that_was_made_up_is_told(damaged_run, capsys, change):
     assert "cannot be resumed" in capsys.readouterr().err
 
 
-def test_two_processes_do_not_train_in_one_folder(command, text_file, capsys):
+def test_second_process_in_a_folder_is_refused(command, text_file, capsys):
     # A signal is what starts the second one, in the middle of the first one's steps.
     statuses, stepped = [], ProgressLogger.on_step
 
@@ -360,13 +360,13 @@ def test_two_processes_do_not_train_in_one_folder(command, text_file, capsys):
     assert b"another process is training there" in statuses[0].stderr
 
 
-def test_dropout_of_a_step_has_a_seed_of_its_own():
+def test_dropout_seed_differs_by_step():
     seeds = {dropout_seed(seed, step) for seed in range(30) for step in range(1000)}
     assert len(seeds) > 29_990
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
-def test_nothing_that_is_read_back_is_pickled(finished_run):
+def test_checkpoints_hold_no_pickle(finished_run):
     for path in finished_run.glob("checkpoints/*/*.npz"):
         assert b"pickle" not in path.read_bytes()
         assert {array.dtype.kind for array in read_arrays(path).values()} <= {"f", "i"}
@@ -383,7 +383,7 @@ def in_a_process(*flags):
     )
 
 
-def test_a_second_signal_ends_at_once(command, text_file, tmp_path):
+def test_second_signal_ends_at_once(command, text_file, tmp_path):
     folder = tmp_path / "run"
     flags = [*SMALL, "--num-steps", "1000000", "--eval-every", "0", "--corpus", str(text_file)]
     process = in_a_process(*flags, "--output", str(folder))
@@ -395,7 +395,7 @@ def test_a_second_signal_ends_at_once(command, text_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_is_the_undisturbed_one(text_file, tmp_path, kills):
+def test_kills_at_random_moments_resume_bit_for_bit(text_file, tmp_path, kills):
     """SIGKILL so many times (--kills), anywhere after the first step, also in the middle of a checkpoint."""
     rng = random.Random(0)
     folder, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"

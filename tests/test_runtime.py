@@ -12,7 +12,7 @@ from typing import Any, List, Optional, Tuple
 
 import numpy
 import pytest
-from stub_libcuda import build_stub
+from support.stub_libcuda import build_stub
 
 from gluon_bert import __version__, devices, runtime, system
 from gluon_bert.errors import InputError
@@ -50,12 +50,12 @@ def one_sentence(refused: "pytest.ExceptionInfo[InputError]") -> str:
 # The import
 
 
-def test_importing_the_door_does_not_import_mxnet() -> None:
+def test_import_of_runtime_imports_no_mxnet() -> None:
     code = "import sys, gluon_bert.runtime as r; print(bool(r.versions()), 'mxnet' in sys.modules)"
     assert run(code).stdout.strip() == "True False"
 
 
-def test_mx_comes_through_the_door_with_the_numpy_that_is_installed() -> None:
+def test_mx_works_with_the_installed_numpy() -> None:
     done = run("from gluon_bert.runtime import mx; print(mx.nd.ones(3).sum().asscalar())")
     assert done.stdout.strip() == "3.0", done.stderr
 
@@ -64,12 +64,12 @@ def test_mx_is_imported_once() -> None:
     assert runtime.mx is runtime.mx is runtime.import_mxnet()
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+def test_unknown_attribute_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'mxx'"):
         runtime.mxx  # noqa: B018
 
 
-def test_a_refusal_reaches_whoever_imports_mx() -> None:
+def test_failed_check_is_raised_on_import_of_mx() -> None:
     done = run("import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p] + ['none']\n"
                "sys.modules['numpy'] = type(sys)('numpy'); sys.modules['numpy'].__version__ = '1.26.4'\n"
                "from gluon_bert.runtime import mx")  # fmt: skip
@@ -91,7 +91,7 @@ def test_a_refusal_reaches_whoever_imports_mx() -> None:
     ],
 )
 @pytest.mark.parametrize("installed", [True, False])
-def test_a_platform_without_a_wheel_is_refused(
+def test_platform_without_a_wheel_is_refused(
     system: str, machine: str, remedy: str, installed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "system", lambda: system)
@@ -105,11 +105,11 @@ def test_a_platform_without_a_wheel_is_refused(
 
 
 @pytest.mark.parametrize("system, machine", [("Linux", "x86_64"), ("Darwin", "x86_64")])
-def test_a_platform_with_a_wheel_is_accepted(system: str, machine: str) -> None:
+def test_platform_with_a_wheel_is_accepted(system: str, machine: str) -> None:
     runtime.check_platform(system, machine)
 
 
-def test_an_mxnet_built_from_source_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mxnet_from_source_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     monkeypatch.setattr(runtime, "installed_wheels", list)
     monkeypatch.delitem(vars(runtime), "mx", raising=False)
@@ -120,7 +120,7 @@ def test_an_mxnet_built_from_source_is_not_refused(monkeypatch: pytest.MonkeyPat
 # The wheels
 
 
-def test_a_wheel_is_found_with_its_library_and_its_size(tmp_path: Path) -> None:
+def test_wheel_is_found_with_library_and_size(tmp_path: Path) -> None:
     library = install(tmp_path, "mxnet-cu112", "1.9.1", b"123")
     wheels = runtime.installed_wheels(["nowhere", str(tmp_path)])
     assert wheels == [runtime.Wheel("mxnet-cu112", "1.9.1", library, 3)]
@@ -128,12 +128,12 @@ def test_a_wheel_is_found_with_its_library_and_its_size(tmp_path: Path) -> None:
     assert str(wheels[0]) == "mxnet-cu112 1.9.1"
 
 
-def test_a_package_that_is_only_named_like_mxnet_is_no_wheel_of_it(tmp_path: Path) -> None:
+def test_package_with_a_similar_name_is_not_a_wheel(tmp_path: Path) -> None:
     install(tmp_path, "mxnet-model-server", "1.0", library=None)
     assert runtime.installed_wheels([str(tmp_path)]) == []
 
 
-def test_a_wheel_in_a_later_folder_is_hidden_and_harmless(tmp_path: Path) -> None:
+def test_wheel_in_a_later_folder_is_ignored(tmp_path: Path) -> None:
     for folder, name in ("first", "mxnet"), ("second", "mxnet-cu112"):
         install(tmp_path / folder, name)
     wheels = runtime.installed_wheels([str(tmp_path / "first"), str(tmp_path / "second")])
@@ -141,7 +141,7 @@ def test_a_wheel_in_a_later_folder_is_hidden_and_harmless(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("other", ["mxnet-cu112", "mxnet_cu110", "mxnet-native"])
-def test_two_wheels_in_one_folder_are_refused_by_name(tmp_path: Path, other: str) -> None:
+def test_two_wheels_in_one_folder_are_refused(tmp_path: Path, other: str) -> None:
     install(tmp_path, "mxnet")
     install(tmp_path, other, library=b"longer than the other")
     with pytest.raises(InputError, match="overwrite each other") as refused:
@@ -155,14 +155,14 @@ def test_two_wheels_in_one_folder_are_refused_by_name(tmp_path: Path, other: str
 @pytest.mark.parametrize(
     ("name", "remedy"), [("mxnet", runtime.INSTALL_CPU), ("mxnet-cu112", runtime.INSTALL_CUDA)]
 )
-def test_a_library_that_another_wheel_overwrote_is_refused(tmp_path: Path, name: str, remedy: str) -> None:
+def test_library_overwritten_by_a_wheel_is_refused(tmp_path: Path, name: str, remedy: str) -> None:
     install(tmp_path, name).write_bytes(b"of the other")
     with pytest.raises(InputError, match="has 12 bytes instead of 5") as refused:
         runtime.the_only_wheel(runtime.installed_wheels([str(tmp_path)]))
     assert one_sentence(refused).endswith(f"pip uninstall -y {name}, then {remedy}")
 
 
-def test_a_library_that_went_with_another_wheel_is_refused(tmp_path: Path) -> None:
+def test_library_removed_with_a_wheel_is_refused(tmp_path: Path) -> None:
     install(tmp_path, "mxnet-cu112")
     shutil.rmtree(str(tmp_path / "mxnet"))
     with pytest.raises(InputError, match=r"of mxnet-cu112 1\.9\.1 is gone") as refused:
@@ -170,9 +170,7 @@ def test_a_library_that_went_with_another_wheel_is_refused(tmp_path: Path) -> No
     assert "pip uninstall -y mxnet-cu112" in one_sentence(refused)
 
 
-def test_no_mxnet_is_refused_with_both_ways_to_install_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_mxnet_names_both_installs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="not installed") as refused:
         runtime.the_only_wheel([])
@@ -180,9 +178,7 @@ def test_no_mxnet_is_refused_with_both_ways_to_install_it(
     assert runtime.INSTALL_CUDA in one_sentence(refused)
 
 
-def test_an_empty_folder_named_mxnet_is_not_taken_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_empty_folder_mxnet_is_not_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mxnet").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "mxnet", raising=False)
@@ -190,7 +186,7 @@ def test_an_empty_folder_named_mxnet_is_not_taken_for_it(
         runtime.the_only_wheel([])
 
 
-def test_an_mxnet_without_a_wheel_is_let_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mxnet_without_a_wheel_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mxnet").mkdir()
     (tmp_path / "mxnet" / "__init__.py").write_text("")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
@@ -201,7 +197,7 @@ def test_an_mxnet_without_a_wheel_is_let_through(tmp_path: Path, monkeypatch: py
 # Distutils
 
 
-def test_missing_distutils_is_a_sentence_about_setuptools(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_distutils_names_setuptools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distutils", None)
     monkeypatch.delitem(sys.modules, "distutils.version", raising=False)
     with pytest.raises(InputError, match="pip install setuptools") as refused:
@@ -212,7 +208,7 @@ def test_missing_distutils_is_a_sentence_about_setuptools(monkeypatch: pytest.Mo
 # The CUDA wheel's libraries
 
 
-def test_a_missing_driver_is_a_sentence_with_both_remedies() -> None:
+def test_missing_driver_names_both_remedies() -> None:
     with pytest.raises(InputError, match="needs an NVIDIA driver") as refused:
         runtime.load_driver("libcuda-of-no-machine.so.1")
     text = one_sentence(refused)
@@ -221,7 +217,7 @@ def test_a_missing_driver_is_a_sentence_with_both_remedies() -> None:
     assert runtime.INSTALL_CPU in text
 
 
-def test_missing_cuda_libraries_are_all_named_with_their_packages(tmp_path: Path) -> None:
+def test_missing_cuda_libraries_name_their_packages(tmp_path: Path) -> None:
     libraries = {"libnone1.so.8": "nvidia-one-cu11", "libnone2.so.2": "nvidia-two-cu11"}
     with pytest.raises(InputError, match="needs") as refused:
         runtime.load_cuda_libraries([tmp_path], libraries)
@@ -230,14 +226,14 @@ def test_missing_cuda_libraries_are_all_named_with_their_packages(tmp_path: Path
     assert text.endswith(runtime.INSTALL_CUDA)
 
 
-def test_a_damaged_cuda_library_is_refused_in_the_loaders_words(tmp_path: Path) -> None:
+def test_damaged_cuda_library_shows_the_loader_error(tmp_path: Path) -> None:
     (tmp_path / "libdamaged.so.1").write_bytes(b"not a library")
     with pytest.raises(InputError, match="libdamaged") as refused:
         runtime.load_cuda_libraries([tmp_path], {"libdamaged.so.1": "nvidia-damaged-cu11"})
     assert "the loader says: " + str(tmp_path) in one_sentence(refused)
 
 
-def test_cuda_libraries_come_from_the_wheels_folders(tmp_path: Path) -> None:
+def test_cuda_libraries_come_from_wheel_folders(tmp_path: Path) -> None:
     folder = tmp_path / "nvidia" / "stub" / "lib"
     folder.mkdir(parents=True)
     library = build_stub(folder).rename(folder / "libstub-of-a-wheel.so.1")
@@ -248,11 +244,11 @@ def test_cuda_libraries_come_from_the_wheels_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="names glibc's own library")
-def test_cuda_libraries_that_the_system_finds_need_no_wheel() -> None:
+def test_cuda_libraries_of_the_system_need_no_wheel() -> None:
     runtime.load_cuda_libraries([], {"libc.so.6": "nvidia-libc-cu11"})
 
 
-def test_a_cuda_library_stands_after_those_that_it_needs() -> None:
+def test_cuda_libraries_follow_their_dependencies() -> None:
     order = list(runtime.CUDA_LIBRARIES)
     for first, later in [
         ("libcudart.so.11.0", "libcublas.so.11"),
@@ -267,19 +263,19 @@ def test_a_cuda_library_stands_after_those_that_it_needs() -> None:
 
 
 @pytest.mark.parametrize(("text", "numbers"), [("0", [0]), ("0,1", [0, 1]), ("3, 1", [3, 1]), ("10", [10])])
-def test_gpus_are_parsed_in_their_order(text: str, numbers: List[int]) -> None:
+def test_parse_gpus_keeps_the_order(text: str, numbers: List[int]) -> None:
     assert devices.parse_gpus(text) == numbers
     assert devices.parse_gpus(devices.format_gpu_ids(numbers)) == numbers
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "0,", ",", "0;1", "1.0", "0 1", "²"])
-def test_anything_but_numbers_is_refused_by_the_flags_name(text: str) -> None:
+def test_parse_gpus_other_text_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"^--gpus ") as refused:
         devices.parse_gpus(text)
     assert repr(text) in one_sentence(refused)
 
 
-def test_a_gpu_named_twice_is_refused() -> None:
+def test_parse_gpus_repeated_gpu_is_refused() -> None:
     with pytest.raises(InputError, match=r"^--gpus 1,0,1: GPU 1 named more than once$"):
         devices.parse_gpus("1,0,1")
 
@@ -287,7 +283,7 @@ def test_a_gpu_named_twice_is_refused() -> None:
 @pytest.mark.parametrize(
     ("numbers", "words"), [([0], "GPU 0"), ([0, 1], "GPUs 0 and 1"), ([0, 1, 2], "GPUs 0, 1 and 2")]
 )
-def test_gpus_are_listed_in_words(numbers: List[int], words: str) -> None:
+def test_listed_joins_gpu_numbers(numbers: List[int], words: str) -> None:
     assert devices.listed(numbers) == words
 
 
@@ -314,33 +310,33 @@ def names(*arguments: Any, **named: Any) -> List[str]:
     return [str(context) for context in devices.contexts(*arguments, **named)]
 
 
-def test_without_a_wish_and_a_gpu_there_is_one_cpu(machine: Any) -> None:
+def test_contexts_default_without_gpu_is_one_cpu(machine: Any) -> None:
     machine()
     assert names() == ["cpu(0)"]
 
 
-def test_without_a_wish_every_gpu_is_used(machine: Any) -> None:
+def test_contexts_default_is_every_gpu(machine: Any) -> None:
     machine((7, 5), (8, 6), (8, 9))
     assert names() == ["gpu(0)", "gpu(1)", "gpu(2)"]
 
 
-def test_named_gpus_are_used_in_their_order(machine: Any) -> None:
+def test_contexts_keep_the_order_of_gpus(machine: Any) -> None:
     machine((7, 0), (7, 0), (7, 0))
     assert names(gpus=[2, 0]) == ["gpu(2)", "gpu(0)"]
 
 
-def test_cpus_are_counted_from_zero_even_where_there_are_gpus(machine: Any) -> None:
+def test_contexts_cpus_count_from_zero(machine: Any) -> None:
     machine((7, 0))
     assert names(cpus=3) == ["cpu(0)", "cpu(1)", "cpu(2)"]
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_no_cpus_are_refused(machine: Any, count: int) -> None:
+def test_contexts_zero_cpus_is_refused(machine: Any, count: int) -> None:
     with pytest.raises(InputError, match=f"^--cpus {count}: at least 1$"):
         devices.contexts(cpus=count)
 
 
-def test_gpus_and_cpus_exclude_each_other() -> None:
+def test_contexts_gpus_with_cpus_is_refused() -> None:
     with pytest.raises(InputError, match="--gpus and --cpus exclude each other"):
         devices.contexts(gpus=[0], cpus=1)
 
@@ -355,7 +351,7 @@ def test_gpus_and_cpus_exclude_each_other() -> None:
         ([], 1, "--gpus: at least one number, such as 0 or 0,1"),
     ],
 )
-def test_a_wrong_choice_of_gpus_is_answered_with_what_is_there(
+def test_contexts_missing_gpu_lists_the_present(
     machine: Any, gpus: List[int], count: int, message: str
 ) -> None:
     machine(*[(7, 0)] * count)
@@ -364,14 +360,14 @@ def test_a_wrong_choice_of_gpus_is_answered_with_what_is_there(
     assert one_sentence(refused) == message
 
 
-def test_a_gpu_wish_never_falls_back_to_the_cpu(machine: Any) -> None:
+def test_contexts_gpu_never_falls_back_to_cpu(machine: Any) -> None:
     machine()
     with pytest.raises(InputError, match=r"^--gpus 0: MXNet sees no GPU here") as refused:
         devices.contexts(gpus=[0])
     assert "CUDA_VISIBLE_DEVICES" in one_sentence(refused)
 
 
-def test_a_gpu_wish_with_the_cpu_wheel_is_told_which_wheel_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contexts_gpu_with_cpu_wheel_names_the_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime.import_mxnet()
     monkeypatch.setattr(devices, "gpu_count", lambda: 0)
     monkeypatch.setattr(devices, "built_with_cuda", lambda: False)
@@ -382,7 +378,7 @@ def test_a_gpu_wish_with_the_cpu_wheel_is_told_which_wheel_it_takes(monkeypatch:
     assert f"without CUDA; pip uninstall -y mxnet, then {runtime.INSTALL_CUDA}" in one_sentence(refused)
 
 
-def test_a_driver_that_is_too_old_does_not_become_a_silent_cpu(machine: Any) -> None:
+def test_old_driver_is_refused_not_cpu(machine: Any) -> None:
     machine((8, 6), (8, 6), count=0)
     for gpus in None, [0]:
         with pytest.raises(InputError, match="lists GPUs 0 and 1 but is too old for CUDA 11") as refused:
@@ -391,7 +387,7 @@ def test_a_driver_that_is_too_old_does_not_become_a_silent_cpu(machine: Any) -> 
     assert names(cpus=1) == ["cpu(0)"]
 
 
-def test_a_cuda_error_while_counting_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_count_cuda_error_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     class Failure(RuntimeError):
         pass
 
@@ -409,14 +405,12 @@ def test_a_cuda_error_while_counting_is_a_sentence(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("capability", [(5, 0), (5, 2), (6, 1), (7, 5), (8, 0), (8, 6), (8, 9)])
-def test_maxwell_to_ada_are_accepted(capability: Tuple[int, int]) -> None:
+def test_architecture_maxwell_to_ada_is_accepted(capability: Tuple[int, int]) -> None:
     devices.check_gpu_architecture([0], [capability])
 
 
 @pytest.mark.parametrize("capability", [(3, 7), (9, 0), (10, 0), (12, 0)])
-def test_older_and_newer_gpus_are_refused_before_a_kernel_runs(
-    machine: Any, capability: Tuple[int, int]
-) -> None:
+def test_architecture_others_are_refused(machine: Any, capability: Tuple[int, int]) -> None:
     machine(capability)
     for gpus in None, [0]:
         with pytest.raises(InputError, match=r"^GPU 0 cannot run mxnet-cu112") as refused:
@@ -425,7 +419,7 @@ def test_older_and_newer_gpus_are_refused_before_a_kernel_runs(
         assert "--cpus 1" in one_sentence(refused)
 
 
-def test_only_the_named_gpus_have_to_fit_and_the_others_are_proposed(machine: Any) -> None:
+def test_architecture_checks_named_gpus_proposes_others(machine: Any) -> None:
     machine((8, 6), (9, 0))
     assert names(gpus=[0]) == ["gpu(0)"]
     for gpus in None, [0, 1]:
@@ -437,14 +431,14 @@ def test_only_the_named_gpus_have_to_fit_and_the_others_are_proposed(machine: An
     ("option", "capabilities"),
     [("-DCAPABILITIES={8,6},{9,0},", [(8, 6), (9, 0)]), ("-DCAPABILITIES={12,0},", [(12, 0)]), ("-O0", [])],
 )
-def test_the_driver_is_asked_for_the_capabilities(
+def test_compute_capabilities_come_from_the_driver(
     tmp_path: Path, option: str, capabilities: List[Tuple[int, int]]
 ) -> None:
     driver = runtime.load_driver(str(build_stub(tmp_path, option)))
     assert devices.compute_capabilities(driver) == capabilities
 
 
-def test_a_driver_that_fails_is_a_sentence(tmp_path: Path) -> None:
+def test_compute_capabilities_driver_error_is_one_sentence(tmp_path: Path) -> None:
     driver = runtime.load_driver(str(build_stub(tmp_path, "-DCAPABILITIES={8,6},", "-DINIT=999")))
     with pytest.raises(InputError, match="answers cuInit with error 999") as refused:
         devices.compute_capabilities(driver)
@@ -454,20 +448,20 @@ def test_a_driver_that_fails_is_a_sentence(tmp_path: Path) -> None:
 # Threads and versions
 
 
-def test_mxnet_gets_a_thread_for_every_core_unless_the_user_says_otherwise() -> None:
+def test_mxnet_gets_a_thread_per_core_by_default() -> None:
     code = "import os; from gluon_bert.runtime import mx, usable_cores; print(os.environ['OMP_NUM_THREADS'])"
     assert int(run(code).stdout) == system.usable_cores() >= 1
     assert int(run("import os; os.environ['OMP_NUM_THREADS'] = '3'; " + code).stdout) == 3
 
 
-def test_hyper_threads_are_no_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usable_cores_ignores_hyper_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     siblings = {0: "0,4", 1: "1,5", 4: "0,4", 5: "1,5"}
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(siblings))
     monkeypatch.setattr(Path, "read_text", lambda path: siblings[int(path.parts[5][3:])])
     assert system.usable_cores() == 2
 
 
-def test_versions_name_what_a_run_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_name_python_mxnet_and_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "installed_wheels", lambda: [CPU_WHEEL])
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert runtime.versions() == {

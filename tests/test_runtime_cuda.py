@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Dict
 
 import pytest
-from stub_libcuda import build_stub
+from support.stub_libcuda import build_stub
 
 from gluon_bert import runtime
 
@@ -45,14 +45,14 @@ found["cpus"] = str(contexts(cpus=2))
 """
 
 
-def test_without_a_gpu_the_cuda_wheel_gives_the_cpu_and_refuses_a_gpu(tmp_path: Path) -> None:
+def test_cuda_wheel_without_gpu_gives_cpu_refuses_gpu(tmp_path: Path) -> None:
     found = run(REFUSAL, build_stub(tmp_path))
     assert found["None"] == "[cpu(0)]"
     assert found["[0]"].startswith("--gpus 0: MXNet sees no GPU here")
     assert found["cpus"] == "[cpu(0), cpu(1)]"
 
 
-def test_without_a_gpu_the_cuda_wheel_counts_none_and_knows_what_it_is(tmp_path: Path) -> None:
+def test_cuda_wheel_without_gpu_counts_none(tmp_path: Path) -> None:
     code = """
 from gluon_bert import runtime
 found.update(gpus=runtime.mx.context.num_gpus(), cuda=devices.built_with_cuda())
@@ -62,7 +62,7 @@ found.update(mxnet=runtime.versions()["mxnet"])
     assert found == {"gpus": 0, "cuda": True, "mxnet": "mxnet-cu112 1.9.1"}
 
 
-def test_the_cuda_libraries_come_from_the_wheels(tmp_path: Path) -> None:
+def test_cuda_wheel_loads_libraries_of_wheels(tmp_path: Path) -> None:
     code = """
 from gluon_bert.runtime import CUDA_LIBRARIES, mx
 maps = open("/proc/self/maps").read()
@@ -71,7 +71,7 @@ found["absent"] = [name for name in CUDA_LIBRARIES if f"/{name}" not in maps]
     assert run(code, build_stub(tmp_path)) == {"absent": []}
 
 
-def test_a_driver_that_is_too_old_does_not_become_a_silent_cpu(tmp_path: Path) -> None:
+def test_old_driver_is_refused_not_cpu(tmp_path: Path) -> None:
     driver = build_stub(tmp_path, "-DDRIVER_VERSION=9000", "-DCAPABILITIES={8,6},")
     found = run(REFUSAL, driver)
     assert found["None"].startswith("the NVIDIA driver lists GPU 0 but is too old")
@@ -79,7 +79,7 @@ def test_a_driver_that_is_too_old_does_not_become_a_silent_cpu(tmp_path: Path) -
     assert found["cpus"] == "[cpu(0), cpu(1)]"
 
 
-def test_a_cuda_that_fails_is_a_sentence_and_not_the_cpu(tmp_path: Path) -> None:
+def test_cuda_failure_is_one_sentence_not_cpu(tmp_path: Path) -> None:
     # The stub has a GPU, but not the inner tables of a driver: CUDA fails while it counts.
     found = run(REFUSAL, build_stub(tmp_path, "-DCAPABILITIES={8,6},"))
     assert found["None"].startswith("CUDA cannot count the GPUs (")
@@ -87,7 +87,7 @@ def test_a_cuda_that_fails_is_a_sentence_and_not_the_cpu(tmp_path: Path) -> None
     assert "\n" not in found["None"]
 
 
-def test_a_missing_driver_is_refused_in_words(tmp_path: Path) -> None:
+def test_missing_driver_is_refused(tmp_path: Path) -> None:
     (tmp_path / "libcuda.so.1").write_bytes(b"no driver")  # stands before the machine's own, if it has one
     code = """
 from gluon_bert.runtime import InputError
@@ -100,7 +100,7 @@ except InputError as refusal:
     assert found["refusal"].startswith("mxnet-cu112 needs an NVIDIA driver")
 
 
-def test_a_small_net_learns_with_the_cuda_wheel_on_the_cpu(tmp_path: Path) -> None:
+def test_cuda_wheel_trains_on_the_cpu(tmp_path: Path) -> None:
     code = """
 from gluon_bert.runtime import contexts, mx
 context, = contexts()

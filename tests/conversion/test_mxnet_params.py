@@ -117,7 +117,7 @@ def d2l_model(config, batch, folder, load=""):
     sizes = {name: getattr(config, name) for name in SIZES["small"]}
     arrays = dataclasses.asdict(batch)
     np.savez(folder / "job.npz", load=str(load), vocab_size=VOCAB_SIZE, **sizes, **arrays)
-    command = [sys.executable, str(ROOT / "tests" / "d2l_model.py"), str(folder / "job.npz")]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "d2l_model.py"), str(folder / "job.npz")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     given = np.load(folder / "given.npz")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from support import reference_bert as reference
-from test_trainer import TRAIN, assert_same, small_data, trainer_on
+from support.trainers import assert_same, first_whole_batch, small_data, trainer_on
 
 from gluon_bert.data.batch import worker_rows
 from gluon_bert.distributed.communicator import Communicator, weights_hash
@@ -23,7 +23,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def batch(data):
-    return next(b for b in data.train.epoch(0) if len(b) == TRAIN.batch_size)
+    return first_whole_batch(data)
 
 
 def worker(rank, count):

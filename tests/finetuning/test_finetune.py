@@ -197,7 +197,7 @@ def test_a_label_that_is_unseen_in_training_is_told(before):
         examples(some_rows("no", "maybe"), task, reader, "--dev")
 
 
-def test_an_epoch_has_every_example_once_in_an_order_of_its_own(before):
+def test_epoch_has_every_example_once_in_own_order(before):
     reader = load_run(before).reader
     texts = [reader.text("crane " * (1 + i % 9)) for i in range(103)]
     data = Examples(texts, np.zeros(103))
@@ -212,7 +212,7 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own(before):
 # The network
 
 
-def test_it_begins_with_the_pretrained_encoder_and_the_loss_is_that_of_its_task(before):
+def test_finetuning_starts_from_the_encoder_with_its_loss(before):
     run = load_run(before)
     task = Task("classification", False, ("a", "b", "c"))
     net = init_from_pretrained(run.net, task, FineTuneConfig(dropout=0.0), [mx.cpu()])

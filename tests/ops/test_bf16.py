@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support import reference_bert as reference
 from support.compiled_operators import VARIANTS, compiled, multiply_bf16, network, step, to_bf16
-from test_trainer import BERT, NOISY, gradients_of, small_data, trainer_on
+from support.trainers import BERT, NOISY, gradients_of, small_data, trainer_on
 
 from gluon_bert import ops
 from gluon_bert.runtime import mx

@@ -6,7 +6,7 @@ import numpy as np
 import pretrain
 import pytest
 from support import reference_bert as reference
-from test_trainer import BERT, fit, small_data, trainer_on
+from support.trainers import BERT, fit, small_data, trainer_on
 
 from gluon_bert.config import DataConfig
 from gluon_bert.data.prepared import Documents

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from test_trainer import small_data, trainer_on
+from support.trainers import small_data, trainer_on
 
 from gluon_bert.training.watchdog import watched
 

@@ -10,12 +10,11 @@ import numpy as np
 import pretrain
 import pytest
 from conftest import ROOT
-from simulated_fp16 import simulate
 from support import reference_bert as reference
 from support.jobs import LaunchedJob
 from support.runs import SMALL_NETWORK, log_of
-from test_micro_batch import random_batch
-from test_trainer import BERT, MODEL, NOISY, gradients_of, small_data, trainer_on
+from support.simulated_fp16 import simulate
+from support.trainers import BERT, MODEL, NOISY, gradients_of, random_batch, small_data, trainer_on
 
 from gluon_bert import checkpoint, ops, run
 from gluon_bert.config import TrainConfig
@@ -36,7 +35,7 @@ SCALED = """\
 import sys
 sys.path.insert(0, {tests!r})
 import pytest
-from simulated_fp16 import pretrain, simulate
+from support.simulated_fp16 import pretrain, simulate
 from gluon_bert.training import loss_scale
 
 loss_scale.FIRST = {first}
@@ -98,7 +97,7 @@ def everything(folder):
 @pytest.mark.parametrize(
     "model", [MODEL, NOISY, dataclasses.replace(BERT, norm="pre", activation="gelu_tanh")]
 )
-def test_only_products_and_what_enters_them_is_float16(model):
+def test_fp16_casts_matmuls_and_their_inputs_only(model):
     net = BERTModel(30, model)
     inputs = [mx.sym.var(name) for name in ("tokens", "token_types", "valid_length", "masked_positions")]
     plain = mx.sym.Group(net(*inputs))
@@ -126,7 +125,7 @@ def test_only_products_and_what_enters_them_is_float16(model):
     assert "Cast" not in plain.tojson()
 
 
-def test_in_float32_a_network_is_as_it_was(data):
+def test_fp32_network_is_unchanged(data):
     before = trainer_on(1, data).net
     compiled = before.encoder._cached_graph
     trainer.Trainer(before, trainer_on(1, data).config, [mx.cpu(0)])
@@ -145,7 +144,7 @@ def test_in_float32_a_network_is_as_it_was(data):
         (BERT, 2, {"micro_batch": 3, "recompute": True}),
     ],
 )
-def test_the_gradient_is_that_of_float32_to_its_rounding(data, half, model, num_contexts, changes):
+def test_fp16_gradient_equals_fp32_up_to_rounding(data, half, model, num_contexts, changes):
     exact = gradients_of(trainer_on(1, data, model, lr=0.0), random_batch())
     ours = trainer_on(num_contexts, data, model, lr=0.0, **HALF, **changes)
     gradients = gradients_of(scaled(ours, 1024), random_batch())
@@ -153,7 +152,7 @@ def test_the_gradient_is_that_of_float32_to_its_rounding(data, half, model, num_
     assert any((gradients[name] != array).any() for name, array in exact.items())
 
 
-def test_small_gradients_vanish_without_a_scale_and_are_right_with_one(data, half):
+def test_loss_scale_keeps_small_gradients(data, half):
     exact = gradients_of(trainer_on(1, data, BERT, lr=0.0), random_batch())
     right, share = losses.pretraining_loss, 2.0**-22
 
@@ -176,7 +175,7 @@ def test_small_gradients_vanish_without_a_scale_and_are_right_with_one(data, hal
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.1])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_an_overflow_skips_the_step_and_halves_the_scale(data, half, optimizer, clip_norm):
+def test_overflow_skips_the_step_and_halves_the_scale(data, half, optimizer, clip_norm):
     ours = trainer_on(2, data, BERT, **HALF, optimizer=optimizer, clip_norm=clip_norm)
     ours.step(random_batch())
     before = state_of(ours)
@@ -192,7 +191,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(data, half, optimizer, 
     assert any((array != before[name]).any() for name, array in state_of(ours).items())
 
 
-def test_a_trainer_finds_the_scale_that_float16_bears(data, half):
+def test_trainer_finds_a_scale_without_overflow(data, half):
     ours = scaled(trainer_on(1, data, BERT, **HALF, lr=0.0), LARGEST)
     for _ in range(16):
         ours.step(random_batch())
@@ -215,7 +214,7 @@ def test_many_good_steps_double_the_scale(monkeypatch):
         assert end.value.asscalar() == value
 
 
-def test_a_step_waits_for_nothing(data, half, monkeypatch):
+def test_fp16_step_does_not_wait_for_the_device(data, half, monkeypatch):
     ours = trainer_on(2, data, **HALF, clip_norm=1.0)
     ours.step(random_batch())
 
@@ -233,7 +232,7 @@ def test_a_step_waits_for_nothing(data, half, monkeypatch):
 @pytest.mark.parametrize(
     ("num_contexts", "changes"), [(2, {}), (1, {"micro_batch": 3}), (2, {"micro_batch": 5})]
 )
-def test_clipped_steps_are_those_of_one_context_and_near_those_of_float32(data, half, num_contexts, changes):
+def test_fp16_clipped_steps_match_one_context_and_fp32(data, half, num_contexts, changes):
     def moved(count, **others):
         recipe = {"optimizer": "bertadam", "clip_norm": 0.1, "weight_decay": 0.01, "warmup_ratio": 0.3}
         made = trainer_on(count, data, BERT, **recipe, **others)
@@ -250,7 +249,7 @@ def test_clipped_steps_are_those_of_one_context_and_near_those_of_float32(data, 
 
 
 @pytest.mark.parametrize("model", [MODEL, BERT], ids=["d2l", "bert"])
-def test_gradients_in_bfloat16_are_those_of_one_context_and_near_those_of_float32(data, brain, model):
+def test_bf16_gradients_match_one_context_and_fp32(data, brain, model):
     exact = gradients_of(trainer_on(1, data, model, lr=0.0), random_batch())
     one = gradients_of(trainer_on(1, data, model, lr=0.0, precision="bf16"), random_batch())
     assert_near(one, exact, 0.05)
@@ -261,7 +260,7 @@ def test_gradients_in_bfloat16_are_those_of_one_context_and_near_those_of_float3
     assert_near(directed(many), directed(one), 1e-5)
 
 
-def test_a_resumed_run_has_the_scale_of_one_that_was_not_stopped(command, half, monkeypatch, capsys):
+def test_resume_restores_the_loss_scale(command, half, monkeypatch, capsys):
     monkeypatch.setattr(loss_scale, "GOOD_STEPS", 3)
     monkeypatch.setattr(loss_scale, "FIRST", 2.0**21)
     status, whole = command(*half)
@@ -279,7 +278,7 @@ def test_a_resumed_run_has_the_scale_of_one_that_was_not_stopped(command, half, 
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
 
 
-def test_what_is_no_number_at_the_smallest_scale_is_told_as_in_float32(command, half, monkeypatch, capsys):
+def test_nonfinite_at_the_smallest_scale_stops(command, half, monkeypatch, capsys):
     monkeypatch.setattr(loss_scale, "FIRST", 4.0)
     gradients = trainer.Trainer._gradients
 
@@ -318,7 +317,7 @@ def test_two_workers_skip_the_same_steps_as_one(command, half, text_file, tmp_pa
 
 
 @pytest.mark.parametrize(("precision", "with_it"), [("fp16", "half"), ("bf16", "brain")])
-def test_the_learning_curve_is_that_of_float32(command, request, precision, with_it):
+def test_fp16_learning_curve_is_that_of_fp32(command, request, precision, with_it):
     """Rounding moves the curve by less than a quarter of what another seed does.
 
     The learning rate is one at which no step is a cliff: where a network leaves its plateau all at once, a
@@ -339,7 +338,7 @@ def test_the_learning_curve_is_that_of_float32(command, request, precision, with
 # Refusals
 
 
-def test_float16_is_refused_on_a_cpu_before_the_text_is_read(tmp_path, data, capsys):
+def test_fp16_on_a_cpu_is_refused_before_reading_text(tmp_path, data, capsys):
     flags = ["--corpus", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--cpus", "1"]
     assert pretrain.main([*flags, "--precision", "fp16"]) == 2
     told = "precision must be fp32 or bf16 on a CPU, got fp16"
@@ -350,7 +349,7 @@ def test_float16_is_refused_on_a_cpu_before_the_text_is_read(tmp_path, data, cap
         trainer_on(1, data, **HALF)
 
 
-def test_bfloat16_is_refused_where_nothing_multiplies_it(command, monkeypatch, capsys):
+def test_bf16_without_hardware_is_refused(command, monkeypatch, capsys):
     status, folder = command("--precision", "bf16", "--num-steps", "2")
     assert (status == 0) == (not ops.bf16_unsupported_reason()) == (folder / "config.json").exists()
     monkeypatch.setattr(ops, "bf16_unsupported_reason", lambda: "this processor cannot")
@@ -360,7 +359,7 @@ def test_bfloat16_is_refused_where_nothing_multiplies_it(command, monkeypatch, c
         checks.check_precision(TrainConfig(precision="bf16"), [SimpleNamespace(device_type="gpu")])
 
 
-def test_mxnets_own_operators_do_not_multiply_in_bfloat16(command, monkeypatch, capsys):
+def test_bf16_with_mxnet_operators_is_refused(command, monkeypatch, capsys):
     monkeypatch.setenv(ops.VARIABLE, "auto")  # and back to what it was
     try:
         assert command("--precision", "bf16", "--operators", "mxnet")[0] == 2
@@ -371,7 +370,7 @@ def test_mxnets_own_operators_do_not_multiply_in_bfloat16(command, monkeypatch, 
     assert told in capsys.readouterr().err
 
 
-def test_a_run_goes_on_in_its_precision(command, half, data, capsys):
+def test_resume_keeps_the_precision(command, half, data, capsys):
     status, folder = command(*half, "--num-steps", "2")
     assert status == 0
     assert pretrain.main(["--resume", str(folder), "--num-steps", "4", "--precision", "fp32"]) == 2
@@ -388,7 +387,7 @@ def test_a_run_goes_on_in_its_precision(command, half, data, capsys):
             ours.restore(plain.snapshot()._replace(state={**state, "loss_scale": scale}))
 
 
-def test_a_run_in_float16_is_read_and_exported_in_float32(command, half, monkeypatch):
+def test_fp16_run_is_loaded_and_exported_in_fp32(command, half, monkeypatch):
     status, folder = command(*half, "--num-steps", "2")
     assert status == 0
     monkeypatch.undo()

@@ -62,7 +62,7 @@ both = pytest.mark.parametrize("name", ["words", "pieces"])
 
 
 @both
-def test_it_goes_on_with_the_weights_the_network_and_the_vocabulary(before, name, tmp_path):
+def test_init_takes_weights_network_and_vocabulary(before, name, tmp_path):
     assert go_on(before, name, tmp_path / "run", *STILL) == 0
     old, new = load_run(before / name), load_run(tmp_path / "run")
     assert new.vocab.tokens == old.vocab.tokens
@@ -75,7 +75,7 @@ def test_it_goes_on_with_the_weights_the_network_and_the_vocabulary(before, name
 
 
 @both
-def test_new_words_change_nothing_until_they_are_trained(before, name, tmp_path, capsys):
+def test_extend_vocab_changes_no_output_before_training(before, name, tmp_path, capsys):
     assert go_on(before, name, tmp_path / "run", *STILL, "--extend-vocab", "50") == 0
     old, new = load_run(before / name), load_run(tmp_path / "run")
     known = len(old.vocab)
@@ -100,7 +100,7 @@ def test_new_words_change_nothing_until_they_are_trained(before, name, tmp_path,
     np.testing.assert_allclose(other.mask_scores[:, :known], one.mask_scores, atol=1e-5)
 
 
-def test_its_config_repeats_the_run(before, tmp_path):
+def test_config_of_an_init_run_repeats_it(before, tmp_path):
     assert go_on(before, "words", tmp_path / "one", "--extend-vocab", "3", "--num-steps", "2") == 0
     config = tmp_path / "one" / "config.json"
     assert pretrain.main(["--config", str(config), "--output", str(tmp_path / "two")]) == 0
@@ -109,13 +109,13 @@ def test_its_config_repeats_the_run(before, tmp_path):
         np.testing.assert_array_equal(one[name], two[name])
 
 
-def test_it_is_resumed_like_any_run(before, tmp_path):
+def test_init_run_is_resumed(before, tmp_path):
     assert go_on(before, "words", tmp_path / "run", "--extend-vocab", "3", "--num-steps", "2") == 0
     assert pretrain.main(["--resume", str(tmp_path / "run"), "--num-steps", "3"]) == 0
     assert load_run(tmp_path / "run").step == 3
 
 
-def test_a_preset_gives_the_recipe_and_the_run_the_network(before, tmp_path):
+def test_preset_gives_the_recipe_init_the_network(before, tmp_path):
     assert (
         go_on(before, "words", tmp_path / "run", "--preset", "bert-base", *STILL, "--max-seq-length", "16")
         == 0
@@ -139,18 +139,18 @@ def test_a_preset_gives_the_recipe_and_the_run_the_network(before, tmp_path):
         (["--init-checkpoint", "9"], "--checkpoint 9: {0} has none of that name"),
     ],
 )
-def test_what_contradicts_the_run_is_refused_by_name(before, flags, told, tmp_path, capsys):
+def test_init_contradicting_options_are_refused(before, flags, told, tmp_path, capsys):
     assert go_on(before, "words", tmp_path / "run", *flags) == 2
     assert told.format(before / "words") in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_no_run_is_told(before, tmp_path, capsys):
+def test_init_without_a_run_is_refused(before, tmp_path, capsys):
     assert go_on(before, "xaveir", tmp_path / "run") == 2
     assert "xaveir: is no folder; it must be xavier, normal or the folder of a run" in capsys.readouterr().err
 
 
-def test_another_vocabulary_is_refused(before):
+def test_init_with_another_vocabulary_is_refused(before):
     run = load_run(before / "words")
     with pytest.raises(InputError, match="does not begin with the"):
         load_initial_weights(run.net, Vocabulary(["crane"]), run)
@@ -159,7 +159,7 @@ def test_another_vocabulary_is_refused(before):
 # The vocabulary alone
 
 
-def test_word_pieces_are_extended_by_whole_words():
+def test_extend_vocab_wordpiece_adds_whole_words():
     vocab = WordPieceVocabulary([*SPECIAL_TOKENS, "t", "##u", "##r", "crane"])
     counts = {"tur": 9, "crane": 8, "[MASK]": 7, "<unk>": 7, "tu": 9, "t": 3, "rare": 1, "x" * 101: 5}
     more = vocab.extended(counts, 9, min_freq=2)
@@ -168,7 +168,7 @@ def test_word_pieces_are_extended_by_whole_words():
     assert vocab.extended(counts, 0, min_freq=2) is vocab
 
 
-def test_a_published_vocabulary_of_words_is_used_and_told_apart(text_file, tmp_path):
+def test_vocab_file_of_words_is_used(text_file, tmp_path):
     Vocabulary(["crane", "zebra"]).save(tmp_path / "vocab.json")
     config = preset("d2l").replace(
         corpus=(str(text_file),), vocab_file=str(tmp_path / "vocab.json"), min_freq=1

@@ -53,7 +53,7 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
-def test_a_run_stops_at_a_bad_step_and_says_where_and_in_which_gradient(command, breaking, capsys, value):
+def test_stop_reports_step_batch_and_gradients(command, breaking, capsys, value):
     breaking(4, value=value)
     status, folder = command("--checkpoint-every", "2", "--save-nonfinite-batch", "yes")
     assert status == 2
@@ -78,7 +78,7 @@ def test_a_run_stops_at_a_bad_step_and_says_where_and_in_which_gradient(command,
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("cpus", ["1", "2"])
-def test_a_bad_step_is_skipped_as_if_its_learning_rate_were_0(command, breaking, capsys, optimizer, cpus):
+def test_skip_equals_a_step_with_lr_0(command, breaking, capsys, optimizer, cpus):
     flags = ["--optimizer", optimizer, "--cpus", cpus, "--num-steps", "5", "--clip-norm", "1"]
     _, before = command(*flags, "--num-steps", "4", name="before")
     breaking(4)
@@ -93,7 +93,7 @@ def test_a_bad_step_is_skipped_as_if_its_learning_rate_were_0(command, breaking,
     assert log_of(skipped, "non_finite")[0]["step"] == 5
 
 
-def test_what_was_skipped_is_not_in_the_losses_and_a_resumed_run_skips_it_too(command, breaking):
+def test_skip_leaves_losses_and_repeats_on_resume(command, breaking):
     breaking(3, 4)
     flags = ["--on-nonfinite", "skip", "--checkpoint-every", "4"]
     status, folder = command(*flags)
@@ -110,7 +110,7 @@ def test_what_was_skipped_is_not_in_the_losses_and_a_resumed_run_skips_it_too(co
     assert state["skipped"] == 0
 
 
-def test_ten_bad_steps_in_a_row_are_no_accident(command, breaking, capsys):
+def test_skip_stops_after_ten_steps_in_a_row(command, breaking, capsys):
     breaking(*range(1, 100))
     status, folder = command("--on-nonfinite", "skip", "--num-steps", "60", "--batch-size", "8")
     assert status == 2
@@ -118,7 +118,7 @@ def test_ten_bad_steps_in_a_row_are_no_accident(command, breaking, capsys):
     assert len(log_of(folder, "non_finite")) == 10
 
 
-def test_a_run_goes_back_and_on_with_other_batches(command, breaking, capsys):
+def test_rollback_continues_with_other_batches(command, breaking, capsys):
     breaking(5)
     flags = ["--on-nonfinite", "rollback", "--checkpoint-every", "4", "--num-steps", "10"]
     status, folder = command(*flags)
@@ -133,7 +133,7 @@ def test_a_run_goes_back_and_on_with_other_batches(command, breaking, capsys):
     assert state["position"]["epoch"] == 1 or state["position"]["batch"] >= 12
 
 
-def test_whoever_goes_back_again_and_again_stops(command, breaking, capsys):
+def test_rollback_stops_after_max_rollbacks(command, breaking, capsys):
     breaking(*range(5, 100))
     status, folder = command(
         "--on-nonfinite", "rollback", "--checkpoint-every", "4", "--num-steps", "60", "--batch-size", "8"
@@ -143,7 +143,7 @@ def test_whoever_goes_back_again_and_again_stops(command, breaking, capsys):
     assert checkpoint.steps(folder)[-1] == 4
 
 
-def test_without_a_checkpoint_there_is_no_way_back(command, breaking, capsys):
+def test_rollback_without_a_checkpoint_stops(command, breaking, capsys):
     breaking(1)
     assert command("--on-nonfinite", "rollback")[0] == 2
     assert "at step 2 (epoch 0, batch 1)" in capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_interrupt_after_rollback_names_the_right_step(command, breaking, monkey
     assert checkpoint.steps(folder)[-1] == 4
 
 
-def test_finding_bad_numbers_waits_for_no_step(monkeypatch):
+def test_finite_check_waits_for_no_step(monkeypatch):
     """The verdict is computed on the device: asking for it reads nothing."""
 
     def reading(*_):
@@ -179,6 +179,6 @@ def test_finding_bad_numbers_waits_for_no_step(monkeypatch):
     assert finite_on(mx.nd.array([1e18, 0]), [mx.cpu()])[mx.cpu()].asscalar() == 1
 
 
-def test_the_answer_to_bad_numbers_may_change_when_a_run_goes_on():
+def test_on_nonfinite_may_change_on_resume():
     fields = type(preset("d2l").train).__dataclass_fields__
     assert all(fields[name].metadata["may_change"] for name in ("on_nonfinite", "save_nonfinite_batch"))

@@ -63,7 +63,7 @@ def leftovers(folder):
     return [path for path in folder.rglob(".*") if path.name.endswith(".part")]
 
 
-def test_a_full_disk_ends_a_run_that_keeps_its_last_checkpoint_and_goes_on_with_room(command, capsys):
+def test_full_disk_stops_and_resume_continues(command, capsys):
     _, undisturbed = command(name="undisturbed")
     _, folder = command("--num-steps", "4", "--log-every", "4")
     capsys.readouterr()
@@ -79,7 +79,7 @@ def test_a_full_disk_ends_a_run_that_keeps_its_last_checkpoint_and_goes_on_with_
         np.testing.assert_array_equal(array, all_of(folder)[1][name])
 
 
-def test_a_disk_that_is_full_for_a_while_costs_nothing_where_that_is_asked_for(command, capsys, monkeypatch):
+def test_full_disk_continue_costs_no_step(command, capsys, monkeypatch):
     _, undisturbed = command(name="undisturbed")
     stepped, real = ProgressLogger.on_step, os.fsync
     full = [False]
@@ -102,7 +102,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_where_that_is_asked_for(c
     assert not leftovers(folder)
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_a_failure_whatever_was_asked_for(command, capsys):
+def test_full_disk_at_the_last_checkpoint_fails(command, capsys):
     with files_of_at_most(30_000):
         status, folder = command("--on-checkpoint-error", "continue")
     assert status == 1
@@ -113,7 +113,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_a_failure_whatever_was_aske
     assert checkpoint.steps(folder) == [] and not leftovers(folder)
 
 
-def test_a_log_has_whole_lines_only_and_makes_up_for_those_that_had_no_room(tmp_path):
+def test_log_keeps_whole_lines_and_retries_the_rest(tmp_path):
     path = tmp_path / "log.jsonl"
     log = LogFile(path)
     averages = dict.fromkeys(("mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy"), 0.5)
@@ -136,7 +136,7 @@ def test_a_log_has_whole_lines_only_and_makes_up_for_those_that_had_no_room(tmp_
     assert path.stat().st_size == size
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(command, monkeypatch):
+def test_training_continues_while_writing(command, monkeypatch):
     """The thread that writes waits for a step to come: none would, if the training waited for it."""
     came, write, stepped = threading.Event(), saving.write_checkpoint, ProgressLogger.on_step
 
@@ -156,7 +156,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(command, monkeypatch):
     assert status == 0 and checkpoint.steps(folder)[-1] == 12
 
 
-def test_a_thread_that_fails_ends_the_run_with_its_own_traceback(command, monkeypatch):
+def test_failed_thread_ends_the_run_with_its_traceback(command, monkeypatch):
     def failing(*_, **__):
         raise ZeroDivisionError("in the thread")
 
@@ -169,7 +169,7 @@ def test_a_thread_that_fails_ends_the_run_with_its_own_traceback(command, monkey
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_no_process_is_left_when_a_run_ends_while_it_reads_text(tmp_path, number):
+def test_stop_while_reading_text_leaves_no_process(tmp_path, number):
     text = "\n".join(f"the crane number {i} lifts a tower . it leaves the city ." for i in range(400_000))
     (tmp_path / "text.txt").write_text(text, "utf-8")
     flags = [

@@ -7,7 +7,7 @@ import pytest
 from gluon_bert.fileio import atomic_write
 
 
-def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+def test_atomic_write_error_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), atomic_write(path) as file:
@@ -17,7 +17,7 @@ def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_the_file_appears_only_when_the_block_ends(tmp_path):
+def test_atomic_write_appears_when_the_block_ends(tmp_path):
     path = tmp_path / "a.bin"
     with atomic_write(path, "wb") as file:
         file.write(b"whole")
@@ -26,7 +26,7 @@ def test_the_file_appears_only_when_the_block_ends(tmp_path):
     assert path.read_bytes() == b"whole"
 
 
-def test_the_file_is_as_readable_as_any_other(tmp_path):
+def test_atomic_write_has_the_usual_permissions(tmp_path):
     (tmp_path / "plain").write_text("")
     with atomic_write(tmp_path / "aside") as file:
         file.write("ü\n")

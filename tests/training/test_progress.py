@@ -54,7 +54,7 @@ def told(folder, mlm_losses, validation=None, screen=None, **changes):
     return report, screen.getvalue()
 
 
-def test_without_a_terminal_there_is_a_plain_line_per_window(tmp_path):
+def test_without_a_terminal_each_window_is_a_line(tmp_path):
     _, screen = told(tmp_path, [5.0, 4.5], validation=4.4)
     lines = screen.splitlines()
     assert lines[0].startswith(
@@ -75,7 +75,7 @@ def test_on_a_terminal_there_is_a_bar(tmp_path):
     assert "MLM 4.500 (5%) NSP 0.700 (50%) lr 0.0005 100 pairs/s" in screen
 
 
-def test_the_log_has_an_object_a_line(tmp_path):
+def test_log_has_an_object_a_line(tmp_path):
     told(tmp_path, [5.0, float("nan")], validation=4.4)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert records[0] == {
@@ -102,14 +102,14 @@ def test_the_log_has_an_object_a_line(tmp_path):
     }
 
 
-def test_an_evaluation_that_is_not_the_best_names_the_best(tmp_path):
+def test_worse_evaluation_names_the_best(tmp_path):
     _, screen = told(tmp_path, [5.0] * 3, validation=[4.4, 4.6, 4.3])
     first, second, third = (line for line in screen.splitlines() if line.startswith("validation"))
     assert second.endswith("; best: MLM loss 4.400 after step 1")
     assert "best" not in first + third
 
 
-def test_the_best_of_several_evaluations_is_told_at_the_end(tmp_path):
+def test_summary_names_the_best_evaluation(tmp_path):
     report, _ = told(tmp_path / "a", [5.0] * 3, validation=[4.4, 3.0, 4.6])
     assert (
         "best of 3 evaluations, after step 2: MLM loss 3.000 (10.0 % correct), NSP loss 0.690 "
@@ -123,7 +123,7 @@ def test_the_best_of_several_evaluations_is_told_at_the_end(tmp_path):
     assert not [line for line in report.summary([]) if "best of" in line]
 
 
-def test_a_run_out_of_patience_says_so(tmp_path):
+def test_summary_names_patience(tmp_path):
     report, _ = told(tmp_path / "a", [5.0] * 3, [4.4, 4.5, 4.6], patience=2, eval_every=1)
     ended = "The run ended after step 3: 2 evaluations in a row did not improve on the best (--patience 2)."
     assert ended in report.summary([])
@@ -133,14 +133,14 @@ def test_a_run_out_of_patience_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("screen", [io.StringIO(), Terminal()], ids=["lines", "bar"])
-def test_a_run_by_the_clock_tells_about_how_many_steps_it_will_have(tmp_path, screen):
+def test_timed_run_shows_the_expected_steps(tmp_path, screen):
     changes = {"num_steps": 0, "max_minutes": 1.0}
     report, shown = told(tmp_path, [5.0, 4.5], screen=screen, **changes)
     assert "2/~10" in shown
     assert report.summary([])[-1].endswith("More steps are needed (--max-minutes).")
 
 
-def test_the_summary_begins_with_the_books_two_lines_and_names_the_references(tmp_path):
+def test_summary_has_d2l_lines_and_references(tmp_path):
     report, _ = told(tmp_path, [5.0], validation=3.0)
     lines = report.summary(["cpu(0)"])
     assert lines[0] == "MLM loss 5.000, NSP loss 0.700 (means of 1 steps)"
@@ -154,13 +154,13 @@ def test_the_summary_begins_with_the_books_two_lines_and_names_the_references(tm
     ("training", "validation", "line"),
     [(5.0, None, "4.000"), (3.9, None, None), (3.0, 3.6, "3.500"), (5.0, 3.4, None)],
 )
-def test_a_loss_above_that_of_the_words_frequencies_is_explained(tmp_path, training, validation, line):
+def test_summary_explains_a_loss_above_unigram(tmp_path, training, validation, line):
     report, _ = told(tmp_path, [training], validation)
     last = report.summary([])[-1]
     assert (f"is still above {line}" in last) if line else ("is still above" not in last)
 
 
-def test_the_picture_is_a_png_of_a_readable_size(tmp_path):
+def test_plot_is_a_png_of_a_readable_size(tmp_path):
     told(tmp_path, [5.0, 4.5, 4.2], validation=4.4)
     content = (tmp_path / "losses.png").read_bytes()
     assert content.startswith(b"\x89PNG")
@@ -186,7 +186,7 @@ def figures(monkeypatch):
     return drawn
 
 
-def test_the_picture_names_every_reference(tmp_path, figures):
+def test_plot_names_every_reference(tmp_path, figures):
     told(tmp_path, [5.0, 4.5], validation=4.4)
     labels = {text.get_text() for axes in figures[0].axes for text in axes.get_legend().get_texts()}
     assert labels == {
@@ -199,7 +199,7 @@ def test_the_picture_names_every_reference(tmp_path, figures):
     }
 
 
-def test_the_picture_marks_the_best_of_several_evaluations(tmp_path, figures):
+def test_plot_marks_the_best_evaluation(tmp_path, figures):
     told(tmp_path, [5.0] * 4, validation=[4.4, 3.9, 4.1, 4.0])
     for axes, value in zip(figures[0].axes, (3.9, 0.69)):
         (star,) = (line for line in axes.lines if line.get_label() == "best checkpoint, step 2")

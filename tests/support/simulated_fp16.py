@@ -10,7 +10,7 @@ import pytest
 
 from gluon_bert.training import checks
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import pretrain
 

@@ -16,11 +16,11 @@ def rates(num_steps, **changes):
     return [learning_rate(config, step, num_steps) for step in range(1, num_steps + 1)]
 
 
-def test_without_a_warm_up_constant_is_constant_to_the_last_bit():
+def test_constant_without_warmup_is_exactly_lr():
     assert set(rates(1000)) == {3e-4}
 
 
-def test_every_schedule_of_the_configuration_is_there():
+def test_every_schedule_of_the_config_exists():
     (field,) = (f for f in dataclasses.fields(TrainConfig) if f.name == "schedule")
     assert tuple(DECAYS) == field.metadata["choices"]
 
@@ -43,7 +43,7 @@ def test_constant_rises_and_stays():
 @pytest.mark.parametrize("warmup", [0.0, 0.01, 0.1, 1 / 3, 0.5, 1.0])
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 10, 99, 1000, 4321])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_peak_is_the_asked_rate_at_one_step_and_no_step_has_none(schedule, num_steps, warmup):
+def test_peak_is_lr_and_no_step_has_0(schedule, num_steps, warmup):
     found = rates(num_steps, schedule=schedule, warmup_ratio=warmup)
     peak = peak_step(TrainConfig(warmup_ratio=warmup), num_steps)
     assert found[peak - 1] == 3e-4  # not approximately
@@ -54,27 +54,27 @@ def test_the_peak_is_the_asked_rate_at_one_step_and_no_step_has_none(schedule, n
     assert len(set(found[:peak])) == peak and len(set(found[peak:])) == num_steps - peak
 
 
-def test_the_step_after_the_last_would_have_none():
+def test_step_after_the_last_would_have_0():
     found = rates(1000, schedule="linear", warmup_ratio=0.1)
     fall = found[-2] - found[-1]
     assert found[-1] == pytest.approx(fall)
     assert found[-1] == pytest.approx(3e-4 / 901)
 
 
-def test_the_warm_up_grows_with_the_run():
+def test_warmup_grows_with_the_run():
     train = preset("bert-tiny").train
     assert [peak_step(train, num_steps) for num_steps in (1, 10, 1000)] == [1, 1, 100]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_step_after_the_end_is_refused_in_words(schedule):
+def test_step_after_the_end_is_refused(schedule):
     config = TrainConfig(schedule=schedule)
     with pytest.raises(InputError, match=f"--num-steps 50: --schedule {schedule} ends there, before step 51"):
         learning_rate(config, 51, 50)
     assert learning_rate(TrainConfig(), 51, 50) == TrainConfig().lr
 
 
-def test_steps_may_be_parts_of_a_step():
+def test_fractions_of_steps_are_allowed():
     config = TrainConfig(lr=1.0, schedule="linear", warmup_ratio=0.5)
     assert learning_rate(config, 1.5, 12.0) == 0.25
     assert learning_rate(config, 9.5, 12.0) == 0.5
@@ -108,7 +108,7 @@ PACES = {
 
 @pytest.mark.parametrize("pace", PACES)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_by_the_clock_the_rate_follows_the_time_whatever_the_pace(pace, schedule):
+def test_max_minutes_rate_follows_time_at_any_pace(pace, schedule):
     config = dataclasses.replace(TEN_MINUTES, schedule=schedule)
     made = made_in(config, PACES[pace])
     longest = max(PACES[pace](step) for step in range(1, len(made) + 1))
@@ -121,7 +121,7 @@ def test_by_the_clock_the_rate_follows_the_time_whatever_the_pace(pace, schedule
         assert rate == pytest.approx(expected, abs=2 * longest / 60), seconds
 
 
-def test_by_the_clock_a_steady_pace_gives_the_rates_of_as_many_steps():
+def test_max_minutes_at_a_steady_pace_equals_num_steps():
     by_steps = dataclasses.replace(TEN_MINUTES, num_steps=300, max_minutes=0.0)
     expected = [learning_rate(by_steps, step, 300) for step in range(1, 301)]
     found = [rate for _, rate in made_in(TEN_MINUTES, lambda step: 2.0)]
@@ -129,23 +129,23 @@ def test_by_the_clock_a_steady_pace_gives_the_rates_of_as_many_steps():
     assert found[0] == 1 / 60  # of a pace that is not known yet
 
 
-def test_of_two_limits_the_one_that_comes_first_ends_the_schedule():
+def test_first_of_two_limits_ends_the_schedule():
     for num_steps, expected in ((200, 200), (900, 600)):
         made = made_in(dataclasses.replace(TEN_MINUTES, num_steps=num_steps), lambda step: 1.0)
         assert len(made) == expected
         assert made[-1][1] == pytest.approx(1 / (expected + 1 - expected // 10))
 
 
-def test_without_minutes_the_clock_has_no_say():
+def test_planned_steps_without_minutes_ignores_the_clock():
     config = TrainConfig(num_steps=70)
     assert {planned_steps(config, step, step - 1, 10.0**step) for step in range(1, 71)} == {70}
 
 
-def test_a_run_ends_with_the_step_that_finds_the_time_gone():
+def test_planned_steps_ends_when_the_time_is_used():
     assert planned_steps(TEN_MINUTES, 5, 4, 5000.0) == 5
     assert learning_rate(TEN_MINUTES, 5, 5) > 0
 
 
-def test_a_queue_of_steps_is_no_faster_pace():
+def test_planned_steps_counts_finished_steps_only():
     # Of 12 steps that were queued 10 are done, in 20 seconds: 10 minutes have room for 300.
     assert planned_steps(TEN_MINUTES, 13, 10, 20.0) == 300

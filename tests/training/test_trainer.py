@@ -1,19 +1,27 @@
 """The training loop: the same on any number of contexts, repeatable, able to learn, honest in its reports."""
 
 import dataclasses
-import random
 from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from support import reference_bert as reference
+from support.trainers import (
+    BERT,
+    MODEL,
+    NOISY,
+    TRAIN,
+    assert_same,
+    first_whole_batch,
+    fit,
+    gradients_of,
+    parameters,
+    small_data,
+    trainer_on,
+)
 
-from gluon_bert.config import DataConfig, ModelConfig, TrainConfig
-from gluon_bert.data.loader import Loader, PretrainingData
-from gluon_bert.data.prepared import number
 from gluon_bert.errors import InputError
-from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
 from gluon_bert.training import state
 from gluon_bert.training.callbacks import Callback
@@ -23,25 +31,11 @@ from gluon_bert.training.metrics import Meter, MetricSums, perplexity
 from gluon_bert.training.state import Clock, best_of
 from gluon_bert.training.trainer import Trainer
 
-MODEL = ModelConfig(num_layers=1, units=16, ffn_units=32, num_heads=2, dropout=0.0, max_positions=16)
-BERT = dataclasses.replace(MODEL, activation="gelu", embedding_norm=True, tied_decoder=True, init="normal")
-NOISY = dataclasses.replace(BERT, dropout=0.3)
-TEXT = DataConfig(max_seq_length=16, num_buckets=2)
 METRICS = ("mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy")
-TRAIN = TrainConfig(batch_size=8, num_steps=7, lr=1e-3, log_every=3)
 
 
 def metrics(*values):
     return dict(zip(METRICS, values))
-
-
-def documents(how_many, seed, validation=False):
-    """Documents of two to five sentences of two to six words."""
-    rng = random.Random(seed)
-    words = [f"w{i}" for i in range(30)]
-    for _ in range(how_many):
-        sentences = [rng.choices(words, k=rng.randint(2, 6)) for _ in range(rng.randint(2, 5))]
-        yield [" ".join(sentence) for sentence in sentences], validation
 
 
 @pytest.fixture(scope="module")
@@ -49,59 +43,9 @@ def data():
     return small_data()
 
 
-def small_data():
-    prepared = number([*documents(20, 0), *documents(6, 1, validation=True)], min_freq=1)
-    train, validation = (
-        Loader(side, prepared.vocab, TEXT, TRAIN.batch_size, seed=0)
-        for side in (prepared.train, prepared.validation)
-    )
-    return PretrainingData(
-        train, validation, prepared.vocab, 3.0, 3.0, prepared.word_counts(prepared.train, False), ""
-    )
-
-
 @pytest.fixture(scope="module")
 def batch(data):
-    """The first whole batch; all its rows differ in length and in what they predict."""
-    return next(b for b in data.train.epoch(0) if len(b) == TRAIN.batch_size)
-
-
-def trainer_on(num_contexts, data, model=MODEL, seed=1, loss=pretraining_loss, **changes):
-    contexts = [mx.cpu(i) for i in range(num_contexts)]
-    net = BERTModel(len(data.vocab), model)
-    net.initialize(ctx=contexts, seed=seed)
-    net.hybridize()
-    return Trainer(net, dataclasses.replace(TRAIN, **changes), contexts, loss)
-
-
-def fit(trainer, data, *callbacks):
-    """Train on data with these callbacks."""
-    trainer.callbacks = list(callbacks)
-    return trainer.fit(data.train, validation=data.validation)
-
-
-def parameters(trainer):
-    return trainer.net._collect_params_with_prefix()
-
-
-def gradients_of(trainer, *batches):
-    """The gradients after the last of these batches; with a learning rate of 0 the weights stay."""
-    for each in batches:
-        trainer.step(each)
-    for name, parameter in parameters(trainer).items():
-        first, *others = (grad.asnumpy() for grad in parameter.list_grad())
-        for other in others:
-            np.testing.assert_array_equal(other, first, err_msg=name)
-    return reference.gradients(trainer.net)
-
-
-def assert_same(ours, theirs, tolerance):
-    """Equal relative to the largest value of each array."""
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        # A floor for what is 0 but for rounding, which is that of larger values: the gradient of key biases.
-        scale = max(np.abs(theirs[name]).max(), 1e-2)
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=tolerance * scale, err_msg=name)
+    return first_whole_batch(data)
 
 
 # One context, two or four
@@ -110,7 +54,7 @@ def assert_same(ours, theirs, tolerance):
 @pytest.mark.parametrize("num_contexts", [2, 3, 4])
 @pytest.mark.parametrize("num_rows", [8, 7, 3, 2, 1])
 @pytest.mark.parametrize("model", [MODEL, BERT], ids=["d2l", "bert"])
-def test_the_gradient_does_not_depend_on_the_number_of_contexts(data, batch, model, num_rows, num_contexts):
+def test_gradient_on_any_number_of_contexts_is_the_same(data, batch, model, num_rows, num_contexts):
     part = batch.rows(0, num_rows)
     one, many = (gradients_of(trainer_on(n, data, model, lr=0.0), part) for n in (1, num_contexts))
     assert max(np.abs(grad).max() for grad in one.values()) > 1e-2
@@ -119,14 +63,14 @@ def test_the_gradient_does_not_depend_on_the_number_of_contexts(data, batch, mod
 
 @pytest.mark.parametrize("num_contexts", [1, 4])
 @pytest.mark.parametrize("num_rows", [7, 2, 1])
-def test_no_gradient_is_left_from_the_step_before(data, batch, num_rows, num_contexts):
+def test_gradient_of_the_previous_step_is_cleared(data, batch, num_rows, num_contexts):
     part = batch.rows(0, num_rows)
     fresh = gradients_of(trainer_on(1, data, lr=0.0), part)
     after = gradients_of(trainer_on(num_contexts, data, lr=0.0), batch, part)
     assert_same(after, fresh, 1e-5)
 
 
-def test_the_gradient_is_that_of_the_mean_losses(data, batch):
+def test_gradient_is_that_of_the_mean_losses(data, batch):
     trainer = trainer_on(3, data, lr=0.0)
     gradient = gradients_of(trainer, batch)["mlm.decoder.bias"]
     # The derivative of a mean cross-entropy by the bias: mean softmax minus the labels' shares.
@@ -136,7 +80,7 @@ def test_the_gradient_is_that_of_the_mean_losses(data, batch):
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-6)
 
 
-def test_a_step_is_adams(data, batch):
+def test_step_equals_adam(data, batch):
     trainer = trainer_on(2, data, lr=1e-3)
     before = reference.values(trainer.net)
     gradients = gradients_of(trainer, batch)
@@ -153,7 +97,7 @@ RECIPE = {"optimizer": "bertadam", "epsilon": 1e-6, "weight_decay": 0.1, "clip_n
 
 
 @pytest.mark.parametrize("num_contexts", [1, 2])
-def test_a_step_of_the_original_recipe_warms_up_clips_and_decays(data, batch, num_contexts):
+def test_bertadam_step_warms_up_clips_and_decays(data, batch, num_contexts):
     plain = gradients_of(trainer_on(1, data, BERT, lr=0.0), batch)
     trainer = trainer_on(num_contexts, data, BERT, lr=1e-2, num_steps=10, warmup_ratio=0.4, **RECIPE)
     before = reference.values(trainer.net)
@@ -175,7 +119,7 @@ def norm_of(gradients):
 
 
 @pytest.mark.parametrize("optimizer", ["bertadam", "adamw", "lamb"])
-def test_clipped_steps_give_the_same_on_one_to_four_contexts(data, optimizer):
+def test_clipped_steps_match_on_one_to_four_contexts(data, optimizer):
     recipe = {**RECIPE, "optimizer": optimizer, "schedule": "linear", "num_steps": 8}
     one, *others = (trainer_on(n, data, BERT, **recipe) for n in (1, 2, 4))
     before = reference.values(one.net)
@@ -188,7 +132,7 @@ def test_clipped_steps_give_the_same_on_one_to_four_contexts(data, optimizer):
             np.testing.assert_allclose(value, weights[name], rtol=0, atol=1e-5, err_msg=name)
 
 
-def test_a_step_does_not_wait_for_the_devices(data, batch, monkeypatch):
+def test_step_does_not_wait_for_the_devices(data, batch, monkeypatch):
     trainer = trainer_on(2, data, BERT, **RECIPE)
     trainer.step(batch)
 
@@ -211,7 +155,7 @@ def run(trainer, data, num_steps):
 
 
 @pytest.mark.parametrize("model", [MODEL, BERT], ids=["d2l", "bert"])
-def test_twenty_steps_give_the_same_on_one_to_four_contexts(data, model):
+def test_twenty_steps_match_on_one_to_four_contexts(data, model):
     one, *others = (trainer_on(n, data, model) for n in (1, 2, 3, 4))
     losses = run(one, data, 20)
     weights = reference.values(one.net)
@@ -224,7 +168,7 @@ def test_twenty_steps_give_the_same_on_one_to_four_contexts(data, model):
                 np.testing.assert_allclose(value, weights[name], rtol=0, atol=1e-4, err_msg=name)
 
 
-def test_all_contexts_hold_the_same_weights_after_steps(data):
+def test_contexts_hold_the_same_weights_after_steps(data):
     trainer = trainer_on(3, data, NOISY)
     before = reference.values(trainer.net)
     run(trainer, data, 5)
@@ -247,7 +191,7 @@ def test_contexts_draw_their_own_dropout(data, batch):
 # Learning
 
 
-def test_eight_examples_can_be_learnt_by_heart(data, batch):
+def test_eight_examples_are_overfitted(data, batch):
     trainer = trainer_on(1, data, dataclasses.replace(BERT, units=32), lr=3e-3)
     for _ in range(200):
         _, (loss,) = trainer.step(batch)
@@ -258,7 +202,7 @@ def test_eight_examples_can_be_learnt_by_heart(data, batch):
 
 
 @pytest.mark.parametrize("model", [NOISY, dataclasses.replace(MODEL, dropout=0.3)], ids=["bert", "d2l"])
-def test_one_seed_repeats_a_run_bit_for_bit(data, model):
+def test_seed_repeats_steps_bit_for_bit(data, model):
     def trained(seed):
         trainer = trainer_on(1, data, model, seed=seed)
         progress = fit(trainer, data)
@@ -275,7 +219,7 @@ def test_one_seed_repeats_a_run_bit_for_bit(data, model):
 
 
 @pytest.mark.parametrize("num_contexts", [1, 2, 4])
-def test_evaluation_is_the_mean_over_everything_without_dropout(data, num_contexts):
+def test_evaluation_is_the_mean_without_dropout(data, num_contexts):
     trainer = trainer_on(num_contexts, data, NOISY)
     reference.randomise(trainer.net)
     values, batches = reference.values(trainer.net), list(data.validation.epoch(0))
@@ -327,7 +271,7 @@ class Recorder(Callback):
         (2, 10, 10, [2], [2]),
     ],
 )
-def test_the_reporter_is_told_of_every_step_window_and_evaluation(
+def test_callback_gets_steps_windows_and_evaluations(
     data, num_steps, log_every, eval_every, logged, evaluated
 ):
     trainer = trainer_on(1, data, num_steps=num_steps, log_every=log_every, eval_every=eval_every)
@@ -343,14 +287,14 @@ def test_the_reporter_is_told_of_every_step_window_and_evaluation(
     assert recorder.validation[-1] == trainer.evaluate(data.validation.epoch(0))
 
 
-def test_without_held_out_text_nothing_is_evaluated(data):
+def test_fit_without_validation_evaluates_nothing(data):
     recorder = Recorder()
     fit(trainer_on(1, data, eval_every=3), data._replace(validation=None), recorder)
     assert recorder.steps("on_log") == [3, 6, 7]
     assert recorder.steps("on_evaluate") == []
 
 
-def test_a_reporter_and_evaluations_do_not_change_the_training(data):
+def test_callbacks_and_evaluations_change_no_weights(data):
     silent, told = trainer_on(1, data, NOISY), trainer_on(1, data, NOISY, log_every=1, eval_every=1)
     mx.random.seed(5)
     fit(silent, data)
@@ -382,7 +326,7 @@ class Remembering(Trainer):
 
 
 @pytest.mark.parametrize("num_contexts", [1, 3])
-def test_averages_are_means_over_all_predictions_and_pairs(data, num_contexts):
+def test_metrics_are_means_over_predictions_and_pairs(data, num_contexts):
     plain = trainer_on(num_contexts, data, NOISY, num_steps=20, log_every=6)
     trainer, recorder = Remembering(plain.net, plain.config, plain.devices), Recorder()
     fit(trainer, data, recorder)
@@ -408,7 +352,7 @@ def test_averages_are_means_over_all_predictions_and_pairs(data, num_contexts):
 # Meters
 
 
-def test_a_meter_counts_mlm_hits_only_where_it_is_asked_to(data, batch):
+def test_meter_counts_mlm_hits_only_on_request(data, batch):
     trainer, meter = trainer_on(2, data), Meter()
     small = batch.rows(0, 1)  # leaves a context without rows of its own
     added = []
@@ -442,7 +386,7 @@ def test_metrics_without_counts_are_absent(recwarn):
     assert not recwarn.list
 
 
-def test_the_clock_leaves_out_the_time_it_is_stopped(monkeypatch):
+def test_clock_leaves_out_stopped_time(monkeypatch):
     now = SimpleNamespace(seconds=100.0)
     monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
 
@@ -486,7 +430,7 @@ def test_fit_does_not_count_evaluations_as_training_time(data, monkeypatch):
     assert recorder.progresses[-1].seconds_left == 0
 
 
-def test_time_of_queued_steps_is_training_time_though_an_evaluation_waits_for_them(data, monkeypatch):
+def test_queued_steps_before_evaluation_count_as_training(data, monkeypatch):
     # Steps that take their time only when they are waited for, as on a device.
     now = SimpleNamespace(seconds=0.0, queued=0)
 
@@ -511,7 +455,7 @@ def test_time_of_queued_steps_is_training_time_though_an_evaluation_waits_for_th
     assert recorder.progresses[-1].seconds == 70.0
 
 
-def test_a_loss_that_is_no_number_ends_the_run_in_words(data):
+def test_nonfinite_loss_stops_the_run(data):
     trainer, recorder = trainer_on(1, data, lr=1e3, log_every=1), Recorder()
     bias = trainer.net.nsp.dense.bias
     bias.set_data(mx.nd.array([np.nan, 0]))
@@ -522,7 +466,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_words(data):
     assert recorder.steps("on_log") == []
 
 
-def test_a_gradient_that_is_no_number_ends_the_run_in_words(data):
+def test_nonfinite_gradient_stops_the_run(data):
     class Overflowing(Trainer):
         def _gradients(self):
             gradients = super()._gradients()
@@ -535,7 +479,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_in_words(data):
         fit(trainer, data)
 
 
-def test_a_run_tells_the_learning_rate_and_the_gradient_of_its_steps(data):
+def test_report_has_learning_rate_and_gradient_norm(data):
     changes = {**RECIPE, "schedule": "linear", "warmup_ratio": 0.5, "num_steps": 8, "log_every": 2}
     trainer, recorder = trainer_on(2, data, BERT, **changes), Recorder()
     fit(trainer, data, recorder)
@@ -549,7 +493,7 @@ def test_a_run_tells_the_learning_rate_and_the_gradient_of_its_steps(data):
     )
 
 
-def test_steps_after_the_end_of_a_falling_schedule_are_refused(data, batch):
+def test_step_after_the_end_of_a_decay_is_refused(data, batch):
     trainer = trainer_on(1, data, num_steps=2, schedule="linear")
     trainer.step(batch)
     trainer.step(batch)
@@ -588,7 +532,7 @@ BY_THE_CLOCK = {"num_steps": 0, "max_minutes": 0.5, "log_every": 1, "schedule": 
 
 
 @pytest.mark.parametrize(("step_seconds", "num_steps"), [(1.0, 30), (3.0, 10), (0.5, 60)])
-def test_the_minutes_end_a_run_and_its_schedule(data, now, step_seconds, num_steps):
+def test_max_minutes_ends_the_run_and_its_schedule(data, now, step_seconds, num_steps):
     trainer, recorder = Ticking(trainer_on(1, data, **BY_THE_CLOCK), now, step_seconds), Recorder()
     last = fit(trainer, data, recorder)
     assert recorder.steps("on_step") == list(range(1, num_steps + 1))
@@ -602,7 +546,7 @@ def test_the_minutes_end_a_run_and_its_schedule(data, now, step_seconds, num_ste
     )
 
 
-def test_evaluations_take_their_part_of_the_minutes(data, now):
+def test_max_minutes_includes_evaluations(data, now):
     plain = trainer_on(1, data, **BY_THE_CLOCK, eval_every=5)
     trainer, recorder = Ticking(plain, now, evaluation_seconds=5.0), Recorder()
     last = fit(trainer, data, recorder)
@@ -613,7 +557,7 @@ def test_evaluations_take_their_part_of_the_minutes(data, now):
     assert (last.step, last.seconds, last.seconds_left) == (16, 16.0, 0.0)
 
 
-def test_whichever_limit_comes_first_ends_a_run(data, now):
+def test_first_of_two_limits_ends_the_run(data, now):
     for num_steps, expected in ((8, 8), (100, 30)):
         plain = trainer_on(1, data, **{**BY_THE_CLOCK, "num_steps": num_steps})
         last = fit(Ticking(plain, now), data)
@@ -621,7 +565,7 @@ def test_whichever_limit_comes_first_ends_a_run(data, now):
         assert 0 < last.lr < 2e-4
 
 
-def test_a_loop_of_ones_own_without_a_limit_has_a_constant_rate_or_none(data, batch):
+def test_own_loop_without_a_limit_needs_a_constant_rate(data, batch):
     trainer = trainer_on(1, data, num_steps=0, max_minutes=1.0)
     for _ in range(3):
         trainer.step(batch)
@@ -631,7 +575,7 @@ def test_a_loop_of_ones_own_without_a_limit_has_a_constant_rate_or_none(data, ba
         trainer.step(batch)
 
 
-def test_steps_that_are_queued_count_when_they_are_done(data, now, monkeypatch):
+def test_queued_steps_count_when_done(data, now, monkeypatch):
     # A device that works on a step only when it is waited for; the host waits for the third before.
     queue, wait_to_read = [], mx.nd.NDArray.wait_to_read
 
@@ -672,7 +616,7 @@ def evaluating_to(plain, *mlm_losses):
     [(1, 6, 4), (2, 14, 10), (3, 20, 16), (0, 20, 16)],
 )
 @pytest.mark.parametrize("told", [True, False])
-def test_patience_ends_a_run_when_the_held_out_loss_gets_no_better(data, patience, ended, best, told):
+def test_patience_ends_the_run_without_improvement(data, patience, ended, best, told):
     plain = trainer_on(1, data, num_steps=20, eval_every=2, patience=patience)
     #          step 2    4    6    8   10   12   14   16   18   20
     losses = [5.0, 4.0, 4.5, 3.9, 3.8, 3.8, 3.9, 3.0, 3.1, 3.2]
@@ -686,7 +630,7 @@ def test_patience_ends_a_run_when_the_held_out_loss_gets_no_better(data, patienc
         assert recorder.best.since == (ended - best) // 2
 
 
-def test_the_best_evaluation_is_that_of_the_lowest_mlm_loss():
+def test_best_evaluation_has_the_lowest_mlm_loss():
     first = best_of(None, 10, metrics(5.0, 0.1, 0.9, 0.9))
     assert first == (10, metrics(5.0, 0.1, 0.9, 0.9), 1, 0)
     second = best_of(first, 20, metrics(4.9, 0.9, 0.1, 0.1))
@@ -696,14 +640,14 @@ def test_the_best_evaluation_is_that_of_the_lowest_mlm_loss():
     assert not first.out_of_patience(0) and not third.out_of_patience(2) and third.out_of_patience(1)
 
 
-def test_patience_without_held_out_text_is_refused(data):
+def test_patience_without_validation_is_refused(data):
     trainer = trainer_on(1, data, eval_every=2, patience=1)
     with pytest.raises(InputError, match="patience must be 0 without enough validation text, got 1"):
         fit(trainer, data._replace(validation=None))
     assert trainer.state.step == 0
 
 
-def test_an_evaluation_that_is_no_number_ends_the_run_and_is_not_told(data):
+def test_nonfinite_evaluation_stops_before_the_report(data):
     trainer, recorder = evaluating_to(trainer_on(1, data), float("nan")), Recorder()
     with pytest.raises(
         InputError, match=r"lr=0\.001 has diverged: at step 7 the loss on the validation text is not finite"
@@ -712,7 +656,7 @@ def test_an_evaluation_that_is_no_number_ends_the_run_and_is_not_told(data):
     assert recorder.steps("on_evaluate") == []
 
 
-def test_held_out_text_without_a_word_to_predict_is_no_divergence(data):
+def test_validation_without_masks_is_not_divergence(data):
     class Wordless(Trainer):
         def evaluate(self, batches):
             return {"nsp_loss": 0.7, "nsp_accuracy": 0.5}
@@ -722,13 +666,13 @@ def test_held_out_text_without_a_word_to_predict_is_no_divergence(data):
     assert recorder.steps("on_evaluate") == [7]
 
 
-def test_the_perplexity_is_e_to_the_mlm_loss(recwarn):
+def test_perplexity_is_e_to_the_mlm_loss(recwarn):
     assert perplexity(metrics(np.log(50.0), 9.0)) == pytest.approx(50)
     assert perplexity(metrics(1e4)) == np.inf
     assert not recwarn.list
 
 
-def test_an_interrupt_ends_between_steps_and_inside_an_evaluation(data):
+def test_interrupt_ends_between_steps_or_in_evaluation(data):
     trainer = trainer_on(1, data)
 
     class Interrupting(Recorder):
@@ -747,7 +691,7 @@ def test_an_interrupt_ends_between_steps_and_inside_an_evaluation(data):
     assert len(seen) == 1
 
 
-def test_contexts_that_the_network_is_not_on_are_refused(data):
+def test_trainer_on_other_contexts_is_refused(data):
     net = trainer_on(1, data).net
     with pytest.raises(
         InputError, match=r"devices must be those of the network, \[cpu\(0\)\], got \[cpu\(0\), cpu\(1\)\]"

@@ -82,7 +82,7 @@ def expected_after_steps(config, num_steps):
 
 @pytest.mark.parametrize("changes", [{}, OTHER], ids=["defaults", "others"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_are_those_of_the_papers(name, changes):
+def test_steps_equal_the_papers(name, changes):
     decay = 0.0 if name == "adam" else 0.3
     config = TrainConfig(optimizer=name, lr=0.05, weight_decay=decay, **{"epsilon": 1e-6, **changes})
     for num_steps in (1, 2, 7):
@@ -92,13 +92,13 @@ def test_steps_are_those_of_the_papers(name, changes):
             np.testing.assert_allclose(ours[parameter], value, rtol=0, atol=1e-5, err_msg=parameter)
 
 
-def test_every_optimizer_of_the_configuration_is_there():
+def test_every_optimizer_of_the_config_exists():
     (field,) = (f for f in dataclasses.fields(TrainConfig) if f.name == "optimizer")
     assert tuple(OPTIMIZERS) == field.metadata["choices"]
 
 
 @pytest.mark.parametrize("name", ["bertadam", "lamb"])
-def test_steps_are_those_of_the_libraries(name):
+def test_steps_equal_the_libraries(name):
     if name == "bertadam":
         gluonnlp = pytest.importorskip("gluonnlp", reason="gluonnlp is not installed")
         other = gluonnlp.optimizer.BERTAdam
@@ -117,7 +117,7 @@ def test_steps_are_those_of_the_libraries(name):
         np.testing.assert_allclose(ours[parameter], value, rtol=1e-5, atol=1e-6, err_msg=parameter)
 
 
-def test_a_weight_of_nothing_can_be_stepped_by_lamb():
+def test_lamb_steps_a_weight_of_zeros():
     updater = mx.optimizer.get_updater(
         OPTIMIZERS["lamb"](learning_rate=0.1, beta1=0.9, beta2=0.999, epsilon=1e-6)
     )
@@ -127,7 +127,7 @@ def test_a_weight_of_nothing_can_be_stepped_by_lamb():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_gradient_that_is_no_number_is_not_hidden(name):
+def test_nonfinite_gradient_is_not_hidden(name):
     made = OPTIMIZERS[name](learning_rate=0.1, beta1=0.9, beta2=0.999, epsilon=1e-6)
     weight = mx.nd.ones((3,))
     mx.optimizer.get_updater(made)([0], [mx.nd.array([1.0, np.nan, 1.0])], [weight])
@@ -145,7 +145,7 @@ def blocks_of(block):
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_what_decays_and_what_does_not_make_up_the_network(name, norm):
+def test_decayed_and_undecayed_make_up_the_network(name, norm):
     model = dataclasses.replace(PRESETS[name].model, norm=norm)
     net = BERTModel(100, model)
     parameters = net.collect_params()
@@ -180,7 +180,7 @@ def norm_of(values):
 
 
 @pytest.mark.parametrize("num_contexts", [1, 3])
-def test_a_long_gradient_is_shortened_to_the_norm_on_every_context(num_contexts):
+def test_clip_norm_shortens_on_every_context(num_contexts):
     values, gradients = gradients_on(num_contexts)
     norm = clip_gradients(gradients, 1.5)
     assert norm.asscalar() == pytest.approx(norm_of(values), rel=1e-6)
@@ -191,7 +191,7 @@ def test_a_long_gradient_is_shortened_to_the_norm_on_every_context(num_contexts)
 
 
 @pytest.mark.parametrize("largest", [0.0, 1e3])
-def test_a_short_gradient_stays_as_it_is(largest):
+def test_clip_norm_leaves_a_short_gradient(largest):
     values, gradients = gradients_on(2)
     assert clip_gradients(gradients, largest).asscalar() == pytest.approx(norm_of(values), rel=1e-6)
     for arrays in gradients:
@@ -199,14 +199,14 @@ def test_a_short_gradient_stays_as_it_is(largest):
             np.testing.assert_array_equal(array.asnumpy(), value)
 
 
-def test_no_gradient_at_all_stays_none():
+def test_clip_norm_leaves_a_zero_gradient():
     gradients = [[mx.nd.zeros((3, 2)), mx.nd.zeros((4,))]]
     assert clip_gradients(gradients, 1.0).asscalar() == 0
     assert not gradients[0][0].asnumpy().any()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
-def test_a_norm_that_is_no_number_leaves_none_behind(value):
+def test_clip_norm_nonfinite_marks_all_gradients(value):
     _, gradients = gradients_on(2)
     for arrays in gradients:
         arrays[0][1, 1] = value
@@ -215,13 +215,13 @@ def test_a_norm_that_is_no_number_leaves_none_behind(value):
         assert all(np.isnan(array.asnumpy()).all() for array in arrays)
 
 
-def test_the_norm_of_many_values_is_right():
+def test_norm_of_many_values_is_exact():
     # 2.6 million, as the book's embedding has; MXNet's own norm and multi_sum_sq are wrong by 1e-3 here.
     value = np.random.RandomState(0).normal(0, 1e-3, (20256, 128)).astype(np.float32)
     assert global_norm([mx.nd.array(value)]).asscalar() == pytest.approx(norm_of([value]), rel=1e-4)
 
 
-def test_the_optimizers_states_survive_pickling():
+def test_optimizer_states_survive_pickling():
     # Gluon's Trainer.save_states pickles the optimizer, which is found again by its name.
     for name, made in OPTIMIZERS.items():
         updater = mx.optimizer.get_updater(made(learning_rate=0.1, beta1=0.9, beta2=0.999, epsilon=1e-6))

@@ -40,7 +40,7 @@ def weights_of(folder):
     return {name: parameter.data().asnumpy() for name, parameter in params.items()}
 
 
-def test_a_run_leaves_all_that_it_promises(command, capsys):
+def test_run_folder_has_all_files(command, capsys):
     status, folder = command("--eval-every", "4")
     assert status == 0
     assert {p.name for p in folder.iterdir()} == {
@@ -65,7 +65,7 @@ def test_a_run_leaves_all_that_it_promises(command, capsys):
 
 
 @pytest.mark.parametrize("name, told", [("mxnet", "MXNet's own (as chosen)"), ("auto", None)])
-def test_a_run_tells_which_operators_compute(command, capsys, monkeypatch, name, told):
+def test_run_logs_its_operators(command, capsys, monkeypatch, name, told):
     monkeypatch.setenv(ops.VARIABLE, "auto")  # and back to what it was
     status, folder = command("--operators", name)
     assert status == 0
@@ -76,7 +76,7 @@ def test_a_run_tells_which_operators_compute(command, capsys, monkeypatch, name,
     ops.select()
 
 
-def test_a_profile_shows_the_operators_of_a_run(command, tmp_path, capsys):
+def test_profile_lists_operators(command, tmp_path, capsys):
     status, _ = command("--profile", str(tmp_path / "trace.json"), "--cpus", "2")
     assert status == 0
     table = capsys.readouterr().out
@@ -97,14 +97,14 @@ def test_a_profile_shows_the_operators_of_a_run(command, tmp_path, capsys):
     )
 
 
-def test_the_run_can_be_loaded_and_encodes(command):
+def test_run_is_loaded_and_encodes(command):
     _, folder = command()
     run = load_run(folder)
     assert run.step == 6
     assert encode(run.net, run.vocab, ["the", "crane"]).shape == (1, 4, 16)
 
 
-def test_a_seed_repeats_a_run_bit_for_bit_and_another_does_not(command):
+def test_seed_repeats_a_run_bit_for_bit(command):
     first, second, other = (command("--seed", s, name=n)[1] for s, n in (("3", "a"), ("3", "b"), ("4", "c")))
     assert untimed(first) == untimed(second) != untimed(other)
     ours, theirs = weights_of(first), weights_of(second)
@@ -112,14 +112,14 @@ def test_a_seed_repeats_a_run_bit_for_bit_and_another_does_not(command):
         np.testing.assert_array_equal(ours[name], theirs[name])
 
 
-def test_a_runs_own_configuration_repeats_it(command, tmp_path):
+def test_config_flag_repeats_a_run(command, tmp_path):
     _, first = command("--seed", "5", "--dropout", "0.3")
     flags = ["--config", str(first / "config.json"), "--output", str(tmp_path / "again")]
     assert pretrain.main(flags) == 0
     assert untimed(tmp_path / "again") == untimed(first)
 
 
-def test_two_contexts_give_the_result_of_one(command):
+def test_two_contexts_match_one(command):
     one, two = (command("--cpus", n, "--dropout", "0", name=n)[1] for n in ("1", "2"))
     for ours, theirs in zip(log_of(one), log_of(two)):
         for group in (ours, ours.get("validation", {})):
@@ -173,7 +173,7 @@ def test_losses_fall(command):
         (["--config", "x", "--preset", "d2l"], "--config and --preset exclude each other"),
     ],
 )
-def test_bad_input_ends_with_one_sentence_and_status_2(command, capsys, tmp_path, flags, told):
+def test_bad_input_is_one_sentence_and_status_2(command, capsys, tmp_path, flags, told):
     status, folder = command(*flags)
     assert status == 2
     out, err = capsys.readouterr()
@@ -182,7 +182,7 @@ def test_bad_input_ends_with_one_sentence_and_status_2(command, capsys, tmp_path
     assert not folder.exists()
 
 
-def test_all_problems_are_told_at_once(command, capsys):
+def test_all_problems_are_reported_at_once(command, capsys):
     status, _ = command("--max-seq-length", "2", "--batch-size", "0", "--num-heads", "3")
     assert status == 2
     assert (
@@ -190,7 +190,7 @@ def test_all_problems_are_told_at_once(command, capsys):
     )
 
 
-def test_a_folder_with_a_run_is_refused_before_any_text_is_read(command, capsys):
+def test_output_with_a_run_is_refused_before_reading(command, capsys):
     _, folder = command()
     before = (folder / "log.jsonl").read_text()
     capsys.readouterr()
@@ -200,21 +200,21 @@ def test_a_folder_with_a_run_is_refused_before_any_text_is_read(command, capsys)
     assert (folder / "log.jsonl").read_text() == before
 
 
-def test_a_folder_with_something_else_is_refused(command, capsys, tmp_path):
+def test_output_with_other_files_is_refused(command, capsys, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.doc").write_text("")
     assert command()[0] == 2
     assert "is there already" in capsys.readouterr().err
 
 
-def test_a_run_without_held_out_text_says_so_and_writes_valid_json(command, capsys):
+def test_run_without_validation_says_so_in_valid_json(command, capsys):
     status, folder = command("--validation-fraction", "0")
     assert status == 0
     assert "too little text is held out" in capsys.readouterr().err
     (folder / "config.json").read_text().index('"validation_unigram": null')
 
 
-def test_the_weights_of_every_evaluation_are_kept_if_asked_and_each_written_once(command, monkeypatch):
+def test_keep_0_writes_each_evaluation_once(command, monkeypatch):
     written = []
 
     def noting(folder, snapshot, **options):
@@ -237,7 +237,7 @@ def held_out_losses(monkeypatch):
     return script
 
 
-def test_the_latest_and_the_best_weights_stay(command, held_out_losses, capsys):
+def test_latest_and_best_weights_stay(command, held_out_losses, capsys):
     held_out_losses(4.0, 3.0, 5.0, 3.5)
     status, folder = command("--num-steps", "7", "--eval-every", "2", "--keep-checkpoints", "1")
     assert status == 0
@@ -246,7 +246,7 @@ def test_the_latest_and_the_best_weights_stay(command, held_out_losses, capsys):
     assert "best of 4 evaluations, after step 4: MLM loss 3.000" in capsys.readouterr().out
 
 
-def test_patience_ends_the_run_and_the_log_has_its_last_step(command, held_out_losses, capsys):
+def test_patience_ends_the_run_and_logs_the_last_step(command, held_out_losses, capsys):
     held_out_losses(4.0, 3.0, 5.0, 3.5)
     status, folder = command(
         "--num-steps", "1000", "--eval-every", "3", "--patience", "2", "--keep-checkpoints", "1"
@@ -258,7 +258,7 @@ def test_patience_ends_the_run_and_the_log_has_its_last_step(command, held_out_l
     assert checkpoint.steps(folder) == [6, 12]
 
 
-def test_an_interrupt_after_an_evaluation_keeps_the_best_and_the_latest(command, monkeypatch, capsys):
+def test_ctrl_c_after_evaluation_keeps_best_and_latest(command, monkeypatch, capsys):
     stepped = ProgressLogger.on_step
 
     def interrupting(self, trainer, step):
@@ -280,7 +280,7 @@ def ticking(monkeypatch):
     monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
 
 
-def test_minutes_alone_end_a_run_that_its_steps_repeat(text_file, tmp_path, ticking, capsys):
+def test_max_minutes_ends_a_run_that_steps_repeat(text_file, tmp_path, ticking, capsys):
     first, again = tmp_path / "first", tmp_path / "again"
     small = [*SMALL[: SMALL.index("--num-steps")], "--corpus", str(text_file), "--max-minutes", "0.5"]
     assert pretrain.main([*small, "--output", str(first)]) == 0
@@ -297,7 +297,7 @@ def test_minutes_alone_end_a_run_that_its_steps_repeat(text_file, tmp_path, tick
         np.testing.assert_array_equal(ours[name], theirs[name])
 
 
-def test_by_the_clock_a_falling_learning_rate_ends_near_0_and_is_logged(command, ticking):
+def test_max_minutes_decays_the_learning_rate_to_0(command, ticking):
     flags = ["--max-minutes", "0.5", "--num-steps", "0", "--schedule", "linear", "--warmup-ratio", "0.2"]
     _, folder = command(*flags, "--log-every", "1")
     rates = [record["lr"] for record in log_of(folder) if "lr" in record]
@@ -307,12 +307,12 @@ def test_by_the_clock_a_falling_learning_rate_ends_near_0_and_is_logged(command,
     assert len(rates) / 10 < peak < len(rates) / 3
 
 
-def test_steps_that_are_given_limit_a_run_by_the_clock_too(command, ticking):
+def test_num_steps_limits_a_run_with_max_minutes(command, ticking):
     _, folder = command("--max-minutes", "1000")
     assert load_run(folder).step == 6
 
 
-def test_minutes_replace_the_steps_only_where_those_are_not_given():
+def test_max_minutes_replaces_preset_steps_only():
     d2l = preset("d2l")
     assert d2l.replace(max_minutes=30).train.num_steps == 0
     assert d2l.replace(max_minutes=30, num_steps=70).train.num_steps == 70
@@ -322,7 +322,7 @@ def test_minutes_replace_the_steps_only_where_those_are_not_given():
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), MXNetError("C++\nMXNetError: bad")]
 )
-def test_a_failure_of_the_machine_is_told_in_a_line_with_status_1(command, capsys, monkeypatch, error):
+def test_machine_failure_is_one_line_and_status_1(command, capsys, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
@@ -332,7 +332,7 @@ def test_a_failure_of_the_machine_is_told_in_a_line_with_status_1(command, capsy
     assert told.startswith("pretrain: ") and ("No space left" in told or "MXNetError: bad" in told)
 
 
-def test_a_picture_that_cannot_be_drawn_loses_no_weights(command, monkeypatch, capsys):
+def test_failed_plot_loses_no_weights(command, monkeypatch, capsys):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
@@ -342,7 +342,7 @@ def test_a_picture_that_cannot_be_drawn_loses_no_weights(command, monkeypatch, c
     assert "losses.png cannot be written (No space left on device)" in capsys.readouterr().err
 
 
-def test_without_output_every_run_gets_a_new_folder(text_file, tmp_path, monkeypatch):
+def test_runs_without_output_get_new_folders(text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert pretrain.main([*SMALL, "--corpus", str(text_file)]) == 0
@@ -378,7 +378,7 @@ def in_a_process(*flags, **options):
     )
 
 
-def test_the_command_runs_in_a_process_from_any_folder(text_file, tmp_path):
+def test_command_runs_from_any_folder(text_file, tmp_path):
     process = in_a_process(
         *SMALL, "--corpus", str(text_file), "--output", str(tmp_path / "run"), cwd=tmp_path
     )
@@ -413,7 +413,7 @@ def test_ctrl_c_leaves_a_usable_run_and_status_130(text_file, tmp_path):
     assert (folder / "losses.png").exists()
 
 
-def test_a_run_may_begin_with_the_words_frequencies(command):
+def test_decoder_bias_unigram_starts_at_word_frequencies(command):
     flags = [
         "--preset",
         "bert-tiny",

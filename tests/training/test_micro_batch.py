@@ -6,7 +6,16 @@ import numpy as np
 import pretrain
 import pytest
 from support import reference_bert as reference
-from test_trainer import BERT, MODEL, NOISY, assert_same, gradients_of, small_data, trainer_on
+from support.trainers import (
+    BERT,
+    MODEL,
+    NOISY,
+    assert_same,
+    gradients_of,
+    random_batch,
+    small_data,
+    trainer_on,
+)
 
 from gluon_bert import ops
 from gluon_bert.data.batch import Batch, micro_batches
@@ -37,12 +46,6 @@ def operators(request, monkeypatch):
     return request.param
 
 
-def random_batch(num_rows=8, seed=0):
-    """Rows of other lengths, with other numbers of predictions."""
-    lengths = np.random.default_rng(seed).integers(3, 17, num_rows)
-    return reference.random_batch(lengths, 16, 30, seed)
-
-
 def weights_after(data, num_steps, num_contexts=1, model=BERT, **changes):
     """The weights after some steps, on batches of either length of the buckets."""
     trainer = trainer_on(num_contexts, data, model, **changes)
@@ -56,7 +59,7 @@ def weights_after(data, num_steps, num_contexts=1, model=BERT, **changes):
 # In parts
 
 
-def test_parts_are_the_batch_again_and_their_weights_those_of_the_whole():
+def test_micro_batches_have_rows_and_weights_of_batch():
     batch = random_batch(8)
     parts = micro_batches(batch, 3)
     assert [len(part) for part in parts] == [3, 3, 2]
@@ -72,7 +75,7 @@ def test_parts_are_the_batch_again_and_their_weights_those_of_the_whole():
 @pytest.mark.parametrize("num_contexts", [1, 2])
 @pytest.mark.parametrize("micro_batch", [2, 3, 8])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_the_gradient_of_the_parts_is_that_of_the_batch(data, operators, model, micro_batch, num_contexts):
+def test_gradient_of_micro_batches_is_that_of_batch(data, operators, model, micro_batch, num_contexts):
     batch = random_batch()
     whole = gradients_of(trainer_on(1, data, model, lr=0.0), batch)
     assert max(np.abs(gradient).max() for gradient in whole.values()) > 1e-2
@@ -82,7 +85,7 @@ def test_the_gradient_of_the_parts_is_that_of_the_batch(data, operators, model, 
 
 
 @pytest.mark.parametrize("num_contexts", [1, 2])
-def test_clipped_steps_on_batches_of_two_lengths_give_the_same_weights(data, operators, num_contexts):
+def test_clipped_micro_batch_steps_give_same_weights(data, operators, num_contexts):
     recipe = {"optimizer": "bertadam", "clip_norm": 0.1, "weight_decay": 0.01, "warmup_ratio": 0.3}
     whole = weights_after(data, 6, **recipe)
     parts = weights_after(data, 6, num_contexts, micro_batch=3, recompute=True, **recipe)
@@ -92,7 +95,7 @@ def test_clipped_steps_on_batches_of_two_lengths_give_the_same_weights(data, ope
             np.testing.assert_allclose(value, whole[name], rtol=0, atol=2e-5, err_msg=name)
 
 
-def test_a_step_in_parts_is_one_update(data):
+def test_micro_batches_make_one_update(data):
     trainer = trainer_on(1, data, micro_batch=2)
     for _ in range(3):
         shards, losses = trainer.step(random_batch())
@@ -101,7 +104,7 @@ def test_a_step_in_parts_is_one_update(data):
     assert (trainer.state.step, int(updates[0])) == (3, 3)
 
 
-def test_losses_of_the_parts_add_up_to_those_of_the_batch(data, operators):
+def test_losses_of_micro_batches_are_those_of_batch(data, operators):
     batch = random_batch()
     _, (whole,) = trainer_on(1, data, BERT).step(batch)
     _, parts = trainer_on(1, data, BERT, micro_batch=3).step(batch)
@@ -111,14 +114,14 @@ def test_losses_of_the_parts_add_up_to_those_of_the_batch(data, operators):
     assert sum(part.total.asscalar() for part in parts) == pytest.approx(whole.total.asscalar(), rel=1e-5)
 
 
-def test_evaluations_in_parts_find_the_same(data, operators):
+def test_evaluation_in_micro_batches_is_the_same(data, operators):
     whole, parts = (
         trainer_on(2, data, BERT, micro_batch=n).evaluate(data.validation.epoch(0)) for n in (0, 3)
     )
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
-def test_parts_draw_their_own_dropout_and_a_seed_repeats_it(data, operators):
+def test_micro_batches_draw_own_seeded_dropout(data, operators):
     row = random_batch(1)
     twice = Batch(
         *(np.repeat(getattr(row, name), 2, axis=0) for name in ("tokens", "token_types", "valid_length")),
@@ -135,12 +138,12 @@ def test_parts_draw_their_own_dropout_and_a_seed_repeats_it(data, operators):
             np.testing.assert_array_equal(value, reference.values(runs[1].net)[name], err_msg=name)
 
 
-def test_the_first_part_draws_what_the_whole_batch_would():
+def test_first_micro_batch_draws_as_the_whole_batch():
     assert dropout_seed(5, 3) == dropout_seed(5, 3, part=0) != dropout_seed(5, 3, part=1)
 
 
 @pytest.mark.parametrize("bad_part", [0, 2])
-def test_a_part_whose_numbers_are_wrong_skips_the_whole_step(data, bad_part):
+def test_nonfinite_micro_batch_skips_the_whole_step(data, bad_part):
     trainer = trainer_on(2, data, BERT, micro_batch=3, on_nonfinite="skip")
     trainer.step(random_batch())
     before, right = reference.values(trainer.net), trainer.loss
@@ -162,7 +165,7 @@ def test_a_part_whose_numbers_are_wrong_skips_the_whole_step(data, bad_part):
     assert any((value != before[name]).any() for name, value in after.items())
 
 
-def test_another_trainer_of_the_network_need_not_add_up(data):
+def test_second_trainer_of_a_net_need_not_accumulate(data):
     first, batch = trainer_on(1, data, lr=0.0, micro_batch=2), random_batch()
     expected = gradients_of(first, batch)
     again = trainers.Trainer(first.net, dataclasses.replace(first.config, micro_batch=0), first.devices)
@@ -173,7 +176,7 @@ def test_another_trainer_of_the_network_need_not_add_up(data):
 
 
 @pytest.mark.parametrize("model", [*MODELS.values(), NOISY, RELATIVE], ids=[*MODELS, "dropout", "relative"])
-def test_compiled_layers_that_are_computed_again_give_the_same_bits(data, model):
+def test_recompute_compiled_gives_the_same_bits(data, model):
     if ops.describe() != "compiled for this processor":
         pytest.skip(f"the operators are {ops.describe()}")
     kept, again = (
@@ -187,7 +190,7 @@ def test_compiled_layers_that_are_computed_again_give_the_same_bits(data, model)
 
 @pytest.mark.parametrize("num_contexts", [1, 2])
 @pytest.mark.parametrize("model", [*MODELS.values(), RELATIVE], ids=[*MODELS, "relative"])
-def test_layers_that_are_computed_again_give_the_same_gradients(data, operators, model, num_contexts):
+def test_recompute_gives_the_same_gradients(data, operators, model, num_contexts):
     batch = random_batch()
     kept = gradients_of(trainer_on(1, data, model, lr=0.0), batch)
     again = trainer_on(num_contexts, data, model, lr=0.0, recompute=True)
@@ -210,7 +213,7 @@ class WholeGraph(CheckpointedForward):
 
 @pytest.mark.parametrize("num_contexts", [1, 2])
 @pytest.mark.parametrize("norm", ["post", "pre"])
-def test_dropout_is_the_same_when_a_layer_is_computed_again(data, monkeypatch, norm, num_contexts):
+def test_recompute_repeats_dropout(data, monkeypatch, norm, num_contexts):
     monkeypatch.setattr(ops, "use_compiled", lambda *_: False)
     model = dataclasses.replace(NOISY, num_layers=3, norm=norm)
     batch = random_batch()
@@ -232,13 +235,13 @@ def test_dropout_is_the_same_when_a_layer_is_computed_again(data, monkeypatch, n
         (4, 9, "micro_batch must be 0 (batch_size=8, 9 devices), got 4"),
     ],
 )
-def test_parts_that_cannot_be_are_refused_with_what_would_do(data, micro_batch, num_contexts, told):
+def test_micro_batch_out_of_range_is_refused(data, micro_batch, num_contexts, told):
     with pytest.raises(InputError) as refused:
         trainer_on(num_contexts, data, micro_batch=micro_batch)
     assert str(refused.value) == told
 
 
-def test_the_command_refuses_before_it_reads_or_writes(tmp_path, capsys):
+def test_command_refuses_before_reading_or_writing(tmp_path, capsys):
     flags = ["--corpus", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--micro-batch", "1000"]
     assert pretrain.main(flags) == 2
     assert "must be 0 or between 1 and 512 (batch_size=512, 1 device), got 1000" in capsys.readouterr().err

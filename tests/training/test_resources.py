@@ -44,13 +44,13 @@ def memory(config, num_contexts=1, compiled=True, vocab_size=30522, **changes):
 
 
 @pytest.mark.parametrize("model", VARIANTS.values(), ids=VARIANTS)
-def test_the_parameters_are_those_of_the_network(model):
+def test_parameter_count_equals_the_network(model):
     parameters = BERTModel(50, model).collect_params().values()
     count = sum(int(np.prod(parameter.shape)) for parameter in parameters)
     assert plans.parameter_count(model, 50) == count
 
 
-def test_the_presets_have_the_published_numbers_of_parameters():
+def test_presets_have_the_published_parameter_counts():
     """Devlin et al. 2018, section 3: 110 M and 340 M; Turc et al. 2019, table 1: 4.4 M to 41.7 M."""
     millions = {name: plans.parameter_count(PRESETS[name].model, 30522) / 1e6 for name in PRESETS}
     assert millions["bert-large"] == pytest.approx(340, rel=0.02)
@@ -59,7 +59,7 @@ def test_the_presets_have_the_published_numbers_of_parameters():
     assert millions["bert-tiny"] == pytest.approx(4.4, rel=0.02)
 
 
-def test_the_flops_are_the_published_ones():
+def test_flops_equal_the_published():
     """Jiao et al. 2020 (TinyBERT), table 1: BERT-base takes 22.5 G forward, of 128 tokens without heads."""
     base = preset("bert-base").model
     assert flops_per_pair(base, 30522, 128, 0) / 3 == pytest.approx(22.5e9, rel=0.02)
@@ -89,7 +89,7 @@ def test_max_masked_is_the_most_of_any_pair(tmp_path, preparation):
 # Memory
 
 
-def test_less_at_once_and_layers_computed_twice_take_less():
+def test_micro_batch_and_recompute_take_less_memory():
     for compiled in (True, False):
         sizes = [memory(LARGE, compiled=compiled, micro_batch=n) for n in (1, 2, 8, 256)]
         twice = [memory(LARGE, compiled=compiled, micro_batch=n, recompute=True) for n in (1, 2, 8, 256)]
@@ -99,7 +99,7 @@ def test_less_at_once_and_layers_computed_twice_take_less():
     assert estimate_resources(LARGE, 30522, 1, True).model == 16 * plans.parameter_count(LARGE.model, 30522)
 
 
-def test_float16_takes_part_of_what_is_kept_of_a_batch_and_copies_of_the_weights():
+def test_fp16_shrinks_activations_and_copies_weights():
     kept = [
         estimate_resources(LARGE.replace(precision=p, batch_size=64), 30522, 1, False)
         for p in ("fp32", "fp16")
@@ -143,7 +143,7 @@ print(peak_memory() - before, expected.model + expected.activations)
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("operators", ["auto", "mxnet"])
-def test_steps_take_about_the_memory_that_is_expected(operators, recompute):
+def test_steps_take_about_the_estimated_memory(operators, recompute):
     if not Path("/proc/self/status").is_file():
         pytest.skip("the memory of a process is not told here")
     environment = {**os.environ, "GLUON_BERT_OPERATORS": operators}
@@ -156,7 +156,7 @@ def test_steps_take_about_the_memory_that_is_expected(operators, recompute):
 # Where there is too little
 
 
-def test_what_cannot_fit_is_refused_with_what_would():
+def test_too_large_run_is_refused_with_what_fits():
     with pytest.raises(InputError) as refused:
         check_memory(LARGE, 30522, 1, True, 24 * 2**30)
     told = str(refused.value)
@@ -170,7 +170,7 @@ def test_what_cannot_fit_is_refused_with_what_would():
     check_memory(LARGE.replace(micro_batch=again, recompute=True), 30522, 1, True, 24 * 2**30)
 
 
-def test_recompute_alone_may_do_and_nothing_may():
+def test_recompute_alone_or_nothing_may_fit():
     needed = memory(LARGE, batch_size=16, recompute=True)
     with pytest.raises(InputError, match=r"what would do: --micro-batch \d+, or --recompute yes$"):
         check_memory(LARGE.replace(batch_size=16), 30522, 1, True, needed / plans.SAFE + 1)
@@ -182,7 +182,7 @@ def test_recompute_alone_may_do_and_nothing_may():
         check_memory(LARGE.replace(recompute=True), 30522, 1, True, 12e9)
 
 
-def test_the_command_refuses_before_it_reads_or_writes(tmp_path, capsys, monkeypatch):
+def test_command_refuses_before_reading_or_writing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(system, "machine_memory", lambda contexts: 8e9)
     flags = ["--corpus", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--preset", "bert-large"]
     assert pretrain.main(flags) == 2
@@ -197,7 +197,7 @@ def room(monkeypatch):
     return lambda count: monkeypatch.setattr("gluon_bert.pretraining.machine_memory", lambda devices: count)
 
 
-def test_the_command_tells_its_plan_and_a_resumed_run_may_take_less(command, capsys, room):
+def test_command_prints_estimate_and_resumes_with_less(command, capsys, room):
     status, folder = command()
     err = capsys.readouterr().err
     assert status == 0
@@ -257,11 +257,11 @@ GROUPS = "/sys/fs/cgroup"
     ],
     ids=["version 2", "a group above", "inside a container", "version 1"],
 )
-def test_a_containers_limit_counts(texts, expected):
+def test_machine_memory_respects_a_container_limit(texts, expected):
     assert machine_memory(CPU, files(**texts)) == expected
 
 
-def test_without_a_limit_the_machine_has_what_it_has():
+def test_machine_memory_without_a_limit_is_physical():
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert machine_memory(CPU, files()) == physical
     unlimited = files(**{"/proc/self/cgroup": "0::/\n", f"{GROUPS}/memory.max": "max\n"})
@@ -270,7 +270,7 @@ def test_without_a_limit_the_machine_has_what_it_has():
     assert machine_memory([SimpleNamespace(device_type="gpu")]) is None  # whose memory is another
 
 
-def test_the_peak_is_what_the_system_tells():
+def test_peak_memory_is_that_of_the_system():
     status = {"/proc/self/status": "Name:\tpython\nVmHWM:\t  2048 kB\nVmRSS:\t 1024 kB\n"}
     assert system.peak_memory(files(**status)) == 2048 * 1024
     assert system.peak_memory(files()) is None
@@ -279,13 +279,13 @@ def test_the_peak_is_what_the_system_tells():
     assert one.outcome(2e9).startswith("memory taken: 2.0 GB at the peak, ")
 
 
-def test_the_threads_are_those_asked_for(monkeypatch):
+def test_threads_are_those_of_the_environment(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
     assert system.threads() == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert system.threads() >= 1
 
 
-def test_a_plan_needs_no_mxnet():
+def test_estimate_needs_no_mxnet():
     code = "import sys, gluon_bert.training.resources; sys.exit('mxnet' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

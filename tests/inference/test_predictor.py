@@ -24,7 +24,7 @@ def net():
     return net
 
 
-def test_the_books_sentences_have_the_books_shapes(net):
+def test_encode_d2l_sentences_have_the_shapes_of_d2l(net):
     single = encode(net, VOCAB, ["a", "crane", "is", "flying"])
     pair = encode(net, VOCAB, ["a", "crane", "driver", "came"], ["he", "just", "left"])
     assert single.shape == (1, 6, 128)
@@ -32,24 +32,24 @@ def test_the_books_sentences_have_the_books_shapes(net):
     assert abs(single[0, 2] - pair[0, 2]).max().asscalar() > 1e-3
 
 
-def test_the_segments_and_special_tokens_are_those_of_training(net):
+def test_inputs_equal_those_of_training(net):
     words = ["a", "crane"], ["he", "left"]
     ids = [VOCAB.cls, *VOCAB.to_indices(words[0]), VOCAB.sep, *VOCAB.to_indices(words[1]), VOCAB.sep]
     inputs = (mx.nd.array(x) for x in ([ids], [[0, 0, 0, 0, 1, 1, 1]], [7]))
     np.testing.assert_array_equal(encode(net, VOCAB, *words).asnumpy(), net.encoder(*inputs).asnumpy())
 
 
-def test_encoding_draws_nothing(net):
+def test_encode_without_dropout_is_repeatable(net):
     first, second = (encode(net, VOCAB, ["a", "crane"]).asnumpy() for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
-def test_a_text_that_was_not_split_is_refused(net):
+def test_encode_unsplit_text_is_refused(net):
     with pytest.raises(InputError, match="list of them: split"):
         encode(net, VOCAB, "a crane is flying")
 
 
-def test_what_is_too_long_is_refused(net):
+def test_encode_too_long_text_is_refused(net):
     assert encode(net, VOCAB, ["a"] * 10).shape == (1, 12, 128)
     with pytest.raises(InputError, match=r"13 tokens .* the network takes 12"):
         encode(net, VOCAB, ["a"] * 11)
@@ -74,7 +74,7 @@ def read(predictor, texts=TEXTS):
     return [predictor.reader.text(*((text,) if isinstance(text, str) else text)) for text in texts]
 
 
-def test_answers_come_in_order_and_are_those_of_each_text_alone(predictor, monkeypatch):
+def test_predict_in_batches_equals_each_text_alone(predictor, monkeypatch):
     texts = read(predictor) * 3
     alone = [next(iter(predictor.predict([text]))) for text in texts]
     for chunk_tokens, batch_tokens, batch_masks in ((65536, 4096, 256), (20, 16, 2), (100, 40, 3)):
@@ -91,7 +91,7 @@ def test_answers_come_in_order_and_are_those_of_each_text_alone(predictor, monke
                 np.testing.assert_allclose(one.mask_scores, other.mask_scores, atol=1e-4)
 
 
-def test_the_vectors_are_those_of_encode(net, predictor):
+def test_predict_vectors_equal_encode(net, predictor):
     (answer,) = predictor.predict(read(predictor, [("a crane", "he left")]))
     expected = encode(net, VOCAB, ["a", "crane"], ["he", "left"]).asnumpy()[0]
     np.testing.assert_allclose(answer.vectors, expected, atol=1e-5)
@@ -99,7 +99,7 @@ def test_the_vectors_are_those_of_encode(net, predictor):
     np.testing.assert_allclose(answer.mean, expected.mean(axis=0), atol=1e-5)
 
 
-def test_the_heads_are_those_of_the_network(net, predictor):
+def test_predict_heads_equal_the_network(net, predictor):
     (answer,) = predictor.predict(read(predictor, [("a <mask>", "he <mask> left")]))
     text = answer.text
     inputs = ([text.ids], [text.token_types], [len(text)], [[0, 0], text.masks])
@@ -108,7 +108,7 @@ def test_the_heads_are_those_of_the_network(net, predictor):
     np.testing.assert_allclose(answer.next_scores, nsp.asnumpy()[0], atol=1e-5)
 
 
-def test_masks_are_filled_with_the_likeliest_words(predictor):
+def test_top_words_are_the_likeliest(predictor):
     (answer,) = predictor.predict(read(predictor, ["a <mask> is <mask>"]))
     everything = answer.fill_masks(VOCAB, top=len(VOCAB))
     assert len(everything) == 2
@@ -123,13 +123,13 @@ def test_masks_are_filled_with_the_likeliest_words(predictor):
     assert [words[:3] for words in everything] == answer.fill_masks(VOCAB, top=3)
 
 
-def test_the_next_sentence_is_a_probability(predictor):
+def test_next_sentence_is_a_probability(predictor):
     (answer,) = predictor.predict(read(predictor, [("a crane", "he left")]))
     no, yes = np.exp(np.float64(answer.next_scores))
     assert answer.next_sentence_probability == pytest.approx(yes / (no + yes), abs=1e-6)
 
 
-def test_what_a_text_cannot_be_asked_is_refused(predictor):
+def test_text_without_mask_or_pair_is_refused(predictor):
     single, pair = predictor.predict(read(predictor, ["a crane", ("a", "he")]))
     with pytest.raises(InputError, match="no <mask>"):
         pair.fill_masks(VOCAB)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_trainer import batch, data, trainer_on  # noqa: F401 (fixtures)
+from support.trainers import first_whole_batch, small_data, trainer_on
 
 from gluon_bert.runtime import mx
 from gluon_bert.training.profiling import LoadBalance, device_utilization
@@ -16,7 +16,7 @@ def shards(*given):
     return [SimpleNamespace(num_tokens=tokens, num_masked=count) for tokens, count in given]
 
 
-def test_the_one_with_the_most_is_waited_for_each_time():
+def test_load_balance_divides_by_the_largest_share():
     evenness = LoadBalance()
     assert all(map(math.isnan, evenness.shares()))
     evenness.add(shards((10, 4), (30, 4)))
@@ -27,7 +27,9 @@ def test_the_one_with_the_most_is_waited_for_each_time():
 
 
 @pytest.mark.parametrize("micro_batch", [0, 4])
-def test_a_trainer_counts_what_it_gives_to_its_contexts(data, batch, micro_batch):  # noqa: F811
+def test_trainer_counts_tokens_of_each_context(micro_batch):
+    data = small_data()
+    batch = first_whole_batch(data)
     trainer = trainer_on(2, data, micro_batch=micro_batch)
     trainer.step(batch)
     at_once = micro_batch or len(batch)
@@ -38,7 +40,7 @@ def test_a_trainer_counts_what_it_gives_to_its_contexts(data, batch, micro_batch
     assert expected[0] < 1
 
 
-def test_a_context_without_rows_has_nothing_to_do(data, batch):  # noqa: F811
+def test_load_balance_counts_a_context_without_rows(data, batch):
     trainer = trainer_on(3, data)
     trainer.step(batch.rows(0, 1))
     assert trainer.load_balance.shares() == pytest.approx((1 / 3, 1 / 3))
@@ -58,7 +60,7 @@ def told_of(contexts, tmp_path, names, *spans):
     return device_utilization(tmp_path / "trace.json", contexts)
 
 
-def test_a_profile_tells_how_long_each_was_at_work_and_how_long_all_at_once(tmp_path):
+def test_device_utilization_measures_each_and_all_at_once(tmp_path):
     ms = 1000
     # The second context of a machine with one core has another device's name; the first works twice at once.
     # A third one is of something else in the process.
@@ -76,7 +78,7 @@ def test_a_profile_tells_how_long_each_was_at_work_and_how_long_all_at_once(tmp_
     assert str(told) == "at work: cpu/0 0.01 s, cpu/1 0.01 s; any of them 0.02 s, all at once 0.00 s of that"
 
 
-def test_of_a_run_on_gpus_these_count(tmp_path):
+def test_device_utilization_counts_gpus_before_cpus(tmp_path):
     names = ["cpu/0", "gpu/0", "gpu/1", "cpu pinned/"]
     told = told_of([mx.gpu(0), mx.gpu(1)], tmp_path, names, (0, 0, 9), (1, 0, 4), (2, 2, 6), (3, 0, 9))
     assert dict(told.contexts) == pytest.approx({"gpu/0": 4e-6, "gpu/1": 4e-6})

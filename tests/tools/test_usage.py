@@ -11,7 +11,7 @@ COMMANDS = sorted(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_tells_its_flags_and_refuses_others(name, capsys):
+def test_command_shows_usage_and_refuses_unknown_flags(name, capsys):
     main = importlib.import_module(name).main
     assert main(["--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: python tools/{name}.py ")

@@ -22,7 +22,7 @@ def answers(count, units=4, pooled=True):
         yield Prediction(text, vectors, vectors[0] * 2 if pooled else None, None, None)
 
 
-def test_a_line_is_a_text_or_a_pair():
+def test_parse_line_reads_a_text_or_a_pair():
     assert parse_line("here", " a crane \n").given == ("a crane",)
     assert parse_line("here", "a crane || it flies\r\n").given == ("a crane", "it flies")
 
@@ -36,12 +36,12 @@ def test_a_line_is_a_text_or_a_pair():
         ("a || b || c", "here: 3 texts"),
     ],
 )
-def test_a_line_that_is_neither_is_refused(line, what):
+def test_parse_line_other_lines_are_refused(line, what):
     with pytest.raises(InputError, match=what):
         parse_line("here", line)
 
 
-def test_a_file_is_read_line_by_line(tmp_path):
+def test_read_lines_reads_line_by_line(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_bytes("\ufeffa crane\r\nder Kranich || fliegt, hö".encode())
     assert [line.given for line in read_lines(path)] == [("a crane",), ("der Kranich", "fliegt, hö")]
@@ -49,7 +49,7 @@ def test_a_file_is_read_line_by_line(tmp_path):
     assert count_lines(path) == 2
 
 
-def test_a_bad_line_is_named(tmp_path):
+def test_read_lines_names_a_bad_line(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_bytes(b"a crane\n\xff\n")
     with pytest.raises(InputError, match=r"texts.txt, line 2: byte 0xff is not UTF-8"):
@@ -65,7 +65,7 @@ def test_a_bad_line_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("pooled", [True, False])
-def test_the_arrays_come_back(tmp_path, pooled):
+def test_vector_file_round_trip(tmp_path, pooled):
     path = tmp_path / "vectors.npz"
     with vector_file(path, token_vectors=True) as vectors:
         for answer in answers(7, pooled=pooled):
@@ -84,7 +84,7 @@ def test_the_arrays_come_back(tmp_path, pooled):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_nothing_is_left_of_an_interrupted_file(tmp_path):
+def test_vector_file_interrupted_leaves_nothing(tmp_path):
     path = tmp_path / "vectors.npz"
     with pytest.raises(KeyboardInterrupt), vector_file(path) as vectors:
         vectors.add(next(answers(1)))
@@ -92,7 +92,7 @@ def test_nothing_is_left_of_an_interrupted_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_memory_does_not_grow_with_the_file(tmp_path):
+def test_vector_file_memory_is_constant(tmp_path):
     path = tmp_path / "vectors.npz"
     tracemalloc.start()
     with vector_file(path) as vectors:

@@ -46,7 +46,7 @@ def lines_of(capsys):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_the_books_sentences(run_folder, predictor, capsys):
+def test_vectors_of_d2l_sentences_as_json(run_folder, predictor, capsys):
     texts = ["A crane is flying", "a crane driver came || he just left"]
     assert encode.main([str(run_folder), "--json", *texts]) == 0
     single, pair = lines_of(capsys)
@@ -59,13 +59,13 @@ def test_the_books_sentences(run_folder, predictor, capsys):
     np.testing.assert_allclose(pair["pooled"], expected.pooled, atol=1e-5)
 
 
-def test_the_token_vectors(run_folder, predictor, capsys):
+def test_token_vectors_are_printed(run_folder, predictor, capsys):
     assert encode.main([str(run_folder), "a crane", "--json", "--token-vectors"]) == 0
     (content,) = lines_of(capsys)
     np.testing.assert_allclose(content["token_vectors"], answer(predictor, "a crane").vectors, atol=1e-5)
 
 
-def test_for_people(run_folder, capsys):
+def test_vectors_are_printed_for_people(run_folder, capsys):
     assert encode.main([str(run_folder), "a zebra"]) == 0
     shown = capsys.readouterr()
     assert "<cls> a zebra <sep>" in shown.out
@@ -73,7 +73,7 @@ def test_for_people(run_folder, capsys):
     assert "not in the vocabulary, read as <unk> (1 of 4 tokens): zebra" in shown.err
 
 
-def test_masks(run_folder, predictor, capsys):
+def test_fill_mask_prints_the_likeliest_words(run_folder, predictor, capsys):
     text = "the <mask> is <mask>"
     assert encode.main([str(run_folder), "--fill-mask", text, "--top", "3", "--json"]) == 0
     (content,) = lines_of(capsys)
@@ -86,7 +86,7 @@ def test_masks(run_folder, predictor, capsys):
 
 
 @pytest.mark.parametrize("texts", [["a crane", "he left"], ["a crane || he left"]])
-def test_next(run_folder, predictor, capsys, texts):
+def test_next_prints_a_probability(run_folder, predictor, capsys, texts):
     assert encode.main([str(run_folder), "--json", "--next", *texts]) == 0
     (content,) = lines_of(capsys)
     assert content["next_sentence_probability"] == pytest.approx(
@@ -106,7 +106,7 @@ def sentences(tmp_path):
     return path
 
 
-def test_a_file_to_vectors(run_folder, predictor, sentences, tmp_path, capsys):
+def test_input_file_becomes_an_npz(run_folder, predictor, sentences, tmp_path, capsys):
     output = tmp_path / "vectors.npz"
     arguments = [str(run_folder), "--input", str(sentences), "--output", str(output), "--token-vectors"]
     assert encode.main(arguments) == 0
@@ -124,7 +124,7 @@ def test_a_file_to_vectors(run_folder, predictor, sentences, tmp_path, capsys):
             np.testing.assert_allclose(arrays["vectors"][start:stop], expected.vectors, atol=1e-5)
 
 
-def test_a_file_to_lines_of_json(run_folder, sentences, tmp_path, capsys):
+def test_input_file_becomes_jsonl(run_folder, sentences, tmp_path, capsys):
     output = tmp_path / "answers.jsonl"
     assert encode.main([str(run_folder), "--input", str(sentences), "--output", str(output)]) == 0
     written = output.read_text("utf-8")
@@ -134,7 +134,7 @@ def test_a_file_to_lines_of_json(run_folder, sentences, tmp_path, capsys):
     assert len(written.splitlines()) == 100
 
 
-def test_an_export_answers_like_its_run(run_folder, tmp_path, capsys):
+def test_export_gives_the_answers_of_its_run(run_folder, tmp_path, capsys):
     export_mxnet(load_run(run_folder), tmp_path / "export")
     texts = ["a crane", "a <mask>", "a || he"]
     assert encode.main([str(run_folder), "--json", *texts]) == 0
@@ -154,7 +154,7 @@ def told(capsys, *arguments):
     return shown.err
 
 
-def test_what_cannot_be_asked(run_folder, sentences, tmp_path, capsys):
+def test_contradicting_flags_are_refused(run_folder, sentences, tmp_path, capsys):
     assert "text 2: there is no <mask>; put one" in told(
         capsys, run_folder, "--fill-mask", "a <mask>", "a crane"
     )
@@ -169,7 +169,7 @@ def test_what_cannot_be_asked(run_folder, sentences, tmp_path, capsys):
     assert "--top 0: must be at least 1" in told(capsys, run_folder, "a", "--top", "0")
 
 
-def test_all_that_is_wrong_with_the_output_is_told(run_folder, tmp_path, capsys):
+def test_output_problems_are_reported_at_once(run_folder, tmp_path, capsys):
     output = tmp_path / "nowhere" / "out.txt"
     shown = told(capsys, run_folder, "a", "--output", output, "--json")
     assert "must end in .npz, for vectors, or in .jsonl" in shown
@@ -180,7 +180,7 @@ def test_all_that_is_wrong_with_the_output_is_told(run_folder, tmp_path, capsys)
     )
 
 
-def test_a_bad_line_leaves_no_file(run_folder, sentences, tmp_path, capsys):
+def test_bad_line_leaves_no_file(run_folder, sentences, tmp_path, capsys):
     sentences.write_text(sentences.read_text("utf-8") + "a ||\n", "utf-8")
     output = tmp_path / "vectors.npz"
     assert "sentences.txt, line 101: one text of the pair is empty" in told(
@@ -189,7 +189,7 @@ def test_a_bad_line_leaves_no_file(run_folder, sentences, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["sentences.txt"]
 
 
-def test_the_texts_are_not_overwritten(run_folder, sentences, tmp_path, capsys):
+def test_output_that_is_the_input_is_refused(run_folder, sentences, tmp_path, capsys):
     same = tmp_path / "same.jsonl"
     sentences.rename(same)
     content = same.read_bytes()
@@ -204,14 +204,14 @@ def test_the_texts_are_not_overwritten(run_folder, sentences, tmp_path, capsys):
     assert "--top 3: is for --fill-mask" in told(capsys, run_folder, "a", "--top", "3")
 
 
-def test_nothing_speaks_to_the_terminal(run_folder, capsys):
+def test_pipe_gets_no_progress_bar(run_folder, capsys):
     assert encode.main([str(run_folder), "a \x1b[31mcrane\x07"]) == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and "\x07" not in shown
     assert "\\x1b[31mcrane" in shown
 
 
-def test_weights_that_are_no_numbers(run_folder, tmp_path, capsys):
+def test_nan_weights_are_reported(run_folder, tmp_path, capsys):
     folder = copy_of(run_folder, tmp_path / "run")
     net = load_run(folder).net
     net.encoder.embeddings.positions.weight.set_data(mx.nd.full((32, 16), np.nan))
@@ -221,7 +221,7 @@ def test_weights_that_are_no_numbers(run_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_command_leaves_nothing(run_folder, tmp_path, number, status):
+def test_sigterm_leaves_no_file(run_folder, tmp_path, number, status):
     texts = tmp_path / "texts.txt"
     texts.write_text("a crane is flying\n" * 200_000, "utf-8")
     output = tmp_path / "vectors.npz"
@@ -235,12 +235,12 @@ def test_a_stopped_command_leaves_nothing(run_folder, tmp_path, number, status):
     assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
 
 
-def test_what_is_no_run(run_folder, tmp_path, capsys):
+def test_folder_without_a_run_is_refused(run_folder, tmp_path, capsys):
     assert "is no run" in told(capsys, tmp_path / "nothing", "a")
     assert "is no run" in told(capsys, tmp_path, "a")
 
 
-def test_a_run_without_a_checkpoint(tmp_path, capsys):
+def test_run_without_a_checkpoint_is_refused(tmp_path, capsys):
     create_run(tmp_path / "run", preset("d2l"), Vocabulary(WORDS))
     assert "has no checkpoint yet" in told(capsys, tmp_path / "run", "a")
 
@@ -255,7 +255,7 @@ def copy_of(run_folder, folder):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
-def test_damaged_weights(run_folder, tmp_path, capsys, damage):
+def test_damaged_weights_are_refused(run_folder, tmp_path, capsys, damage):
     folder = copy_of(run_folder, tmp_path / "run")
     (weights,) = folder.glob("checkpoints/*/weights.npz")
     content = weights.read_bytes()
@@ -267,13 +267,13 @@ def test_damaged_weights(run_folder, tmp_path, capsys, damage):
     )
 
 
-def test_a_vocabulary_that_does_not_fit(run_folder, tmp_path, capsys):
+def test_vocabulary_of_other_size_is_refused(run_folder, tmp_path, capsys):
     folder = copy_of(run_folder, tmp_path / "run")
     Vocabulary([*WORDS, "more"]).save(folder / "vocab.json")
     assert "the weights do not fit this run" in told(capsys, folder, "a")
 
 
-def test_the_real_command_from_a_shell(run_folder):
+def test_command_runs_in_a_process(run_folder):
     ops.describe()  # so that they are built, which is told once
     command = [sys.executable, str(ROOT / "tools" / "encode.py"), str(run_folder), "a crane", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -282,7 +282,7 @@ def test_the_real_command_from_a_shell(run_folder):
     assert done.stderr == ""
 
 
-def test_the_checkpoint_that_is_asked_for_answers(run_folder, tmp_path, capsys):
+def test_checkpoint_flag_chooses_the_network(run_folder, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
     net = load_run(folder).net
@@ -301,7 +301,7 @@ def test_the_checkpoint_that_is_asked_for_answers(run_folder, tmp_path, capsys):
     assert found["1"] != found["2"] != found["3"]
 
 
-def test_a_checkpoint_that_is_not_there_is_told(run_folder, tmp_path, capsys):
+def test_checkpoint_flag_unknown_is_refused(run_folder, tmp_path, capsys):
     assert encode.main([str(run_folder), "a crane", "--checkpoint", "7"]) == 2
     assert f"encode: --checkpoint 7: {run_folder} has none of that name" in capsys.readouterr().err
     export_mxnet(load_run(run_folder), tmp_path / "export")

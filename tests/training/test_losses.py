@@ -49,13 +49,13 @@ def test_cross_entropy_is_the_sum_over_rows(rows, classes, scale):
     assert ours.asscalar() == pytest.approx(expected, rel=1e-6, abs=ROW_ERROR * rows)
 
 
-def test_cross_entropy_of_equal_scores_is_the_logarithm_of_the_classes():
+def test_cross_entropy_of_equal_scores_is_ln_classes():
     ours = cross_entropy(mx.nd.zeros((3, 10)), mx.nd.array([0, 4, 9]))
     assert ours.asscalar() == pytest.approx(3 * np.log(10), abs=3 * ROW_ERROR)
 
 
 @pytest.mark.parametrize(("label", "loss"), [(0, 0.0), (1, 1e4), (2, 2e4)])
-def test_extreme_scores_give_finite_losses_and_gradients(label, loss):
+def test_cross_entropy_extreme_scores_stay_finite(label, loss):
     scores = mx.nd.array([[1e4, 0, -1e4]])
     scores.attach_grad()
     with mx.autograd.record():
@@ -67,7 +67,7 @@ def test_extreme_scores_give_finite_losses_and_gradients(label, loss):
 
 
 @pytest.mark.parametrize(("rows", "classes"), [(1, 2), (300, 3)])
-def test_hits_are_the_rows_whose_highest_score_is_the_label(rows, classes):
+def test_num_correct_counts_highest_scores(rows, classes):
     scores, labels = scores_and_labels(rows, classes)
     ours = num_correct(mx.nd.array(scores), mx.nd.array(labels))
     assert ours.shape == (1,)
@@ -113,7 +113,7 @@ def test_slices_change_no_gradient(net, batch, monkeypatch):
 
 
 @pytest.mark.parametrize(("mlm_weight", "nsp_weight"), [(0.0, 0.0), (0.25, 0.0), (0.0, 3.0), (0.25, 3.0)])
-def test_the_total_weighs_the_two_losses(net, batch, mlm_weight, nsp_weight):
+def test_total_weighs_the_two_losses(net, batch, mlm_weight, nsp_weight):
     (shard,) = split_and_load(batch, [mx.cpu()])
     loss = pretraining_loss(net, dataclasses.replace(shard, masked_weight=mlm_weight, pair_weight=nsp_weight))
     mlm, nsp, _ = reference.losses(CONFIG, reference.values(net), batch)
@@ -122,7 +122,7 @@ def test_the_total_weighs_the_two_losses(net, batch, mlm_weight, nsp_weight):
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7])
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4])
-def test_the_shards_of_a_batch_add_up_to_it(net, batch, num_rows, num_shards):
+def test_shards_of_a_batch_add_up_to_it(net, batch, num_rows, num_shards):
     batch = batch.rows(0, num_rows)
     contexts = [mx.cpu(i) for i in range(num_shards)]
     shards = split_and_load(batch, contexts)
