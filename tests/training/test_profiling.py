@@ -40,7 +40,9 @@ def test_trainer_counts_tokens_of_each_context(micro_batch):
     assert expected[0] < 1
 
 
-def test_load_balance_counts_a_context_without_rows(data, batch):
+def test_load_balance_counts_a_context_without_rows():
+    data = small_data()
+    batch = first_whole_batch(data)
     trainer = trainer_on(3, data)
     trainer.step(batch.rows(0, 1))
     assert trainer.load_balance.shares() == pytest.approx((1 / 3, 1 / 3))
