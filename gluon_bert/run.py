@@ -26,6 +26,7 @@ from .data.wordpiece import WordPieceVocabulary, load_vocabulary
 from .errors import InputError
 from .fileio import check_new_folder, remove_temporary_files, write_json
 from .inference.predictor import Prediction, Predictor
+from .inference.task_inputs import predict_tasks, task_input
 from .model.bert import BERTModel
 from .model.classifier import BERTForTask, task_of
 from .model.head_names import checked_heads
@@ -90,12 +91,15 @@ class Run:
         return next(self._predict([(first, second)])).next_sentence_probability
 
     def predict(self, texts: Iterable[Text]) -> list[dict[str, Any]]:
-        """Return what a fine-tuned network predicts: {"label", "probabilities"} or {"score"} of each text."""
-        return [each.task_prediction for each in self._predict(texts)]
+        """Return what a fine-tuned network predicts of each text, as its task's result has it in JSON.
+
+        {"label", "probabilities"} of classes, {"score"}, or {"words", "tags", "entities"}.
+        """
+        inputs = (task_input(self.task, self.reader, *_pair(each)) for each in texts)
+        return [result.to_json() for result in predict_tasks(Predictor.of(self), inputs)]
 
     def _predict(self, texts: Iterable[Text]) -> Iterator[Prediction]:
-        pairs = ((text, None) if isinstance(text, str) else text for text in texts)
-        encoded = (self.reader.text(first, second, truncate=True) for first, second in pairs)
+        encoded = (self.reader.text(*_pair(each), truncate=True) for each in texts)
         return Predictor.of(self).predict(encoded)
 
     @property
@@ -131,6 +135,10 @@ class Run:
         return Tokenizer(
             self.vocab, self.config.data.max_seq_length, Normalization.from_config(self.config.data)
         )
+
+
+def _pair(text: Text) -> tuple[str, str | None]:
+    return (text, None) if isinstance(text, str) else text
 
 
 def check_new_run(folder: Path, flag: str = "--output") -> None:

@@ -73,7 +73,7 @@ class Tokenizer:
 
         truncate: cut what is too long instead, at the end of the longer text, as in training.
         """
-        return self.tokens(self._pieces(first), None if second is None else self._pieces(second), truncate)
+        return self.tokens(self.pieces(first), None if second is None else self.pieces(second), truncate)
 
     def tokens(
         self, first: Sequence[str], second: Sequence[str] | None = None, truncate: bool = False
@@ -102,9 +102,13 @@ class Tokenizer:
                 )
         return self._text([self.vocab.to_tokens(segment) for segment in segments], truncate)
 
-    def _pieces(self, text: str) -> list[str]:
-        words = self.vocab.split(text, self.normalization)
-        return [piece for word in words for piece in self.vocab.pieces(word)]
+    def words(self, text: str) -> list[str]:
+        """Split running text into words, normalized as in training."""
+        return self.vocab.split(text, self.normalization)
+
+    def pieces(self, text: str) -> list[str]:
+        """Split running text into tokens, without <cls> and <sep>."""
+        return [piece for word in self.words(text) for piece in self.vocab.pieces(word)]
 
     def _ids(self, tokens: Sequence[str]) -> np.ndarray:
         ids = self.vocab.to_indices(tokens)

@@ -220,7 +220,7 @@ def outputs_of_run(run: Run, outputs: str) -> str:
     if outputs != "all":
         return outputs
     if run.task:
-        return "task"
+        return "token-task" if run.task.scores_tokens else "task"
     return "encoder" if {"mlm", "nsp"} <= set(run.untrained) else "all"
 
 

@@ -29,7 +29,9 @@ TOKENIZERS = ("words", "wordpiece")
 OUTPUTS = {
     "encoder": ("encoded",),
     "all": ("encoded", "pooled", "mask_scores", "next_scores"),
-    "task": ("encoded", "pooled", "task_scores"),  # all of a fine-tuned network
+    # All outputs of a fine-tuned network: its task scores texts, or tokens.
+    "task": ("encoded", "pooled", "task_scores"),
+    "token-task": ("encoded", "token_scores"),
 }
 
 # Axis letters as in the model: B batch, T positions, C units, V vocabulary; K masks a row.
@@ -50,6 +52,8 @@ _OUTPUTS = {
     "next_scores": ("B 2", "scores for: the second text does not follow the first, it does"),
     "task_scores": ("B K", "a score for each label of the task, softmax makes probabilities of them; "
                            "or K = 1, the score of a regression"),
+    "token_scores": ("B T K", "for each token a score for each label of the task, or for the start and the end of "
+                              "an answer; those of padding mean nothing"),
 }  # fmt: skip
 
 

@@ -44,6 +44,8 @@ def trace(net: Any, outputs: str, max_seq_length: int) -> Graph:
         elif outputs == "task":
             results["pooled"] = net.pooler(results["encoded"])
             results["task_scores"] = net.head(results["pooled"])
+        elif outputs == "token-task":
+            results["token_scores"] = net.scores(results["encoded"])
         symbol = mx.sym.Group([mx.sym.identity(results[name], name=name) for name in OUTPUTS[outputs]])
     used = set(symbol.list_arguments())
     parameters = {name: p.data(mx.cpu()) for name, p in net.collect_params().items() if name in used}

@@ -57,7 +57,7 @@ def differences(reference: Backend, other: Backend, batches: Iterable[PaddedBatc
         for name, array in found.items():
             if array is None:
                 continue
-            a, b = (each[real] if name == "encoded" else each for each in (expected[name], array))
+            a, b = (each[real] if each.ndim == 3 else each for each in (expected[name], array))
             difference = np.abs(a - b).max() / max(1.0, np.abs(a).max())
             # NaN becomes infinite: every comparison with NaN is false, so it would pass as no difference.
             largest[name] = max(largest.get(name, 0.0), float(np.nan_to_num(difference, nan=np.inf)))
@@ -188,7 +188,7 @@ def _measured(expected: Outputs, found: Outputs, asked: Asked) -> dict[str, np.n
     numbers = {}
     for name, array in found._asdict().items():
         if array is not None:
-            a, b = (each[real] if name == "encoded" else each for each in (getattr(expected, name), array))
+            a, b = (each[real] if each.ndim == 3 else each for each in (getattr(expected, name), array))
             distance = np.linalg.norm(a - b, axis=-1) / np.maximum(1.0, np.linalg.norm(a, axis=-1))
             # NaN becomes infinite: every comparison with NaN is false, so it would pass as no difference.
             numbers[name] = np.nan_to_num(distance, nan=np.inf)

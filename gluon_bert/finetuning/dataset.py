@@ -1,44 +1,68 @@
-"""Rows of a table -> what a task is, and texts with targets as the network reads them."""
+"""Examples of a task, and their batches. The modules of the tasks fill them. Reads no files."""
 
 from __future__ import annotations
 
-import logging
-import re
-from collections import Counter
+import dataclasses
 from dataclasses import dataclass
-from typing import Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Protocol, Sequence
 
 import numpy as np
 
-from ..data.tokenizer import EncodedText, Tokenizer
-from ..errors import InputError
+from ..data.loader import LoaderState
+from ..data.tokenizer import EncodedText, Tokenizer, pad
+from ..inference.predictor import Predictor
+from ..inference.task_inputs import TaskInput, predict_tasks
 from ..model.task import Task
-from .tables import TableRow, first_lines
 
-log = logging.getLogger(__name__)
-
-# Rows that are sorted by length together, in batches: padding becomes little, and the order stays random.
+# Texts that are sorted by length together, in batches: padding becomes little, and the order stays random.
 _POOL = 32
-# As many labels as this, all of them whole numbers, may be classes or a score: the user has to say it.
-_MAX_CLASSES = 20
-# What tables have where a row has no label, in lower case.
-_NO_LABEL = {"-", "?", "n/a", "na", "nan", "none", "null"}
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
-_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Texts and their targets, (N,): int64 classes or float64 scores; None where the file has no labels."""
+class TaskBatch:
+    """Texts with their targets, padded to one length; see `data.batch.Batch`.
 
-    texts: Sequence[EncodedText]
-    targets: np.ndarray | None
+    tokens, token_types: (B, T) int32. valid_length: (B,) int32. targets: what the task's loss takes, B rows.
+    """
+
+    tokens: np.ndarray
+    token_types: np.ndarray
+    valid_length: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def rows(self, start: int, stop: int) -> TaskBatch:
+        """Return the batch of the rows from `start` up to `stop`."""
+        arrays = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return type(self)(*(array[start:stop] for array in arrays))
+
+
+class Examples:
+    """Rows of a file as the network reads them. Each task has its own class.
+
+    rows: as the file has them. inputs: one for each row. targets: one for each text of the inputs, None where
+    the file has no labels.
+    """
+
+    batch_type: type[TaskBatch] = TaskBatch
+
+    def __init__(
+        self,
+        task: Task,
+        rows: Sequence[Any],
+        inputs: Sequence[TaskInput[Any]],
+        targets: Sequence[Any] | None,
+    ) -> None:
+        self.task, self.rows, self.inputs, self.targets = task, rows, inputs, targets
+        self.texts: list[EncodedText] = [text for each in inputs for text in each.texts]
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
-        """The rows of each batch of an epoch, in an order from the seed; like lengths stand together."""
+        """Yield the texts of each batch of an epoch, in an order from the seed; like lengths stand together."""
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(self))
         lengths = np.array([len(text) for text in self.texts])
@@ -49,137 +73,91 @@ class Examples:
             batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
         return (batches[i] for i in rng.permutation(len(batches)))
 
+    def batch(self, numbers: Sequence[int], max_seq_length: int) -> TaskBatch:
+        """Return the texts of these numbers with their targets, padded."""
+        assert self.targets is not None
+        padded = pad([self.texts[i] for i in numbers], max_seq_length)
+        targets = self.padded_targets([self.targets[i] for i in numbers], padded.tokens.shape[1])
+        return self.batch_type(padded.tokens, padded.token_types, padded.valid_length, targets)
 
-def infer_task(rows: Sequence[TableRow], kind: str = "auto") -> Task:
-    """Find out what task labelled rows are, and log what was found.
+    def padded_targets(self, targets: Sequence[Any], length: int) -> np.ndarray:
+        """Return the targets of a batch as one array; `length`: of the padded texts."""
+        return np.array(targets)
 
-    kind: classification, regression, or auto: classes unless a label is a number that is not whole. Raises
-    InputError for scores that are not numbers, fewer than two labels, and where auto cannot decide.
+    def results(self, predictor: Predictor) -> list[Any]:
+        """Return the result of each row."""
+        return list(predict_tasks(predictor, self.inputs))
+
+    def metrics(self, results: Sequence[Any]) -> dict[str, float]:
+        """Return how good results are, by the name of the metric."""
+        raise NotImplementedError
+
+    def details(self, results: Sequence[Any]) -> list[str]:
+        """Return lines with more about results than their metrics; by default none."""
+        return []
+
+    def records(self, results: Sequence[Any]) -> Iterator[dict[str, Any]]:
+        """Yield each row with its result, as predictions.jsonl has them."""
+        raise NotImplementedError
+
+    def described(self) -> str:
+        """Return how many rows there are, such as "1,000 texts"."""
+        return f"{len(self.rows):,} rows"
+
+
+class ExampleLoader:
+    """Batches of labelled examples, epoch by epoch, in an order from the seed."""
+
+    def __init__(self, data: Examples, batch_size: int, seed: int, max_seq_length: int) -> None:
+        self.data, self.batch_size, self.seed, self.max_seq_length = data, batch_size, seed, max_seq_length
+
+    def iter_from(self, start: LoaderState) -> Iterator[tuple[LoaderState, TaskBatch]]:
+        """Yield the batches from a position on, epoch after epoch, each with its own position."""
+        epoch, skip = start
+        while True:
+            for number, batch in enumerate(self.data.batches(self.batch_size, self.seed, epoch)):
+                if number >= skip:
+                    yield LoaderState(epoch, number), self._batch(batch)
+            epoch, skip = epoch + 1, 0
+
+    def __iter__(self) -> Iterator[TaskBatch]:
+        return map(self._batch, self.data.batches(self.batch_size, self.seed, 0))
+
+    def _batch(self, numbers: np.ndarray) -> TaskBatch:
+        return self.data.batch(numbers.tolist(), self.max_seq_length)
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """The files of a task, and how to read them.
+
+    text: the columns of the texts, one or two; label: that of the labels. Empty: the usual names. They, header
+    and quoting are for tables; see `tables.read_table`.
     """
-    pairs = len(rows[0].texts) == 2
-    labels = [str(row.label) for row in rows]
-    if kind == "auto":
-        kind = _inferred_kind(rows)
-        log.info("task: %s of %s (--task changes that)", kind, "pairs" if pairs else "single texts")
-    if kind == "regression":
-        scores = _scores(rows)
-        if scores.std() == 0:
-            raise InputError(f"--train: all {len(rows)} scores are {labels[0]}: there is nothing to learn")
-        return Task(kind, pairs, mean=float(scores.mean()), scale=float(scores.std()))
-    counts = Counter(labels)
-    if len(counts) < 2:
-        raise InputError(f"--train: all {len(rows)} labels are {labels[0]!r}: there is nothing to learn")
-    _log_classes(counts)
-    return Task(kind, pairs, labels=tuple(sorted(counts)))
+
+    train: str
+    validation: str
+    test: str = ""
+    text: Sequence[str] = ()
+    label: str = ""
+    header: bool = True
+    quoting: str = "auto"
+
+    @property
+    def by_flag(self) -> dict[str, str]:
+        """Return the files by the flags of tools/finetune.py that name them."""
+        paths = {"--train": self.train, "--dev": self.validation, "--test": self.test}
+        return {flag: path for flag, path in paths.items() if path}
 
 
-def _log_classes(counts: Mapping[str, int]) -> None:
-    """Log the classes with their numbers of rows, and warn of those that may be a mistake."""
-    shown = [
-        f"{label!r} {count:,}"
-        for label, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    ]
-    more = len(shown) - _MAX_CLASSES
-    log.info("classes: %s%s", ", ".join(shown[:_MAX_CLASSES]), f" and {more} more" if more > 0 else "")
-    for label in sorted(counts):
-        if label.lower() in _NO_LABEL and not (label == "-" and "+" in counts):
-            log.warning("class %r may mean that a row has no label; remove these rows if so", label)
-    lower = Counter(label.lower() for label in counts)
-    alike = sorted(label for label in counts if lower[label.lower()] > 1)
-    if alike:
-        log.warning("classes that differ in capitals only: %s", ", ".join(map(repr, alike)))
-    once = sum(count == 1 for count in counts.values())
-    if once > len(counts) / 2 and len(counts) > _MAX_CLASSES:
-        log.warning("%d of %d classes occur once; the labels may be scores or texts", once, len(counts))
+class TaskFormat(Protocol):
+    """Reads the files of a kind of task. `formats.FORMATS` has them by kind."""
 
+    def read(self, files: TaskFiles) -> Mapping[str, Sequence[Any]]:
+        """Return the rows of each file, by its flag; raise InputError for what is wrong in them."""
 
-def examples(rows: Sequence[TableRow], task: Task, reader: Tokenizer, what: str) -> Examples:
-    """The rows as the network reads them; how many texts were cut is told.
+    def infer_task(self, rows: Sequence[Any]) -> Task:
+        """Return the task of labelled rows; raise InputError where they are none."""
 
-    what: the flag that named their file. Raises InputError for labels that do not occur in training.
-    """
-    texts = [_read(row, reader) for row in rows]
-    cut = sum(text.truncated > 0 for text in texts)
-    if cut:
-        log.info(
-            "%s: %d of %d texts are longer than %d tokens and cut",
-            what,
-            cut,
-            len(texts),
-            reader.max_seq_length,
-        )
-    if rows[0].label is None:
-        return Examples(texts, None)
-    if task.kind == "regression":
-        return Examples(texts, _scores(rows))
-    number = {label: i for i, label in enumerate(task.labels)}
-    unseen = [row for row in rows if row.label not in number]
-    if what == "--test" and len(unseen) == len(rows):
-        log.info("%s: no label occurs in training, as %r: read as texts without labels", what, rows[0].label)
-        return Examples(texts, None)
-    if unseen:
-        problems = [f"{row.where}: label {row.label!r} does not occur in the training file" for row in unseen]
-        problems = first_lines(problems, what)
-        problems[min(len(unseen), len(problems)) - 1] += (
-            f", which has {', '.join(task.labels[:_MAX_CLASSES])}"
-        )
-        raise InputError("\n".join(problems))
-    return Examples(texts, np.array([number[str(row.label)] for row in rows]))
-
-
-def _read(row: TableRow, reader: Tokenizer) -> EncodedText:
-    try:
-        first, second = row.texts if len(row.texts) == 2 else (row.texts[0], None)
-        return reader.text(first, second, truncate=True)
-    except InputError as problem:
-        raise InputError(f"{row.where}: {problem}") from problem
-
-
-def _inferred_kind(rows: Sequence[TableRow]) -> str:
-    """Classification or regression, by the labels; InputError where they may be either."""
-    labels = [str(row.label) for row in rows]
-    numbers = [_number(label) for label in labels]
-    num_numbers = sum(number is not None for number in numbers)
-    commas = [row for row in rows if _DECIMAL_COMMA.fullmatch(str(row.label))]
-    if commas and num_numbers + len(commas) > len(rows) / 2:
-        raise InputError(
-            f"{commas[0].where}: label {commas[0].label!r} may be a score with a decimal comma or a class; add "
-            "--task regression or --task classification"
-        )
-    if num_numbers < len(rows):
-        if num_numbers > len(rows) / 2:
-            raise InputError(
-                "\n".join(
-                    [*_not_numbers(rows, numbers), "if the labels are classes, add --task classification"]
-                )
-            )
-        return "classification"
-    if any(number != round(number) for number in numbers if number is not None):
-        return "regression"
-    if len(set(labels)) > _MAX_CLASSES:
-        raise InputError(
-            f"--task: {len(set(labels))} different whole numbers may be classes or a score; say "
-            "classification or regression"
-        )
-    return "classification"
-
-
-def _scores(rows: Sequence[TableRow]) -> np.ndarray:
-    numbers = [_number(str(row.label), decimal_comma=True) for row in rows]
-    wrong = _not_numbers(rows, numbers)
-    if wrong:
-        raise InputError("\n".join(wrong))
-    return np.array(numbers, dtype=np.float64)
-
-
-def _not_numbers(rows: Sequence[TableRow], numbers: Sequence[float | None]) -> list[str]:
-    """What is wrong with the labels that are not numbers, where most are."""
-    wrong = [row for row, number in zip(rows, numbers) if number is None]
-    return first_lines([f"{row.where}: label {row.label!r} must be a number" for row in wrong], "labels")
-
-
-def _number(label: str, decimal_comma: bool = False) -> float | None:
-    """The label as a finite number, or None."""
-    if decimal_comma and _DECIMAL_COMMA.fullmatch(label):
-        label = label.replace(",", ".")
-    return float(label) if _NUMBER.fullmatch(label) and np.isfinite(float(label)) else None
+    def examples(self, rows: Sequence[Any], task: Task, reader: Tokenizer, flag: str) -> Examples:
+        """Return the rows as the network reads them; raise InputError for labels unknown in training."""

@@ -1,25 +1,21 @@
-"""Fine-tunes a pretrained network on tables of labelled texts, with the one training loop. Parses no flags."""
+"""Fine-tunes a pretrained network on labelled texts, with the one training loop. Parses no flags."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, Sequence
-
-import numpy as np
+from typing import Any, Iterable, Mapping, Sequence
 
 from .. import runtime
 from ..checkpoint import CONFIG, latest_valid
 from ..config import Config, FineTuneConfig, TrainConfig, check_group
-from ..data.loader import LoaderState
-from ..data.tokenizer import Tokenizer, pad
+from ..data.tokenizer import Tokenizer
 from ..data.vocab import Normalization
 from ..errors import InputError
 from ..fileio import atomic_write, exclusive_lock, json_text
-from ..inference.predictor import GluonNetwork, Prediction, Predictor
+from ..inference.predictor import GluonNetwork, Predictor
 from ..model.classifier import BERTForTask
 from ..model.parameters import put_weights, weights_of
 from ..model.task import Task
@@ -31,81 +27,8 @@ from ..training.losses import task_loss
 from ..training.progress import ProgressLogger
 from ..training.trainer import Trainer
 from . import metrics
-from .dataset import Examples, examples, infer_task
-from .tables import TableRow, choose_columns, read_table
-
-
-@dataclass(frozen=True)
-class Tables:
-    """The files of a task, and how to read them: see `tables.read_table`.
-
-    text: the columns of the texts, one or two; label: that of the labels. Empty: the usual names.
-    """
-
-    train: str
-    validation: str
-    test: str = ""
-    text: Sequence[str] = ()
-    label: str = ""
-    header: bool = True
-    quoting: str = "auto"
-
-    def rows(self) -> dict[str, list[TableRow]]:
-        """Return the rows of each file, by the flag of tools/finetune.py that names it."""
-        columns = choose_columns(
-            Path(self.train), "--train", self.header, list(self.text), self.label or None, self.quoting
-        )
-        paths = {"--train": self.train, "--dev": self.validation, "--test": self.test}
-        return {
-            flag: read_table(Path(path), flag, self.header, columns, flag != "--test", quoting=self.quoting)
-            for flag, path in paths.items()
-            if path
-        }
-
-
-@dataclass(frozen=True)
-class TaskBatch:
-    """Texts with their targets, padded to one length; see `data.batch.Batch`.
-
-    tokens, token_types: (B, T) int32. valid_length: (B,) int32. targets: (B,) classes or scores.
-    """
-
-    tokens: np.ndarray
-    token_types: np.ndarray
-    valid_length: np.ndarray
-    targets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def rows(self, start: int, stop: int) -> TaskBatch:
-        """Return the batch of the rows from `start` up to `stop`."""
-        arrays = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return TaskBatch(*(array[start:stop] for array in arrays))
-
-
-class ExampleLoader:
-    """Batches of labelled examples, epoch by epoch, in an order from the seed."""
-
-    def __init__(self, data: Examples, batch_size: int, seed: int, max_seq_length: int) -> None:
-        self.data, self.batch_size, self.seed, self.max_seq_length = data, batch_size, seed, max_seq_length
-
-    def iter_from(self, start: LoaderState) -> Iterator[tuple[LoaderState, TaskBatch]]:
-        """Yield the batches from a position on, epoch after epoch, each with its own position."""
-        epoch, skip = start
-        while True:
-            for number, rows in enumerate(self.data.batches(self.batch_size, self.seed, epoch)):
-                if number >= skip:
-                    yield LoaderState(epoch, number), self._batch(rows)
-            epoch, skip = epoch + 1, 0
-
-    def __iter__(self) -> Iterator[TaskBatch]:
-        return map(self._batch, self.data.batches(self.batch_size, self.seed, 0))
-
-    def _batch(self, rows: np.ndarray) -> TaskBatch:
-        assert self.data.targets is not None
-        padded = pad([self.data.texts[i] for i in rows], self.max_seq_length)
-        return TaskBatch(padded.tokens, padded.token_types, padded.valid_length, self.data.targets[rows])
+from .dataset import ExampleLoader, Examples, TaskFiles
+from .formats import task_format
 
 
 def finetune(
@@ -125,34 +48,35 @@ def finetune(
     callbacks: Iterable[Callback] = (),
     **options: Any,
 ) -> Run:
-    """Fine-tune a run on tables of labelled texts; return the new run with its best network.
+    """Fine-tune a run on labelled texts; return the new run with its best network.
 
-    run: a pretrained run or its folder. train, validation, test: tables, see `tables.read_table`. output: the
-    new run's folder. task: classification, regression, or auto. options: fields of FineTuneConfig.
+    run: a pretrained run or its folder. train, validation, test: files, see `formats.task_format`. output: the
+    new run's folder. task: a kind of task, or auto. options: fields of FineTuneConfig.
 
     >>> tuned = finetune("runs/base", "train.tsv", "dev.tsv", "runs/sst", lr=3e-4)          # doctest: +SKIP
 
-    Raises InputError for tables, options or runs that cannot be used.
+    Raises InputError for files, options or runs that cannot be used.
     """
     config = _config_of(options)
     output, devices = Path(output), list(devices or [mx.cpu()])
     check_new_run(output)
-    tables = Tables(str(train), str(validation), str(test), tuple(text), label, header, quoting)
-    rows = tables.rows()
+    files = TaskFiles(str(train), str(validation), str(test), tuple(text), label, header, quoting)
+    format_ = task_format(files, task)
+    rows = format_.read(files)
     before = run if isinstance(run, Run) else load_run(Path(run), devices[:1], checkpoint)
     _check_run(before, config)
-    target = infer_task(rows["--train"], task)
+    target = format_.infer_task(rows["--train"])
     check_metric(config, target)
     net = init_from_pretrained(before.net, target, config, devices)
     length = config.max_seq_length or before.config.data.max_seq_length
     reader = Tokenizer(before.vocab, length, Normalization.from_config(before.config.data))
-    data = {flag: examples(its_rows, target, reader, flag) for flag, its_rows in rows.items()}
-    recipe = train_config(config, len(rows["--train"]))
+    data = {flag: format_.examples(its_rows, target, reader, flag) for flag, its_rows in rows.items()}
+    recipe = train_config(config, len(data["--train"]))
     trainer = task_trainer(net, config, recipe, devices, [*_callbacks(output), *callbacks])
     about = {
         "run": "" if isinstance(run, Run) else str(run),
         "init_step": before.step,
-        "tables": dataclasses.asdict(tables),
+        "files": dataclasses.asdict(files),
         "options": dataclasses.asdict(config),
     }
     whole = dataclasses.replace(
@@ -160,7 +84,7 @@ def finetune(
     )
     facts = {"finetuned": about, "contexts": list(map(str, devices)), "versions": runtime.versions()}
     create_run(output, whole, before.vocab, facts, target)
-    return _train(output, trainer, config, reader, rows, data, target)
+    return _train(output, trainer, config, reader, data)
 
 
 def resume_finetuning(
@@ -171,27 +95,28 @@ def resume_finetuning(
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} must be the folder of a fine-tuned run: it has no {CONFIG}")
     whole, task = read_config(folder / CONFIG), read_task(folder / CONFIG)
-    config, tables = _recorded(folder)
+    config, files = _recorded(folder)
     if task is None:
         raise InputError(f"{folder} must be a fine-tuned run. Resume it with pretrain --resume")
     snapshot = latest_valid(folder)
     reader = load_run(folder).reader
-    rows = tables.rows()
-    data = {flag: examples(its_rows, task, reader, flag) for flag, its_rows in rows.items()}
-    if train_config(config, len(rows["--train"])) != whole.train:
-        raise InputError(f"{tables.train} must have the rows that {folder} began with. It has others now")
+    format_ = task_format(files, task.kind)
+    rows = format_.read(files)
+    data = {flag: format_.examples(its_rows, task, reader, flag) for flag, its_rows in rows.items()}
+    if train_config(config, len(data["--train"])) != whole.train:
+        raise InputError(f"{files.train} must have the rows that {folder} began with. It has others now")
     net = _network(len(reader.vocab), whole, task, config.seed, devices)
     trainer = task_trainer(net, config, whole.train, devices, [*_callbacks(folder), *callbacks])
     trainer.restore(snapshot, folder)
-    return _train(folder, trainer, config, reader, rows, data, task)
+    return _train(folder, trainer, config, reader, data)
 
 
-def _recorded(folder: Path) -> tuple[FineTuneConfig, Tables]:
-    """Return the options and tables that a fine-tuned run began with; InputError for other runs."""
+def _recorded(folder: Path) -> tuple[FineTuneConfig, TaskFiles]:
+    """Return the options and files that a fine-tuned run began with; InputError for other runs."""
     about = read_environment(folder / CONFIG).get("finetuned")
     try:
         assert isinstance(about, dict)
-        return _config_of(about["options"]), Tables(**about["tables"])
+        return _config_of(about["options"]), TaskFiles(**about["files"])
     except (AssertionError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder / CONFIG} must be the record of a fine-tuning that can be resumed"
@@ -236,7 +161,7 @@ def _callbacks(folder: Path) -> list[Callback]:
 def init_from_pretrained(
     net: Any, task: Task, config: FineTuneConfig, devices: Sequence[Any], pretrained: bool = True
 ) -> Any:
-    """Return a network for a task: the encoder and the pooler of a pretrained one, and a new head.
+    """Return a network for a task: the encoder of a pretrained one, the pooler if need be, and a new head.
 
     pretrained: False draws the encoder and the pooler as well, to measure what pretraining is worth.
     """
@@ -294,48 +219,42 @@ def task_trainer(
 
 
 def _train(
-    output: Path,
-    trainer: Trainer,
-    config: FineTuneConfig,
-    reader: Tokenizer,
-    rows: Mapping[str, list[TableRow]],
-    data: Mapping[str, Examples],
-    task: Task,
+    output: Path, trainer: Trainer, config: FineTuneConfig, reader: Tokenizer, data: Mapping[str, Examples]
 ) -> Run:
     """Train to the end, and write the predictions of the best network."""
-    print(f"{describe(task, data)}\nrun folder: {output}", file=sys.stderr)
+    print(f"{describe(trainer.net.task, data)}\nrun folder: {output}", file=sys.stderr)
     batches = ExampleLoader(data["--train"], config.batch_size, config.seed, reader.max_seq_length)
+    flag = "--test" if "--test" in data else "--dev"
     with exclusive_lock(output, "--output"):
         trainer.fit(batches, validation=lambda: evaluate(trainer.net, reader, data["--dev"]))
         tuned = load_run(output, trainer.devices[:1], "best")
-        flag = "--test" if "--test" in data else "--dev"
-        answers = list(Predictor.of(tuned).predict(data[flag].texts))
-        _write_predictions(output / "predictions.jsonl", rows[flag], answers)
+        results = data[flag].results(Predictor.of(tuned))
+        with atomic_write(output / "predictions.jsonl") as file:
+            file.writelines(json_text(record) + "\n" for record in data[flag].records(results))
     best = trainer.state.best
     assert best is not None
     epoch = best.step * config.epochs // trainer.config.num_steps
     print(f"best of {config.epochs} epochs: {epoch}, {format_metrics(best.validation)} on the dev file")
-    line = f"{output / 'predictions.jsonl'}: {len(answers)} predictions for {flag}"
-    if flag == "--test" and data[flag].targets is not None:
-        line += f", {format_metrics(evaluated(scores_of(answers), data[flag], task))}"
+    line = f"{output / 'predictions.jsonl'}: {len(results)} predictions for {flag}"
+    if data[flag].targets is not None:
+        if flag == "--test":
+            line += f", {format_metrics(data[flag].metrics(results))}"
+        line = "\n".join([line, *data[flag].details(results)])
     print(f"{line}\nits network: {output} --checkpoint best")
     return tuned
 
 
-def _write_predictions(path: Path, rows: Sequence[TableRow], answers: Sequence[Prediction]) -> None:
-    with atomic_write(path) as file:
-        for row, answer in zip(rows, answers):
-            given = {"label": row.label} if row.label is not None else {}
-            line = {"texts": row.texts, "given": given, "predicted": answer.task_prediction}
-            file.write(json_text(line) + "\n")
-
-
 def describe(task: Task, data: Mapping[str, Examples]) -> str:
     """Return a line on what will be learnt."""
-    what = f"{len(task.labels)} classes" if task.labels else "a score"
-    texts = "pairs of texts" if task.pairs else "single texts"
-    files = ", ".join(f"{len(its):,} rows in {flag}" for flag, its in data.items())
-    return f"{what} of {texts}: {files}"
+    what = {
+        "classification": f"{len(task.labels)} classes",
+        "regression": "a score",
+        "tagging": f"tags of {len(task.labels) // 2} types of entities",
+        "question-answering": "answers in contexts",
+    }[task.kind]
+    texts = "" if task.scores_tokens else " of pairs of texts" if task.pairs else " of single texts"
+    files = ", ".join(f"{its.described()} in {flag}" for flag, its in data.items())
+    return f"{what}{texts}: {files}"
 
 
 def format_metrics(found: Mapping[str, float]) -> str:
@@ -343,24 +262,6 @@ def format_metrics(found: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in found.items())
 
 
-def predict(net: Any, reader: Tokenizer, data: Examples) -> np.ndarray:
-    """Return the scores of each text, (N, K) float32, with dropout off."""
-    return scores_of(Predictor(GluonNetwork(net), reader).predict(data.texts))
-
-
 def evaluate(net: Any, reader: Tokenizer, data: Examples) -> dict[str, float]:
-    """Return the metrics of the network's task on labelled examples."""
-    return evaluated(predict(net, reader, data), data, net.task)
-
-
-def evaluated(scores: np.ndarray, data: Examples, task: Task) -> dict[str, float]:
-    """Return the metrics of scores (N, K) on labelled examples."""
-    assert data.targets is not None
-    if task.kind == "classification":
-        return metrics.classification_metrics(data.targets, scores.argmax(axis=1), task.outputs)
-    return metrics.regression_metrics(data.targets, scores[:, 0].astype(np.float64))
-
-
-def scores_of(answers: Iterable[Prediction]) -> np.ndarray:
-    """Return the task's scores of predictions, (N, K) float32."""
-    return np.stack([answer.task_scores for answer in answers if answer.task_scores is not None])
+    """Return the metrics of the network's task on labelled examples, with dropout off."""
+    return data.metrics(data.results(Predictor(GluonNetwork(net), reader, net.task)))

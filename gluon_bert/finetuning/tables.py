@@ -128,6 +128,21 @@ def read_table(
     return rows
 
 
+def text_lines(path: Path, flag: str) -> list[str]:
+    """Read the lines of a UTF-8 file without blank ones at its end; InputError where there is none."""
+    try:
+        text = decode_utf8(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
+    # Not splitlines, which also splits at characters such as U+2028. NUL characters carry no text.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise InputError(f"{flag} {path}: is empty")
+    return lines
+
+
 def same_label(label: str) -> str:
     """The label without blanks around it; equal whole numbers become equal.
 
@@ -166,17 +181,7 @@ class _Table:
                 f"{flag} {path}: must end in {', '.join(ENDINGS)}, which tells how it is read; got "
                 f"{path.suffix or 'no ending'!r}"
             )
-        try:
-            text = decode_utf8(path.read_bytes(), str(path))
-        except OSError as error:
-            raise InputError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
-        # Not splitlines, which also splits at characters such as U+2028. NUL characters carry no text.
-        text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").rstrip("\n")
-        lines = text.split("\n")
-        while lines and not lines[-1].strip():
-            lines.pop()
-        if not lines:
-            raise InputError(f"{flag} {path}: is empty")
+        lines = text_lines(path, flag)
         self._lines, self._separator = lines, _separator(lines[0], self._ending)
         self._notes: list[str] = []
         self._quoted = self._ending == ".csv" or (self._ending == ".tsv" and self._is_quoted(quoting))

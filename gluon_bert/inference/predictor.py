@@ -24,14 +24,15 @@ BATCH_MASKS = 256
 CHUNK_TOKENS = 16 * BATCH_TOKENS
 
 _TASK = "its task"
+NOT_FINE_TUNED = "the network was pretrained, not fine-tuned: it knows no labels and no scores"
 
 
 class Outputs(NamedTuple):
     """What a network computes of padded texts, float32 on the host.
 
     encoded (B, T, C); pooled (B, C); mask_scores (M, V) for the M masks; next_scores (B, 2) for "does not
-    follow" and "follows"; task_scores (B, K), what a fine-tuned network was fine-tuned for. None: what the
-    network has not, or was exported without.
+    follow" and "follows"; task_scores (B, K) of a fine-tuned network, or token_scores (B, T, K). None: what
+    the network has not, or was exported without.
     """
 
     encoded: np.ndarray
@@ -39,6 +40,7 @@ class Outputs(NamedTuple):
     mask_scores: np.ndarray | None = None
     next_scores: np.ndarray | None = None
     task_scores: np.ndarray | None = None
+    token_scores: np.ndarray | None = None
 
 
 class Backend(Protocol):
@@ -53,13 +55,16 @@ class GluonNetwork:
 
     def __init__(self, net: Any) -> None:
         self.net = net
-        self._context = net.pooler.dense.weight.list_ctx()[0]
+        self._context = net.encoder.embeddings.tokens.weight.list_ctx()[0]
 
     def __call__(self, texts: PaddedBatch) -> Outputs:
         """The outputs, brought to the host."""
         encoded = self.net.encoder(*map(self._load, (texts.tokens, texts.token_types, texts.valid_length)))
+        task = task_of(self.net)
+        if task and task.scores_tokens:
+            return Outputs(encoded.asnumpy(), token_scores=self.net.scores(encoded).asnumpy())
         pooled = self.net.pooler(encoded)
-        if task_of(self.net):
+        if task:
             task_scores = self.net.head(pooled).asnumpy()
             return Outputs(encoded.asnumpy(), pooled.asnumpy(), task_scores=task_scores)
         mask_scores = None
@@ -76,8 +81,8 @@ class Prediction:
     """What the network says of one text of T tokens.
 
     vectors: (T, C), one a token with <cls> and <sep>. pooled: (C,). mask_scores: (K, V) for its K masks.
-    next_scores: (2,). task_scores: (K,), what `task` says. All float32; None where the network has not, or
-    was exported without.
+    next_scores: (2,). task_scores: (K,), or token_scores: (T, K), what `task` says. All float32; None where
+    the network has not, or was exported without.
     """
 
     text: EncodedText
@@ -86,6 +91,7 @@ class Prediction:
     mask_scores: np.ndarray | None
     next_scores: np.ndarray | None
     task_scores: np.ndarray | None = None
+    token_scores: np.ndarray | None = None
     task: Task | None = None
     untrained: tuple[str, ...] = ()
     pooling: Pooling | None = None
@@ -136,7 +142,11 @@ class Prediction:
     def task_prediction(self) -> dict[str, Any]:
         """What a fine-tuned network says: {"label", "probabilities"} of classes, or {"score"}."""
         if self.task is None:
-            raise InputError("the network was pretrained, not fine-tuned: it knows no labels and no scores")
+            raise InputError(NOT_FINE_TUNED)
+        if self.task.scores_tokens:
+            raise InputError(
+                f"the network was fine-tuned for {self.task.kind}. Use task_input and predict_tasks."
+            )
         if self.task.pairs is not None and self.text.is_pair != self.task.pairs:
             wanted = "pairs of texts: give two" if self.task.pairs else "single texts: give one"
             raise InputError(f"the network was fine-tuned on {wanted}")
@@ -145,6 +155,10 @@ class Prediction:
             return {"score": float(scores[0])}
         probabilities = dict(zip(self.task.labels, softmax(scores.astype(np.float64)).tolist()))
         return {"label": self.task.labels[int(scores.argmax())], "probabilities": probabilities}
+
+    def scores_of_tokens(self) -> np.ndarray:
+        """Return the task's scores of the tokens, (T, K) float64."""
+        return self._given(self.token_scores, _TASK).astype(np.float64)
 
     def _given(self, scores: np.ndarray | None, what: str) -> np.ndarray:
         if scores is None and self.task and what != _TASK:
@@ -190,7 +204,7 @@ class Predictor:
 
     def _predict_batch(self, texts: list[EncodedText]) -> Iterator[Prediction]:
         batch = pad(texts, self.reader.max_seq_length)
-        encoded, pooled, mask_scores, next_scores, task_scores = self.network(batch)
+        encoded, pooled, mask_scores, next_scores, task_scores, token_scores = self.network(batch)
         for row, text in enumerate(texts):
             mine = batch.masked_positions[0] == row
             yield Prediction(
@@ -200,6 +214,7 @@ class Predictor:
                 None if mask_scores is None else mask_scores[mine],
                 None if next_scores is None else next_scores[row],
                 None if task_scores is None else task_scores[row],
+                None if token_scores is None else token_scores[row, : len(text)],
                 self.task,
                 self.untrained,
                 self.pooling,

@@ -1,22 +1,29 @@
-"""Describes what a network was fine-tuned for: classes or a score, of single texts or of pairs."""
+"""Describes what a network was fine-tuned for: labels or a score of a text, tags of words, or answers."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Mapping
 
 from ..errors import InputError
 
-KINDS = ("classification", "regression")
+KINDS = ("classification", "regression", "tagging", "question-answering")
+# Kinds that score every token, without the pooler. The others score a text.
+TOKEN_KINDS = ("tagging", "question-answering")
+# Tags of words: outside of entities, the first word of an entity, and the words inside it.
+BIO_TAG = re.compile(r"O|[BI]-\S+")
 
 
 @dataclass(frozen=True)
 class Task:
     """A task: its kind, whether its texts are pairs, and what the network's scores mean.
 
-    pairs: None where no file says it; single texts and pairs are then both taken.
-    labels: a classification's, in the order of its scores. mean, scale: a regression's; its score is
-    mean + scale * the network's output.
+    pairs: None where no file says it; single texts and pairs are then both taken. A pair of question answering
+    is a question and its context.
+    labels: a classification's or a tagging's, in the order of its scores. mean, scale: a regression's; its
+    score is mean + scale * the network's output. no_answer: of question answering, whether a context may have
+    no answer.
 
     >>> Task("classification", pairs=False, labels=("no", "yes")).outputs
     2
@@ -27,11 +34,17 @@ class Task:
     labels: tuple[str, ...] = ()
     mean: float = 0.0
     scale: float = 1.0
+    no_answer: bool = False
 
     @property
     def outputs(self) -> int:
-        """K, the number of scores per text."""
-        return len(self.labels) if self.kind == "classification" else 1
+        """K, the number of scores per text or token. Question answering scores an answer's start and end."""
+        return {"regression": 1, "question-answering": 2}.get(self.kind, len(self.labels))
+
+    @property
+    def scores_tokens(self) -> bool:
+        """Whether the network scores every token."""
+        return self.kind in TOKEN_KINDS
 
     @property
     def texts(self) -> int:
@@ -45,19 +58,22 @@ class Task:
     @classmethod
     def from_json(cls, content: Any, where: object) -> Task:
         """Return the task that `to_json` described; raise InputError for anything else."""
+        refusal = InputError(
+            f"{where}: 'task' must be a task that this gluon_bert wrote, got {content!r:.80}"
+        )
         if not isinstance(content, Mapping) or set(content) != set(cls.__dataclass_fields__):
-            raise InputError(
-                f"{where}: 'task' must be a task that this gluon_bert wrote, got {content!r:.80}"
-            )
-        labels, mean, scale = content["labels"], content["mean"], content["scale"]
+            raise refusal
+        kind, labels, mean, scale = (content[name] for name in ("kind", "labels", "mean", "scale"))
         sound = [
-            content["kind"] in KINDS,
+            kind in KINDS,
             content["pairs"] is None or type(content["pairs"]) is bool,
             isinstance(labels, list) and all(isinstance(label, str) for label in labels),
             all(type(number) in (int, float) for number in (mean, scale)),
+            type(content["no_answer"]) is bool,
         ]
-        if not all(sound) or (content["kind"] == "classification") != (len(labels) >= 2):
-            raise InputError(
-                f"{where}: 'task' must be a task that this gluon_bert wrote, got {content!r:.80}"
-            )
-        return cls(content["kind"], content["pairs"], tuple(labels), float(mean), float(scale))
+        if not all(sound) or (kind in ("classification", "tagging")) != (len(labels) >= 2):
+            raise refusal
+        if kind == "tagging" and not all(map(BIO_TAG.fullmatch, labels)):
+            raise refusal
+        pairs, no_answer = content["pairs"], content["no_answer"]
+        return cls(kind, pairs, tuple(labels), float(mean), float(scale), no_answer)

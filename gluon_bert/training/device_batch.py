@@ -19,8 +19,9 @@ class DeviceBatch:
 
     num_pairs, num_tokens, num_masked: counts of this shard, without padding. A device without rows of its own
     gets a copy of the first row; its counts are 0.
-    pair_weight, masked_weight: 1 / the count of the whole batch. A summed loss times its weight is this
-    shard's part of the mean. Both are 0 for a copied row.
+    num_labels: tokens with a label, where the batch has such.
+    pair_weight, masked_weight, label_weight: 1 / the count of the whole batch. A summed loss times its weight
+    is this shard's part of the mean. All are 0 for a copied row.
     count_correct: whether the loss should count correct masked predictions, which takes one more pass.
     """
 
@@ -31,6 +32,8 @@ class DeviceBatch:
     pair_weight: float
     masked_weight: float
     count_correct: bool = False
+    num_labels: int = 0
+    label_weight: float = 0.0
 
     def __getattr__(self, name: str) -> Any:
         arrays = self.__dict__.get("arrays", {})
@@ -64,7 +67,7 @@ def _load(batch: Any, start: int, stop: int, device: Any, whole: Any, count_corr
         field.name: mx.nd.array(getattr(part, field.name), ctx=device, dtype=np.float32)
         for field in dataclasses.fields(part)
     }
-    num_masked = _num_masked(whole)
+    num_masked, num_labels = _num_masked(whole), _num_labels(whole)
     return DeviceBatch(
         arrays,
         num_pairs=len(part) if used else 0,
@@ -73,9 +76,16 @@ def _load(batch: Any, start: int, stop: int, device: Any, whole: Any, count_corr
         pair_weight=1 / len(whole) if used else 0.0,
         masked_weight=1 / num_masked if used and num_masked else 0.0,
         count_correct=count_correct,
+        num_labels=_num_labels(part) if used else 0,
+        label_weight=1 / num_labels if used and num_labels else 0.0,
     )
 
 
 def _num_masked(batch: Any) -> int:
     """Return the number of masked tokens; 0 for a batch without masks."""
     return len(getattr(batch, "masked_ids", ()))
+
+
+def _num_labels(batch: Any) -> int:
+    """Return the number of tokens with a label; 0 for a batch that labels no tokens."""
+    return int(getattr(batch, "num_labels", 0))

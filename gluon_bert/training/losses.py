@@ -81,18 +81,55 @@ def mlm_and_sentence_order(net: Any, shard: DeviceBatch) -> ShardLoss:
 
 
 def task_loss(net: Any, shard: DeviceBatch) -> ShardLoss:
-    """Return the loss of a fine-tuned network (`BERTForTask`) on one shard: cross-entropy or squared error.
+    """Return the loss of a fine-tuned network (`BERTForTask`) on one shard, by the kind of its task."""
+    scores = net.scores(net.encoder(shard.tokens, shard.token_types, shard.valid_length))
+    return ShardLoss.of({"task": _TASK_LOSSES[net.task.kind](net, scores, shard)})
 
-    A squared error is in units of the scores' variance.
+
+def _class_loss(_: Any, scores: Any, shard: DeviceBatch) -> LossSum:
+    """Return the cross-entropy of classes: scores (B, K), targets (B,)."""
+    correct = num_correct(scores, shard.targets)
+    return LossSum(cross_entropy(scores, shard.targets), shard.num_pairs, shard.pair_weight, correct)
+
+
+def _score_loss(net: Any, scores: Any, shard: DeviceBatch) -> LossSum:
+    """Return the squared error of scores (B, 1) in units of their variance; targets (B,)."""
+    summed = ((scores.reshape((-1,)) - shard.targets) / net.task.scale).square().sum()
+    return LossSum(summed, shard.num_pairs, shard.pair_weight)
+
+
+def _tag_loss(_: Any, scores: Any, shard: DeviceBatch) -> LossSum:
+    """Return the cross-entropy of tags: scores (B, T, K), targets (B, T), negative where a token has no tag."""
+    has_tag, targets = shard.targets >= 0, mx.nd.maximum(shard.targets, 0)
+    losses = -scores.log_softmax(axis=-1).pick(targets, axis=-1)
+    with mx.autograd.pause():
+        correct = ((scores.argmax(axis=-1) == targets) * has_tag).sum()
+    return LossSum((losses * has_tag).sum(), shard.num_labels, shard.label_weight, correct)
+
+
+def _span_loss(_: Any, scores: Any, shard: DeviceBatch) -> LossSum:
+    """Return the mean of the start's and the end's cross-entropy: scores (B, T, 2), targets (B, 2).
+
+    Padding is no candidate, so it changes no loss.
     """
-    scores = net.head(net.pooler(net.encoder(shard.tokens, shard.token_types, shard.valid_length)))
-    correct = None
-    if net.task.kind == "classification":
-        summed = cross_entropy(scores, shard.targets)
-        correct = num_correct(scores, shard.targets)
-    else:
-        summed = ((scores.reshape((-1,)) - shard.targets) / net.task.scale).square().sum()
-    return ShardLoss.of({"task": LossSum(summed, shard.num_pairs, shard.pair_weight, correct)})
+    scores = mx.nd.SequenceMask(
+        scores.transpose((1, 0, 2)), shard.valid_length, use_sequence_length=True, value=_IMPOSSIBLE
+    ).transpose((1, 2, 0))
+    losses = -scores.log_softmax(axis=-1).pick(shard.targets, axis=-1)
+    with mx.autograd.pause():
+        correct = (scores.argmax(axis=-1) == shard.targets).prod(axis=-1).sum()
+    return LossSum(losses.sum() / 2, shard.num_pairs, shard.pair_weight, correct)
+
+
+# A score whose softmax is 0 in float32 and which is finite in float16.
+_IMPOSSIBLE = -1e4
+
+_TASK_LOSSES = {
+    "classification": _class_loss,
+    "regression": _score_loss,
+    "tagging": _tag_loss,
+    "question-answering": _span_loss,
+}
 
 
 # The loss function of each objective, as DataConfig names it.

@@ -20,11 +20,13 @@ from gluon_bert.data.tokenizer import pad
 from gluon_bert.errors import InputError
 from gluon_bert.export.exporter import load_exported
 from gluon_bert.finetuning import metrics
-from gluon_bert.finetuning.dataset import Examples, examples, infer_task
+from gluon_bert.finetuning.dataset import Examples
 from gluon_bert.finetuning.finetune import finetune as finetune_run
-from gluon_bert.finetuning.finetune import init_from_pretrained, predict
+from gluon_bert.finetuning.finetune import init_from_pretrained
+from gluon_bert.finetuning.sentences import examples, infer_task
 from gluon_bert.finetuning.tables import TableRow
-from gluon_bert.inference.predictor import Predictor
+from gluon_bert.inference.predictor import GluonNetwork, Predictor
+from gluon_bert.inference.task_inputs import Sentence
 from gluon_bert.model.task import Task
 from gluon_bert.run import load_run
 from gluon_bert.runtime import mx
@@ -200,7 +202,7 @@ def test_a_label_that_is_unseen_in_training_is_told(before):
 def test_epoch_has_every_example_once_in_own_order(before):
     reader = load_run(before).reader
     texts = [reader.text("crane " * (1 + i % 9)) for i in range(103)]
-    data = Examples(texts, np.zeros(103))
+    data = Examples(Task("regression", False), texts, list(map(Sentence, texts)), np.zeros(103))
     one, again, other = (list(data.batches(8, seed=3, epoch=epoch)) for epoch in (1, 1, 2))
     assert sorted(np.concatenate(one).tolist()) == list(range(103))
     np.testing.assert_array_equal(np.concatenate(one), np.concatenate(again))
@@ -230,9 +232,7 @@ def test_finetuning_starts_from_the_encoder_with_its_loss(before):
 
 def loss_of(task, scores, targets):
     """The task loss of a network with these scores, as the mean over the batch."""
-    net = SimpleNamespace(
-        encoder=lambda *_: None, pooler=lambda _: None, head=lambda _: mx.nd.array(scores), task=task
-    )
+    net = SimpleNamespace(encoder=lambda *_: None, scores=lambda _: mx.nd.array(scores), task=task)
     arrays = dict.fromkeys(("tokens", "token_types", "valid_length"))
     shard = DeviceBatch({**arrays, "targets": mx.nd.array(targets)}, 2, 0, 0, 1 / 2, 0.0)
     return task_loss(net, shard).total.asscalar()
@@ -254,8 +254,8 @@ def test_padding_and_the_batch_change_no_score(before):
         run.net, Task("regression", False, mean=1.0, scale=3.0), FineTuneConfig(), [mx.cpu()]
     )
     texts = [run.reader.text(text) for text in ("the crane", "the bird rises . it falls", "city")]
-    together = predict(net, run.reader, Examples(texts, None))
-    for text, score in zip(texts, together):
+    together = Predictor(GluonNetwork(net), run.reader, net.task).predict(texts)
+    for text, score in zip(texts, (prediction.task_scores for prediction in together)):
         batch = pad([text], 16)
         inputs = [mx.nd.array(a) for a in (batch.tokens, batch.token_types, batch.valid_length)]
         np.testing.assert_allclose(net(*inputs)[1].asnumpy()[0], score, atol=1e-5)

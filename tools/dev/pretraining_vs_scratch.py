@@ -63,7 +63,7 @@ def study(arguments: argparse.Namespace) -> int:
 
     from gluon_bert.data.corpora.corpus import WIKITEXT_TRAIN, WIKITEXT_VALID
     from gluon_bert.data.corpora.wikitext2 import wikitext2_folder
-    from gluon_bert.finetuning.dataset import examples, infer_task
+    from gluon_bert.finetuning.sentences import examples, infer_task
     from gluon_bert.run import load_run
 
     check(arguments)
@@ -109,8 +109,8 @@ def fine_tuned(
     before: Any, task: Any, train: Any, dev: Any, config: FineTuneConfig, pretrained: bool
 ) -> dict[str, Any]:
     """Fine-tune a network; return its metrics on the dev examples after the last epoch."""
+    from gluon_bert.finetuning.dataset import ExampleLoader
     from gluon_bert.finetuning.finetune import (
-        ExampleLoader,
         evaluate,
         init_from_pretrained,
         task_trainer,
