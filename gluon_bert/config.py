@@ -373,8 +373,12 @@ class FineTuneConfig:
     )
     best_metric: str = option(
         "auto",
-        "the metric by which the best epoch is chosen (accuracy of classes, Pearson's correlation of scores)",
-        choices=("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse"),
+        "the metric by which the best epoch is chosen (accuracy of classes, Pearson's correlation of scores, "
+        "F1 of entities and answers)",
+        choices=(
+            *("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse"),
+            *("precision", "recall", "exact_match"),
+        ),
     )
     seed: int = option(0, "of the head's weights, dropout and order", at_least=0, at_most=2**31 - 1)
 

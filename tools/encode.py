@@ -131,6 +131,8 @@ def encode(arguments: argparse.Namespace) -> int:
         ask = "task"
     told, asked_lines = tee(lines)
     truncate = arguments.too_long == "cut"
+    if ask == "task" and predictor.task.scores_tokens:
+        return show_results(arguments, predictor, told, asked_lines, total)
     texts_read = readable(predictor.reader, asked_lines, ask, truncate)
     answers = score(predictor, texts_read) if ask == "score" else predictor.predict(texts_read)
     seen = Seen(predictor.reader.vocab.unk)
@@ -146,6 +148,45 @@ def encode(arguments: argparse.Namespace) -> int:
     if arguments.output:
         print(f"{arguments.output}: {total} texts")
     return 0
+
+
+def show_results(
+    arguments: argparse.Namespace, predictor: Any, lines: Iterable[Any], asked: Iterable[Any], total: int
+) -> int:
+    """Show the tags and entities of each text, or the answer of each question."""
+    from gluon_bert.inference.task_inputs import predict_tasks
+
+    inputs = (task_input_of(predictor, line) for line in asked)
+    with ExitStack() as stack:
+        file = stack.enter_context(atomic_write(arguments.output)) if arguments.output else sys.stdout
+        as_json = arguments.json or arguments.output
+        for line, result in zip(lines, predict_tasks(predictor, inputs)):
+            content = result.to_json()
+            given = dict(zip(("text", "pair"), line.given))
+            shown = json_text({**given, **content}) if as_json else result_lines(line, content)
+            print(shown, file=file)
+    if arguments.output:
+        print(f"{arguments.output}: {total} texts")
+    return 0
+
+
+def task_input_of(predictor: Any, line: Any) -> Any:
+    """Return a line as the task reads it; InputError says where it was found."""
+    from gluon_bert.inference.task_inputs import task_input
+
+    try:
+        return task_input(predictor.task, predictor.reader, *line.given)
+    except InputError as problem:
+        raise InputError(f"{line.where}: {problem}") from problem
+
+
+def result_lines(line: Any, content: dict[str, Any]) -> str:
+    """Return a task's result, as text for the terminal."""
+    shown = [" || ".join(line.given)]
+    for entity in content["entities"]:
+        place = f"({entity['start']} to {entity['end']})"
+        shown.append(f"  {entity['probability']:8.4f}  {entity['type']}  {entity['text']} {place}")
+    return "\n".join(map(printable, shown))
 
 
 def pooling_of(arguments: argparse.Namespace, own: Pooling | None) -> Pooling | None:

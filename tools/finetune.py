@@ -20,6 +20,7 @@ from gluon_bert.cli import (
 from gluon_bert.config import FineTuneConfig, check_group
 from gluon_bert.errors import InputError
 from gluon_bert.finetuning.tables import QUOTING
+from gluon_bert.model.task import KINDS
 
 EXAMPLES = """\
 examples:
@@ -78,9 +79,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--task",
-        choices=("auto", "classification", "regression"),
+        choices=("auto", *KINDS),
         default="auto",
-        help="auto: regression where a label is a number that is not whole (auto)",
+        help="auto: as the training file is, regression where a label is a number that is not whole (auto)",
     )
     add_checkpoint_flag(p)
     p.add_argument("--gpus", metavar="N[,N...]", help="compute on these GPUs, such as 0 or 0,1 (on the CPU)")

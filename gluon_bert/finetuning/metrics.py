@@ -1,13 +1,19 @@
-"""How good predictions are: accuracy, F1, Matthews, Pearson, Spearman, mean squared error. NumPy alone."""
+"""How good predictions are: of classes, scores, tags and answers. Computes with NumPy alone."""
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Sequence
+
 import numpy as np
+
+from ..inference.tagging import entities
 
 # Which of them fit a task, the first deciding which checkpoint is the best unless another is asked for.
 METRICS_BY_TASK = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman", "mse"),
+    "tagging": ("f1", "precision", "recall", "accuracy"),
 }
 # Of these the smaller is the better.
 SMALLER = ("mse",)
@@ -42,6 +48,50 @@ def regression_metrics(expected: np.ndarray, predicted: np.ndarray) -> dict[str,
         "pearson": _correlation(expected, predicted),
         "spearman": _correlation(_ranks(expected), _ranks(predicted)),
         "mse": float(np.mean((expected - predicted) ** 2)),
+    }
+
+
+def entity_metrics(expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return F1, precision and recall of the entities of BIO tags, and the accuracy of the tags.
+
+    expected, predicted: the tags of each sentence. An entity is right if its type and all its words are. These
+    are seqeval's micro averages; 0 where it is 0 divided by 0.
+    """
+    by_type = _counted(expected, predicted)
+    found = _ratios(*np.sum(list(by_type.values()), axis=0)) if by_type else _ratios(0, 0, 0)
+    pairs = [pair for sentence in zip(expected, predicted) for pair in zip(*sentence)]
+    accuracy = sum(one == other for one, other in pairs) / len(pairs)
+    return {**{name: found[name] for name in ("f1", "precision", "recall")}, "accuracy": accuracy}
+
+
+def entity_metrics_by_type(
+    expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """Return precision, recall and F1 of each type, and the number of expected entities."""
+    return {type_: _ratios(*counts) for type_, counts in sorted(_counted(expected, predicted).items())}
+
+
+def _counted(
+    expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+) -> dict[str, tuple[int, int, int]]:
+    """Return for each type how many entities were right, predicted and expected."""
+    right: Counter[str] = Counter()
+    said: Counter[str] = Counter()
+    true: Counter[str] = Counter()
+    for tags, predicted_tags in zip(expected, predicted):
+        ours, theirs = set(entities(tags)), set(entities(predicted_tags))
+        right.update(entity.type for entity in ours & theirs)
+        said.update(entity.type for entity in theirs)
+        true.update(entity.type for entity in ours)
+    return {type_: (right[type_], said[type_], true[type_]) for type_ in {*said, *true}}
+
+
+def _ratios(right: int, said: int, true: int) -> dict[str, float]:
+    return {
+        "precision": right / said if said else 0.0,
+        "recall": right / true if true else 0.0,
+        "f1": 2 * right / (said + true) if said + true else 0.0,
+        "number": float(true),
     }
 
 

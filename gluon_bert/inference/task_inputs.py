@@ -10,6 +10,7 @@ from ..data.tokenizer import EncodedText, Tokenizer
 from ..errors import InputError
 from ..model.task import Task
 from .predictor import NOT_FINE_TUNED, Prediction, Predictor
+from .tagging import TextToTag
 
 
 class TaskResult(Protocol):
@@ -65,6 +66,10 @@ def task_input(
     """
     if task is None:
         raise InputError(NOT_FINE_TUNED)
+    if task.kind == "tagging":
+        if second is not None:
+            raise InputError("the network was fine-tuned for tagging of single texts: give one")
+        return TextToTag.of_text(reader, task, first)
     return Sentence(reader.text(first, second, truncate))
 
 

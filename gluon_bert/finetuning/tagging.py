@@ -1,0 +1,233 @@
+"""Files of tagged tokens, in CoNLL or JSONL, and their sentences as the network reads them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple, Sequence
+
+import numpy as np
+
+from ..data.tokenizer import Tokenizer
+from ..errors import InputError
+from ..fileio import SURROGATE
+from ..inference.tagging import OUTSIDE, TaggedText, TextToTag, entities
+from ..model.task import BIO_TAG, Task
+from .dataset import Examples, TaskBatch, TaskFiles
+from .metrics import entity_metrics, entity_metrics_by_type
+from .tables import first_lines, text_lines
+
+log = logging.getLogger(__name__)
+
+CONLL_ENDINGS = (".conll", ".bio", ".iob2")
+# The names that JSONL files have for tags, the first of these that is there.
+_TAG_KEYS = ("labels", "tags", "ner_tags")
+# What CoNLL files have between documents, as a token.
+_DOCUMENT = "-DOCSTART-"
+
+
+class TaggedRow(NamedTuple):
+    """The tokens of a sentence, their tags if the file has them, and where each token was found."""
+
+    where: tuple[str, ...]
+    tokens: tuple[str, ...]
+    tags: tuple[str, ...] | None
+
+
+def read_tagged(path: Path, flag: str, labels_needed: bool = True) -> list[TaggedRow]:
+    """Read sentences of tagged tokens; InputError names the lines that are wrong, ten at most.
+
+    A CoNLL file has a token a line, with its tag in the last column, and a blank line between sentences. A
+    JSONL file has an object a line, with `tokens` and `labels`. The tags are BIO: O, B-TYPE and I-TYPE, where
+    I-TYPE follows B-TYPE or I-TYPE. labels_needed: False takes a file without tags as well.
+    """
+    if path.suffix.lower() not in (*CONLL_ENDINGS, ".jsonl"):
+        raise InputError(f"{flag} {path}: must end in {', '.join(CONLL_ENDINGS)} or .jsonl for tagging")
+    lines = text_lines(path, flag)
+    read = _json_rows if path.suffix.lower() == ".jsonl" else _conll_rows
+    rows: list[TaggedRow] = []
+    problems: list[str] = []
+    for row in read(path, lines):
+        if isinstance(row, str):
+            problems.append(row)
+        else:
+            rows.append(row)
+            problems += _problems(row, labels_needed)
+    if problems:
+        raise InputError("\n".join(first_lines(problems, str(path))))
+    if not rows:
+        raise InputError(f"{flag} {path}: must have a line for each token, got none")
+    without = next((row for row in rows if row.tags is None), None)
+    if without and any(row.tags for row in rows):
+        raise InputError(f"{without.where[0]}: must have tags, as the other sentences of the file have")
+    return rows
+
+
+def _conll_rows(path: Path, lines: Sequence[str]) -> Iterator[TaggedRow | str]:
+    """Yield each sentence, or what is wrong with a line."""
+    columns, first = 0, 0
+    where: list[str] = []
+    sentence: list[list[str]] = []
+    for number, line in enumerate([*lines, ""], 1):
+        fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
+        if not any(fields) or fields[0] == _DOCUMENT:
+            if sentence:
+                tokens, *others = zip(*sentence)
+                yield TaggedRow(tuple(where), tokens, others[-1] if others else None)
+            where, sentence = [], []
+            continue
+        if not columns:
+            columns, first = len(fields), number
+        if len(fields) != columns or not fields[0]:
+            what = f"{columns} columns as line {first}, got {len(fields)}" if fields[0] else "a token first"
+            yield f"{path}, line {number}: must have {what}. Write a token, a tab and its tag."
+        else:
+            where.append(f"{path}, line {number}")
+            sentence.append(fields)
+
+
+def _json_rows(path: Path, lines: Sequence[str]) -> Iterator[TaggedRow | str]:
+    """Yield the sentence of each line, or what is wrong with it."""
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield f"{where}: is not JSON ({error})"
+            continue
+        tokens: Any = content.get("tokens") if isinstance(content, dict) else None
+        key = next((key for key in _TAG_KEYS if isinstance(content, dict) and key in content), None)
+        tags = content[key] if key else None
+        if not _are_strings(tokens) or not (tags is None or _are_strings(tags)):
+            yield f'{where}: must be an object such as {{"tokens": ["in", "Paris"], "labels": ["O", "B-place"]}}'
+            continue
+        if tags is not None and len(tags) != len(tokens):
+            yield f"{where}: must have a label for each token, got {len(tokens)} tokens and {len(tags)} labels"
+        elif not tokens:
+            yield f"{where}: must have a token at least, got none"
+        else:
+            places = tuple(f"{where}, token {place}" for place in range(1, len(tokens) + 1))
+            yield TaggedRow(places, tuple(tokens), None if tags is None else tuple(tags))
+
+
+def _are_strings(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _problems(row: TaggedRow, labels_needed: bool) -> Iterator[str]:
+    """Yield a sentence for every token or tag of a row that is wrong."""
+    for where, token in zip(row.where, row.tokens):
+        if not token.strip():
+            yield f"{where}: the token must not be empty"
+        elif SURROGATE.search(token):
+            yield f"{where}: the token holds half a surrogate pair, which is not a character"
+    if row.tags is None:
+        if labels_needed:
+            yield f"{row.where[0]}: must have a tag for each token, got none"
+        return
+    before = ""
+    for where, tag in zip(row.where, row.tags):
+        type_ = tag[2:]
+        if not BIO_TAG.fullmatch(tag):
+            yield f"{where}: the tag must be O, B-TYPE or I-TYPE, got {tag!r}"
+        elif tag[0] == "I" and before not in (f"B-{type_}", tag):
+            behind = f"got it behind {before!r}" if before else "got it first"
+            yield f"{where}: {tag!r} must follow 'B-{type_}' or {tag!r}, {behind}. Write 'B-{type_}'."
+        before = tag
+
+
+@dataclass(frozen=True)
+class TaggingBatch(TaskBatch):
+    """A batch whose targets are tags, (B, T) int32; -1 where a token carries none."""
+
+    @property
+    def num_labels(self) -> int:
+        """The number of tokens with a tag."""
+        return int((self.targets >= 0).sum())
+
+
+class TaggedExamples(Examples):
+    """Sentences with the numbers of their tags; the targets are (T,) int32, as `TextToTag.targets`."""
+
+    batch_type = TaggingBatch
+
+    def padded_targets(self, targets: Sequence[np.ndarray], length: int) -> np.ndarray:
+        padded = np.full((len(targets), length), -1, dtype=np.int32)
+        for row, target in zip(padded, targets):
+            row[: len(target)] = target
+        return padded
+
+    def metrics(self, results: Sequence[TaggedText]) -> dict[str, float]:
+        return entity_metrics([row.tags for row in self.rows], [result.tags for result in results])
+
+    def details(self, results: Sequence[TaggedText]) -> list[str]:
+        found = entity_metrics_by_type([row.tags for row in self.rows], [result.tags for result in results])
+        width = max(map(len, [*found, "entity"]))
+        lines = [f"{'entity':{width}}  precision  recall      f1  number"]
+        for type_, its in found.items():
+            figures = f"{its['precision']:9.4f}  {its['recall']:6.4f}  {its['f1']:6.4f}"
+            lines.append(f"{type_:{width}}  {figures}  {its['number']:6.0f}")
+        return lines
+
+    def records(self, results: Sequence[TaggedText]) -> Iterator[dict[str, Any]]:
+        for row, result in zip(self.rows, results):
+            given = {"tags": row.tags} if row.tags is not None else {}
+            predicted = {name: value for name, value in result.to_json().items() if name != "words"}
+            yield {"tokens": row.tokens, "given": given, "predicted": predicted}
+
+    def described(self) -> str:
+        return f"{len(self.rows):,} sentences"
+
+
+class TaggingFormat:
+    """Reads CoNLL and JSONL files of tagged tokens."""
+
+    def read(self, files: TaskFiles) -> dict[str, list[TaggedRow]]:
+        """Return the sentences of each file, by its flag."""
+        return {
+            flag: read_tagged(Path(path), flag, labels_needed=flag != "--test")
+            for flag, path in files.by_flag.items()
+        }
+
+    def infer_task(self, rows: Sequence[TaggedRow]) -> Task:
+        """Return the task: the tags B-TYPE and I-TYPE of every type of entity, and O."""
+        counts = Counter(entity.type for row in rows for entity in entities(row.tags or ()))
+        if not counts:
+            raise InputError(f"--train: all tags are {OUTSIDE}: there is nothing to learn")
+        log.info("entities: %s", ", ".join(f"{type_} {count:,}" for type_, count in counts.most_common()))
+        tags = [f"{prefix}-{type_}" for type_ in sorted(counts) for prefix in "BI"]
+        return Task("tagging", pairs=False, labels=(OUTSIDE, *tags))
+
+    def examples(self, rows: Sequence[TaggedRow], task: Task, reader: Tokenizer, flag: str) -> TaggedExamples:
+        """Return the sentences as the network reads them, long ones in parts."""
+        inputs = [TextToTag(reader, task, row.tokens) for row in rows]
+        parted = sum(len(each.texts) > 1 for each in inputs)
+        if parted:
+            log.info(
+                "%s: %d of %d sentences are longer than %d tokens and read in parts",
+                flag,
+                parted,
+                len(rows),
+                reader.max_seq_length,
+            )
+        if rows[0].tags is None:
+            return TaggedExamples(task, rows, inputs, None)
+        numbers = {tag: number for number, tag in enumerate(task.labels)}
+        unknown = [
+            f"{where}: tag {tag!r} must occur in the training file, which has the types "
+            + ", ".join(tag[2:] for tag in task.labels if tag[0] == "B")
+            for row in rows
+            for where, tag in zip(row.where, row.tags or ())
+            if tag not in numbers
+        ]
+        if unknown:
+            raise InputError("\n".join(first_lines(unknown, flag)))
+        targets = [
+            target
+            for each, row in zip(inputs, rows)
+            for target in each.targets([numbers[tag] for tag in row.tags or ()])
+        ]
+        return TaggedExamples(task, rows, inputs, targets)
