@@ -72,6 +72,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert pretrain.main(["--corpus", "text.txt", "--num-steps", "2", "--batch-size", "16"]) == 0
+        (folder / "runs" / "base").symlink_to(folder / "runs" / "d2l-1")
         yield folder
 
 
@@ -98,8 +99,7 @@ def test_commands_finetune_and_export_the_run(runs, capsys):
     rows = [f"the {noun} {verb}\t{verb}" for noun in ("crane", "bird", "city") for verb in ("sees", "lifts")]
     for name in ("train.tsv", "dev.tsv"):
         (runs / name).write_text("\n".join(["text\tlabel", *rows]) + "\n", "utf-8")
-    (runs / "runs" / "base").symlink_to(runs / "runs" / "d2l-1")
-    (tuning,) = commands("finetune", of="runs/base")
+    (tuning,) = commands("finetune", "train.tsv", of="runs/base")
     assert finetune.main(tuning) == 0
     (asking,) = commands("encode", of="runs/base-finetuned-1")
     capsys.readouterr()
@@ -110,6 +110,16 @@ def test_commands_finetune_and_export_the_run(runs, capsys):
     assert export.main(packing) == 0
     (serving,) = commands("serve", of="runs/base-finetuned-1")
     assert (runs / serving[0]).is_file()
+
+
+def test_commands_tag_words(runs, capsys):
+    lines = ["the\tO", "crane\tB-bird", "lifts\tO", "", "it\tO", "", "the\tB-bird", "bird\tI-bird", ""]
+    for name in ("train.conll", "dev.conll"):
+        (runs / name).write_text("\n".join(lines), "utf-8")
+    (tuning,) = commands("finetune", "train.conll", of="runs/base")
+    assert finetune.main(tuning) == 0
+    (asking,) = commands("encode", of="runs/tagger")
+    assert encode.main(asking) == 0
 
 
 @pytest.mark.java
