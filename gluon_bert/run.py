@@ -82,6 +82,11 @@ class Run:
         rows = [pool(each.vectors) for each in self._predict(texts)]
         return np.stack(rows) if rows else np.zeros((0, self.config.model.units), np.float32)
 
+    def token_vectors(self, text: Text) -> tuple[list[str], np.ndarray]:
+        """Return the T tokens of a text or pair, with <cls> and <sep>, and their vectors: (T, C) float32."""
+        found = next(self._predict([text]))
+        return found.text.tokens, found.vectors
+
     def fill_mask(self, text: Text, top: int = 5) -> list[list[tuple[str, float]]]:
         """Return for each <mask> of a text the `top` most probable tokens with their probabilities."""
         return next(self._predict([text])).fill_masks(self.vocab, top)
