@@ -20,11 +20,13 @@ from .checkpoint import (
     read_checkpoint,
 )
 from .config import GROUPS, Config
-from .data.tokenizer import Tokenizer
+from .data.tokenizer import EncodedText, Tokenizer
 from .data.vocab import Normalization, Vocabulary
 from .data.wordpiece import WordPieceVocabulary, load_vocabulary
 from .errors import InputError
 from .fileio import check_new_folder, remove_temporary_files, write_json
+from .inference.attention import Attention, attention_of
+from .inference.nearest_words import nearest_words
 from .inference.predictor import Prediction, Predictor
 from .inference.task_inputs import predict_tasks, task_input
 from .model.bert import BERTModel
@@ -87,6 +89,18 @@ class Run:
         found = next(self._predict([text]))
         return found.text.tokens, found.vectors
 
+    def attention(self, text: Text) -> Attention:
+        """Return the attention weights of a text or pair: (L, H, T, T); its `save` draws them.
+
+        >>> run.attention("a crane is flying").save("attention.png")            # doctest: +SKIP
+        """
+        return attention_of(self.net, self._encoded(text))
+
+    def nearest(self, word: str, top: int = 10) -> list[tuple[str, float]]:
+        """Return the `top` tokens whose embeddings are nearest to that of a word, with their cosines."""
+        embeddings = self.net.encoder.embeddings.tokens.weight
+        return nearest_words(embeddings.data(embeddings.list_ctx()[0]).asnumpy(), self.reader, word, top)
+
     def fill_mask(self, text: Text, top: int = 5) -> list[list[tuple[str, float]]]:
         """Return for each <mask> of a text the `top` most probable tokens with their probabilities."""
         return next(self._predict([text])).fill_masks(self.vocab, top)
@@ -104,8 +118,10 @@ class Run:
         return [result.to_json() for result in predict_tasks(Predictor.of(self), inputs)]
 
     def _predict(self, texts: Iterable[Text]) -> Iterator[Prediction]:
-        encoded = (self.reader.text(*_pair(each), truncate=True) for each in texts)
-        return Predictor.of(self).predict(encoded)
+        return Predictor.of(self).predict(map(self._encoded, texts))
+
+    def _encoded(self, text: Text) -> EncodedText:
+        return self.reader.text(*_pair(text), truncate=True)
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:

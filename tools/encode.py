@@ -30,6 +30,8 @@ examples:
   python tools/encode.py runs/d2l-1 --input sentences.txt --output vectors.npz
   python tools/encode.py runs/d2l-1 --input sentences.txt --fill-mask --json > filled.jsonl
   python tools/encode.py runs/minilm --input sentences.txt --similar 3
+  python tools/encode.py runs/d2l-1 --attention attention.png "a crane is flying"
+  python tools/encode.py runs/d2l-1 --nearest crane --top 10
   python tools/encode.py runs/minilm --similarity "a crane flies" "a bird is in the air"
 
 RUN is the folder of a run, or that of an export. A fine-tuned one tells what it was fine-tuned for, its label
@@ -82,8 +84,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="pseudo-log-likelihood, perplexity per token and least likely tokens",
     )
+    ask.add_argument(
+        "--attention",
+        type=Path,
+        metavar="FILE",
+        help="draw the attention weights of one text (.png, .pdf, .svg)",
+    )
+    ask.add_argument("--nearest", metavar="WORD", help="the words whose embeddings are nearest")
     p.add_argument(
-        "--top", type=int, metavar="N", help="words for each <mask>, or least likely tokens of --score (5)"
+        "--top",
+        type=int,
+        metavar="N",
+        help="words for each <mask> or --nearest, or least likely tokens of --score (5)",
     )
     p.add_argument("--token-vectors", action="store_true", help="also the vector of each token")
     p.add_argument("--input", type=Path, metavar="FILE", help="texts from a UTF-8 file, a line each")
@@ -118,6 +130,8 @@ def encode(arguments: argparse.Namespace) -> int:
 
     ask, texts = asked(arguments)
     check(arguments, ask, texts)
+    if ask in ("attention", "nearest"):
+        return look_inside(arguments, ask, texts)
     if arguments.input:
         total, lines = count_lines(arguments.input), read_lines(arguments.input)
     else:
@@ -187,6 +201,33 @@ def result_lines(line: Any, content: dict[str, Any]) -> str:
         place = f"({entity['start']} to {entity['end']})"
         shown.append(f"  {entity['probability']:8.4f}  {entity['type']}  {entity['text']} {place}")
     return "\n".join(map(printable, shown))
+
+
+def look_inside(arguments: argparse.Namespace, ask: str, texts: list[str]) -> int:
+    """Draw the attention weights of a text, or print the words nearest to a word."""
+    from gluon_bert.export.manifest import MANIFEST
+    from gluon_bert.inference.attention import check_picture
+    from gluon_bert.inference.text_files import parse_line
+    from gluon_bert.run import load_run
+
+    if (arguments.run / MANIFEST).exists():
+        raise InputError(f"--{ask} needs the folder of a run, got {arguments.run}, which is an export.")
+    if ask == "attention":
+        check_picture(arguments.attention, "--attention")
+    run = load_run(arguments.run, [device(arguments)], arguments.checkpoint)
+    if ask == "nearest":
+        found = run.nearest(arguments.nearest, arguments.top or TOP)
+        if arguments.json:
+            print(json_text({"word": arguments.nearest, "nearest": [list(each) for each in found]}))
+        else:
+            print("\n".join(f"{cosine:8.4f}  {printable(word)}" for word, cosine in found))
+        return 0
+    given = parse_line("text 1", texts[0]).given
+    attention = run.attention(given if len(given) == 2 else given[0])
+    attention.save(arguments.attention)
+    layers, heads, tokens, _ = attention.weights.shape
+    print(f"{arguments.attention}: {layers} layers, {heads} heads, {tokens} tokens")
+    return 0
 
 
 def pooling_of(arguments: argparse.Namespace, own: Pooling | None) -> Pooling | None:
@@ -267,6 +308,8 @@ def asked(arguments: argparse.Namespace) -> tuple[str, list[str]]:
         return "score", arguments.texts + arguments.score
     if arguments.similar is not None:
         return "similar", arguments.texts
+    if arguments.attention is not None or arguments.nearest is not None:
+        return "nearest" if arguments.attention is None else "attention", arguments.texts
     pairs = arguments.next if arguments.similarity is None else arguments.similarity
     if pairs is None:
         return "vectors", arguments.texts
@@ -288,13 +331,27 @@ def check(arguments: argparse.Namespace, ask: str, texts: list[str]) -> None:
     problems = []
     if arguments.input and texts:
         problems.append("--input: texts on the command line too; give one or the other")
-    if not arguments.input and not texts:
+    if ask == "nearest" and texts:
+        problems.append(f"--nearest {arguments.nearest}: asks about one word; give no texts")
+    if ask == "attention" and len(texts) > 1:
+        problems.append(
+            f"--attention {arguments.attention}: draws one text or pair; give one, not {len(texts)}"
+        )
+    if ask in ("attention", "nearest") and (arguments.input or arguments.output or arguments.token_vectors):
+        problems.append(f"--{ask}: cannot be used with --input, --output or --token-vectors")
+    if not arguments.input and not texts and ask != "nearest":
         problems.append('no text: give some, such as "a crane is flying", or a file of them with --input')
     if arguments.top is not None and arguments.top < 1:
         problems.append(f"--top {arguments.top}: must be at least 1")
-    if arguments.top is not None and ask not in ("masks", "score"):
-        problems.append(f"--top {arguments.top}: is for --fill-mask and --score")
-    if (arguments.pooling or arguments.normalize is not None) and ask in ("masks", "next", "score"):
+    if arguments.top is not None and ask not in ("masks", "score", "nearest"):
+        problems.append(f"--top {arguments.top}: is for --fill-mask, --nearest and --score")
+    if (arguments.pooling or arguments.normalize is not None) and ask in (
+        "masks",
+        "next",
+        "score",
+        "attention",
+        "nearest",
+    ):
         problems.append("--pooling and --normalize: are for vectors and similarities")
     if arguments.similar is not None and arguments.similar < 1:
         problems.append(f"--similar {arguments.similar}: must be at least 1")

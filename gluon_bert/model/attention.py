@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import ModelConfig
+from ..runtime import mx
 from .dropout import Dropout
 from .precision import Dense, MixedPrecisionBlock
 from .relative_position import RelativeBias
@@ -52,11 +53,20 @@ class SelfAttention(MixedPrecisionBlock):
         attend = self._attend_in_float16 if self.precision == "fp16" else self._attend
         return self.output(attend(self.ops_for(F), self.query(x), self.key(x), self.value(x), *positions))
 
+    def attention_weights(self, x: Any, *positions: Any) -> Any:
+        """Return the weights with which each position takes from all, (B, H, T, T), for arrays."""
+        weights = self._weights(mx.nd, self._scores(mx.nd, self.query(x), self.key(x)), *positions)
+        return weights.reshape(shape=(-4, -1, self._num_heads, 0, 0))
+
     def _attend(self, F: Any, query: Any, key: Any, value: Any, *positions: Any) -> Any:
         """Compute what each position takes from all values, (B, T, C)."""
-        query, key, value = map(self._split_heads, (query * self._scale, key, value))
-        weights = self._weights(F, F.batch_dot(query, key, transpose_b=True), *positions)
-        return self._join_heads(F.batch_dot(weights, value))
+        weights = self._weights(F, self._scores(F, query, key), *positions)
+        return self._join_heads(F.batch_dot(weights, self._split_heads(value)))
+
+    def _scores(self, F: Any, query: Any, key: Any) -> Any:
+        """Compute the products of queries and keys, (B * H, T, T)."""
+        query, key = map(self._split_heads, (query * self._scale, key))
+        return F.batch_dot(query, key, transpose_b=True)
 
     def _attend_in_float16(self, F: Any, query: Any, key: Any, value: Any, *positions: Any) -> Any:
         """Compute the same. These operators add up in float32; `batch_dot` of float16 adds up in float16."""

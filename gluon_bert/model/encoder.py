@@ -97,6 +97,10 @@ class EncoderLayer(mx.gluon.HybridBlock):
         x = self.norm1(x + self.dropout(self.attend(x, *positions)))
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
+    def attention_weights(self, x: Any, *positions: Any) -> Any:
+        """Return the attention weights of this layer, (B, H, T, T), for arrays."""
+        return self.attend.attention_weights(self.norm1(x) if self._pre else x, *positions)
+
 
 class Encoder(MixedPrecisionBlock):
     """Padded token ids to a vector per position.
@@ -163,6 +167,19 @@ class Encoder(MixedPrecisionBlock):
         for layer in self.layers:
             x = layer(x, *positions)
         return self.norm(x) if self.norm else x
+
+    def attention_weights(self, tokens: Any, token_types: Any, valid_length: Any) -> list[Any]:
+        """Return the attention weights of each layer, (B, H, T, T): the query's position, then the key's.
+
+        The inputs are arrays as in `forward`. MXNet's operators compute them.
+        """
+        positions = self._positions(mx.nd, tokens, valid_length)
+        x = self.embeddings(tokens, token_types)
+        found = []
+        for layer in self.layers:
+            found.append(layer.attention_weights(x, *positions))
+            x = layer(x, *positions)
+        return found
 
     def _positions(self, F: Any, tokens: Any, valid_length: Any) -> tuple[Any, ...]:
         """Return the inputs of every layer beside the vectors."""

@@ -307,3 +307,35 @@ def test_checkpoint_flag_unknown_is_refused(run_folder, tmp_path, capsys):
     export_mxnet(load_run(run_folder), tmp_path / "export")
     assert encode.main([str(tmp_path / "export"), "a crane", "--checkpoint", "best"]) == 2
     assert "--checkpoint best: " in capsys.readouterr().err
+
+
+def test_encode_attention_draws_a_picture(run_folder, tmp_path, capsys):
+    picture = tmp_path / "attention.png"
+    assert encode.main([str(run_folder), "--attention", str(picture), "a crane came || he left"]) == 0
+    assert capsys.readouterr().out == f"{picture}: 2 layers, 2 heads, 8 tokens\n"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_encode_nearest_prints_words_and_cosines(run_folder, capsys):
+    assert encode.main([str(run_folder), "--nearest", "crane", "--top", "3"]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = load_run(run_folder).nearest("crane", 3)
+    assert shown == [[f"{cosine:.4f}", word] for word, cosine in found]
+    assert encode.main([str(run_folder), "--nearest", "crane", "--top", "3", "--json"]) == 0
+    assert lines_of(capsys) == [{"word": "crane", "nearest": [list(each) for each in found]}]
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--attention", "a.png"], "no text"),
+        (["--attention", "a.png", "a crane", "is flying"], "draws one text or pair; give one, not 2"),
+        (["--attention", "a.txt", "a crane"], "--attention must end in .png, .pdf, .svg, got a.txt."),
+        (["--nearest", "crane", "a text"], "asks about one word; give no texts"),
+        (["--nearest", "stork"], "'stork', which is not"),
+        (["--nearest", "crane", "--input", "a.txt"], "--nearest: cannot be used with --input"),
+    ],
+)
+def test_encode_look_inside_refuses_bad_input(flags, problem, run_folder, capsys):
+    assert encode.main([str(run_folder), *flags]) == 2
+    assert problem in capsys.readouterr().err
