@@ -31,6 +31,8 @@ WORDPIECE = [
 ONNX = ["onnx>=1.13,<1.19", "onnxruntime>=1.12"]
 # Reads and writes the weights of transformers; 0.3 has NumPy alone as its need.
 CONVERT = ["safetensors>=0.3.2"]
+# The module of Python 3.14 for the Pythons before it.
+ZSTD = ["backports.zstd; python_version >= '3.9' and python_version < '3.14'"]
 # Reads the checkpoints of google-research/bert: no other reader of them is kept up.
 GOOGLE = ["tensorflow-cpu>=2.10"]
 # Compared with, and read and written by conversions. An sdist: installing it takes a C compiler.
@@ -85,8 +87,9 @@ setup(
         "convert-google": [*GOOGLE, *WORDPIECE],
         # tensorboardX writes the event files, TensorBoard shows them.
         "tensorboard": ["tensorboardX>=2.5", "tensorboard>=2.8"],
+        "zstd": ZSTD,
         "serve": ["multi-model-server==1.1.11", "model-archiver==1.0.3"],
-        "test": ["pytest>=7", "pytest-xdist", "hypothesis", *CONVERT, *WORDPIECE, *ONNX],
+        "test": ["pytest>=7", "pytest-xdist", "hypothesis", *CONVERT, *WORDPIECE, *ONNX, *ZSTD],
         # What conversions are compared with. The book's package, d2l 0.17.6, pins versions that exclude ours:
         # pandas and ipython are what it imports, and it is installed beside them with --no-deps. Metrics are
         # compared with scikit-learn's.

@@ -97,7 +97,7 @@ class DataConfig:
     corpus: Tuple[str, ...] = option(
         ("pydoc",),
         "pydoc (the prose in this Python installation), wikitext-2 (downloaded once), or files and folders "
-        "of UTF-8 text, also .gz, .bz2 or .xz; a name ending in .tokens is read as WikiText",
+        "of UTF-8 text, also .gz, .bz2, .xz or .zst; a name ending in .tokens is read as WikiText",
         may_change=True,  # to where the same text is now
     )
     text_format: str = option(

@@ -85,6 +85,8 @@ def _figure(attention: Attention) -> Any:
             axes.set_yticks(range(num_tokens), attention.tokens)
     figure.supxlabel("looks at", fontsize=8)
     figure.supylabel("this token", fontsize=8)
-    bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 2 / (num_layers * side)), aspect=15)
+    bar = figure.colorbar(
+        image, ax=grid, shrink=min(1.0, 2 / (num_layers * side)), aspect=15, fraction=0.02, pad=0.01
+    )
     bar.ax.tick_params(labelsize=6)
     return figure

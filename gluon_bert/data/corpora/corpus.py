@@ -112,7 +112,7 @@ def text_files(path: Path) -> list[TextFile]:
     if not found:
         raise InputError(
             f"corpus {path}: must hold a file that ends in {', '.join(ENDINGS)}, which may be followed by .gz, "
-            f".bz2 or .xz; got {_endings(left_out) or 'an empty folder'}"
+            f".bz2, .xz or .zst; got {_endings(left_out) or 'an empty folder'}"
         )
     if left_out:
         log.info("%s: read %d files, left out %d (%s)", path, len(found), len(left_out), _endings(left_out))

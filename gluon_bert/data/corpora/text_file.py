@@ -7,6 +7,7 @@ import gzip
 import lzma
 import zlib
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Callable, Iterator
 
@@ -20,10 +21,24 @@ BLOCK_BYTES = 1 << 20
 # novels have 15 MB: a larger one is a corpus whose documents are not separated.
 _LARGEST_DOCUMENT = 1 << 25
 
+INSTALL_ZSTD = "pip install -e '.[zstd]'"
+
+
+def _zstd() -> Any:
+    """Return the module for Zstandard, Python's own from 3.14 on; raise InputError where it is missing."""
+    for name in ("compression.zstd", "backports.zstd"):
+        try:
+            return import_module(name)
+        except ImportError:
+            continue
+    raise InputError(f"a .zst file needs the package backports.zstd and Python 3.9. Run {INSTALL_ZSTD}.")
+
+
 _DECOMPRESS: dict[str, Callable[[Any], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
+    ".zst": lambda file: _zstd().ZstdFile(file),
 }
 
 
@@ -81,6 +96,10 @@ def read_errors(path: Path) -> Iterator[None]:
         if str(error) == "Invalid data stream":  # what bz2 raises
             raise InputError(f"corpus {path}: the {path.suffix} file is damaged ({error})") from error
         raise InputError(f"corpus {path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:
+        if type(error).__name__ != "ZstdError":  # a name of a module that may not be there
+            raise
+        raise InputError(f"corpus {path}: the {path.suffix} file is damaged ({error})") from error
 
 
 def _too_large(path: Path, line: int) -> InputError:

@@ -86,8 +86,13 @@ def test_wikiextractor_article_is_never_cut(tmp_path, monkeypatch):
         assert documents(path) == WORDS * 20
 
 
+def zstd_compress(content):
+    return pytest.importorskip("backports.zstd", reason="needs the extra zstd").compress(content)
+
+
 @pytest.mark.parametrize(
-    ("ending", "compress"), [(".gz", gzip.compress), (".BZ2", bz2.compress), (".xz", lzma.compress)]
+    ("ending", "compress"),
+    [(".gz", gzip.compress), (".BZ2", bz2.compress), (".xz", lzma.compress), (".zst", zstd_compress)],
 )
 def test_compressed_file_is_read_and_damage_named(tmp_path, ending, compress):
     content = compress("\n\n".join(STORIES).encode())
@@ -101,14 +106,26 @@ def test_compressed_file_is_read_and_damage_named(tmp_path, ending, compress):
         documents(tmp_path)
 
 
+def test_zst_file_without_its_package_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("gluon_bert.data.corpora.text_file.import_module", missing)
+    with pytest.raises(
+        InputError, match=r"needs the package backports\.zstd and Python 3\.9\. Run pip install"
+    ):
+        documents(write(tmp_path / "a.txt.zst", "text"))
+
+
+def missing(name):
+    raise ImportError(name)
+
+
 def test_folder_counts_what_is_left_out(tmp_path, caplog):
     caplog.set_level("INFO")
-    for name in ("a.txt", "b.JSONL", "c.csv", "d.CSV", "e.zst", "README", ".hidden"):
+    for name in ("a.txt", "b.JSONL", "c.csv", "d.CSV", "e.zip", "README", ".hidden"):
         write(tmp_path / name, "")
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     assert [file.path.name for file in text_files(tmp_path)] == ["a.txt", "b.JSONL"]
     assert (
-        f"{tmp_path}: read 2 files, left out 5 (.csv 2, .zst 1, link to nothing 1, no ending 1)"
+        f"{tmp_path}: read 2 files, left out 5 (.csv 2, .zip 1, link to nothing 1, no ending 1)"
         in caplog.text
     )
 
