@@ -298,7 +298,12 @@ def _defaults(group_name: str, name: str) -> str:
         who_has.setdefault("by size" if len(values) > 1 else min(values), []).append(family)
     if len(who_has) == 1:
         return min(who_has)
-    return ", ".join(f"{' and '.join(who)}: {value}" for value, who in who_has.items())
+    return ", ".join(f"{listed(who)}: {value}" for value, who in who_has.items())
+
+
+def listed(names: List[str]) -> str:
+    """Return names as a phrase: a, b and c."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def shown(value: Any) -> str:

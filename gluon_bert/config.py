@@ -412,8 +412,8 @@ class Config:
     def replace(self, **values: Any) -> Config:
         """A copy with fields changed by their own names, whichever group they stand in.
 
-        `max_minutes` without `num_steps` takes away the limit on steps: who asks for half an hour does not
-        mean the 50 steps of a preset.
+        `max_minutes` without `num_steps` removes the limit on steps, and the reverse: half an hour does not mean
+        the 50 steps of a preset, and 5,000 steps do not mean its minutes.
 
         >>> preset("d2l").replace(batch_size=8, units=64).train.batch_size
         8
@@ -422,6 +422,8 @@ class Config:
         """
         if values.get("max_minutes"):
             values = {"num_steps": 0, **values}
+        elif values.get("num_steps"):
+            values = {"max_minutes": 0.0, **values}
         groups = {}
         for group_name, kind in GROUPS.items():
             hints = get_type_hints(kind)

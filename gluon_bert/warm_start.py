@@ -15,7 +15,7 @@ from .model.parameters import put_weights, weights_of
 from .run import Run, load_run
 
 # Fields of the network that can be set anew, as no weight's shape or meaning depends on them.
-_FREE = ("dropout", "init", "init_checkpoint", "decoder_bias")
+_FREE = ("dropout", "init", "init_checkpoint", "init_embeddings", "decoder_bias")
 _FROM_RUN = {
     "model": tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE),
     "data": ("tokenizer", *Normalization._fields),

@@ -148,5 +148,5 @@ def test_from_json_unknown_key_or_type_is_refused(content, told):
 
 
 def test_preset_unknown_name_lists_the_known():
-    with pytest.raises(InputError, match="--preset bert-huge: must be one of d2l, quick, bert-tiny"):
+    with pytest.raises(InputError, match="--preset bert-huge: must be one of demo, d2l, quick, bert-tiny"):
         preset("bert-huge")

@@ -193,7 +193,20 @@ def test_pipes_and_links_are_not_read(tmp_path, name, kind):
 # Texts and flags
 
 
-small = ["--units", "8", "--ffn-units", "8", "--num-layers", "1", "--batch-size", "8", "--num-steps", "1"]
+small = [
+    "--preset",
+    "d2l",
+    "--units",
+    "8",
+    "--ffn-units",
+    "8",
+    "--num-layers",
+    "1",
+    "--batch-size",
+    "8",
+    "--num-steps",
+    "1",
+]
 lines = st.text(max_size=30) | st.binary(max_size=30) | st.just("the crane lifts . it leaves . it rains .")
 
 

@@ -71,7 +71,12 @@ def runs(tmp_path_factory):
     (folder / "text.txt").write_text(small_text(), "utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert pretrain.main(["--corpus", "text.txt", "--num-steps", "2", "--batch-size", "16"]) == 0
+        assert (
+            pretrain.main(
+                ["--preset", "d2l", "--corpus", "text.txt", "--num-steps", "2", "--batch-size", "16"]
+            )
+            == 0
+        )
         (folder / "runs" / "base").symlink_to(folder / "runs" / "d2l-1")
         yield folder
 
@@ -157,7 +162,7 @@ def test_commands_serve_the_run(runs, capfd):
 
 def check_pretrain_flags(flags):
     parsed = pretrain.parser().parse_args(flags)
-    pretrain.config_from(parsed, pretrain.preset(parsed.preset or "d2l"))
+    pretrain.config_from(parsed, pretrain.preset(parsed.preset or pretrain.DEFAULT))
 
 
 @pytest.mark.parametrize("tool, arguments", COMMANDS)

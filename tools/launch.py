@@ -12,12 +12,12 @@ from gluon_bert.errors import InputError
 
 EXAMPLES = """\
 examples:
-  python tools/launch.py -n 2 -s 1 -- python tools/pretrain.py --output runs/two --kvstore dist_sync
+  python tools/launch.py -n 2 -s 1 -- python tools/pretrain.py --num-steps 1000 --output runs/two --kvstore dist_sync
   python tools/launch.py -n 8 -s 4 --hostfile hosts.txt --max-restarts 3 -- \\
       python tools/pretrain.py --preset bert-base --corpus /shared/text --output /shared/runs/base \\
       --kvstore dist_sync --step-timeout 300 --resume auto
   python tools/launch.py -n 2 --kvstore horovod -- \\
-      python tools/pretrain.py --output runs/two --kvstore horovod
+      python tools/pretrain.py --num-steps 1000 --output runs/two --kvstore horovod
 
 With dist_sync the job has a scheduler, servers and workers. With horovod it has workers only. Give the same
 --kvstore to the command. The command's --output must be a folder that all hosts share.

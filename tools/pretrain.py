@@ -11,17 +11,18 @@ from gluon_bert import devices
 from gluon_bert.cli import add_config_flags, config_from, main_with_exit_status, parser_of, run
 from gluon_bert.config import RANDOM_INITS, Config, changeable
 from gluon_bert.errors import InputError
-from gluon_bert.presets import PRESETS, preset
+from gluon_bert.presets import DEFAULT, PRESETS, preset
 
 EXAMPLES = """\
 examples:
-  python tools/pretrain.py                                   the book's small BERT on the text in this Python
-  python tools/pretrain.py --corpus wikitext-2 --gpus 0,1    the book's text, on two GPUs
+  python tools/pretrain.py                                   two minutes on the text in this Python
+  python tools/pretrain.py --corpus wikitext-2 --gpus 0,1    two minutes on D2L's text, on two GPUs
   python tools/pretrain.py --preset bert-tiny --corpus my_texts/ --num-steps 5000 --eval-every 500
+  python tools/pretrain.py --preset d2l                      D2L's network, data preparation and 50 steps
   python tools/pretrain.py --preset bert-tiny --max-minutes 30 --eval-every 100 --patience 5
   python tools/pretrain.py --init runs/d2l-1 --corpus my_domain/ --lr 0.0001 --extend-vocab 500
   python tools/pretrain.py --cpus 2 --batch-size 64 --seed 7
-  python tools/launch.py -n 2 -- python tools/pretrain.py --output runs/two --kvstore dist_sync
+  python tools/launch.py -n 2 -- python tools/pretrain.py --num-steps 1000 --output runs/two --kvstore dist_sync
   python tools/pretrain.py --resume runs/bert-tiny-1         go on with a run that was stopped or killed
 
 What stands in brackets is what the presets have. A run's folder holds config.json, vocab.json, log.jsonl,
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "Pretrain BERT (masked language model, next-sentence prediction) on one device or many.",
         EXAMPLES,
     )
-    p.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (d2l)")
+    p.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} ({DEFAULT})")
     p.add_argument("--config", type=Path, metavar="FILE", help="an earlier run's config.json, not a preset")
     p.add_argument(
         "--resume",
@@ -181,7 +182,7 @@ def init_run(arguments: argparse.Namespace) -> Config:
 def recipe_of(arguments: argparse.Namespace) -> Config:
     """The configuration that --preset or --config names."""
     if arguments.config is None:
-        return preset(arguments.preset or "d2l")
+        return preset(arguments.preset or DEFAULT)
     from gluon_bert.run import read_config  # needs MXNet, which --help does not
 
     return read_config(arguments.config)
@@ -195,7 +196,7 @@ def new_folder(arguments: argparse.Namespace) -> Path:
         raise InputError(
             f"--kvstore {arguments.kvstore}: --output has to name the run's folder for all workers"
         )
-    name = arguments.preset or ("d2l" if arguments.config is None else "repeat")
+    name = arguments.preset or (DEFAULT if arguments.config is None else "repeat")
     numbered = (Path("runs", f"{name}-{number}") for number in count(1))
     return next(folder for folder in numbered if not folder.exists())
 

@@ -12,8 +12,8 @@ from ..data.vocab import Vocabulary
 from ..runtime import mx
 
 # The most frequent words are mostly punctuation and function words, which word frequencies alone predict.
-SKIPPED_WORDS = 60
-SHORTEST, LONGEST = 5, 14
+SKIPPED_WORDS = 30
+SHORTEST, LONGEST = 5, 20
 
 
 class MaskedSentence(NamedTuple):
@@ -99,6 +99,10 @@ def format_samples(
         )
         lines.append(f"  {_with_gap(vocab, each)}")
         lines.append(f"      {vocab.tokens[each.answer]}: before {first}; after {last}")
+    right = [sum(each.answer in ids for each, ids in zip(sentences, guesses)) for guesses in (before, after)]
+    lines.append(
+        f"the right word is among the three: before in {right[0]} of {len(sentences)}, after in {right[1]}"
+    )
     return "\n".join(lines)
 
 

@@ -71,6 +71,8 @@ def losses_png(
         axes.grid(alpha=0.3)
         if references:
             _draw_baselines(axes, name, references, bool(validation))
+            if name == "mlm_loss":
+                _draw_crossing(axes, trained, references.unigram)
         # Small, or the wide legend takes the width from the curves.
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncol": 2, "columnspacing": 1.0}
         axes.legend(**place, fontsize="small", frameon=False)
@@ -98,6 +100,16 @@ def _draw_baselines(axes: Any, name: str, references: References, validated: boo
         axes.axhline(
             references.chance, color="grey", ls="--", label=f"chance, ln 2 = {references.chance:.2f}"
         )
+
+
+def _draw_crossing(axes: Any, trained: Sequence[dict[str, Any]], unigram: float) -> None:
+    """Mark the first training loss from which on all are below that of word frequencies, if there is one."""
+    above = [i for i, r in enumerate(trained) if not (r.get("mlm_loss") or math.inf) < unigram]
+    first = above[-1] + 1 if above else 0
+    if first < len(trained):
+        step = trained[first]["step"]
+        label = f"below word frequencies from step {step:,}"
+        axes.plot(step, unigram, "v", color="tab:green", ms=9, zorder=3, label=label)
 
 
 def curve(axes: Any, points: Sequence[tuple[int, float]], label: str, color: str) -> None:

@@ -231,7 +231,13 @@ class ProgressLogger(Callback):
         reached, line = window["mlm_loss"], references.unigram
         if self.best and "mlm_loss" in self.best.validation:
             reached, line = self.best.validation["mlm_loss"], references.validation_unigram
-        if not reached < line:
+        if reached < line:
+            where = "on validation text " if self.best and "mlm_loss" in self.best.validation else ""
+            lines.append(
+                f"The MLM loss {where}is {line - reached:.2f} nats below that of word frequencies: {reached:.3f} "
+                f"instead of {line:.3f}. The network has learned from the words around a mask."
+            )
+        else:
             lines.append(
                 f"The MLM loss, {reached:.3f}, is still above {line:.3f}. So far the model has at best learnt how "
                 "frequent words are, not what surrounds them. This is how BERT begins. More steps are needed "

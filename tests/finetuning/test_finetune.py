@@ -45,6 +45,8 @@ def before(tmp_path_factory):
     text = small_text().replace("lifts", "rises").replace("leaves", "falls")
     (folder / "text.txt").write_text(text, "utf-8")
     flags = [
+        "--preset",
+        "d2l",
         "--units",
         "32",
         "--ffn-units",

@@ -72,6 +72,7 @@ def test_the_table_marks_the_right_word(text):
     shown = format_samples(VOCAB, [sentence], [[other]], [[answer, other]])
     assert f"{VOCAB.tokens[answer]}: before word0; after [{VOCAB.tokens[answer]}] word0" in shown
     assert shown.splitlines()[1].split()[sentence.position - 1] == "____"
+    assert shown.endswith("the right word is among the three: before in 0 of 1, after in 1")
 
 
 def test_markdown_samples_escapes_words_and_marks_the_right_one():

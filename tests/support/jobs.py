@@ -16,8 +16,19 @@ from support.runs import log_of
 from .processes import processes_with, wait_for
 
 NUM_STEPS = 20
-SMALL = ["--units", "16", "--ffn-units", "32", "--max-seq-length", "16", "--batch-size", "64"]
-SMALL += ["--dropout", "0", "--num-steps", str(NUM_STEPS), "--log-every", "3", "--eval-every", "8"]
+SMALL = ["--preset", "d2l", "--units", "16", "--ffn-units", "32", "--max-seq-length", "16"]
+SMALL += [
+    "--batch-size",
+    "64",
+    "--dropout",
+    "0",
+    "--num-steps",
+    str(NUM_STEPS),
+    "--log-every",
+    "3",
+    "--eval-every",
+    "8",
+]
 SMALL += ["--checkpoint-every", "2", "--num-buckets", "2", "--dynamic-masking", "yes", "--clip-norm", "0.5"]
 
 # A slow pretrain.py. Its worker 1 fails once if a file `fault` exists, or gets a NaN if `nan` is set.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 SMALL_NETWORK = (
-    *("--units", "16", "--ffn-units", "32", "--max-seq-length", "16"),
+    *("--preset", "d2l", "--units", "16", "--ffn-units", "32", "--max-seq-length", "16"),
     *("--batch-size", "64", "--dropout", "0.3"),
 )
 

@@ -338,7 +338,7 @@ def test_scale_refuses_bad_flags_before_it_measures(corpus, monkeypatch, capsys,
     shown = printed(
         "--presets", "bert-tiny,bert-huge", "--lengths", "64,x", "--contexts", "0", "--workers", "1,,2"
     )
-    assert "--presets must be some of d2l, quick, bert-tiny" in shown
+    assert "--presets must be some of demo, d2l, quick, bert-tiny" in shown
     assert "--lengths must be numbers of at least 1 with commas, such as 1,2, got 64,x" in shown
     assert "--contexts must be numbers of at least 1" in shown
     assert "--workers must be numbers of at least 1" in shown

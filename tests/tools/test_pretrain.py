@@ -27,7 +27,18 @@ from gluon_bert.training.progress import ProgressLogger
 
 MXNetError = mx.MXNetError
 
-SMALL = ["--units", "16", "--ffn-units", "32", "--max-seq-length", "16", "--batch-size", "16"]
+SMALL = [
+    "--preset",
+    "d2l",
+    "--units",
+    "16",
+    "--ffn-units",
+    "32",
+    "--max-seq-length",
+    "16",
+    "--batch-size",
+    "16",
+]
 SMALL += ["--num-steps", "6", "--log-every", "2"]
 
 
@@ -138,7 +149,7 @@ def test_losses_fall(command):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--preset", "bert-huge"], "pretrain: --preset bert-huge: must be one of d2l,"),
+        (["--preset", "bert-huge"], "pretrain: --preset bert-huge: must be one of demo, d2l,"),
         (["--corpus", "/no/where"], "pretrain: corpus /no/where: there is no such file or folder"),
         (["--max-seq-length", "2"], "pretrain: --max-seq-length 2: must be at least 8"),
         (["--num-heads", "3"], "pretrain: --num-heads 3: must divide --units 16"),
@@ -163,7 +174,6 @@ def test_losses_fall(command):
         (["--min-freq", "100000"], "--min-freq 100000: no word of corpus"),
         (["--units", "many"], "argument --units: invalid int value: 'many'"),
         (["--tied-decoder", "maybe"], "argument --tied-decoder: maybe: must be yes or no"),
-        (["--config", "/no/where.json"], "/no/where.json: cannot be read as a run's configuration"),
         (["--unitz", "4"], "unrecognized arguments: --unitz 4"),
         (["--output", "/proc/nowhere/run"], "--output /proc/nowhere/run: cannot be written"),
         (
@@ -180,6 +190,11 @@ def test_bad_input_is_one_sentence_and_status_2(command, capsys, tmp_path, flags
     assert told in err
     assert "Traceback" not in err and out == ""
     assert not folder.exists()
+
+
+def test_missing_config_is_refused(tmp_path, capsys):
+    assert pretrain.main(["--config", "/no/where.json", "--output", str(tmp_path / "run")]) == 2
+    assert "/no/where.json: cannot be read as a run's configuration" in capsys.readouterr().err
 
 
 def test_all_problems_are_reported_at_once(command, capsys):
@@ -319,6 +334,17 @@ def test_max_minutes_replaces_preset_steps_only():
     assert d2l.replace(max_minutes=0).train.num_steps == 50
 
 
+def test_steps_replace_minutes_that_are_not_given():
+    half_hour = preset("d2l").replace(max_minutes=30)
+    assert half_hour.replace(num_steps=70).train.max_minutes == 0
+    assert half_hour.replace(num_steps=0).train.max_minutes == 30
+
+
+def test_run_without_flags_has_a_limit_in_minutes():
+    config = pretrain.init_run(pretrain.parser().parse_args([]))
+    assert config == preset("demo") and 0 < config.train.max_minutes < 2
+
+
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), MXNetError("C++\nMXNetError: bad")]
 )
@@ -361,8 +387,8 @@ def test_help_explains_every_field(capsys):
         for field in dataclasses.fields(group):
             assert flag_name(field.name) in text
     joined = " ".join(text.split())
-    assert "the learning rate at its peak (d2l: 0.001, quick: 0.002, bert-*: 0.0001)" in joined
-    assert "encoder layers (d2l and quick: 2, bert-*: by size)" in joined
+    assert "the learning rate at its peak (demo and quick: 0.002, d2l: 0.001, bert-*: 0.0001)" in joined
+    assert "encoder layers (demo, d2l and quick: 2, bert-*: by size)" in joined
     assert "rarer words become <unk> (5)" in joined
     for name in [*PRESETS, "--gpus", "--cpus", "--output", "--preset"]:
         assert name in "".join(text.split())  # lines end behind the hyphens of names, too

@@ -76,6 +76,8 @@ def test_wikitext_has_all_kinds_in_both_files(wikitext):
 @pytest.mark.slow
 def test_study_prints_and_writes_its_results(corpus, tmp_path, capsys):
     small = [
+        "--preset",
+        "d2l",
         "--units",
         "16",
         "--ffn-units",

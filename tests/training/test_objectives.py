@@ -28,6 +28,8 @@ from gluon_bert.training.losses import (
 )
 
 SMALL = [
+    "--preset",
+    "d2l",
     "--num-layers",
     "1",
     "--units",

@@ -145,7 +145,7 @@ def test_summary_has_d2l_lines_and_references(tmp_path):
     lines = report.summary(["cpu(0)"])
     assert lines[0] == "MLM loss 5.000, NSP loss 0.700 (means of 1 steps)"
     assert lines[1] == "90.0 sentence pairs/sec on ['cpu(0)']"
-    assert lines[-1] == (
+    assert lines[-2] == (
         "baselines: MLM uniform 4.605 (ln V), unigram 4.000 (3.500 on validation); NSP chance 0.693 (ln 2)"
     )
 
@@ -158,6 +158,19 @@ def test_summary_explains_a_loss_above_unigram(tmp_path, training, validation, l
     report, _ = told(tmp_path, [training], validation)
     last = report.summary([])[-1]
     assert (f"is still above {line}" in last) if line else ("is still above" not in last)
+
+
+def test_loss_below_word_frequencies_is_compared(tmp_path):
+    report, _ = told(tmp_path / "a", [3.75])
+    assert (
+        "The MLM loss is 0.25 nats below that of word frequencies: 3.750 instead of 4.000."
+        in (report.summary([])[-1])
+    )
+    report, _ = told(tmp_path / "b", [3.75], validation=2.5)
+    assert (
+        "on validation text is 1.00 nats below that of word frequencies: 2.500 instead of 3.500."
+        in (report.summary([])[-1])
+    )
 
 
 def test_plot_is_a_png_of_a_readable_size(tmp_path):
@@ -197,6 +210,16 @@ def test_plot_names_every_reference(tmp_path, figures):
         "unigram, validation = 3.50",
         "chance, ln 2 = 0.69",
     }
+
+
+@pytest.mark.parametrize(
+    ("losses", "crossing"),
+    [([5.0, 3.9, 4.1, 3.8, 3.7], [4]), ([3.9, 3.8], [1]), ([5.0, 4.0], []), ([3.0, float("nan")], [])],
+)
+def test_picture_marks_where_word_frequencies_are_passed(tmp_path, figures, losses, crossing):
+    told(tmp_path, losses)
+    marks = [line for line in figures[0].axes[0].lines if "below word freq" in str(line.get_label())]
+    assert [line.get_xdata()[0] for line in marks] == crossing
 
 
 def test_plot_marks_the_best_evaluation(tmp_path, figures):

@@ -24,6 +24,8 @@ from gluon_bert.training import resources as plans
 from gluon_bert.training.resources import check_memory, estimate_resources, flops_per_pair, max_masked
 
 SMALL = [
+    "--preset",
+    "d2l",
     "--units",
     "16",
     "--ffn-units",
