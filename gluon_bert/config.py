@@ -276,8 +276,13 @@ class TrainConfig:
     optimizer: str = option(
         "adam",
         "adam, adamw (weight decay decoupled from the gradient), bertadam (the original BERT's: adamw "
-        "without bias correction) or lamb (for large batches)",
-        choices=("adam", "adamw", "bertadam", "lamb"),
+        "without bias correction), lamb (for large batches) or muon (orthogonal steps of the encoder's matrices, "
+        "and adamw for all other weights)",
+        choices=("adam", "adamw", "bertadam", "lamb", "muon"),
+    )
+    # Jordan et al. 2024.
+    momentum: float = option(
+        0.95, "muon: the momentum of the encoder's matrices", at_least=0.0, at_most=0.9999
     )
     # Kingma and Ba 2015, section 2, as are MXNet's defaults.
     beta1: float = option(0.9, "decay rate of the gradient's running mean", at_least=0.0, at_most=0.9999)
@@ -581,9 +586,11 @@ def _train_contradictions(train: TrainConfig) -> List[str]:
     problems = []
     if train.optimizer == "adam" and train.weight_decay:
         problems.append(
-            f"--weight-decay {train.weight_decay}: must be 0 with --optimizer adam; adamw, bertadam and lamb "
-            "have weight decay"
+            f"--weight-decay {train.weight_decay}: must be 0 with --optimizer adam; adamw, bertadam, lamb and "
+            "muon have weight decay"
         )
+    if train.optimizer != "muon" and train.momentum != TrainConfig().momentum:
+        problems.append(f"--momentum {train.momentum}: has no effect, it needs --optimizer muon")
     if train.num_steps == 0 and train.max_minutes == 0:
         problems.append("--num-steps 0: must be at least 1, or --max-minutes must end the run")
     if train.warmup_ratio == 1 and train.schedule != "constant":

@@ -82,8 +82,9 @@ def stopping(monkeypatch):
         ["--optimizer", "bertadam", "--schedule", "linear", "--warmup-ratio", "0.3", "--clip-norm", "0.1"],
         ["--optimizer", "lamb", "--tied-decoder", "yes", "--embedding-norm", "yes", "--cpus", "2"],
         ["--micro-batch", "24", "--recompute", "yes", "--tied-decoder", "yes"],
+        ["--optimizer", "muon", "--weight-decay", "0.1", "--cpus", "2"],
     ],
-    ids=["adam", "bertadam", "lamb", "in parts"],
+    ids=["adam", "bertadam", "lamb", "in parts", "muon"],
 )
 def test_stop_after_each_step_resumes_bit_for_bit(command, stopping, capsys, flags):
     status, undisturbed = command(*flags, name="undisturbed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, Sequence
+from typing import Any, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -17,8 +17,15 @@ UNDECAYED = ("bias", "gamma", "beta")
 MOST_AT_ONCE = 45
 
 
-def gluon_trainer(parameters: Mapping[str, Any], config: TrainConfig, kvstore: Any = "device") -> Any:
+def gluon_trainer(
+    parameters: Mapping[str, Any],
+    config: TrainConfig,
+    kvstore: Any = "device",
+    matrices: Collection[Any] = (),
+) -> Any:
     """A Gluon Trainer that steps these parameters with the optimizer of the configuration.
+
+    matrices: the parameters whose steps Muon makes orthogonal.
 
     Its `learning_rate` is the peak until it is set. Gradients are summed over the contexts, and by a kvstore
     of several workers over these, in `allreduce_grads()`, so that they can be clipped before `update(1)`.
@@ -31,20 +38,33 @@ def gluon_trainer(parameters: Mapping[str, Any], config: TrainConfig, kvstore: A
         epsilon=config.epsilon,
         wd=config.weight_decay,
     )
-    if any(context.device_type == "gpu" for p in parameters.values() for context in p.list_ctx()):
+    if config.optimizer == "muon":
+        optimizer.momentum = config.momentum
+    elif any(context.device_type == "gpu" for p in parameters.values() for context in p.list_ctx()):
         optimizer.aggregate_num = MOST_AT_ONCE
-    return mx.gluon.Trainer(parameters, optimizer, kvstore=kvstore, update_on_kvstore=False)
+    trainer = mx.gluon.Trainer(parameters, optimizer, kvstore=kvstore, update_on_kvstore=False)
+    if config.optimizer == "muon":
+        optimizer.matrices = frozenset(trainer._param2idx[parameter.name] for parameter in matrices)
+    return trainer
 
 
-# What the optimizers keep of a parameter, in their states' order.
-_STATE = ("mean", "variance")
+def encoder_matrices(parameters: Mapping[str, Any]) -> list[Any]:
+    """Return the weight matrices of the encoder's layers, of parameters by structural names.
+
+    Embeddings, heads and the biases of distances are not among them.
+    """
+    return [
+        parameter
+        for name, parameter in parameters.items()
+        if name.startswith("encoder.layers.") and name.endswith(".weight") and len(parameter.shape) == 2
+    ]
 
 
 def optimizer_arrays(trainer: Any, parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """A copy on the host of what the optimizer keeps of the named parameters; waits for the devices.
 
-    Of each that was updated: `name/mean` and `name/variance`, of its shape, float32, and `name/updates`,
-    (1,) int64. All contexts have the same.
+    Of each that was updated: its states of its shape, float32, such as `name/mean` and `name/variance`, and
+    `name/updates`, (1,) int64. All contexts have the same.
     """
     arrays = {}
     updater, counts = trainer._updaters[0], trainer.optimizer._all_index_update_counts
@@ -52,7 +72,7 @@ def optimizer_arrays(trainer: Any, parameters: Mapping[str, Any]) -> dict[str, n
     for name, parameter in parameters.items():
         index = trainer._param2idx[parameter.name]
         if index in updater.states:
-            for kind, array in zip(_STATE, updater.states[index]):
+            for kind, array in zip(trainer.optimizer.state_names(index), updater.states[index]):
                 arrays[f"{name}/{kind}"] = array.asnumpy()
             arrays[f"{name}/updates"] = np.array([updates[index]], dtype=np.int64)
     return arrays
@@ -62,28 +82,32 @@ def set_optimizer_arrays(
     trainer: Any, parameters: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> None:
     """The inverse of `optimizer_arrays`, on any number of contexts; ValueError where they do not fit."""
-    known = {f"{name}/{kind}" for name in parameters for kind in (*_STATE, "updates")}
+    optimizer = trainer.optimizer
+    state_names = {
+        name: optimizer.state_names(trainer._param2idx[parameter.name])
+        for name, parameter in parameters.items()
+    }
+    known = {f"{name}/{kind}" for name, kinds in state_names.items() for kind in (*kinds, "updates")}
     if not arrays.keys() <= known:
         raise ValueError(f"{min(arrays.keys() - known)} is of no parameter")
-    optimizer = trainer.optimizer
     counts: dict[int, int] = {}
     states: dict[int, tuple[np.ndarray, ...]] = {}
     for name, parameter in parameters.items():
-        kinds = (*_STATE, "updates")
+        kinds = (*state_names[name], "updates")
         if not any(f"{name}/{kind}" in arrays for kind in kinds):
             continue
-        expected = [(tuple(parameter.shape), np.float32)] * 2 + [((1,), np.int64)]
+        expected = [(tuple(parameter.shape), np.float32)] * len(state_names[name]) + [((1,), np.int64)]
         for kind, (shape, dtype) in zip(kinds, expected):
             array = arrays[f"{name}/{kind}"]
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name}/{kind} is not {np.dtype(dtype)} {shape}")
         index = trainer._param2idx[parameter.name]
-        states[index] = tuple(arrays[f"{name}/{kind}"] for kind in _STATE)
+        states[index] = tuple(arrays[f"{name}/{kind}"] for kind in state_names[name])
         counts[index] = int(arrays[f"{name}/updates"][0])
     for context, updater in zip(trainer._contexts, trainer._updaters):
         updater.states = {
-            index: tuple(mx.nd.array(array, ctx=context, dtype=np.float32) for array in pair)
-            for index, pair in states.items()
+            index: tuple(mx.nd.array(array, ctx=context, dtype=np.float32) for array in kept)
+            for index, kept in states.items()
         }
         updater.states_synced = dict.fromkeys(states, True)
         optimizer._all_index_update_counts[context.device_id] = dict(counts)
@@ -111,9 +135,13 @@ class _WithMoments(mx.optimizer.Optimizer):
         self.is_finite: dict[Any, Any] = {}
         self._ones: dict[Any, Any] = {}
 
-    def create_state(self, index: int, weight: Any) -> tuple[Any, Any]:
-        """m and v of one parameter, of its shape."""
-        return mx.nd.zeros_like(weight), mx.nd.zeros_like(weight)
+    def state_names(self, index: int) -> tuple[str, ...]:
+        """Return the names of what is kept of one parameter, in the order of its state."""
+        return ("mean", "variance")
+
+    def create_state(self, index: int, weight: Any) -> tuple[Any, ...]:
+        """Return the states of one parameter, of its shape."""
+        return tuple(mx.nd.zeros_like(weight) for _ in self.state_names(index))
 
 
 class BERTAdam(_WithMoments):
@@ -263,7 +291,96 @@ class LAMB(_WithMoments):
         return direction
 
 
-OPTIMIZERS = {"adam": Adam, "adamw": AdamW, "bertadam": BERTAdam, "lamb": LAMB}
+class Muon(AdamW):
+    """Muon (Jordan et al. 2024) for the parameters in `matrices`, AdamW for all others.
+
+    u = momentum * u + g, then O = the orthogonal factor of g + momentum * u (Nesterov), about;
+    w -= lr * (0.2 * sqrt(max(rows, columns)) * O + weight_decay * w). The scale is that of Liu et al. 2025
+    (Moonlight, section 2.2): a step is then about as long as AdamW's, so both have the same learning rate.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.matrices: frozenset[int] = frozenset()
+        self.momentum = 0.95
+        # `update` gets all parameters at once, so that matrices of one shape are multiplied together.
+        self.aggregate_num = 1_000_000
+
+    def state_names(self, index: int) -> tuple[str, ...]:
+        """Return the names of what is kept of one parameter, in the order of its state."""
+        return ("momentum",) if index in self.matrices else super().state_names(index)
+
+    def update(self, index: Any, weight: Any, gradient: Any, state: Any) -> None:
+        """Make one step of one parameter, or of lists of them."""
+        self._update_count(index)
+        if not isinstance(index, (list, tuple)):
+            index, weight, gradient, state = [index], [weight], [gradient], [state]
+        by_shape: dict[tuple[int, ...], list[Any]] = {}
+        others = []
+        for each in zip(index, weight, gradient, state):
+            if each[0] in self.matrices:
+                by_shape.setdefault(each[1].shape, []).append(each)
+            else:
+                others.append(each)
+        for each in by_shape.values():
+            self._step_matrices(*zip(*each))
+        if weight[0].context.device_type == "gpu":
+            for start in range(0, len(others), MOST_AT_ONCE):
+                self._step_together(*zip(*others[start : start + MOST_AT_ONCE]))
+        else:
+            for each in others:
+                self._step(*each)
+
+    def _step_matrices(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
+        """Make one step of matrices of one shape."""
+        is_finite = self.is_finite.get(weights[0].context)
+        directions = []
+        for gradient, (momentum,) in zip(gradients, states):
+            gradient = gradient * self.rescale_grad
+            new = self.momentum * momentum + gradient
+            directions.append(gradient + self.momentum * new)
+            _set_where(is_finite, momentum, new)
+        rows, columns = weights[0].shape
+        scale = 0.2 * math.sqrt(max(rows, columns))
+        for index, weight, direction in zip(indices, weights, orthogonalized(directions)):
+            rate = self._get_lr(index)
+            shrunk = (1 - rate * self._get_wd(index)) * weight
+            _set_where(is_finite, weight, shrunk - (rate * scale) * direction)
+
+
+def _set_where(is_finite: Any, array: Any, value: Any) -> None:
+    """Set an array to a value, unless `is_finite`, (1,) or None, is NaN. Does not wait."""
+    if is_finite is not None:
+        condition = (is_finite == is_finite).reshape((1,) * array.ndim).broadcast_to(array.shape)
+        value = mx.nd.where(condition, value, array)
+    array[:] = value
+
+
+# Of a quintic Newton-Schulz iteration, by Jordan et al. 2024. They bring singular values near 1 in five
+# iterations: to 0.7 to 1.2, which is as good as 1 for a step.
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
+NEWTON_SCHULZ_ITERATIONS = 5
+
+
+def orthogonalized(matrices: Sequence[Any]) -> Any:
+    """Return (N, rows, columns): of N matrices of one shape the nearest with orthonormal rows or columns, about.
+
+    Zero stays zero. Does not wait.
+    """
+    norms = squared_norms(matrices).sqrt() + 1e-7
+    x = mx.nd.broadcast_div(mx.nd.stack(*matrices), norms.reshape((-1, 1, 1)))
+    is_tall = x.shape[1] > x.shape[2]
+    if is_tall:
+        x = x.transpose((0, 2, 1))
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_ITERATIONS):
+        square = mx.nd.linalg.gemm2(x, x, transpose_b=True)
+        polynomial = mx.nd.linalg.gemm(square, square, square, alpha=c, beta=b)
+        x = mx.nd.linalg.gemm(polynomial, x, x, alpha=1.0, beta=a)
+    return x.transpose((0, 2, 1)) if is_tall else x
+
+
+OPTIMIZERS = {"adam": Adam, "adamw": AdamW, "bertadam": BERTAdam, "lamb": LAMB, "muon": Muon}
 
 
 def clip_gradients(gradients: Sequence[Sequence[Any]], largest: float) -> Any:

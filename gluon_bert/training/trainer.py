@@ -30,6 +30,7 @@ from .lr_schedule import learning_rate, planned_steps
 from .metrics import Meter, Metrics, MetricSums, losses_of
 from .optimizers import (
     clip_gradients,
+    encoder_matrices,
     finite_on,
     gluon_trainer,
     optimizer_arrays,
@@ -125,7 +126,8 @@ class Trainer:
             parameter.grad_req = "add" if self._adds_up else "write"
         self._froze_unused = False
         self._back_to, self._num_rollbacks = -1, 0
-        self._optimizer = gluon_trainer(parameters, config, self.communicator.kvstore)
+        matrices = encoder_matrices(named_parameters(net))
+        self._optimizer = gluon_trainer(parameters, config, self.communicator.kvstore, matrices)
         self.communicator.init_trainer(self._optimizer)
 
     def _trained(self) -> dict[str, Any]:

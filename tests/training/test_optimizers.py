@@ -9,14 +9,19 @@ import pytest
 from gluon_bert.config import TrainConfig
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.model.encoder import Embeddings
+from gluon_bert.model.parameters import named_parameters
 from gluon_bert.presets import PRESETS
 from gluon_bert.runtime import mx
 from gluon_bert.training.optimizers import (
     OPTIMIZERS,
     clip_gradients,
+    encoder_matrices,
     global_norm,
     gluon_trainer,
     mark_undecayed,
+    optimizer_arrays,
+    orthogonalized,
+    set_optimizer_arrays,
 )
 
 SHAPES = {"a_weight": (5, 7), "a_bias": (7,), "a_gamma": (7,), "a_beta": (7,)}
@@ -69,7 +74,10 @@ def expected_after_steps(config, num_steps):
             first, second = m[name] / (1 - config.beta1**t), v[name] / (1 - config.beta2**t)
             if config.optimizer == "bertadam":  # Devlin et al., optimization.py
                 weights[name] = w - rate * (m[name] / (np.sqrt(v[name]) + config.epsilon) + decay * w)
-            elif config.optimizer == "adamw":  # Loshchilov and Hutter 2019, algorithm 2
+            elif config.optimizer in (
+                "adamw",
+                "muon",
+            ):  # no matrices are named; Loshchilov and Hutter 2019, algorithm 2
                 weights[name] = w - rate * (first / (np.sqrt(second) + config.epsilon) + decay * w)
             elif config.optimizer == "lamb":  # You et al. 2020, algorithm 2
                 r = first / (np.sqrt(second) + config.epsilon) + decay * w
@@ -132,6 +140,125 @@ def test_nonfinite_gradient_is_not_hidden(name):
     weight = mx.nd.ones((3,))
     mx.optimizer.get_updater(made)([0], [mx.nd.array([1.0, np.nan, 1.0])], [weight])
     assert np.isnan(weight.asnumpy()[1])
+
+
+# Muon
+
+MATRICES = {"wide": (5, 7), "other": (5, 7), "tall": (9, 4), "some_bias": (7,)}
+
+
+def muon_on(contexts, config):
+    """Return parameters of two shapes of matrices and a bias, and the trainer that steps them."""
+    parameters = {name: mx.gluon.Parameter(name, shape=shape) for name, shape in MATRICES.items()}
+    for name, value in numbers(0, 0.5, MATRICES).items():
+        parameters[name].initialize(ctx=contexts)
+        parameters[name].set_data(mx.nd.array(value))
+    matrices = [parameters[name] for name in ("wide", "other", "tall")]
+    return parameters, gluon_trainer(parameters, config, matrices=matrices)
+
+
+def muon_step(trainer, parameters, gradients):
+    for name, parameter in parameters.items():
+        for context in parameter.list_ctx():
+            parameter.grad(context)[:] = mx.nd.array(gradients[name])
+            parameter.data(context)._fresh_grad = True
+    trainer.update(1)
+
+
+def expected_muon(config, num_steps):
+    """Return the same by Jordan et al. 2024 and Liu et al. 2025, in float64; AdamW for the bias."""
+    weights = {name: value.astype(np.float64) for name, value in numbers(0, 0.5, MATRICES).items()}
+    momenta = {name: np.zeros(shape) for name, shape in MATRICES.items()}
+    squares = np.zeros(MATRICES["some_bias"])
+    for t in range(1, num_steps + 1):
+        for name, g in numbers(t, 0.1, MATRICES).items():
+            if name == "some_bias":
+                momenta[name] = config.beta1 * momenta[name] + (1 - config.beta1) * g
+                squares = config.beta2 * squares + (1 - config.beta2) * g.astype(np.float64) ** 2
+                root = np.sqrt(squares / (1 - config.beta2**t)) + config.epsilon
+                weights[name] = weights[name] - config.lr * momenta[name] / (1 - config.beta1**t) / root
+                continue
+            momenta[name] = config.momentum * momenta[name] + g
+            x = g + config.momentum * momenta[name]
+            x = x / np.linalg.norm(x)
+            for _ in range(5):
+                gram = x @ x.T
+                x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+            step = 0.2 * np.sqrt(max(x.shape)) * x + config.weight_decay * weights[name]
+            weights[name] = weights[name] - config.lr * step
+    return weights
+
+
+@pytest.mark.parametrize("num_contexts", [1, 2])
+@pytest.mark.parametrize("changes", [{}, {**OTHER, "momentum": 0.7}], ids=["defaults", "others"])
+def test_muon_steps_equal_those_of_numpy(num_contexts, changes):
+    config = TrainConfig(optimizer="muon", lr=0.05, weight_decay=0.3, **{"epsilon": 1e-6, **changes})
+    parameters, trainer = muon_on([mx.cpu(i) for i in range(num_contexts)], config)
+    for step in (1, 2, 3, 4):
+        muon_step(trainer, parameters, numbers(step, 0.1, MATRICES))
+        for name, value in expected_muon(config, step).items():
+            for array in parameters[name].list_data():
+                np.testing.assert_allclose(array.asnumpy(), value, rtol=0, atol=3e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
+def test_orthogonalized_singular_values_are_near_1(shape):
+    rng = np.random.default_rng(0)
+    matrices = [mx.nd.array(scale * rng.normal(size=shape)) for scale in (1e-6, 1.0, 1e6)]
+    for each in orthogonalized(matrices).asnumpy():
+        values = np.linalg.svd(each, compute_uv=False)
+        assert 0.5 < values.min() and values.max() < 1.3
+
+
+def test_orthogonalized_zero_is_zero():
+    assert not orthogonalized([mx.nd.zeros((3, 5))]).asnumpy().any()
+
+
+def test_muon_skips_a_step_that_is_not_finite():
+    config = TrainConfig(optimizer="muon", lr=0.05, weight_decay=0.3)
+    parameters, trainer = muon_on([mx.cpu()], config)
+    muon_step(trainer, parameters, numbers(1, 0.1, MATRICES))
+    before = {name: parameter.data().asnumpy() for name, parameter in parameters.items()}
+    kept = optimizer_arrays(trainer, parameters)
+    trainer.optimizer.is_finite = {mx.cpu(): mx.nd.array([np.nan])}
+    bad = numbers(2, 0.1, MATRICES)
+    bad["wide"][0, 0] = np.inf
+    muon_step(trainer, parameters, bad)
+    for name, parameter in parameters.items():
+        np.testing.assert_array_equal(parameter.data().asnumpy(), before[name], err_msg=name)
+    for name, array in optimizer_arrays(trainer, parameters).items():
+        if not name.endswith("/updates"):
+            np.testing.assert_array_equal(array, kept[name], err_msg=name)
+
+
+def test_muon_states_continue_on_other_contexts():
+    config = TrainConfig(optimizer="muon", lr=0.05, weight_decay=0.3)
+    parameters, trainer = muon_on([mx.cpu()], config)
+    muon_step(trainer, parameters, numbers(1, 0.1, MATRICES))
+    arrays = optimizer_arrays(trainer, parameters)
+    assert {"wide/momentum", "tall/momentum", "some_bias/mean", "some_bias/variance"} <= arrays.keys()
+    assert "wide/variance" not in arrays
+    others, other = muon_on([mx.cpu(0), mx.cpu(1)], config)
+    for name, parameter in parameters.items():
+        others[name].set_data(parameter.data())
+    set_optimizer_arrays(other, others, arrays)
+    for each, those in ((trainer, parameters), (other, others)):
+        muon_step(each, those, numbers(2, 0.1, MATRICES))
+    for name, parameter in parameters.items():
+        for array in others[name].list_data():
+            np.testing.assert_array_equal(array.asnumpy(), parameter.data().asnumpy(), err_msg=name)
+    with pytest.raises(ValueError, match="is of no parameter"):
+        set_optimizer_arrays(other, others, {"wide/variance": arrays["wide/momentum"]})
+
+
+@pytest.mark.parametrize("position", ["absolute", "relative-bias"])
+def test_muon_matrices_are_those_of_the_layers(position):
+    model = dataclasses.replace(PRESETS["quick"].model, position=position)
+    net = BERTModel(100, model)
+    net.initialize(ctx=[mx.cpu()])
+    matrices = encoder_matrices(named_parameters(net))
+    expected = [(128, 128)] * 4 + [(512, 128), (128, 512)]
+    assert sorted(p.shape for p in matrices) == sorted(expected * model.num_layers)
 
 
 # What decays
@@ -247,7 +374,7 @@ def test_optimizer_lists_equal_single_parameters(name, usable):
         optimizer = OPTIMIZERS[name](learning_rate=0.1, wd=0.01, beta1=0.9, beta2=0.99, epsilon=1e-6)
         optimizer.aggregate_num = at_once
         if usable is not None:
-            optimizer.usable = {mx.cpu(0): mx.nd.array([usable])}
+            optimizer.is_finite = {mx.cpu(0): mx.nd.array([usable])}
         updater = mx.optimizer.get_updater(optimizer)
         weights = [mx.nd.array(rng.normal(size=shape)) for shape in ((3, 4), (5,), (2, 2, 2))]
         for _ in range(3):

@@ -118,7 +118,7 @@ def norm_of(gradients):
     return np.sqrt(sum((grad**2).sum() for name, grad in gradients.items() if name != "mlm.decoder.weight"))
 
 
-@pytest.mark.parametrize("optimizer", ["bertadam", "adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["bertadam", "adamw", "lamb", "muon"])
 def test_clipped_steps_match_on_one_to_four_contexts(data, optimizer):
     recipe = {**RECIPE, "optimizer": optimizer, "schedule": "linear", "num_steps": 8}
     one, *others = (trainer_on(n, data, BERT, **recipe) for n in (1, 2, 4))
