@@ -144,7 +144,7 @@ def test_nonfinite_gradient_is_not_hidden(name):
 
 # Muon
 
-MATRICES = {"wide": (5, 7), "other": (5, 7), "tall": (9, 4), "some_bias": (7,)}
+MATRICES = {"wide": (5, 7), "other": (5, 7), "tall": (9, 4), "wider": (3, 12), "some_bias": (7,)}
 
 
 def muon_on(contexts, config):
@@ -153,7 +153,7 @@ def muon_on(contexts, config):
     for name, value in numbers(0, 0.5, MATRICES).items():
         parameters[name].initialize(ctx=contexts)
         parameters[name].set_data(mx.nd.array(value))
-    matrices = [parameters[name] for name in ("wide", "other", "tall")]
+    matrices = [parameters[name] for name in MATRICES if name != "some_bias"]
     return parameters, gluon_trainer(parameters, config, matrices=matrices)
 
 
