@@ -58,7 +58,7 @@ PRESETS: dict[str, Config] = {
     "demo": _QUICK.replace(
         position="relative-bias",
         init_embeddings="cooccurrence",
-        num_steps=1000,
+        num_steps=1300,
         max_minutes=1.5,
         eval_every=200,
     ),
