@@ -322,8 +322,8 @@ class Muon(AdamW):
                 by_shape.setdefault(each[1].shape, []).append(each)
             else:
                 others.append(each)
-        for each in by_shape.values():
-            self._step_matrices(*zip(*each))
+        for matrices in by_shape.values():
+            self._step_matrices(*zip(*matrices))
         if weight[0].context.device_type == "gpu":
             for start in range(0, len(others), MOST_AT_ONCE):
                 self._step_together(*zip(*others[start : start + MOST_AT_ONCE]))
