@@ -10,6 +10,7 @@ from gluon_bert.config import TrainConfig
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.model.encoder import Embeddings
 from gluon_bert.model.parameters import named_parameters
+from gluon_bert.model.relative_position import RelativeBias
 from gluon_bert.presets import PRESETS
 from gluon_bert.runtime import mx
 from gluon_bert.training.optimizers import (
@@ -286,7 +287,9 @@ def test_decayed_and_undecayed_make_up_the_network(name, norm):
     assert {p for p in parameters.values() if p.wd_mult == 0} == undecayed
     assert {p for p in parameters.values() if p.wd_mult == 1} == decayed
     assert not undecayed & decayed and len(undecayed | decayed) == len(parameters.values())
-    assert all(len(p.shape) == 1 for p in undecayed) and all(len(p.shape) == 2 for p in decayed)
+    tables = {block.bias for block in blocks_of(net) if isinstance(block, RelativeBias)}
+    assert all(len(p.shape) == 1 for p in undecayed - tables)
+    assert all(len(p.shape) == 2 for p in decayed)
     # A layer has 6 matrices; then there are 3 embeddings, the pooler's, the two heads', a decoder of its own.
     assert len(decayed) == 6 * model.num_layers + 6 + (not model.tied_decoder)
     embeddings = next(block for block in blocks_of(net) if isinstance(block, Embeddings))
