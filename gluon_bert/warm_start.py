@@ -65,6 +65,7 @@ def config_from_run(init: str, checkpoint: str, recipe: Config | None) -> Config
     return (recipe or run.config).replace(
         **_from_run(run.config),
         dropout=run.config.model.dropout,
+        init_embeddings=ModelConfig().init_embeddings,
         vocab_file=_vocabulary_file(run, init),
         vocab_size=Config().data.vocab_size,
         extend_vocab=0,

@@ -162,7 +162,7 @@ def test_commands_serve_the_run(runs, capfd):
 
 def check_pretrain_flags(flags):
     parsed = pretrain.parser().parse_args(flags)
-    pretrain.config_from(parsed, pretrain.preset(parsed.preset or pretrain.DEFAULT))
+    pretrain.config_from(parsed, pretrain.preset(parsed.preset or "d2l"))
 
 
 @pytest.mark.parametrize("tool, arguments", COMMANDS)

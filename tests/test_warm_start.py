@@ -125,6 +125,20 @@ def test_preset_gives_the_recipe_init_the_network(before, tmp_path):
     assert (config.train.optimizer, config.data.pairs) == ("bertadam", "packed")
 
 
+def test_init_from_a_run_with_vectors_of_the_text(before, tmp_path, capsys):
+    first = ["--preset", "d2l", *SMALL, "--corpus", str(before / "first.txt"), "--num-steps", "1"]
+    first += ["--init-embeddings", "cooccurrence", "--output", str(tmp_path / "first")]
+    assert pretrain.main(first) == 0
+    init = ["--init", str(tmp_path / "first"), "--corpus", str(before / "domain.txt"), *STILL]
+    assert pretrain.main([*init, "--output", str(tmp_path / "second")]) == 0
+    old, new = (weights_of(load_run(tmp_path / name).net) for name in ("first", "second"))
+    for name, array in old.items():
+        np.testing.assert_allclose(new[name], array, atol=1e-7)
+    flags = ["--init-embeddings", "cooccurrence", "--output", str(tmp_path / "third")]
+    assert pretrain.main([*init, *flags]) == 2
+    assert "--init-embeddings cooccurrence: has no effect" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, told",
     [
