@@ -185,7 +185,9 @@ def summary(folder: Path, config: Any, converted: Any) -> list[str]:
         normalized = ", normalized" if converted.pooling.normalize else ""
         text.append(f"sentence vectors by {converted.pooling.mode} pooling{normalized}")
     if converted.task:
-        outputs = " ".join(converted.task.labels) or "a score"
+        outputs = " ".join(converted.task.labels) or {"regression": "a score"}.get(
+            converted.task.kind, "answers"
+        )
         text.append(f"fine-tuned for {outputs}")
     return [
         f"{folder}: {model.num_layers} layers of {model.units}, {model.num_heads} heads, {model.activation}, "

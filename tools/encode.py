@@ -197,7 +197,10 @@ def task_input_of(predictor: Any, line: Any) -> Any:
 def result_lines(line: Any, content: dict[str, Any]) -> str:
     """Return a task's result, as text for the terminal."""
     shown = [" || ".join(line.given)]
-    for entity in content["entities"]:
+    if "answer" in content:
+        place = f"({content['start']} to {content['end']})" if content["answer"] else ""
+        shown.append(f"  {content['score']:8.4f}  {content['answer'] or 'no answer'} {place}")
+    for entity in content.get("entities", []):
         place = f"({entity['start']} to {entity['end']})"
         shown.append(f"  {entity['probability']:8.4f}  {entity['type']}  {entity['text']} {place}")
     return "\n".join(map(printable, shown))

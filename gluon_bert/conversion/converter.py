@@ -99,7 +99,7 @@ def to_own_names(
     """
     notes = [] if notes is None else notes
     wanted = {layout.name(name): (name, shape) for name, shape in shapes(vocab_size, config, task).items()}
-    heads = ("pooler",) if task else HEADS
+    heads = () if task and task.scores_tokens else ("pooler",) if task else tuple(HEADS)
     untrained = tuple(head for head in heads if not _names_of(head, wanted) & arrays.keys())
     optional = {name for head in untrained for name in _names_of(head, wanted)}
     missing = [name for name in wanted if name not in arrays and name not in optional]

@@ -14,7 +14,7 @@ from ..data.wordpiece import WordPieceVocabulary
 from ..errors import InputError
 from ..fileio import atomic_folder, atomic_write, read_json, write_json
 from ..model.parameters import weights_of
-from ..model.task import Task
+from ..model.task import BIO_TAG, Task
 from ..run import Run
 from .converter import ConvertedModel, to_foreign_names, to_own_names, untrained_note
 from .sentence_transformers import SentenceFolder, pooling_files, read_sentence_folder
@@ -27,7 +27,7 @@ from .tokenizer_files import (
 )
 from .vocabularies import VOCAB, looks_cased, read_vocabulary, vocabulary_file
 from .weight_files import SAFETENSORS, check_downloaded, read_weights, safetensors_package
-from .weight_names import HUGGINGFACE
+from .weight_names import HUGGINGFACE, HUGGINGFACE_SPANS, WeightNames
 
 CONFIG = "config.json"
 
@@ -78,7 +78,10 @@ _DECODER, _EMBEDDING = "cls.predictions.decoder.weight", "bert.embeddings.word_e
 # The parts of a BertModel, whatever stands before them.
 _PARTS = ("embeddings.", "encoder.", "pooler.")
 _WORDS = "embeddings.word_embeddings.weight"
-_CLASSIFIER = "classifier.weight"
+_CLASSIFIER, _SPANS = "classifier.weight", "qa_outputs.weight"
+_POOLER = "bert.pooler."
+# The setting of its pipelines that says whether a question may have no answer.
+_NO_ANSWER = "handle_impossible_answer"
 
 
 def read_huggingface(
@@ -101,7 +104,9 @@ def read_huggingface(
     files = read_tokenizer_files(folder)
     arrays = _renamed(read_weights(folder), model, folder, notes)
     task = _task(settings, arrays, path, pairs, notes)
-    weights, untrained = to_own_names(arrays, HUGGINGFACE, vocab_size, model, folder, notes, task)
+    if task and task.scores_tokens:
+        arrays = {name: array for name, array in arrays.items() if not name.startswith(_POOLER)}
+    weights, untrained = to_own_names(arrays, _layout(task), vocab_size, model, folder, notes, task)
     added = {token.content: token.id for token in files.added_tokens}
     vocab = read_vocabulary(vocabulary_file(folder), vocab_size, notes, added)
     tokenizer = _tokenizer(folder, files, sentences, vocab, lowercase, notes)
@@ -271,10 +276,14 @@ def _task(
     pairs: bool | None,
     notes: list[str],
 ) -> Task | None:
-    """Return the task of a BertForSequenceClassification, None for other networks."""
+    """Return the task of a fine-tuned network, None for other networks."""
     architectures = settings.get("architectures")
     named = architectures if isinstance(architectures, list) else []
     if named != ["BertForSequenceClassification"] or _CLASSIFIER not in arrays:
+        if pairs is None and named == ["BertForTokenClassification"] and _CLASSIFIER in arrays:
+            return _tagging_task(settings, len(arrays[_CLASSIFIER]), path)
+        if pairs is None and named == ["BertForQuestionAnswering"] and _SPANS in arrays:
+            return Task("question-answering", pairs=True, no_answer=_may_lack_answers(settings))
         if pairs is not None:
             raise InputError(
                 f"--pairs: is for BertForSequenceClassification, got {' '.join(map(str, named))}"
@@ -291,11 +300,35 @@ def _task(
             f"{path}: problem_type must be single_label_classification, or regression with one output, "
             f"got {kind!r} with {outputs}"
         )
+    return Task("classification", pairs, _labels(settings, outputs, path))
+
+
+def _labels(settings: Mapping[str, Any], outputs: int, path: Path) -> tuple[str, ...]:
     labels = settings.get("id2label")
     labels = labels if isinstance(labels, dict) else {str(i): f"LABEL_{i}" for i in range(outputs)}
     if set(labels) != {str(i) for i in range(outputs)} or len(set(map(str, labels.values()))) != outputs:
         raise InputError(f"{path}: id2label must have another label for each of 0 to {outputs - 1}")
-    return Task("classification", pairs, tuple(str(labels[str(i)]) for i in range(outputs)))
+    return tuple(str(labels[str(i)]) for i in range(outputs))
+
+
+def _tagging_task(settings: Mapping[str, Any], outputs: int, path: Path) -> Task:
+    labels = _labels(settings, outputs, path)
+    wrong = [label for label in labels if not BIO_TAG.fullmatch(label)]
+    if wrong or outputs < 2:
+        raise InputError(
+            f"{path}: id2label must have BIO tags: O, B-TYPE and I-TYPE, got {' '.join(wrong or labels)}"
+        )
+    return Task("tagging", pairs=False, labels=labels)
+
+
+def _may_lack_answers(settings: Mapping[str, Any]) -> bool:
+    parameters = settings.get("task_specific_params")
+    own = parameters.get("question-answering") if isinstance(parameters, dict) else None
+    return isinstance(own, dict) and own.get(_NO_ANSWER) is True
+
+
+def _layout(task: Task | None) -> WeightNames:
+    return HUGGINGFACE_SPANS if task and task.kind == "question-answering" else HUGGINGFACE
 
 
 def write_huggingface(run: Run, folder: Path) -> list[str]:
@@ -339,16 +372,24 @@ def _arrays(run: Run) -> dict[str, np.ndarray]:
         weights["head.dense.bias"] = weights["head.dense.bias"] * np.float32(task.scale) + np.float32(
             task.mean
         )
-    arrays = to_foreign_names(weights, HUGGINGFACE, run.untrained)
+    arrays = to_foreign_names(weights, _layout(task), run.untrained)
     if _BIAS in arrays and not run.net.config.tied_decoder:
         arrays[_BIAS_COPY] = arrays[_BIAS].copy()
     return arrays
 
 
+_ARCHITECTURES = {
+    "classification": "BertForSequenceClassification",
+    "regression": "BertForSequenceClassification",
+    "tagging": "BertForTokenClassification",
+    "question-answering": "BertForQuestionAnswering",
+}
+
+
 def _architecture(run: Run) -> str:
     """Return the class of transformers that has a run's trained heads and no other ones."""
     if run.task:
-        return "BertForSequenceClassification"
+        return _ARCHITECTURES[run.task.kind]
     heads = "mlm" in run.untrained, "nsp" in run.untrained
     return {
         (False, False): "BertForPreTraining",
@@ -363,11 +404,14 @@ def _task_settings(task: Task | None) -> dict[str, Any]:
         return {}
     if task.kind == "regression":
         return {"problem_type": "regression", "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    return {
-        "problem_type": "single_label_classification",
+    if task.kind == "question-answering":
+        own = {"question-answering": {_NO_ANSWER: True}}
+        return {"task_specific_params": own} if task.no_answer else {}
+    labels = {
         "id2label": {str(i): label for i, label in enumerate(task.labels)},
         "label2id": {label: i for i, label in enumerate(task.labels)},
     }
+    return labels if task.kind == "tagging" else {"problem_type": "single_label_classification", **labels}
 
 
 def _write_tokenizer(run: Run, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Mapping
 
 import numpy as np
@@ -62,7 +62,7 @@ class WeightNames:
         return array.T if self.kernels and self.name(ours).endswith(self.kernels) else array
 
 
-# BertForPreTraining and BertForSequenceClassification of PyTorch transformers. The label 0 of the first is
+# BertForPreTraining, BertForSequenceClassification and BertForTokenClassification of PyTorch transformers. The label 0 of the first is
 # "follows" (modeling_bert.py).
 HUGGINGFACE = WeightNames(
     {
@@ -92,6 +92,9 @@ HUGGINGFACE = WeightNames(
     follows_first=True,
     encoder=("bert.",),
 )
+
+# BertForQuestionAnswering calls its head otherwise.
+HUGGINGFACE_SPANS = replace(HUGGINGFACE, parts={**HUGGINGFACE.parts, "head.dense": "qa_outputs"})
 
 # The TensorFlow checkpoints of google-research/bert. Its label 1 is a random second segment
 # (create_pretraining_data.py).

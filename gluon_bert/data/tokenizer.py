@@ -8,6 +8,7 @@ from typing import Iterable, Iterator, NamedTuple, Sequence
 import numpy as np
 
 from ..errors import InputError
+from .alignment import Span, spans
 from .vocab import Normalization, Vocabulary
 
 # Padded lengths are multiples of this, so that a network meets few shapes; each costs a plan of its memory.
@@ -109,6 +110,12 @@ class Tokenizer:
     def pieces(self, text: str) -> list[str]:
         """Split running text into tokens, without <cls> and <sep>."""
         return [piece for word in self.words(text) for piece in self.vocab.pieces(word)]
+
+    def pieces_with_spans(self, text: str) -> tuple[list[str], list[Span]]:
+        """Split running text into tokens, each with its place in the text."""
+        words = [self.vocab.pieces(word) for word in self.words(text)]
+        visible = [piece[2:] if i else piece for word in words for i, piece in enumerate(word)]  # without ##
+        return [piece for word in words for piece in word], spans(text, visible)
 
     def _ids(self, tokens: Sequence[str]) -> np.ndarray:
         ids = self.vocab.to_indices(tokens)

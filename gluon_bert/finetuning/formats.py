@@ -9,6 +9,8 @@ from typing import Callable
 from ..errors import InputError
 from ..model.task import KINDS
 from .dataset import TaskFiles, TaskFormat
+from .question_answering import ENDINGS as SQUAD_ENDINGS
+from .question_answering import QuestionFormat
 from .sentences import SentenceFormat
 from .tables import ENDINGS as TABLE_ENDINGS
 from .tagging import CONLL_ENDINGS, TaggingFormat
@@ -19,14 +21,15 @@ FORMATS: dict[str, Callable[[], TaskFormat]] = {
     "classification": lambda: SentenceFormat("classification"),
     "regression": lambda: SentenceFormat("regression"),
     "tagging": TaggingFormat,
+    "question-answering": QuestionFormat,
 }
 
 
 def task_format(files: TaskFiles, kind: str) -> TaskFormat:
     """Return the reader of a task's files.
 
-    kind: one of the task's, or auto: CoNLL files, and JSONL files with tokens, are for tagging; tables are for
-    classes or a score. Raises InputError where the options are for another kind of file.
+    kind: one of the task's, or auto: CoNLL files, and JSONL files with tokens, are for tagging; SQuAD files are
+    for question answering; tables are for classes or a score. Raises InputError where the options are for another kind of file.
     """
     if kind not in ("auto", *KINDS):
         raise InputError(f"task must be auto or one of {', '.join(KINDS)}, got {kind!r}")
@@ -45,8 +48,10 @@ def _kind_of(path: Path) -> str:
     ending = path.suffix.lower()
     if ending in CONLL_ENDINGS or (ending == ".jsonl" and _has_tokens(path)):
         return "tagging"
+    if ending in SQUAD_ENDINGS:
+        return "question-answering"
     if ending not in TABLE_ENDINGS:
-        known = [*TABLE_ENDINGS, *CONLL_ENDINGS]
+        known = [*TABLE_ENDINGS, *CONLL_ENDINGS, *SQUAD_ENDINGS]
         raise InputError(f"--train {path}: must end in {', '.join(known)}, got {ending or 'no ending'!r}")
     return "auto"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import string
 from collections import Counter
 from typing import Sequence
 
@@ -14,6 +16,7 @@ METRICS_BY_TASK = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman", "mse"),
     "tagging": ("f1", "precision", "recall", "accuracy"),
+    "question-answering": ("f1", "exact_match"),
 }
 # Of these the smaller is the better.
 SMALLER = ("mse",)
@@ -93,6 +96,41 @@ def _ratios(right: int, said: int, true: int) -> dict[str, float]:
         "f1": 2 * right / (said + true) if said + true else 0.0,
         "number": float(true),
     }
+
+
+def answer_metrics(
+    given: Sequence[Sequence[str]], predicted: Sequence[str], no_answer: bool
+) -> dict[str, float]:
+    """Return the means of F1 and exact match of predicted answers, as SQuAD's official scripts define them.
+
+    given: the right answers of each question; the best of them counts. no_answer: as evaluate-v2.0.py, where
+    a question without answers has the right answer ""; else as evaluate-v1.1.py. Both are from 0 to 1.
+    """
+    f1, exact = [], []
+    for answers, text in zip(given, predicted):
+        if no_answer:
+            answers = [answer for answer in answers if _words_of(answer)] or [""]
+        f1.append(max((_answer_f1(answer, text, no_answer) for answer in answers), default=0.0))
+        exact.append(max((_words_of(answer) == _words_of(text) for answer in answers), default=False))
+    return {"f1": float(np.mean(f1)), "exact_match": float(np.mean(exact))}
+
+
+def _answer_f1(answer: str, predicted: str, no_answer: bool) -> float:
+    """Return F1 of the words of an answer; both empty are equal in version 2.0 alone."""
+    true, said = _words_of(answer), _words_of(predicted)
+    if no_answer and not (true and said):
+        return float(true == said)
+    right = sum((Counter(true) & Counter(said)).values())
+    return 2 * right / (len(true) + len(said)) if right else 0.0
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def _words_of(answer: str) -> list[str]:
+    """Return an answer's words in lower case, without ASCII punctuation and articles."""
+    letters = "".join(character for character in answer.lower() if character not in string.punctuation)
+    return _ARTICLES.sub(" ", letters).split()
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -10,6 +10,7 @@ from ..data.tokenizer import EncodedText, Tokenizer
 from ..errors import InputError
 from ..model.task import Task
 from .predictor import NOT_FINE_TUNED, Prediction, Predictor
+from .question_answering import Question
 from .tagging import TextToTag
 
 
@@ -70,6 +71,12 @@ def task_input(
         if second is not None:
             raise InputError("the network was fine-tuned for tagging of single texts: give one")
         return TextToTag.of_text(reader, task, first)
+    if task.kind == "question-answering":
+        if second is None:
+            raise InputError(
+                "the network was fine-tuned for question answering: give a question and its context"
+            )
+        return Question(reader, task, first, second)
     return Sentence(reader.text(first, second, truncate))
 
 
