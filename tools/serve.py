@@ -21,6 +21,7 @@ examples:
 
 It answers on this machine alone (127.0.0.1), at /predictions/bert. A request is a JSON object:
 
+  "question", "context"  of a network that was fine-tuned for question answering
   "text", "pair"         a text, or two; or, as ids without <cls> and <sep>, "ids" and "pair_ids"
   "ask"                  "vectors" (when left out), "masks", "next", "score", "task" (when left out, of a
                          fine-tuned network), "similarity" of "text" and "pair", or a list of them

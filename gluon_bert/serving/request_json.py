@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
 from ..data.tokenizer import EncodedText, Tokenizer
 from ..errors import InputError, join_words
 from ..inference.json_output import ASKS, as_json
 from ..inference.predictor import Prediction, Predictor
 from ..inference.scoring import check_scorable, score
+from ..inference.task_inputs import TaskInput, TaskResult, task_input
 from ..model.pooling import POOLINGS, Pooling
+from ..model.task import Task
 
 OK, BAD_REQUEST = 200, 400
 
+# Of a network that was fine-tuned for question answering.
+QUESTION_FIELDS = ("question", "context")
 FIELDS = (
-    *("text", "pair", "ids", "pair_ids", "truncate"),
+    *("text", "pair", "ids", "pair_ids", "truncate", *QUESTION_FIELDS),
     *("ask", "top", "token_vectors", "pooling", "normalize"),
 )
 # What can be asked of two texts only: both are read on their own.
@@ -47,6 +51,18 @@ class Request(NamedTuple):
         return [self.text, *self.apart]
 
 
+class TaskRequest(NamedTuple):
+    """A text to tag, or a question with its context; the network may read it in several texts."""
+
+    input: TaskInput[TaskResult]
+    given: Mapping[str, str]
+
+    @property
+    def texts(self) -> Sequence[EncodedText]:
+        """All texts that the network reads for this request."""
+        return self.input.texts
+
+
 def answer(predictor: Predictor, bodies: Sequence[bytes]) -> list[tuple[int, dict[str, Any]]]:
     """Return a status and an object for each body: 200 and the answer, or 400 and {"error": why}.
 
@@ -57,17 +73,20 @@ def answer(predictor: Predictor, bodies: Sequence[bytes]) -> list[tuple[int, dic
     [(200, {'text': 'a crane', 'tokens': [...], ...}), (400, {'error': "'txt' is unknown: ..."})]
     """
     replies: dict[int, tuple[int, dict[str, Any]]] = {}
-    questions: dict[int, Request] = {}
+    questions: dict[int, Request | TaskRequest] = {}
     for i, body in enumerate(bodies):
         try:
-            ask_by_default = "task" if predictor.task else "vectors"
-            questions[i] = read(body, predictor.reader, ask_by_default, predictor.pooling)
+            questions[i] = read(body, predictor.reader, predictor.task, predictor.pooling)
         except InputError as error:
             replies[i] = refused(error)
     answers = predictor.predict(text for question in questions.values() for text in question.texts)
     for i, question in questions.items():
-        found, *apart = [next(answers) for _ in question.texts]
+        predictions = [next(answers) for _ in question.texts]
         try:
+            if isinstance(question, TaskRequest):
+                replies[i] = OK, {**question.given, **question.input.result(predictions).to_json()}
+                continue
+            found, *apart = predictions
             pooling = question.pooling or predictor.pooling
             found = dataclasses.replace(found, pooling=pooling)
             how = (question.ask, question.top, question.token_vectors, question.given)
@@ -93,11 +112,11 @@ def refused(why: object) -> tuple[int, dict[str, Any]]:
 
 
 def read(
-    body: bytes, reader: Tokenizer, ask_by_default: str = "vectors", own: Pooling | None = None
-) -> Request:
+    body: bytes, reader: Tokenizer, task: Task | None = None, own: Pooling | None = None
+) -> Request | TaskRequest:
     """Return the question in a request's body; InputError says what is wrong with it.
 
-    own: the pooling of the model, None where it does not say one.
+    task, own: the task and the pooling of the model, None where it has none.
 
     >>> reader = Tokenizer(Vocabulary(["crane", "a"]), 8, Normalization(lowercase=True))     # doctest: +SKIP
     >>> read(b'{"text": "A <mask>", "ask": "masks", "top": 2}', reader).text.tokens    # doctest: +SKIP
@@ -107,7 +126,12 @@ def read(
     unknown = [name for name in request if name not in FIELDS]
     if unknown:
         raise InputError(f"{_shown(unknown[0])} is unknown: a request has {join_words(FIELDS)}")
-    ask = _ask(request.get("ask", ask_by_default))
+    ask = _ask(request.get("ask", "task" if task else "vectors"))
+    if task and task.scores_tokens and "task" in ask:
+        return _task_request(request, task, reader, ask)
+    wrong = [name for name in QUESTION_FIELDS if name in request]
+    if wrong:
+        raise InputError(f'"{wrong[0]}" is for a network that was fine-tuned for question answering')
     if "top" in request and not {"masks", "score"} & set(ask):
         raise InputError('"top" is for "ask": "masks" and "score"')
     truncate = _flag(request, "truncate")
@@ -121,6 +145,23 @@ def read(
             raise InputError('"ask": "similarity" needs "text" and "pair"')
         apart = tuple(reader.text(each, truncate=truncate) for each in given)
     return Request(text, given, ask, top, _flag(request, "token_vectors"), _pooling(request, own), apart)
+
+
+def _task_request(
+    request: dict[str, Any], task: Task, reader: Tokenizer, ask: tuple[str, ...]
+) -> TaskRequest:
+    """Return a request for tags or for an answer."""
+    names = QUESTION_FIELDS if task.kind == "question-answering" else ("text",)
+    wrong = [name for name in request if name not in (*names, "ask")]
+    if wrong or len(ask) > 1 or not all(name in request for name in names):
+        fields = join_words([f'"{name}"' for name in names])
+        raise InputError(
+            f'a request for {task.kind} must have {fields}, and "ask" with "task" alone or not at all'
+        )
+    given = {name: _string(request, name) for name in names}
+    first, second = [*given.values(), None][:2]
+    assert first is not None
+    return TaskRequest(task_input(task, reader, first, second), given)
 
 
 def _flag(request: dict[str, Any], name: str) -> bool:
