@@ -93,7 +93,15 @@ setup(
         # What conversions are compared with. The book's package, d2l 0.17.6, pins versions that exclude ours:
         # pandas and ipython are what it imports, and it is installed beside them with --no-deps. Metrics are
         # compared with scikit-learn's.
-        "test-others": ["torch>=2", "transformers>=4.30", *GOOGLE, "pandas", "ipython", "scikit-learn"],
+        "test-others": [
+            "torch>=2",
+            "transformers>=4.30",
+            *GOOGLE,
+            "pandas",
+            "ipython",
+            "scikit-learn",
+            "seqeval",
+        ],
         "fuzz": ["atheris>=2.3"],
         "lint": ["ruff", "mypy", "pre-commit"],
     },

@@ -127,6 +127,18 @@ def test_commands_tag_words(runs, capsys):
     assert encode.main(asking) == 0
 
 
+def test_commands_answer_questions(runs, capsys):
+    context = "the crane lifts the bird ."
+    answers = [{"text": "bird", "answer_start": 20}]
+    paragraph = {"context": context, "qas": [{"id": "1", "question": "lifts", "answers": answers}]}
+    for name in ("train.json", "dev.json"):
+        (runs / name).write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    (tuning,) = commands("finetune", "train.json", of="runs/base")
+    assert finetune.main(tuning) == 0
+    (asking,) = commands("encode", of="runs/reader")
+    assert encode.main(asking) == 0
+
+
 @pytest.mark.java
 def test_commands_serve_the_run(runs, capfd):
     """The README's lines from the export to the three requests, and the vectors of encode."""

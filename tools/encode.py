@@ -29,14 +29,15 @@ examples:
   python tools/encode.py runs/d2l-1 --score "a crane is flying" "a crane are flying"
   python tools/encode.py runs/d2l-1 --input sentences.txt --output vectors.npz
   python tools/encode.py runs/d2l-1 --input sentences.txt --fill-mask --json > filled.jsonl
+  python tools/encode.py runs/reader "Who left? || She left Paris for New York." --checkpoint best
   python tools/encode.py runs/minilm --input sentences.txt --similar 3
   python tools/encode.py runs/d2l-1 --attention attention.png "a crane is flying"
   python tools/encode.py runs/d2l-1 --nearest crane --top 10
   python tools/encode.py runs/minilm --similarity "a crane flies" "a bird is in the air"
 
-RUN is the folder of a run, or that of an export. A fine-tuned one tells what it was fine-tuned for, its label
-or score, unless --token-vectors or an .npz asks for vectors. A text is split into words as in training; one
-whose tokens stand apart by spaces is taken as it is. Words that the vocabulary does not have are told, and so
+RUN is the folder of a run, or that of an export. A fine-tuned one tells what it was fine-tuned for: a label, a
+score, entities with their places in characters, or the answer to "a question || its context",
+unless --token-vectors or an .npz asks for vectors. A text is split into words as in training; one whose tokens stand apart by spaces is taken as it is. Words that the vocabulary does not have are told, and so
 is what was cut off where a text is longer than the network was trained for. In a file of texts no line may be
 empty.
 

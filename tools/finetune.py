@@ -27,11 +27,20 @@ examples:
   python tools/finetune.py runs/base --train train.tsv --dev dev.tsv
   python tools/finetune.py runs/base --train train.csv --dev dev.csv --text question answer --label right
   python tools/finetune.py runs/base --train train.jsonl --dev dev.jsonl --test test.jsonl --task regression
+  python tools/finetune.py runs/base --train train.conll --dev dev.conll
+  python tools/finetune.py runs/base --train squad/train.json --dev squad/dev.json
   python tools/finetune.py runs/small --train cola/train.tsv --dev cola/dev.tsv --header no --text 4 --label 2
   python tools/encode.py runs/base-finetuned-1 "a text to be judged" --checkpoint best
   python tools/export.py runs/base-finetuned-1 --checkpoint best --format mar
 
-RUN is the folder of a pretraining run or of converted weights. A table is a UTF-8 file that ends in .tsv
+RUN is the folder of a pretraining run or of converted weights. The training file says what the task is:
+
+  .tsv, .csv, .jsonl    a table of texts, or of pairs, with classes or scores
+  .conll, .bio, .iob2   a token a line with its BIO tag, a blank line between sentences
+  .jsonl                the same as an object a line with "tokens" and "labels"
+  .json                 a SQuAD file, version 1.1 or 2.0: questions, contexts and answers
+
+A table is a UTF-8 file that ends in .tsv
 (fields separated by tabs), .csv (as in RFC 4180; the separator may also be a semicolon) or .jsonl (an object
 a line), with one row a line. Its first line names the columns. With --header no they are numbered from 1.
 
@@ -45,14 +54,14 @@ def parser() -> argparse.ArgumentParser:
     p = parser_of(
         "finetune",
         "RUN --train FILE --dev FILE [flags]\n--resume RUN",
-        "Fine-tune a pretrained network: classes or a score, of single texts or of pairs.",
+        "Fine-tune a pretrained network: for classes or a score of texts, for tags of words, or for answers.",
         EXAMPLES,
     )
     p.add_argument("run", type=Path, nargs="?", metavar="RUN", help="the run whose encoder is fine-tuned")
     p.add_argument("--resume", type=Path, metavar="RUN", help="continue a fine-tuning that was stopped")
-    p.add_argument("--train", type=Path, metavar="FILE", help="labelled rows to learn from")
-    p.add_argument("--dev", type=Path, metavar="FILE", help="labelled rows to choose the best epoch by")
-    p.add_argument("--test", type=Path, metavar="FILE", help="rows to predict at the end, labelled or not")
+    p.add_argument("--train", type=Path, metavar="FILE", help="labelled texts to learn from")
+    p.add_argument("--dev", type=Path, metavar="FILE", help="labelled texts to choose the best epoch by")
+    p.add_argument("--test", type=Path, metavar="FILE", help="texts to predict at the end, labelled or not")
     p.add_argument(
         "--output", type=Path, metavar="FOLDER", help="the new run's folder (RUN-finetuned-1, ...)"
     )
