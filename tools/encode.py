@@ -35,11 +35,11 @@ examples:
   python tools/encode.py runs/d2l-1 --nearest crane --top 10
   python tools/encode.py runs/minilm --similarity "a crane flies" "a bird is in the air"
 
-RUN is the folder of a run, or that of an export. A fine-tuned one tells what it was fine-tuned for: a label, a
-score, entities with their places in characters, or the answer to "a question || its context",
-unless --token-vectors or an .npz asks for vectors. A text is split into words as in training; one whose tokens stand apart by spaces is taken as it is. Words that the vocabulary does not have are told, and so
-is what was cut off where a text is longer than the network was trained for. In a file of texts no line may be
-empty.
+RUN is the folder of a run, or that of an export. A fine-tuned one tells what it was fine-tuned for: a label,
+a score, entities with their places in characters, or the answer to "a question || its context", unless
+--token-vectors or an .npz asks for vectors. A text is split into words as in training; one whose tokens stand
+apart by spaces is taken as it is. Words that the vocabulary does not have are told, and so is what was cut
+off where a text is longer than the network was trained for. In a file of texts no line may be empty.
 
 An embedding is one vector for a text. Converted models of sentence-transformers say how it is made. --pooling
 and --normalize set it for every run. --similar and --similarity compare embeddings by their cosine, unless the
