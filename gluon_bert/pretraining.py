@@ -30,7 +30,7 @@ from .fileio import exclusive_lock, remove_temporary_files
 from .inference.samples import MaskedSentence, best_words, format_samples, markdown_samples, masked_sentences
 from .model.bert import BERTModel
 from .model.parameters import weights_of
-from .run import Run, check_new_run, create_run, read_config, read_environment, write_config
+from .run import Run, check_new_run, create_run, read_config, read_environment, read_untrained, write_config
 from .system import machine_memory, peak_memory
 from .training import checks
 from .training.callbacks import Callback
@@ -355,7 +355,8 @@ def _train(job: _Job, communicator: Communicator, callbacks: Sequence[Callback])
         log.info("%s", on_gpus.outcome(memory_of(devices)[1]))
     elif peak is not None:
         log.info("%s", estimate.outcome(peak))
-    return Run(job.net, job.data.vocab, job.config, trainer.state.step, folder=output)
+    untrained = read_untrained(output / CONFIG)
+    return Run(job.net, job.data.vocab, job.config, trainer.state.step, untrained, folder=output)
 
 
 def _train_worker(job: _Job, communicator: Communicator, callbacks: Sequence[Callback]) -> None:
