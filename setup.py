@@ -88,6 +88,8 @@ setup(
         # tensorboardX writes the event files, TensorBoard shows them.
         "tensorboard": ["tensorboardX>=2.5", "tensorboard>=2.8"],
         "zstd": ZSTD,
+        # Jupyter, and what runs a notebook in CI.
+        "notebook": ["notebook>=6.5", "nbclient>=0.7", "ipykernel>=6"],
         "serve": ["multi-model-server==1.1.11", "model-archiver==1.0.3"],
         "test": ["pytest>=7", "pytest-xdist", "hypothesis", *CONVERT, *WORDPIECE, *ONNX, *ZSTD],
         # What conversions are compared with. The book's package, d2l 0.17.6, pins versions that exclude ours:
