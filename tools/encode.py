@@ -31,7 +31,7 @@ examples:
   python tools/encode.py runs/d2l-1 --input sentences.txt --fill-mask --json > filled.jsonl
   python tools/encode.py runs/reader "Who left? || She left Paris for New York." --checkpoint best
   python tools/encode.py runs/minilm --input sentences.txt --similar 3
-  python tools/encode.py runs/d2l-1 --attention attention.png "a crane is flying"
+  python tools/encode.py runs/d2l-1 "a crane is flying" --attention attention.png
   python tools/encode.py runs/d2l-1 --nearest crane --top 10
   python tools/encode.py runs/minilm --similarity "a crane flies" "a bird is in the air"
 
