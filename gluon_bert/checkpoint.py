@@ -1,15 +1,15 @@
-"""The folder of a run: its configuration, vocabulary and checkpoints, written and read back.
+"""Write, read, verify and remove the checkpoints of a run.
 
     config.json, vocab.json     or vocab.txt
     checkpoints/
-      step-00000100/            whole, or not there under this name
-        weights.npz             float32, under the parameters' structural names
-        optimizer.npz           its running means, float32, and how often each parameter was updated, int64
-        state.json              where the run stands: data, meters, clock, best evaluation, log, loss scale
-        manifest.json           of each of them the bytes and the SHA-256
-      best.json                 the step of the best one
+      step-00000100/            appears under this name when it is complete
+        weights.npz             float32, by the structural names of parameters
+        optimizer.npz           running means, float32, and the number of updates of each parameter, int64
+        state.json              state of training: data, metrics, clock, best evaluation, log, loss scale
+        manifest.json           size and SHA-256 of each file
+      best.json                 the step of the best checkpoint
 
-No random state is kept, as there is none: each draw comes from the seed and the place it is drawn for.
+There is no random state: each draw depends on the seed and on its place only.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ _STEP = re.compile(r"step-([0-9]{8,15})")
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint holds, on the host.
+    """The content of a checkpoint, on the host.
 
-    weights, optimizer: arrays by the parameters' structural names, the latter with what it is behind a slash.
-    state: plain values, of the run at that step. The last two are empty where only weights were kept.
+    weights, optimizer: arrays by the structural names of parameters; those of the optimizer have a suffix
+    after a slash. state: plain values of the run at that step. The last two are empty if only weights were
+    saved.
     """
 
     step: int
@@ -54,19 +55,19 @@ class Snapshot(NamedTuple):
 
 
 def save_checkpoint(folder: Path, net: Any, step: int, *, best: bool = False, keep: int = 0) -> Path:
-    """Write the weights after a step, whole or not at all; `load_run` is the inverse.
+    """Write the weights after a step, atomically; `load_run` is the inverse.
 
-    The options are those of `write_checkpoint`.
+    Options as in `write_checkpoint`.
     """
     return write_checkpoint(folder, Snapshot(step, weights_of(net)), best=best, keep=keep)
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, *, best: bool = False, keep: int = 0) -> Path:
-    """Write a checkpoint, whole or not at all; `read_checkpoint` is the inverse.
+    """Write a checkpoint, atomically; `read_checkpoint` is the inverse.
 
-    best: it is the best so far, `load_run(folder, checkpoint="best")`. keep: of all checkpoints so many of the
-    latest stay, and the best; 0: all. Whatever moment the process or the machine ends at, there are the
-    latest and the best of before or of now: what gives way is deleted last, when the new one is on the disk.
+    best: mark it as the best so far. keep: the number of recent checkpoints to keep beside the best; 0: all.
+    Old ones are deleted after the new one is on the disk, so a crash at any moment leaves a latest and a
+    best.
     """
     path = _path(Path(folder), snapshot.step)
     with atomic_folder(path, replace=True) as aside:
@@ -85,7 +86,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, *, best: bool = False, ke
 
 
 def read_checkpoint(folder: Path, step: int, weights_only: bool = False) -> Snapshot:
-    """A checkpoint that `write_checkpoint` wrote, compared with its manifest; InputError if it is damaged."""
+    """Read a checkpoint and compare it with its manifest. Raise InputError if it is damaged."""
     path = _path(Path(folder), step)
     _check_files(path)
     weights = read_arrays(path / WEIGHTS)
@@ -96,31 +97,38 @@ def read_checkpoint(folder: Path, step: int, weights_only: bool = False) -> Snap
 
 
 def latest_valid(folder: Path) -> Snapshot:
-    """The latest checkpoint that is whole and can be gone on from; each later one is told, and stays there.
+    """Return the latest valid checkpoint that can be resumed from. Log each later one and leave it.
 
-    Raises InputError where there is none.
+    Raise InputError if there is none.
     """
     if not steps(folder):
-        raise InputError(f"{folder}: has no checkpoint to go on from; begin the run anew with --config")
+        raise InputError(
+            f"{folder} must have a checkpoint to resume from. Start a new run with its config.json."
+        )
     for step in reversed(steps(folder)):
         try:
             snapshot = read_checkpoint(folder, step)
             if not snapshot.state:
-                raise InputError(f"{_path(folder, step)}: has the weights only")
+                raise InputError(f"{_path(folder, step)}: has weights only, without the state of training")
             return snapshot
         except InputError as problem:
-            log.warning("%s; the checkpoint before it is used", problem)
-    raise InputError(f"{folder}: none of its checkpoints can be gone on from; begin anew with --config")
+            log.warning("%s; the previous checkpoint is used", problem)
+    raise InputError(
+        f"{folder} must have a valid checkpoint to resume from. Start a new run with its config.json."
+    )
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint, the latest last."""
+    """Return the steps that have a checkpoint, in ascending order."""
     names = (_STEP.fullmatch(path.name) for path in (Path(folder) / CHECKPOINTS).glob("step-*"))
     return sorted(int(name[1]) for name in names if name)
 
 
 def best_step(folder: Path) -> int | None:
-    """The step of the best checkpoint, None where no evaluation has told; InputError where it is unreadable."""
+    """Return the step of the best checkpoint, None without evaluations.
+
+    Raise InputError if it is unreadable.
+    """
     path = Path(folder) / CHECKPOINTS / BEST
     try:
         return int(json.loads(path.read_text("utf-8"))["step"])
@@ -131,18 +139,22 @@ def best_step(folder: Path) -> int | None:
 
 
 def find_checkpoint(folder: Path, which: str | int = "latest") -> int:
-    """The step of the checkpoint `latest`, `best` or of that step; InputError tells which ones there are."""
+    """Return the step of `latest`, `best` or a step.
+
+    Raise InputError, which lists the checkpoints, for others.
+    """
     there = steps(folder)
     if not there:
         raise InputError(
-            f"{folder}: the run has no checkpoint yet: it keeps one with its first evaluation or at its end"
+            f"{folder} must have a checkpoint. A run saves the first at an evaluation, every "
+            "checkpoint_every steps or at its end."
         )
     named = {"latest": there[-1], **{str(step): step for step in there}}
     if str(which) not in named:
         best = best_step(folder)
         named.update({"best": best} if best in there else {})
     if str(which) not in named:
-        raise InputError(f"--checkpoint {which}: {folder} has none of that name; it has {', '.join(named)}")
+        raise InputError(f"checkpoint must be one of {', '.join(named)} in {folder}, got {which}.")
     return named[str(which)]
 
 
@@ -155,39 +167,39 @@ def _described(path: Path) -> list[Any]:
 
 
 def _check_files(path: Path) -> None:
-    """Compare a checkpoint's files with its manifest; InputError says which one is not what it says."""
+    """Compare a checkpoint's files with its manifest. Raise InputError for the first that differs."""
     content = _object_in(path / MANIFEST)
     if content.get("format") != FORMAT:
-        raise InputError(f"{path / MANIFEST}: format {content.get('format')}, where this reads {FORMAT}")
+        raise InputError(f"{path / MANIFEST}: format must be {FORMAT}, got {content.get('format')}")
     described = content.get("files")
     if not isinstance(described, dict) or set(described) != {WEIGHTS, OPTIMIZER, STATE}:
-        raise InputError(f"{path / MANIFEST}: does not describe the files {WEIGHTS}, {OPTIMIZER}, {STATE}")
+        raise InputError(f"{path / MANIFEST}: must describe the files {WEIGHTS}, {OPTIMIZER} and {STATE}")
     for name, expected in described.items():
         # A link could lead out of the run's folder, and reading from a pipe would not end.
         if (path / name).is_symlink() or not (path / name).is_file():
-            raise InputError(f"{path / name}: is missing, or no regular file")
+            raise InputError(f"{path / name}: must be a regular file")
         try:
             found = _described(path / name)
         except OSError as error:
             raise InputError(f"{path / name}: cannot be read ({error.strerror or error})") from error
         if found != expected:
-            raise InputError(f"{path / name}: is damaged, it has not the content that {MANIFEST} says")
+            raise InputError(f"{path / name}: is damaged: its content differs from {MANIFEST}")
 
 
 def _object_in(path: Path) -> dict[str, Any]:
     if path.is_symlink() or not path.is_file():
-        raise InputError(f"{path}: is missing, or no regular file")
+        raise InputError(f"{path}: must be a regular file")
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: is no JSON object")
+        raise InputError(f"{path}: must be a JSON object")
     return content
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint, which loses its name first: a half of one is never taken for a whole."""
-    going = path.with_name(f".{path.name}.part")
-    path.replace(going)
-    shutil.rmtree(going)
+    """Remove a checkpoint. It is renamed first, so that half of one is never read."""
+    removed = path.with_name(f".{path.name}.part")
+    path.replace(removed)
+    shutil.rmtree(removed)

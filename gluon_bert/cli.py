@@ -1,4 +1,4 @@
-"""What the commands share: flags from the configuration's fields, and how errors are told. Trains nothing."""
+"""Flags from the fields of the configuration, error messages and exit statuses. Trains nothing."""
 
 from __future__ import annotations
 
@@ -16,42 +16,92 @@ import traceback
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, get_type_hints
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Set, Tuple, get_type_hints
 
 from . import devices
-from .config import GROUPS, Config, flag_name
+from .config import GROUPS, Config, FineTuneConfig, flag_name
 from .errors import InputError, OutOfGPUMemory, Terminated, gpu_failure, one_line
 from .presets import PRESETS
 
-TITLES = {"model": "the network", "data": "the text and its masks", "train": "training"}
+TITLES = {"model": "network", "data": "text, pairs and masks", "train": "training"}
 
 
-def parser_of(name: str, usage: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """A parser for tools/NAME.py, without flags yet; usage: what follows the name, a line for each way."""
-    ways = [f"python tools/{name}.py {way}" for way in usage.splitlines()]
-    return argparse.ArgumentParser(
+def parser_of(
+    name: str, usage: str, description: str, epilog: str | None = None, basic: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Return a parser for tools/NAME.py without flags.
+
+    usage: what follows the name, one line per form. basic: the flags that --help shows; --help-all shows all.
+    Without basic flags --help shows all.
+    """
+    forms = [f"python tools/{name}.py {form}" for form in usage.splitlines()]
+    parser = argparse.ArgumentParser(
         prog=name.rpartition("/")[2],
-        usage="\n       ".join(ways),
+        usage=as_started("\n       ".join(forms)),
         description=description,
-        epilog=epilog,
+        epilog=as_started(epilog or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=not basic,
     )
+    if basic:
+        shown = ("--help", "--help-all", *basic)
+        parser.add_argument(
+            "-h", "--help", action=_PrintHelp, const=shown, help="show the most important flags"
+        )
+        parser.add_argument("--help-all", action=_PrintHelp, const=(), help="show all flags")
+    return parser
+
+
+def as_started(text: str) -> str:
+    """Replace `python tools/NAME.py` by `gluon-bert NAME` in a process that was started so."""
+    if Path(sys.argv[0]).name != "gluon-bert":
+        return text
+    return re.sub(r"python tools/(\w+)\.py", r"gluon-bert \1", text)
+
+
+class _PrintHelp(argparse.Action):
+    """Print the flags in `const`, all if it is empty, and exit."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **given: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **given)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        for action in parser._actions if self.const else ():
+            if action.option_strings and not set(action.option_strings) & set(self.const):
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
+
+
+class OnOff(argparse.Action):
+    """A flag with two forms: --name stores True, --no-name False.
+
+    As argparse.BooleanOptionalAction, which Python 3.8 does not have.
+    """
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **given: Any) -> None:
+        negated = [f"--no-{option[2:]}" for option in option_strings]
+        super().__init__([*option_strings, *negated], dest, nargs=0, **given)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, not str(option_string).startswith("--no-"))
 
 
 def literal(text: str) -> str:
-    """A flag's help that is told as it stands: argparse takes a percent sign for the start of a format."""
+    """Return a help text for argparse, which takes a percent sign for the start of a format."""
     return text.replace("%", "%%")
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field of the configuration, in groups; those not given stay as the preset has them."""
+    """Add a flag for each field of the configuration, in groups. Flags that are not given set nothing."""
     for group_name, group in GROUPS.items():
         add_field_flags(parser.add_argument_group(TITLES[group_name]), group, partial(_defaults, group_name))
 
 
 def add_field_flags(parser: Any, group: Any, default: Callable[[str], str]) -> None:
-    """A flag for every field of a dataclass of options; `default` tells what a field is if not given."""
+    """Add a flag for each field of a dataclass of options. `default` gives the text of a field's default."""
     hints = get_type_hints(group)
     for field in dataclasses.fields(group):
         parser.add_argument(
@@ -63,7 +113,7 @@ def add_field_flags(parser: Any, group: Any, default: Callable[[str], str]) -> N
 
 
 def config_from(arguments: argparse.Namespace, preset: Config) -> Config:
-    """The preset with what the command line changed, checked."""
+    """Return the preset with the values of the command line, checked."""
     names = {field.name for group in GROUPS.values() for field in dataclasses.fields(group)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
     config = preset.replace(**given)
@@ -72,33 +122,32 @@ def config_from(arguments: argparse.Namespace, preset: Config) -> Config:
 
 
 def add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
-    """The flag of a command that reads a run: which of its networks, as `load_run` takes it."""
+    """Add the flag that chooses a checkpoint, as `load_run` takes it."""
     parser.add_argument(
         "--checkpoint",
         default="latest",
         metavar="{latest,best,STEP}",
-        help="the network after the last step, the best one on validation text, by the MLM loss or what a fine-"
-        "tuned run chose it by, or that after a step (latest)",
+        help="checkpoint: latest; best, by the MLM loss or a fine-tuned run's metric; or a step (latest)",
     )
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    """The flag of a command that computes on one device."""
-    parser.add_argument("--gpus", metavar="N", help="compute on this GPU (on the CPU)")
+    """Add the flag of a command that computes on one device."""
+    parser.add_argument("--gpus", metavar="N", help="compute on this GPU (the CPU)")
 
 
 def device(arguments: argparse.Namespace) -> Any:
-    """The one context that `--gpus` asks for."""
+    """Return the one device that `--gpus` names."""
     if arguments.gpus is None:
         return devices.contexts(cpus=1)[0]
     numbers = devices.parse_gpus(arguments.gpus)
     if len(numbers) > 1:
-        raise InputError(f"--gpus {arguments.gpus}: this command computes on one device; name one GPU")
+        raise InputError(f"--gpus must be one GPU for this command, got {arguments.gpus}.")
     return devices.contexts(numbers)[0]
 
 
 def run(main: Callable[[List[str]], int]) -> None:
-    """Run a command and exit with its status; at once where other workers would be waited for in vain."""
+    """Run a command and exit with its status, at once if the other workers have ended."""
     try:
         status = main(sys.argv[1:])
     except Exception:
@@ -123,7 +172,7 @@ COMMANDS = ("pretrain", "finetune", "encode", "export", "convert", "serve", "lau
 
 
 def main() -> None:
-    """Run `gluon-bert COMMAND ...`, which is tools/COMMAND.py of an installed package."""
+    """Run `gluon-bert COMMAND ...`, which is tools/COMMAND.py."""
     name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if name not in COMMANDS:
         asked_for_help = name in ("", "-h", "--help")
@@ -142,13 +191,13 @@ def main_with_exit_status(
     body: Callable[[argparse.Namespace], int],
     intermixed: bool = False,
 ) -> int:
-    """The exit status of a command: that of its body, which gets the flags, or as `run_command` has it.
+    """Parse the flags, run the body, and return the exit status, as `run_command` does.
 
-    intermixed: arguments may stand between the flags.
+    intermixed: allow arguments between the flags.
     """
     try:
         arguments = (parser.parse_intermixed_args if intermixed else parser.parse_args)(argv)
-    except SystemExit as stop:  # argparse has told what is wrong
+    except SystemExit as stop:  # argparse has printed what is wrong
         return int(stop.code or 0)
     return run_command(lambda: body(arguments), parser.prog)
 
@@ -158,7 +207,7 @@ def main_with_inner_command(
     argv: List[str] | None,
     body: Callable[[argparse.Namespace, List[str]], int],
 ) -> int:
-    """As `command`, of a command line with another one behind --, which the body gets, too."""
+    """Run a command line that has another one after --, which the body gets as its second argument."""
     given = sys.argv[1:] if argv is None else list(argv)
     behind = given.index("--") if "--" in given else len(given)
     return main_with_exit_status(
@@ -167,7 +216,7 @@ def main_with_inner_command(
 
 
 def run_command(body: Callable[[], int], name: str) -> int:
-    """The exit status of a command: its own, 2 for bad input told in words, 130 or 143 if it was stopped."""
+    """Run a command; return its status, 1 for failures, 2 for bad input, 130 or 143 if it was stopped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files and texts may hold what UTF-8 cannot
             stream.reconfigure(errors="backslashreplace")
@@ -183,7 +232,7 @@ def run_command(body: Callable[[], int], name: str) -> int:
             print(f"{name}: {line}", file=sys.stderr)
         return 2
     except OutOfGPUMemory as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {with_flags(str(error))}", file=sys.stderr)
         _shut_mxnet_down()
         return 1
     except KeyboardInterrupt:
@@ -198,43 +247,68 @@ def run_command(body: Callable[[], int], name: str) -> int:
         return _failed(name, error)
 
 
-# Options that are no fields of the configuration.
+# Options of the library that are not fields of a configuration.
 _OPTIONS = (
-    "step_timeout",
-    "profile",
-    "ignore_memory_estimate",
-    "tensorboard",
-    "kvstore",
-    "operators",
-    "resume",
-    "output",
+    *("step_timeout", "profile", "ignore_memory_estimate", "kvstore", "operators", "resume", "output"),
+    *("gpus", "cpus", "preset", "checkpoint", "input", "text", "label", "header", "quoting", "task"),
+    *("train", "test", "max_error", "format", "management_port", "port", "tensorboard"),
 )
 
 
 def with_flags(message: str) -> str:
-    """Return an error of the library with flags in place of the names of options.
+    """Return an error message of the library with flags in place of the names of options.
 
-    A name is replaced where it has an underscore, or where it begins a line and "must" follows.
+    A name becomes a flag in `name=value`, in a list of names, if it has an underscore, and at the beginning
+    of a line. Lines about a JSON file stay as they are.
 
-    >>> with_flags("step_timeout must be at least 0, got -1.")
-    '--step-timeout must be at least 0, got -1.'
+    >>> with_flags('lr must be above 0, got -1. Or use recompute=True and tokenizer="wordpiece".')
+    '--lr must be above 0, got -1. Or use --recompute and --tokenizer wordpiece.'
     """
-    fields = [field.name for group in GROUPS.values() for field in dataclasses.fields(group)]
-    for name in [*fields, *_OPTIONS]:
-        place = rf"(?<![\w.-]){name}(?![\w.=])" if "_" in name else rf"^{name}(?= must )"
-        message = re.sub(place, flag_name(name), message, flags=re.MULTILINE)
-    return message
+    lines = message.splitlines()
+    return "\n".join(line if re.match(r"\S*\.json: ", line) else _with_flags(line) for line in lines)
+
+
+def _with_flags(line: str) -> str:
+    fields = [f.name for group in (*GROUPS.values(), FineTuneConfig) for f in dataclasses.fields(group)]
+    names = "|".join({*fields, *_OPTIONS})
+    value = r"""("[^"]*"|'[^']*'|[\w+/-]+(?:\.\w+)*)"""
+    line = re.sub(rf"\b({names})={value}", lambda m: _flag_with(m[1], m[2].strip("\"'")), line)
+    subjects = rf"^(?:(?:{names})(?:, | and ))*(?:{names})(?= (?:must|has|have|cannot|and) )"
+    line = re.sub(subjects, lambda m: re.sub(r"\b(?!and\b)\w+", lambda n: flag_name(n[0]), m[0]), line)
+    listed = rf"(?<![\w.-])(?:{names})(?:, (?:{names}))+\b"
+    line = re.sub(listed, lambda m: ", ".join(map(flag_name, m[0].split(", "))), line)
+    spaced = "|".join(name for name in names.split("|") if "_" in name)
+    return re.sub(rf"(?<![\w./-])({spaced})(?![\w=(/-]|\.\w)", lambda m: flag_name(m[1]), line)
+
+
+def _flag_with(name: str, value: str) -> str:
+    return " ".join(flags_of({name: {"True": True, "False": False}.get(value, value)}))
+
+
+def flags_of(options: Mapping[str, Any]) -> List[str]:
+    """Return options as the flags of a command.
+
+    >>> flags_of({"recompute": True, "lowercase": False, "lr": 0.01})
+    ['--recompute', '--no-lowercase', '--lr', '0.01']
+    """
+    flags = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            flags += [flag_name(name) if value else flag_name(f"no_{name}")]
+        else:
+            flags += [flag_name(name), str(value)]
+    return flags
 
 
 @contextmanager
 def _terminated_by_exception() -> Iterator[None]:
-    """Let SIGTERM end the block by an exception, so that what is half-written is cleaned up."""
+    """Raise Terminated on SIGTERM, so that half-written files are removed."""
 
     def handle(*_: Any) -> None:
         raise Terminated
 
     before = signal.getsignal(signal.SIGTERM)
-    if before is not signal.SIG_DFL:  # the command has its own way
+    if before is not signal.SIG_DFL:  # the command handles it
         yield
         return
     signal.signal(signal.SIGTERM, handle)
@@ -245,23 +319,21 @@ def _terminated_by_exception() -> Iterator[None]:
 
 
 def _failed(name: str, error: BaseException) -> int:
-    """Tell in a line what went wrong outside the user's input; its origin only where the log asks for it."""
+    """Print a failure as one line and return status 1; the debug log has the traceback."""
     logging.debug("where it went wrong", exc_info=error)
     reason = gpu_failure(error)
     if reason:
         print(f"{name}: {_gpu_advice(reason)}", file=sys.stderr)
         _shut_mxnet_down()
         return 1
-    told = one_line(error)
+    text = one_line(error)
     if isinstance(error, OSError) and error.strerror:
-        told = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if "Write incomplete" in told or "No space left" in told:
-        told += (
-            " (the disk is full, or a limit on the size of files is reached: make room, or write elsewhere)"
-        )
-    if isinstance(error, MemoryError) or "allocate" in told:
-        told += " (less memory: a smaller --batch-size, --max-seq-length or network)"
-    print(f"{name}: {type(error).__name__}: {told}", file=sys.stderr)
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if "Write incomplete" in text or "No space left" in text:
+        text += ". The disk is full, or a limit on file sizes is reached. Free some space or write elsewhere."
+    if isinstance(error, MemoryError) or "allocate" in text:
+        text += ". Use a smaller --batch-size, --max-seq-length or network."
+    print(f"{name}: {type(error).__name__}: {text}", file=sys.stderr)
     return 1
 
 
@@ -269,17 +341,17 @@ def _gpu_advice(reason: str) -> str:
     """Return the sentences for a GPU that has failed, by CUDA's reason."""
     if reason == "out of memory":
         return (
-            "the GPU is out of memory. Use a smaller --micro-batch, --recompute yes, a smaller --batch-size or "
+            "the GPU is out of memory. Use --recompute, a smaller --micro-batch, --batch-size or "
             "--max-seq-length, or more GPUs."
         )
     return (
-        f"the GPU failed: {reason}. Check it with nvidia-smi, and run the command again, with --resume if the "
-        "run has a checkpoint."
+        f"the GPU failed: {reason}. Check it with nvidia-smi, and run the command again, with --resume if "
+        "the run has a checkpoint."
     )
 
 
 def _shut_mxnet_down() -> None:
-    """End MXNet's work now. After a failure of CUDA it raises again, and at the exit it would print a trace."""
+    """End MXNet's work now: after a CUDA failure it would raise again at exit and print a trace."""
     notify = getattr(sys.modules.get("mxnet.base"), "_notify_shutdown", None)
     if notify is not None:
         atexit.unregister(notify)
@@ -288,7 +360,7 @@ def _shut_mxnet_down() -> None:
 
 
 def _defaults(group_name: str, name: str) -> str:
-    """What the presets have: one value, or those of each family of presets."""
+    """Return the default of a field: one value, or one for each family of presets."""
     families: Dict[str, Set[str]] = {}
     for preset_name, config in PRESETS.items():
         family = "bert-*" if preset_name.startswith("bert-") else preset_name
@@ -307,26 +379,20 @@ def listed(names: List[str]) -> str:
 
 
 def shown(value: Any) -> str:
+    """Return a default for a help text."""
     if isinstance(value, bool):
-        return "yes" if value else "no"
-    return " ".join(value) if isinstance(value, tuple) else str(value)
+        return "on" if value else "off"
+    return (" ".join(value) if isinstance(value, tuple) else str(value)) or "none"
 
 
 def _parsing(hint: Any, choices: Tuple[str, ...]) -> Dict[str, Any]:
     if hint is bool:
-        return {"type": yes_or_no, "metavar": "{yes,no}"}
+        return {"action": OnOff}
     if hint == Tuple[str, ...]:
         return {"nargs": "+", "action": _AsTuple, "metavar": "NAME"}
     if choices:
         return {"metavar": "{" + ",".join(choices) + "}"}
     return {"type": hint, "metavar": "X" if hint is float else "N" if hint is int else "NAME"}
-
-
-def yes_or_no(text: str) -> bool:
-    """The type of a flag that is answered with yes or no."""
-    if text not in ("yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text}: must be yes or no")
-    return text == "yes"
 
 
 class _AsTuple(argparse.Action):

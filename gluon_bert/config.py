@@ -1,7 +1,8 @@
-"""What can be set: three frozen dataclasses, their presets and their JSON. Parses no command line.
+"""The options as frozen dataclasses, with their checks and their JSON. Parses no command line.
 
-A field is the one place of its option: its name is the flag (`max_seq_length` -> `--max-seq-length`) and the JSON key,
-its metadata the help text and the bounds.
+A field is the one place of its option. Its name is the JSON key and the flag (`max_seq_length` ->
+`--max-seq-length`). Its metadata have the help text and the bounds. Error messages name fields;
+`cli.with_flags` makes flags of them, also of `tokenizer="wordpiece"`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ def option(
     choices: Sequence[str] = (),
     may_change: bool = False,
 ) -> Any:
-    """A dataclass field that carries what its flag needs: help text, bounds, choices.
+    """Return a dataclass field with what its flag needs: help text, bounds, choices.
 
-    may_change: whether it can be another when a run is resumed.
+    may_change: whether a resumed run may have another value.
     """
     bounds = {"at_least": at_least, "at_most": at_most, "choices": tuple(choices)}
     return field(default=default, metadata={"help": help, **bounds, "may_change": may_change})
@@ -43,69 +44,71 @@ class ModelConfig:
     """The size and the variant of the network; the vocabulary's size is not part of it."""
 
     num_layers: int = option(2, "encoder layers", at_least=1)
-    units: int = option(128, "C, the width of every hidden state", at_least=1)
-    ffn_units: int = option(256, "the width inside a layer's feed-forward network", at_least=1)
-    num_heads: int = option(2, "H, attention heads a layer; must divide --units", at_least=1)
+    units: int = option(128, "width of the hidden states (C)", at_least=1)
+    ffn_units: int = option(256, "width of the feed-forward network in a layer", at_least=1)
+    num_heads: int = option(2, "attention heads per layer (H); must divide --units", at_least=1)
     dropout: float = option(
         0.2, "dropout rate of attention, layers and embeddings", at_least=0.0, at_most=0.9
     )
-    max_positions: int = option(1000, "the longest sequence that has position embeddings", at_least=1)
+    max_positions: int = option(1000, "number of position embeddings; the longest sequence", at_least=1)
     position: str = option(
         "absolute",
-        "how attention learns positions: absolute has BERT's position embeddings; relative-bias adds a learnt bias "
-        "for the distance of two tokens to the attention scores of each head and layer",
+        "how the network knows positions. absolute: BERT's position embeddings. relative-bias: a learned "
+        "bias for the distance of two tokens, added to the attention scores of each head and layer",
         choices=("absolute", "relative-bias"),
     )
     activation: str = option(
         "relu",
-        "of the feed-forward network and the MLM head; gelu_tanh is the approximation of GELU in the "
-        "original BERT's code",
+        "activation of the feed-forward network and the MLM head; gelu_tanh is the original BERT's "
+        "approximation of GELU",
         choices=("relu", "gelu", "gelu_tanh"),
     )
     norm: str = option(
-        "post", "LayerNorm after (post) or before (pre) each sub-layer", choices=("post", "pre")
+        "post", "apply LayerNorm after (post) or before (pre) each sub-layer", choices=("post", "pre")
     )
-    norm_epsilon: float = option(1e-5, "epsilon of every LayerNorm", at_least=1e-12)
-    embedding_norm: bool = option(False, "LayerNorm and dropout on the embeddings, as the original BERT has")
-    tied_decoder: bool = option(False, "the MLM decoder shares its weight with the token embedding")
+    norm_epsilon: float = option(1e-5, "epsilon of each LayerNorm", at_least=1e-12)
+    embedding_norm: bool = option(
+        False, "apply LayerNorm and dropout to the embeddings, as the original BERT does"
+    )
+    tied_decoder: bool = option(False, "share the token embedding with the MLM decoder")
     init: str = option(
         "xavier",
-        "weights from Xavier, from N(0, 0.02) (normal), or from RUN, the folder of an earlier run or of "
-        "converted weights; its network and its tokenizer are then taken with them",
+        "initial weights: xavier, normal (N(0, 0.02)), or RUN, the folder of an earlier run or of converted "
+        "weights. RUN also gives the network's size and the tokenizer",
     )
     init_embeddings: str = option(
         "random",
-        "the first vectors of the words: random, or from the co-occurrences of words in the text, which takes "
-        "seconds and is kept with the prepared text",
+        "initial word vectors: random, or from the co-occurrences of words in the text. Computing them takes "
+        "seconds, once per text",
         choices=("random", "cooccurrence"),
     )
-    init_checkpoint: str = option(
-        "latest", "which of that run's networks: the latest, the best, or that after a step"
-    )
+    init_checkpoint: str = option("latest", "checkpoint of --init RUN: latest, best, or a step")
     decoder_bias: str = option(
         "zeros",
-        "the MLM decoder's biases begin at zero, or so that its first scores are the frequencies of the "
-        "words, which then need not be learnt",
+        "initial biases of the MLM decoder: zeros, or unigram, with which the network starts from the "
+        "frequencies of the words",
         choices=("zeros", "unigram"),
     )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from and how it becomes masked pairs."""
+    """The text, and how it becomes masked pairs."""
 
     corpus: Tuple[str, ...] = option(
         ("pydoc",),
-        "pydoc (the prose in this Python installation), wikitext-2 (downloaded once), or files and folders "
-        "of UTF-8 text, also .gz, .bz2, .xz or .zst; a name ending in .tokens is read as WikiText",
+        "training text: pydoc (the prose in this Python installation), wikitext-2 (downloaded once), or "
+        "files and folders of UTF-8 text, also .gz, .bz2, .xz or .zst. A file named *.tokens is read as "
+        "WikiText",
         may_change=True,  # to where the same text is now
     )
     text_format: str = option(
         "auto",
-        "of text files: wikitext (a paragraph a line, tokens separated by spaces), articles (WikiText with whole "
-        "articles as documents), sentences (one a line, blank lines between documents), prose (running text, "
-        "blank lines between documents), paragraphs (running text, a document a line), jsonl (objects with a "
-        "field text, a document each), wikiextractor (its output), or auto (guessed from the first lines)",
+        "format of text files. wikitext: one paragraph per line, tokens separated by spaces. articles: "
+        "WikiText with articles as documents. sentences: one per line, blank lines between documents. prose: "
+        "running text, blank lines between documents. paragraphs: running text, one document per line. "
+        "jsonl: one object with a field text per line. wikiextractor: its output. auto: guessed from the "
+        "first lines",
         choices=(
             "auto",
             "wikitext",
@@ -117,110 +120,120 @@ class DataConfig:
             "wikiextractor",
         ),
     )
-    language: str = option("en", "of running text, as a two-letter code: the rules its sentences end by")
+    language: str = option("en", "two-letter language code for splitting running text into sentences")
     validation_fraction: float = option(
         0.05,
-        "share of the documents kept for evaluation, unless the corpus has a file of its own for that",
+        "share of the documents for validation, unless the corpus has its own validation file",
         at_least=0.0,
         at_most=0.5,
     )
-    lowercase: bool = option(True, "lower-case the text")
+    lowercase: bool = option(True, "convert the text to lower case")
     strip_accents: str = option(
         "auto",
         "WordPiece: remove accents; auto removes them from lower-cased text",
         choices=("auto", "yes", "no"),
     )
-    tokenize_chinese_chars: bool = option(True, "WordPiece: make each Chinese character a word")
+    tokenize_chinese_chars: bool = option(True, "WordPiece: treat each Chinese character as a word")
     added_tokens: Tuple[str, ...] = option(
-        (), "WordPiece: tokens that are found in the text, after lower-casing, before it is split into words"
+        (), "WordPiece: tokens that are never split; they are found after lower-casing"
     )
     additional_special_tokens: Tuple[str, ...] = option(
-        (), "WordPiece: the same, but found as they are written, before lower-casing"
+        (), "WordPiece: tokens that are never split; they are found before lower-casing"
     )
     tokenizer: str = option(
         "words",
-        "what a token is: a word, or a piece of one (WordPiece, as the original BERT has; it needs the extra "
+        "what a token is: words, or wordpiece, pieces of words as in the original BERT (needs the extra "
         "wordpiece)",
         choices=("words", "wordpiece"),
     )
     vocab_file: str = option(
         "",
-        "a published WordPiece vocabulary, vocab.txt, a token a line, or of words the vocab.json of a run; "
-        "without, one is made of the text",
+        "an existing vocabulary: a WordPiece vocab.txt with one token per line, or the vocab.json of a run. "
+        "By default a vocabulary is built from the text",
         may_change=True,  # to where the same file is now
     )
     extend_vocab: int = option(
         0,
-        "add at most so many tokens to --vocab-file or to the vocabulary of --init: the corpus's most "
-        "frequent words, --min-freq at least, that are no token yet",
+        "add up to N frequent words of the corpus to the vocabulary of --vocab-file or --init; each word "
+        "must occur --min-freq times",
         at_least=0,
     )
     # [PAD] [UNK] [CLS] [SEP] [MASK] and some pieces; the default is Devlin et al. 2018's, uncased.
-    vocab_size: int = option(30522, "V, tokens of a WordPiece vocabulary that is made, at most", at_least=8)
+    vocab_size: int = option(
+        30522, "maximum size of a WordPiece vocabulary built from the text (V)", at_least=8
+    )
     min_freq: int = option(
-        5, "of rarer pieces WordPiece makes no token; rarer words become <unk>", at_least=1
+        5,
+        "minimum frequency of a word or word piece to enter the vocabulary; rarer words become <unk>",
+        at_least=1,
     )
     max_seq_length: int = option(
-        64, "T, the longest pair in tokens, with its <cls> and two <sep>", at_least=SHORTEST_MAX_SEQ_LENGTH
+        64,
+        "maximum length of a pair in tokens (T), with <cls> and two <sep>",
+        at_least=SHORTEST_MAX_SEQ_LENGTH,
     )
     pairs: str = option(
         "sentences",
-        "a segment is one sentence, or as many as fill --max-seq-length in two segments (packed, as the original "
-        "BERT has), truncated at either end",
+        "length of segments. sentences: each is one sentence. packed: as in the original BERT, as many "
+        "sentences as fill --max-seq-length in two segments",
         choices=("sentences", "packed"),
     )
     # Devlin et al. 2018's code, create_pretraining_data.py, as is its value.
     short_seq_prob: float = option(
-        0.1, "share of packed pairs that aim at a random shorter length", at_least=0.0, at_most=1.0
+        0.1, "share of packed pairs with a random shorter length", at_least=0.0, at_most=1.0
     )
     preparation: str = option(
         "bert",
-        "how pairs and masks are made. bert: long pairs are truncated; random second segments come from other "
-        "documents; random tokens are words; <unk> is never predicted. d2l: as in Dive into Deep Learning: long "
-        "pairs are dropped; any sentence can be a second segment; any token can be a random token; <unk> is "
-        "predicted",
+        "rules for pairs and masks. bert: truncate long pairs; draw random second segments from other "
+        "documents; random tokens are words; never predict <unk>. d2l, as in Dive into Deep Learning: drop "
+        "long pairs; draw random second segments from all sentences; random tokens are any tokens; predict "
+        "<unk>",
         choices=("bert", "d2l"),
     )
     objective: str = option(
         "mlm+nsp",
-        "what is learnt: masked words and next sentences (mlm+nsp), masked words alone, of segments in order "
-        "(mlm, as RoBERTa), or masked words and the order of two segments (mlm+sop, as ALBERT)",
+        "pretraining losses: masked words and next sentences (mlm+nsp), masked words only (mlm, as RoBERTa), "
+        "or masked words and sentence order (mlm+sop, as ALBERT)",
         choices=("mlm+nsp", "mlm", "mlm+sop"),
     )
     random_next_prob: float = option(
         0.5,
-        "share of pairs with a random second segment, or with --objective mlm+sop of swapped pairs",
+        "share of pairs with a random second segment; with --objective mlm+sop, share of swapped pairs",
         at_least=0.0,
         at_most=1.0,
     )
-    dynamic_masking: bool = option(True, "draw pairs and masks anew each epoch, not once for all")
+    dynamic_masking: bool = option(True, "draw new pairs and masks in each epoch")
     mlm_probability: float = option(
-        0.15, "share of a pair's tokens to predict; one at least", at_least=0.001, at_most=1.0
+        0.15, "share of a pair's tokens to predict; at least one token", at_least=0.001, at_most=1.0
     )
     masking: str = option(
         "tokens",
-        "what is masked together: a token, all pieces of a word, or up to --max-ngram words in a row",
+        "unit of masking: single tokens, whole words, or ngrams of up to --max-ngram words",
         choices=("tokens", "words", "ngrams"),
     )
     # Lan et al. 2019 (ALBERT), section 3.1, has 3, and n words with a probability in proportion to 1/n.
-    max_ngram: int = option(3, "the most words in a row for --masking ngrams", at_least=1, at_most=10)
-    mask_token_rate: float = option(0.8, "of those, the share shown as <mask>", at_least=0.0, at_most=1.0)
+    max_ngram: int = option(
+        3, "maximum number of words in a row for --masking ngrams", at_least=1, at_most=10
+    )
+    mask_token_rate: float = option(
+        0.8, "share of the predicted tokens that are replaced by <mask>", at_least=0.0, at_most=1.0
+    )
     random_token_rate: float = option(
-        0.1, "of those, the share shown as a random token", at_least=0.0, at_most=1.0
+        0.1, "share of the predicted tokens that are replaced by a random token", at_least=0.0, at_most=1.0
     )
     num_buckets: int = option(
-        1, "batches of like length, padded to this many lengths; 1: all to --max-seq-length", at_least=1
+        1, "number of lengths to which batches are padded; 1: pad all to --max-seq-length", at_least=1
     )
     preprocessing_workers: int = option(
         0,
-        "processes that prepare the text; 0: this one; large texts want one for each core",
+        "processes that prepare the text; 0: the main process. Use one per core for large texts",
         at_least=0,
         may_change=True,
     )
 
     @property
     def predict_unknown(self) -> bool:
-        """Whether <unk> is a word to predict."""
+        """Return whether <unk> is a word to predict."""
         return self.preparation == "d2l"
 
 
@@ -228,126 +241,123 @@ class DataConfig:
 class TrainConfig:
     """How the network is trained."""
 
-    batch_size: int = option(512, "B, sentence pairs an optimizer step, over all contexts", at_least=1)
+    batch_size: int = option(512, "sentence pairs per optimizer step, over all devices (B)", at_least=1)
     micro_batch: int = option(
         0,
-        "sentence pairs computed at once, over all contexts, in less memory; their gradients are added up to "
-        "that of the batch; 0: the whole batch",
+        "pairs per forward and backward pass, over all devices; gradients are accumulated over the batch to "
+        "save memory; 0: the whole batch",
         at_least=0,
         may_change=True,
     )
     recompute: bool = option(
         False,
-        "compute each layer a second time for the gradient, rather than keep what is in it: less memory, a "
-        "quarter more time",
+        "recompute each layer in the backward pass: less memory, a quarter more time",
         may_change=True,
     )
     precision: str = option(
         "fp32",
-        "of the products of matrices: float32; on GPUs float16 (fp16), with a loss that is scaled so that "
-        "small gradients do not vanish; on CPUs that have it bfloat16 (bf16). All else is float32",
+        "precision of matrix products: fp32; fp16 with a dynamic loss scale, on GPUs; or bf16, on CPUs that "
+        "support it. Everything else is float32",
         choices=("fp32", "fp16", "bf16"),
     )
     num_steps: int = option(
         50,
-        "optimizer steps; 0: no limit, as is set where --max-minutes is given alone",
+        "optimizer steps; 0: no limit, the default with --max-minutes",
         at_least=0,
         may_change=True,
     )
     max_minutes: float = option(
         0.0,
-        "minutes after which the run ends, if --num-steps does not end it before; 0: no limit. Evaluations "
-        "count, but for the last, and reading the text does not. A learning rate that is not constant then "
-        "follows the clock, and no seed repeats the run",
+        "end the run after this many minutes, or after --num-steps; 0: no limit. Evaluations count, except "
+        "the last; preparing the text does not. A learning rate that decays follows the clock, so the run is "
+        "not reproducible",
         at_least=0.0,
         at_most=1e6,
         may_change=True,
     )
-    lr: float = option(1e-3, "the learning rate at its peak", at_least=0.0, at_most=1e3, may_change=True)
+    lr: float = option(1e-3, "peak learning rate", at_least=0.0, at_most=1e3, may_change=True)
     schedule: str = option(
         "constant",
-        "of the learning rate after the warm-up: constant, or falling to 0 at the end of the run, linear or "
-        "as a cosine",
+        "learning rate after the warm-up: constant, or a linear or cosine decay to 0 at the end of the run",
         choices=("constant", "linear", "cosine"),
     )
     warmup_ratio: float = option(
-        0.0, "share of the run over which the learning rate rises to --lr", at_least=0.0, at_most=1.0
+        0.0, "share of the run in which the learning rate rises to --lr", at_least=0.0, at_most=1.0
     )
     optimizer: str = option(
         "adam",
-        "adam, adamw (weight decay decoupled from the gradient), bertadam (the original BERT's: adamw "
-        "without bias correction), lamb (for large batches) or muon (orthogonal steps of the encoder's matrices, "
-        "and adamw for all other weights)",
+        "adam, adamw (decoupled weight decay), bertadam (the original BERT's: adamw without bias "
+        "correction), lamb (for large batches) or muon (orthogonal steps of the encoder's matrices, adamw "
+        "for the others)",
         choices=("adam", "adamw", "bertadam", "lamb", "muon"),
     )
     # Jordan et al. 2024.
     momentum: float = option(
-        0.95, "muon: the momentum of the encoder's matrices", at_least=0.0, at_most=0.9999
+        0.95, "momentum of the encoder's matrices, with --optimizer muon", at_least=0.0, at_most=0.9999
     )
     # Kingma and Ba 2015, section 2, as are MXNet's defaults.
-    beta1: float = option(0.9, "decay rate of the gradient's running mean", at_least=0.0, at_most=0.9999)
+    beta1: float = option(0.9, "decay rate of the running mean of the gradient", at_least=0.0, at_most=0.9999)
     beta2: float = option(
-        0.999, "decay rate of the running mean of its square", at_least=0.0, at_most=0.999999
+        0.999, "decay rate of the running mean of the squared gradient", at_least=0.0, at_most=0.999999
     )
-    epsilon: float = option(
-        1e-8, "the optimizer's, added to the root of that mean", at_least=1e-12, at_most=1.0
-    )
+    epsilon: float = option(1e-8, "epsilon of the optimizer", at_least=1e-12, at_most=1.0)
     weight_decay: float = option(
         0.0,
-        "a step's decay of the weights, as a share of the learning rate; of biases and LayerNorm none",
+        "weight decay; biases and LayerNorm are exempt",
         at_least=0.0,
         at_most=1.0,
     )
     clip_norm: float = option(
         0.0,
-        "the largest norm of the whole gradient; a longer one is shortened; 0: no limit",
+        "maximum norm of the gradient; 0: no limit",
         at_least=0.0,
         at_most=1e6,
     )
     seed: int = option(
-        0, "of every random draw: weights, dropout, pairs, masks, order", at_least=0, at_most=2**31 - 1
+        0, "random seed of weights, dropout, pairs, masks and order", at_least=0, at_most=2**31 - 1
     )
-    log_every: int = option(10, "steps between two lines of the log", at_least=1, may_change=True)
+    log_every: int = option(10, "steps between log lines", at_least=1, may_change=True)
     eval_every: int = option(
         0,
-        "steps between two evaluations on validation text; 0: at the end only",
+        "steps between evaluations on validation text; 0: evaluate at the end only",
         at_least=0,
         may_change=True,
     )
     patience: int = option(
         0,
-        "end the run after this many evaluations in a row that were no better than the best, by the MLM loss "
-        "on validation text; 0: never",
+        "stop after this many evaluations in a row without a better MLM loss on validation text; 0: never",
         at_least=0,
         may_change=True,
     )
     on_nonfinite: str = option(
         "stop",
-        "what to do when a loss or a gradient is no number: stop, skip the step (the weights stay as they "
-        "were; ten in a row stop the run), or go back to the latest checkpoint and on with other batches "
-        "(three times from one checkpoint, then stop)",
+        "what to do on a non-finite loss or gradient: stop; skip the step (at most 10 in a row); or roll "
+        "back to the latest checkpoint (at most 3 times) and continue with other batches",
         choices=("stop", "skip", "rollback"),
         may_change=True,
     )
     save_nonfinite_batch: bool = option(
-        False, "write the batch of a step whose numbers went wrong to RUN/nonfinite-batches/", may_change=True
+        False, "save the batch of a non-finite step to RUN/nonfinite-batches/", may_change=True
     )
     on_checkpoint_error: str = option(
         "stop",
-        "what to do when a checkpoint cannot be written: stop, or go on and try again with the next one",
+        "what to do when a checkpoint cannot be written: stop, or continue and try again at the next one",
         choices=("stop", "continue"),
         may_change=True,
     )
     checkpoint_every: int = option(
         500,
-        "steps between two checkpoints, from which --resume goes on; each evaluation and the end of the run, "
-        "however it is stopped, has one too; 0: these only",
+        "steps between checkpoints. There is also one at each evaluation and at the end of the run; 0: only "
+        "those",
         at_least=0,
         may_change=True,
     )
     # Two, so that there is one before the latest, should that be damaged.
     keep_checkpoints: int = option(
-        2, "how many of the latest checkpoints stay, beside the best; 0: all", at_least=0, may_change=True
+        2,
+        "number of recent checkpoints to keep, in addition to the best; 0: all",
+        at_least=0,
+        may_change=True,
     )
 
 
@@ -357,56 +367,58 @@ class FineTuneConfig:
 
     # Devlin et al. 2018, appendix A.3, has 2 to 4 epochs, 16 or 32 and 2e-5 to 5e-5; Turc et al. 2019 up to
     # 3e-4 for small networks.
-    epochs: int = option(3, "how often each example is seen", at_least=1)
-    batch_size: int = option(32, "examples an optimizer step", at_least=1)
+    epochs: int = option(3, "number of passes over the training rows", at_least=1)
+    batch_size: int = option(32, "examples per optimizer step", at_least=1)
     micro_batch: int = option(
         0, "examples per forward and backward pass, over all devices, to save memory; 0: all", at_least=0
     )
-    recompute: bool = option(False, "compute each layer again for the gradient, to save memory")
-    precision: str = option("fp32", "of matrix products, as in pretraining", choices=("fp32", "fp16", "bf16"))
-    lr: float = option(
-        5e-5, "the learning rate at its peak; small networks want up to 3e-4", at_least=0.0, at_most=1e3
+    recompute: bool = option(False, "recompute each layer in the backward pass, to save memory")
+    precision: str = option(
+        "fp32", "precision of matrix products, as in pretraining", choices=("fp32", "fp16", "bf16")
     )
+    lr: float = option(5e-5, "peak learning rate; small networks need up to 3e-4", at_least=0.0, at_most=1e3)
     warmup_ratio: float = option(
-        0.1, "share of the steps over which the learning rate rises", at_least=0.0, at_most=0.99
+        0.1, "share of the run in which the learning rate rises to --lr", at_least=0.0, at_most=0.99
     )
-    weight_decay: float = option(0.01, "as in pretraining", at_least=0.0, at_most=1.0)
-    clip_norm: float = option(1.0, "the largest norm of the gradient; 0: no limit", at_least=0.0, at_most=1e6)
+    weight_decay: float = option(
+        0.01, "weight decay; biases and LayerNorm are exempt", at_least=0.0, at_most=1.0
+    )
+    clip_norm: float = option(1.0, "maximum norm of the gradient; 0: no limit", at_least=0.0, at_most=1e6)
     dropout: float = option(0.1, "dropout rate", at_least=0.0, at_most=0.9)
-    max_seq_length: int = option(
-        0, "tokens of a text that are read; 0: as many as in pretraining", at_least=0
-    )
+    max_seq_length: int = option(0, "maximum length of a text in tokens; 0: as in pretraining", at_least=0)
     best_metric: str = option(
         "auto",
-        "the metric by which the best epoch is chosen (accuracy of classes, Pearson's correlation of scores, "
-        "F1 of entities and answers)",
+        "metric that chooses the best epoch; auto: accuracy of classes, Pearson correlation of scores, F1 of "
+        "entities and answers",
         choices=(
             *("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse"),
             *("precision", "recall", "exact_match"),
         ),
     )
-    seed: int = option(0, "of the head's weights, dropout and order", at_least=0, at_most=2**31 - 1)
+    seed: int = option(
+        0, "random seed of the head's weights, dropout and order", at_least=0, at_most=2**31 - 1
+    )
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that defines a run but for where it runs and where it writes."""
+    """All options of a run, except its devices and its folder."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
 
     def to_json(self) -> Dict[str, Any]:
-        """The three groups as plain values; the inverse of `from_json`."""
+        """Return the three groups as plain values; the inverse of `from_json`."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_json(cls, groups: Mapping[str, Any], where: str = "config") -> Config:
-        """The configuration that `to_json` gave; InputError names an unknown or ill-typed key."""
+        """Return the configuration that `to_json` gave. Raise InputError for unknown keys or other types."""
         fields: Dict[str, Dict[str, Any]] = {name: {} for name in GROUPS}
         for group, values in groups.items():
             if group not in GROUPS or not isinstance(values, Mapping):
-                raise InputError(f"{where}: {group!r} is no group; the groups are {', '.join(GROUPS)}")
+                raise InputError(f"{where}: groups must be {', '.join(GROUPS)}, got {group!r}.")
             for name, value in values.items():
                 hint = get_type_hints(GROUPS[group]).get(name)
                 if hint is None:
@@ -415,10 +427,10 @@ class Config:
         return cls(**{name: group(**fields[name]) for name, group in GROUPS.items()})
 
     def replace(self, **values: Any) -> Config:
-        """A copy with fields changed by their own names, whichever group they stand in.
+        """Return a copy with changed fields, named without their group.
 
-        `max_minutes` without `num_steps` removes the limit on steps, and the reverse: half an hour does not mean
-        the 50 steps of a preset, and 5,000 steps do not mean its minutes.
+        `max_minutes` without `num_steps` sets `num_steps` to 0, and the reverse, so that a preset's limit
+        does not end the run.
 
         >>> preset("d2l").replace(batch_size=8, units=64).train.batch_size
         8
@@ -433,8 +445,7 @@ class Config:
         for group_name, kind in GROUPS.items():
             hints = get_type_hints(kind)
             changes = {
-                name: _typed(values.pop(name), hints[name], flag_name(name))
-                for name in hints.keys() & values.keys()
+                name: _typed(values.pop(name), hints[name], name) for name in hints.keys() & values.keys()
             }
             groups[group_name] = dataclasses.replace(getattr(self, group_name), **changes)
         if values:
@@ -442,31 +453,33 @@ class Config:
         return Config(**groups)
 
     def check(self) -> None:
-        """Raise one InputError that tells everything that is wrong, a line a problem, naming the flags."""
+        """Raise one InputError with a line for each problem; each line names a field."""
         problems = [problem for group in GROUPS for problem in problems_of(getattr(self, group))]
         if self.data.max_seq_length > self.model.max_positions:
             problems.append(
-                f"--max-seq-length {self.data.max_seq_length}: must not exceed --max-positions {self.model.max_positions}"
+                f"max_seq_length must be at most max_positions={self.model.max_positions}, "
+                f"got {self.data.max_seq_length}."
             )
         if self.data.extend_vocab and not self.data.vocab_file and self.model.init in RANDOM_INITS:
-            problems.append(
-                f"--extend-vocab {self.data.extend_vocab}: has no effect, it needs --vocab-file or --init RUN"
-            )
+            problems.append("extend_vocab has no effect without vocab_file=FILE or init=RUN.")
         if self.train.lr == 0:
-            problems.append("--lr 0.0: must be above 0")
+            problems.append("lr must be above 0, got 0.0.")
         if problems:
             raise InputError("\n".join(problems))
 
 
-# Ways to draw the first weights; any other --init names a run.
+# Distributions of the initial weights; any other `init` names a run.
 RANDOM_INITS = ("xavier", "normal")
 
 GROUPS: Dict[str, Any] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 
 
 def flag_name(name: str) -> str:
-    """The flag of a field: `max_seq_length` -> `--max-seq-length`."""
+    """Return the flag of a field: `max_seq_length` -> `--max-seq-length`."""
     return "--" + name.replace("_", "-")
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
@@ -479,63 +492,61 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     elif type(value) is hint:
         return value
-    kind = "list of strings" if hint == Tuple[str, ...] else hint.__name__
-    raise InputError(f"{where} is {value!r}, which is no {kind}")
+    kind = "a list of strings" if hint == Tuple[str, ...] else _KINDS[hint]
+    raise InputError(f"{where} must be {kind}, got {value!r}.")
 
 
 def changeable() -> List[str]:
-    """The flags that may change when a run is resumed."""
+    """Return the fields that a resumed run may change."""
     fields = (f for group in GROUPS.values() for f in dataclasses.fields(group))
-    return [flag_name(f.name) for f in fields if f.metadata["may_change"]]
+    return [f.name for f in fields if f.metadata["may_change"]]
 
 
 def check_changes(before: Config, after: Config, where: str) -> None:
-    """Raise InputError where a resumed run would be another one; names everything that may not change."""
+    """Raise InputError if a resumed run changes a field that it may not change; name all of them."""
     problems = []
     for group in GROUPS:
         for f in dataclasses.fields(getattr(before, group)):
             old, new = (getattr(getattr(config, group), f.name) for config in (before, after))
             if old != new and not f.metadata["may_change"]:
-                problems.append(
-                    f"{flag_name(f.name)} {new}: {where} was begun with {old}, which cannot change when it goes on"
-                )
+                problems.append(f"{where} was started with {f.name}={old!r}, got {f.name}={new!r}.")
     if problems:
-        may = f"what may change: {', '.join(changeable())}; another run begins with --config"
+        may = f"A resumed run may change {', '.join(changeable())}. Start a new run to change others."
         raise InputError("\n".join([*problems, may]))
 
 
 def check_group(group: Any) -> None:
-    """Raise InputError where one group of the configuration cannot be used, whatever the others are."""
+    """Raise InputError with all problems of one group of options."""
     problems = problems_of(group)
     if problems:
         raise InputError("\n".join(problems))
 
 
 def problems_of(group: Any) -> List[str]:
-    """A sentence for everything that is wrong in one group of the configuration."""
+    """Return a sentence for each problem of one group of options."""
     problems = []
     for f in dataclasses.fields(group):
         value, meta = getattr(group, f.name), f.metadata
         low, high, choices = meta["at_least"], meta["at_most"], meta["choices"]
-        # "not above" rather than "below", so that a NaN is refused too.
+        # "not at least" rather than "below", so that a NaN is refused too.
         if low is not None and not value >= low:
-            problems.append(f"{flag_name(f.name)} {value}: must be at least {low}")
+            problems.append(f"{f.name} must be at least {low}, got {value}.")
         elif high is not None and not value <= high:
-            problems.append(f"{flag_name(f.name)} {value}: must be at most {high}")
+            problems.append(f"{f.name} must be at most {high}, got {value}.")
         elif choices and value not in choices:
-            problems.append(f"{flag_name(f.name)} {value}: must be one of {', '.join(choices)}")
+            problems.append(f"{f.name} must be one of {', '.join(choices)}, got {value}.")
     return problems + _CONTRADICTIONS[type(group)](group)
 
 
 def _model_contradictions(model: ModelConfig) -> List[str]:
     if model.num_heads > 0 and model.units % model.num_heads:
-        return [f"--num-heads {model.num_heads}: must divide --units {model.units}"]
+        return [f"num_heads must divide units={model.units}, got {model.num_heads}."]
     if not model.init:
-        return [f"--init: must be {', '.join(RANDOM_INITS)} or the folder of a run"]
+        return [f"init must be {', '.join(RANDOM_INITS)} or the folder of a run, got nothing."]
     if model.init in RANDOM_INITS and model.init_checkpoint != "latest":
-        return [f"--init-checkpoint {model.init_checkpoint}: has no effect, it needs --init RUN"]
+        return ["init_checkpoint has no effect without init=RUN."]
     if model.init not in RANDOM_INITS and model.init_embeddings != "random":
-        return ["--init-embeddings cooccurrence: has no effect, the vectors come from --init RUN"]
+        return ["init_embeddings has no effect with init=RUN, which has its own vectors."]
     return []
 
 
@@ -543,41 +554,41 @@ def _data_contradictions(data: DataConfig) -> List[str]:
     problems = []
     if data.mask_token_rate + data.random_token_rate > 1 + 1e-9:
         problems.append(
-            f"--mask-token-rate {data.mask_token_rate} and --random-token-rate {data.random_token_rate}: "
-            "must not exceed 1 together"
+            "mask_token_rate and random_token_rate must be at most 1 together, "
+            f"got {data.mask_token_rate} and {data.random_token_rate}."
         )
     if data.num_buckets > data.max_seq_length:
         problems.append(
-            f"--num-buckets {data.num_buckets}: must not exceed --max-seq-length {data.max_seq_length}"
+            f"num_buckets must be at most max_seq_length={data.max_seq_length}, got {data.num_buckets}."
         )
     if data.masking == "ngrams" and data.max_ngram == 1:
-        problems.append("--max-ngram 1: must be at least 2 for --masking ngrams; one word is --masking words")
+        problems.append('max_ngram must be at least 2 with masking="ngrams", got 1. Use masking="words".')
     if data.pairs == "packed" and data.preparation == "d2l":
-        problems.append("--preparation d2l: has no packed pairs; add --preparation bert")
+        problems.append('pairs must be sentences with preparation="d2l", got packed. Use preparation="bert".')
     return problems + _without_effect(data)
 
 
 def _without_effect(data: DataConfig) -> List[str]:
-    """A sentence for everything that was changed and would change nothing, as another option is not set."""
-    makes_pieces = data.tokenizer == "wordpiece" and not data.vocab_file
+    """Return a sentence for each option that was changed and has no effect with the others."""
+    builds_pieces = data.tokenizer == "wordpiece" and not data.vocab_file
     used = {
         "vocab_file": (
             data.tokenizer == "wordpiece" or data.vocab_file.endswith(".json"),
-            "needs --tokenizer wordpiece; a vocabulary of words is the vocab.json of a run",
+            'without tokenizer="wordpiece", unless it is the vocab.json of a run',
         ),
         **dict.fromkeys(
             ("strip_accents", "tokenize_chinese_chars", "added_tokens", "additional_special_tokens"),
-            (data.tokenizer == "wordpiece", "needs --tokenizer wordpiece"),
+            (data.tokenizer == "wordpiece", 'without tokenizer="wordpiece"'),
         ),
-        "vocab_size": (makes_pieces, "needs --tokenizer wordpiece, and no --vocab-file, which has its size"),
-        "short_seq_prob": (data.pairs == "packed", "needs --pairs packed"),
-        "max_ngram": (data.masking == "ngrams", "needs --masking ngrams"),
-        "random_next_prob": (data.objective != "mlm", "needs --objective mlm+nsp or mlm+sop"),
+        "vocab_size": (builds_pieces, 'without tokenizer="wordpiece", or with vocab_file'),
+        "short_seq_prob": (data.pairs == "packed", 'without pairs="packed"'),
+        "max_ngram": (data.masking == "ngrams", 'without masking="ngrams"'),
+        "random_next_prob": (data.objective != "mlm", 'with objective="mlm"'),
     }
     defaults = DataConfig()
     return [
-        f"{flag_name(name)} {getattr(data, name)}: has no effect, it {needs}"
-        for name, (is_used, needs) in used.items()
+        f"{name} has no effect {condition}."
+        for name, (is_used, condition) in used.items()
         if not is_used and getattr(data, name) != getattr(defaults, name)
     ]
 
@@ -586,20 +597,17 @@ def _train_contradictions(train: TrainConfig) -> List[str]:
     problems = []
     if train.optimizer == "adam" and train.weight_decay:
         problems.append(
-            f"--weight-decay {train.weight_decay}: must be 0 with --optimizer adam; adamw, bertadam, lamb and "
-            "muon have weight decay"
+            f'weight_decay must be 0 with optimizer="adam", got {train.weight_decay}. '
+            "Use adamw, bertadam, lamb or muon."
         )
     if train.optimizer != "muon" and train.momentum != TrainConfig().momentum:
-        problems.append(f"--momentum {train.momentum}: has no effect, it needs --optimizer muon")
+        problems.append('momentum has no effect without optimizer="muon".')
     if train.num_steps == 0 and train.max_minutes == 0:
-        problems.append("--num-steps 0: must be at least 1, or --max-minutes must end the run")
+        problems.append("num_steps must be at least 1 without max_minutes, got 0.")
     if train.warmup_ratio == 1 and train.schedule != "constant":
-        problems.append(
-            f"--warmup-ratio 1.0: leaves nothing of the run for --schedule {train.schedule} to fall in; a smaller "
-            "share, or --schedule constant"
-        )
+        problems.append(f'warmup_ratio must be below 1 with schedule="{train.schedule}", got 1.0.')
     if train.patience and not train.eval_every:
-        problems.append(f"--patience {train.patience}: counts evaluations; ask for some with --eval-every")
+        problems.append(f"patience must be 0 without eval_every, got {train.patience}.")
     return problems
 
 
@@ -607,5 +615,5 @@ _CONTRADICTIONS: Dict[Any, Any] = {
     ModelConfig: _model_contradictions,
     DataConfig: _data_contradictions,
     TrainConfig: _train_contradictions,
-    FineTuneConfig: lambda tuning: [] if tuning.lr else ["--lr 0.0: must be above 0"],
+    FineTuneConfig: lambda tuning: [] if tuning.lr else ["lr must be above 0, got 0.0."],
 }

@@ -1,4 +1,4 @@
-"""The one exception that means "what you gave is wrong", and how others' errors fit into a sentence."""
+"""The exception for bad input, and one-line messages of other exceptions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Sequence
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what, where, and what would be right.
+    """Bad input: the message says what is wrong, where, and what would be right.
 
-    The commands print the message alone and leave with exit status 2; from Python it is a ValueError.
+    The commands print the message and exit with status 2. In Python it is a ValueError.
     """
 
 
@@ -23,7 +23,10 @@ _GPU_ERROR = re.compile(r"\b(?:CUDA|cuda|cuBLAS|CUBLAS|cuDNN|CUDNN|cuRAND|NVRTC)
 
 
 def one_line(error: BaseException) -> str:
-    """Return the reason of an error as one line. MXNet's errors begin with a trace and end with the reason."""
+    """Return the reason of an error as one line.
+
+    MXNet's errors begin with a trace and end with the reason.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reasons = [line for line in lines if not line.startswith(_TRACE)]
     if not reasons:
@@ -33,13 +36,16 @@ def one_line(error: BaseException) -> str:
 
 
 def gpu_failure(error: BaseException) -> str | None:
-    """Return CUDA's reason where one of its libraries has failed, else None. MXNet raises all as MXNetError."""
+    """Return CUDA's reason where one of its libraries has failed, else None.
+
+    MXNet raises all as MXNetError.
+    """
     found = _GPU_ERROR.search(one_line(error)) if type(error).__name__ == "MXNetError" else None
     return found[1].strip().rstrip(".") if found else None
 
 
 def join_words(items: Sequence[str]) -> str:
-    """A list in a sentence: ["a"] -> "a", ["a", "b", "c"] -> "a, b and c"."""
+    """Join words for a sentence: ["a"] -> "a", ["a", "b", "c"] -> "a, b and c"."""
     *others, last = items
     return f"{', '.join(others)} and {last}" if others else last
 

@@ -1,4 +1,7 @@
-"""Files and folders that are whole or not there at all: written aside, synced, renamed; locks, hashes, UTF-8."""
+"""Atomic files and folders: written under a temporary name, synced, renamed.
+
+Locks, hashes, UTF-8.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file open for writing that takes its name only when the block ends without an error.
+    """Open a temporary file for writing, and rename it when the block ends without an error.
 
     Until then the bytes are in a hidden neighbour, the file's `name`, so a reader of `path` sees the old
     content or the new, never a part. Text is UTF-8 with Unix line ends.
@@ -56,10 +59,9 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """A new folder to fill, which takes its name only when the block ends without an error.
+    """Create a temporary folder, and rename it when the block ends without an error.
 
-    Until then it is a hidden neighbour. A folder of that name gives way: an empty one, or, where `replace` is
-    set, any.
+    It replaces an empty folder of that name, or any folder if `replace` is set.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,17 +85,19 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def check_new_folder(folder: Path, flag: str = "--output") -> None:
-    """Raise InputError, naming the flag, where a folder is not empty or cannot be written; write nothing."""
+def check_new_folder(folder: Path, option: str = "output") -> None:
+    """Raise InputError, which names the option, if a folder is not empty or cannot be written."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{flag} {folder}: is there already; name a new folder, or remove it")
+        raise InputError(f"{option} must be a new folder, got {folder}, which is not empty.")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {folder}: cannot be written, as {there} is no folder that can")
+        raise InputError(
+            f"{option} must be a folder that can be written, got {folder}. Writing to {there} is not allowed."
+        )
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what `atomic_write` and `atomic_folder` left in a folder whose process was killed meanwhile."""
+    """Remove what `atomic_write` and `atomic_folder` left in a folder when their process was killed."""
     for path in folder.glob(".*.part"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -102,7 +106,7 @@ def remove_temporary_files(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -111,16 +115,17 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def exclusive_lock(folder: Path, flag: str) -> Iterator[None]:
-    """The folder for this process alone; InputError, which names the flag, where another one has it.
+def exclusive_lock(folder: Path, option: str) -> Iterator[None]:
+    """Lock a folder for this process. Raise InputError, which names the option, if another process has it.
 
-    The lock is gone with the process that holds it, however that ends.
+    The lock ends with the process that holds it.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         if not lock(handle, folder, "train there", wait=False):
             raise InputError(
-                f"{flag} {folder}: another process is training there; wait for its end, or stop it"
+                f"{option} must be a folder where no other process trains, got {folder}. Wait for it or stop "
+                "it."
             )
         yield
     finally:
@@ -143,13 +148,13 @@ def lock(handle: int, folder: Path, purpose: str, wait: bool) -> bool:
 
 
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
-    """A file's hash in hexadecimal."""
+    """Return the hash of a file in hexadecimal."""
     with path.open("rb") as file:
         return stream_hash(file, algorithm)
 
 
 def stream_hash(file: IO[bytes], algorithm: str) -> str:
-    """The hash, in hexadecimal, of what is still to be read of a file; read piece by piece."""
+    """Return the hash of the rest of an open file in hexadecimal."""
     content = hashlib.new(algorithm)
     for block in iter(lambda: file.read(1 << 20), b""):
         content.update(block)
@@ -157,7 +162,7 @@ def stream_hash(file: IO[bytes], algorithm: str) -> str:
 
 
 def decode_utf8(content: bytes, where: str, first_line: int = 1) -> str:
-    """Decode UTF-8; InputError names the line of the first byte that is not UTF-8.
+    """Decode UTF-8. Raise InputError, which names the line of the first byte that is not UTF-8.
 
     where: names the file in the message. first_line: the number of the first line of this part of the file,
     whose first part may begin with a byte order mark.
@@ -213,7 +218,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def nan_to_null(content: Any) -> Any:
-    """Plain values with null for every number that JSON has no word for."""
+    """Return plain values with null for NaN and infinity."""
     if isinstance(content, Mapping):
         return {name: nan_to_null(value) for name, value in content.items()}
     return None if isinstance(content, float) and not math.isfinite(content) else content

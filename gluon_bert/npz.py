@@ -30,7 +30,7 @@ def write_arrays(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays in a file that `write_arrays` wrote; InputError where it is another, or damaged.
+    """Read the arrays of a file that `write_arrays` wrote. Raise InputError if it is invalid or damaged.
 
     A file takes no more memory than it has bytes, whatever it says of itself, and nothing in it is executed.
     """
@@ -47,7 +47,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             return arrays
     except InputError:
         raise
-    # Of a damaged archive zipfile tells in many ways, of which not all are its own.
+    # zipfile raises many exceptions for a damaged archive.
     except (OSError, EOFError, ValueError, OverflowError, RuntimeError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: cannot be read as arrays ({error or type(error).__name__})") from error
     except Exception as error:
@@ -57,7 +57,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def mapped_array(path: Path) -> np.ndarray:
-    """The array in a file of `numpy.save`, mapped into memory; ValueError where it is none of these types."""
+    """Map the array of a file of `numpy.save` into memory. Raise ValueError for other types."""
     with path.open("rb") as file:
         beginning = file.read(10)
         dtype, shape, offset = _described(beginning + file.read(_header_size(beginning)))
@@ -75,7 +75,7 @@ def _header_size(beginning: bytes) -> int:
 
 
 def _described(content: bytes) -> tuple[Any, tuple[int, ...], int]:
-    """The type and the shape of an array, and where its values begin, from the beginning of its file.
+    """Return the type, the shape and the offset of the values of an array, from the beginning of its file.
 
     Not by NumPy, which evaluates it as Python and raises whatever that raises.
     """

@@ -7,7 +7,10 @@ from .errors import InputError
 
 
 def _bert(layers: int, units: int, batch_size: int) -> Config:
-    """A size of Turc et al. 2019 (arXiv 1908.08962, table 1) or Devlin et al. 2018, trained as the latter."""
+    """Return a preset of a published size, trained as in Devlin et al. 2018.
+
+    The sizes are those of Turc et al. 2019 (arXiv 1908.08962, table 1) and Devlin et al. 2018.
+    """
     model = ModelConfig(
         num_layers=layers,
         units=units,
@@ -41,7 +44,7 @@ def _bert(layers: int, units: int, batch_size: int) -> Config:
     return Config(model, data, train)
 
 
-# What learnt the most of WikiText-2 in half an hour on two cores: docs/results.md has the comparison.
+# The recipe that learned most of WikiText-2 in half an hour on two cores: docs/results.md has the comparison.
 _QUICK = _bert(2, 128, 64).replace(
     max_seq_length=64,
     pairs="sentences",
@@ -62,7 +65,7 @@ PRESETS: dict[str, Config] = {
         max_minutes=1.5,
         eval_every=200,
     ),
-    # The book's section "Pretraining BERT": its model, its preparation of the data, its 50 steps.
+    # D2L's section "Pretraining BERT": its model, its preparation of the data, its 50 steps.
     "d2l": Config(
         ModelConfig(),
         DataConfig(preparation="d2l", dynamic_masking=False),
@@ -82,7 +85,7 @@ DEFAULT = "demo"
 
 
 def preset(name: str) -> Config:
-    """The configuration of that name; InputError lists the names there are."""
+    """Return the configuration of a preset. Raise InputError, which lists the presets, for other names."""
     if name not in PRESETS:
-        raise InputError(f"--preset {name}: must be one of {', '.join(PRESETS)}")
+        raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name}.")
     return PRESETS[name]

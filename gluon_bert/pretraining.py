@@ -1,4 +1,7 @@
-"""A whole pretraining run: `pretrain` and `resume`, from the configuration to the checkpoints. Parses no flags."""
+"""A whole pretraining run: `pretrain` and `resume`, from the configuration to the checkpoints.
+
+Parses no flags.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ class Execution(NamedTuple):
     tensorboard: bool = False
 
     def check(self) -> None:
-        """Raise InputError where a value cannot be used."""
+        """Raise InputError if a value cannot be used."""
         if not self.step_timeout >= 0:
             raise InputError(f"step_timeout must be at least 0, got {self.step_timeout}.")
         if self.profile and (self.profile.is_dir() or not self.profile.absolute().parent.is_dir()):
@@ -219,7 +222,7 @@ class _Job(NamedTuple):
 
 
 def _place(config: Config, how: Execution, recorded: Mapping[str, Any]) -> _Placement:
-    """Choose devices and operators; InputError where they are missing or cannot do what the run needs."""
+    """Choose devices and operators. Raise InputError if they are missing or cannot do what the run needs."""
     devices = how.devices
     if devices is None and recorded.get("contexts"):
         devices = device_choice.contexts(*device_choice.parse_contexts(recorded["contexts"]))
@@ -235,7 +238,7 @@ def _place(config: Config, how: Execution, recorded: Mapping[str, Any]) -> _Plac
 
 
 def _check_memory(config: Config, placement: _Placement, how: Execution, vocab_size: int = 1) -> None:
-    """Raise InputError where a worker does not fit in its machine's memory, or warn where that is ignored."""
+    """Raise InputError if a worker does not fit in its machine's memory, or warn where that is ignored."""
     devices = placement.devices
     limit = machine_memory(devices)
     try:
@@ -248,12 +251,12 @@ def _check_memory(config: Config, placement: _Placement, how: Execution, vocab_s
             )
     except InputError as error:
         if not how.ignore_memory_estimate:
-            raise InputError(f"{error} To train anyway, set ignore_memory_estimate.") from error
+            raise InputError(f"{error} To train anyway, use ignore_memory_estimate=True.") from error
         log.warning("%s It trains anyway (ignore_memory_estimate).", error)
 
 
 def _load_data(config: Config, placement: _Placement, how: Execution) -> PretrainingData:
-    """Load the text; InputError where it is too little, or its vocabulary too large for the memory."""
+    """Load the text. Raise InputError if it is too little, or its vocabulary too large for the memory."""
     data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
     _check_memory(config, placement, how, len(data.vocab))
     checks.check_evaluable(config.train, data.validation is not None)
@@ -281,11 +284,11 @@ def _network(config: Config, data: PretrainingData, devices: Sequence[Any], init
 
 
 def _check_same_text(data: PretrainingData, folder: Path, recorded: Mapping[str, Any]) -> None:
-    """Raise InputError where a resumed run would read another text, or read it in another way."""
+    """Raise InputError if a resumed run would read another text, or read it in another way."""
     if data.fingerprint != recorded.get("text") or data.vocab.tokens != load_vocabulary(folder).tokens:
         raise InputError(
-            f"corpus: the text or its preparation has changed since {folder} was started. "
-            f"Start a new run with config {folder / CONFIG}."
+            f"corpus must be the text that {folder} was started with; it or its preparation has changed. "
+            f"Start a new run with {folder / CONFIG}."
         )
 
 
@@ -317,10 +320,10 @@ def _train(job: _Job, communicator: Communicator, callbacks: Sequence[Callback])
     )
     on_gpus = _gpu_estimate(job)
     if on_gpus is None:
-        log.info("%s", estimate.in_words(config.batch_size, machine_memory(devices)))
+        log.info("%s", estimate.format_memory(config.batch_size, machine_memory(devices)))
     else:
-        log.info("%s", on_gpus.in_words(sum(memory_of(devices))))
-        log.info("%s", estimate.step_in_words(config.batch_size))
+        log.info("%s", on_gpus.format_memory(sum(memory_of(devices))))
+        log.info("%s", estimate.format_step(config.batch_size))
     log.info("run folder: %s", output)
     progress = ProgressLogger(output, References.of(job.data))
     checkpointer = AsyncCheckpointer(output)
@@ -341,7 +344,8 @@ def _train(job: _Job, communicator: Communicator, callbacks: Sequence[Callback])
     was_finished = job.snapshot is not None and trainer.state.step == job.snapshot.step
     if was_finished:
         print(
-            f"{output} is finished, after step {job.snapshot.step}. Raise num_steps or max_minutes to continue."
+            f"{output} is finished, after step {job.snapshot.step}. Raise num_steps or max_minutes to "
+            "continue."
         )
     print("\n".join(progress.summary(devices)))
     if not was_finished:
@@ -430,8 +434,8 @@ def _explain_out_of_memory(job: _Job) -> Iterator[None]:
         total = sum(memory_of(devices))
         fits = what_fits(job.config, len(job.data.vocab), len(devices), total, workers)
         raise OutOfGPUMemory(
-            f"the GPU is out of memory. Each has {total / 1e9:.1f} GB, and the run was expected to take "
-            f"{_gpu_estimate(job).memory / 1e9:.1f} GB; {fits}"
+            f"the GPU is out of memory. Each has {total / 1e9:.1f} GB, and the run needs about "
+            f"{_gpu_estimate(job).memory / 1e9:.1f} GB. {fits}"
         ) from error
 
 

@@ -73,8 +73,8 @@ class Run:
     ) -> np.ndarray:
         """Return a vector of each text or pair: (N, C) float32. Texts that are too long are truncated.
 
-        pooling: mean, cls or max over the tokens' vectors. normalize: to length 1. None: as the run says, else
-        the mean, not normalized.
+        pooling: mean, cls or max over the tokens' vectors. normalize: to length 1. None: as the run says,
+        else the mean, not normalized.
         """
         own = self.pooling or Pooling()
         mode = own.mode if pooling is None else pooling
@@ -112,8 +112,8 @@ class Run:
     def predict(self, texts: Iterable[Text]) -> list[dict[str, Any]]:
         """Return what a fine-tuned network predicts of each text, as its task's result has it in JSON.
 
-        {"label", "probabilities"} of classes, {"score"}, {"words", "tags", "entities"}, or {"answer", "start", "end",
-        "score"} of a pair of a question and its context.
+        {"label", "probabilities"} of classes, {"score"}, {"words", "tags", "entities"}, or {"answer",
+        "start", "end", "score"} of a pair of a question and its context.
         """
         inputs = (task_input(self.task, self.reader, *_pair(each)) for each in texts)
         return [result.to_json() for result in predict_tasks(Predictor.of(self), inputs)]
@@ -148,12 +148,12 @@ class Run:
 
     @property
     def task(self) -> Task | None:
-        """What the network was fine-tuned for, None for a pretrained one."""
+        """Return the task of a fine-tuned network, None for a pretrained one."""
         return task_of(self.net)
 
     @property
     def reader(self) -> Tokenizer:
-        """What makes texts into the network's inputs, as it was trained on them."""
+        """Return the tokenizer, with the settings of training."""
         return Tokenizer(
             self.vocab, self.config.data.max_seq_length, Normalization.from_config(self.config.data)
         )
@@ -163,15 +163,15 @@ def _pair(text: Text) -> tuple[str, str | None]:
     return (text, None) if isinstance(text, str) else text
 
 
-def check_new_run(folder: Path, flag: str = "--output") -> None:
-    """Raise InputError where no new run can be written, naming the flag; write nothing."""
+def check_new_run(folder: Path, option: str = "output") -> None:
+    """Raise InputError, which names the option, if no new run can be written to a folder."""
     if (folder / CONFIG).exists():
-        raise InputError(f"{flag} {folder}: holds a run already; name a new folder")
-    check_new_folder(folder, flag)
+        raise InputError(f"{option} must be a new folder, got {folder}, which has a run.")
+    check_new_folder(folder, option)
 
 
 def remove_unfinished_run(folder: Path) -> None:
-    """Remove what a run left that was killed before its config.json was written, and nothing else."""
+    """Remove the files of a run that was killed before it wrote its config.json, and nothing else."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     visible = {name for name in names if not name.startswith(".")}
     if not visible <= {Vocabulary.FILE, WordPieceVocabulary.FILE, CHECKPOINTS}:
@@ -187,37 +187,39 @@ def create_run(
     folder: Path,
     config: Config,
     vocab: Vocabulary,
-    facts: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any] | None = None,
     task: Task | None = None,
     untrained: Sequence[str] = (),
     pooling: Pooling | None = None,
 ) -> None:
-    """Make a run's folder with its configuration and vocabulary.
+    """Create a run's folder with its configuration and vocabulary.
 
-    facts: what else it takes to repeat the run, such as versions and contexts. task: what the network is
-    fine-tuned for. untrained, pooling: as in Run. Raises InputError where the folder holds a run already or
-    cannot be written.
+    environment: what else is needed to repeat the run, such as versions and contexts. task: the task of a
+    fine-tuned network. untrained, pooling: as in Run. Raise InputError if the folder has a run or cannot be
+    written.
     """
     folder = Path(folder)
     check_new_run(folder)
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         vocab.save(folder / vocab.FILE)
-        write_config(folder, config, facts or {}, task, untrained, pooling)
+        write_config(folder, config, environment or {}, task, untrained, pooling)
     except OSError as error:
-        raise InputError(f"--output {folder}: cannot be written ({error.strerror or error})") from error
+        raise InputError(
+            f"output must be a folder that can be written, got {folder} ({error.strerror or error})."
+        ) from error
 
 
 def write_config(
     folder: Path,
     config: Config,
-    facts: Mapping[str, Any],
+    environment: Mapping[str, Any],
     task: Task | None = None,
     untrained: Sequence[str] = (),
     pooling: Pooling | None = None,
 ) -> None:
     """Write a run's config.json; `read_config`, `read_environment` and so on are the inverse."""
-    content = {"format": FORMAT, **config.to_json(), "environment": facts}
+    content = {"format": FORMAT, **config.to_json(), "environment": environment}
     if task:
         content[TASK] = task.to_json()
     if untrained:
@@ -228,20 +230,21 @@ def write_config(
 
 
 def read_config(path: Path) -> Config:
-    """The configuration in a run's config.json, which can be used; InputError where it is none."""
+    """Read the configuration in a run's config.json. Raise InputError if it is not valid."""
     content = _config_in(path)
     config = Config.from_json({name: content.get(name) for name in GROUPS}, where=str(path))
     try:
         config.check()
     except InputError as problem:
-        raise InputError(f"{path}: {problem}") from problem
+        lines = str(problem).splitlines()
+        raise InputError("\n".join(f"{path}: {line}" for line in lines)) from problem
     return config
 
 
 def read_environment(path: Path) -> dict[str, Any]:
-    """What else a run's config.json says: contexts, versions, the text's fingerprint."""
-    facts = _config_in(path).get("environment")
-    return facts if isinstance(facts, dict) else {}
+    """Read the environment in a run's config.json: contexts, versions, the fingerprint of the text."""
+    environment = _config_in(path).get("environment")
+    return environment if isinstance(environment, dict) else {}
 
 
 def _config_in(path: Path) -> dict[str, Any]:
@@ -250,14 +253,14 @@ def _config_in(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as a run's configuration ({error})") from error
     if not isinstance(content, dict) or not GROUPS.keys() <= content.keys():
-        raise InputError(f"{path}: cannot be read as a run's configuration: it has not {', '.join(GROUPS)}")
+        raise InputError(f"{path}: must be a run's configuration with {', '.join(GROUPS)}")
     if content.get("format") != FORMAT:
-        raise InputError(f"{path}: format {content.get('format')}, where this gluon_bert reads {FORMAT}")
+        raise InputError(f"{path}: format must be {FORMAT}, got {content.get('format')}")
     return content
 
 
 def read_task(path: Path) -> Task | None:
-    """What the run of a config.json was fine-tuned for, None where it was pretrained."""
+    """Read the task of a run from its config.json, None for a pretraining run."""
     content = _config_in(path)
     return Task.from_json(content[TASK], path) if TASK in content else None
 
@@ -280,13 +283,14 @@ def read_pooling(path: Path) -> Pooling | None:
 def load_run(
     folder: Path | str, devices: Sequence[Any] | None = None, checkpoint: str | int = "latest"
 ) -> Run:
-    """Read a run's checkpoint onto the devices, by default one CPU; InputError says what is missing.
+    """Load a run's checkpoint onto the devices, by default one CPU.
 
-    checkpoint: the latest, the best by the MLM loss on validation text, or that of a step.
+    checkpoint: latest, best, or a step. The best has the lowest MLM loss on validation text, or the best
+    metric of a fine-tuned run. Raise InputError if something is missing or damaged.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
-        raise InputError(f"{folder}: is no run: it has no {CONFIG}; name a folder that pretrain.py wrote")
+        raise InputError(f"{folder} must be the folder of a run: it has no {CONFIG}.")
     config = read_config(folder / CONFIG)
     vocab = load_vocabulary(folder)
     step = find_checkpoint(folder, checkpoint)

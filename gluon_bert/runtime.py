@@ -1,4 +1,4 @@
-"""The one door to MXNet: what must be right before `import mxnet`, and which devices to use.
+"""Import MXNet after checking the installation.
 
 `from gluon_bert.runtime import mx` is how every file of the project gets MXNet; the import happens at that
 moment, so the rest of this file works (and is tested) without it. It knows nothing of models or training.
@@ -56,9 +56,9 @@ def __getattr__(name: str) -> Any:
 
 
 def import_mxnet() -> Any:
-    """The module mxnet, imported at the first call, once everything that it needs is there.
+    """Import MXNet after checking the installation, and return the module.
 
-    Raises InputError, with the remedy, for whatever is missing or does not fit.
+    Raise InputError, with a remedy, if something is missing or does not fit.
     """
     if "mx" not in globals():
         wheels = installed_wheels()
@@ -71,7 +71,8 @@ def import_mxnet() -> Any:
         # It would tell of every bound graph that its CPU library is in use.
         os.environ.setdefault("MXNET_SUBGRAPH_VERBOSE", "0")
         if wheel is not None and wheel.name == CUDA_WHEEL:
-            # Memory is shared among arrays of one size. By default a float16 array takes that of a larger one.
+            # Memory is shared among arrays of one size. By default a float16 array takes that of a larger
+            # one.
             os.environ.setdefault("NNVM_EXEC_MATCH_RANGE", "1")
             driver = load_driver()
             load_cuda_libraries(cuda_folders(sys.path))
@@ -93,7 +94,7 @@ class Wheel(NamedTuple):
 
 
 def installed_wheels(path: Sequence[str] | None = None) -> list[Wheel]:
-    """The wheels of MXNet in the first folder of `path` (default: sys.path) that has any, by name.
+    """Return the wheels of MXNet in the first folder of `path` (default: sys.path) that has any, by name.
 
     Two wheels in one folder overwrite each other; one in a later folder is only hidden, which is harmless.
     """
@@ -106,7 +107,7 @@ def installed_wheels(path: Sequence[str] | None = None) -> list[Wheel]:
 
 
 def describe_wheel(info: Path) -> Wheel | None:
-    """The wheel of a .dist-info folder, or None if it brings no libmxnet (mxnet-model-server, say)."""
+    """Return the wheel of a .dist-info folder, or None if it brings no libmxnet (mxnet-model-server, say)."""
     wheel = metadata.PathDistribution(info)
     # Not wheel.files: from Python 3.12 on it leaves out the files that are gone, which are the point here.
     for name, _, size in csv.reader((wheel.read_text("RECORD") or "").splitlines()):
@@ -117,9 +118,9 @@ def describe_wheel(info: Path) -> Wheel | None:
 
 
 def the_only_wheel(wheels: Sequence[Wheel]) -> Wheel | None:
-    """The one wheel that is installed and whole, or None for an MXNet that came without a wheel.
+    """Return the installed wheel after checking it, None for an MXNet that came without a wheel.
 
-    Raises InputError if there is no MXNet; if two wheels share the folder `mxnet/`, which pip allows although
+    Raise InputError if there is no MXNet; if two wheels share the folder `mxnet/`, which pip allows although
     the second overwrites the first; and if the library on disk is not the one that the wheel brought.
     """
     if len(wheels) > 1:
@@ -154,7 +155,7 @@ def is_mxnet_importable() -> bool:
 
 
 def check_platform(system: str, machine: str) -> None:
-    """Raise InputError where no wheel of MXNet 1.9.1 loads; an MXNet built from source is not checked."""
+    """Raise InputError if no wheel of MXNet 1.9.1 loads; an MXNet built from source is not checked."""
     arm = machine.lower() in ("aarch64", "arm64")
     if system == "Linux" and arm:
         remedy = "MXNet's wheel for Linux on ARM lacks libarmpl_lp64_mp.so; use an x86-64 machine"
@@ -170,7 +171,7 @@ def check_platform(system: str, machine: str) -> None:
 
 
 def check_distutils() -> None:
-    """Raises InputError if `distutils`, which MXNet imports and Python 3.12 left to setuptools, is missing."""
+    """Raise InputError if `distutils`, which MXNet imports and Python 3.12 left to setuptools, is missing."""
     try:
         importlib.import_module("distutils.version")
     except ImportError as error:
@@ -181,7 +182,7 @@ def check_distutils() -> None:
 
 
 def load_driver(library: str = DRIVER) -> ctypes.CDLL:
-    """The NVIDIA driver's library, loaded; raises InputError if this machine has none."""
+    """Load the NVIDIA driver's library. Raise InputError if this machine has none."""
     try:
         return ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
@@ -192,14 +193,14 @@ def load_driver(library: str = DRIVER) -> ctypes.CDLL:
 
 
 def cuda_folders(path: Sequence[str]) -> list[Path]:
-    """The folders of native libraries that the nvidia-* wheels installed: `nvidia/*/lib` under `path`."""
+    """Return the folders of the libraries in nvidia-* wheels: `nvidia/*/lib` under `path`."""
     return [lib for folder in path for lib in sorted(Path(folder).glob("nvidia/*/lib"))]
 
 
 def load_cuda_libraries(folders: Sequence[Path], libraries: Mapping[str, str] = CUDA_LIBRARIES) -> None:
     """Loads the libraries (soname -> package), from `folders` or else from where the system finds them.
 
-    After that libmxnet.so finds them by name, without LD_LIBRARY_PATH. Raises InputError that names all that
+    After that libmxnet.so finds them by name, without LD_LIBRARY_PATH. Raise InputError that names all that
     are missing.
     """
     errors = {}
@@ -241,12 +242,12 @@ def disable_fusion_for_old_driver(driver: ctypes.CDLL, nvrtc: ctypes.CDLL) -> No
 
 
 def has_cuda_wheel() -> bool:
-    """Whether MXNet comes from the wheel of the cu112 extra."""
+    """Return whether MXNet comes from the wheel of the cu112 extra."""
     return any(wheel.name == CUDA_WHEEL for wheel in installed_wheels())
 
 
 def versions() -> dict[str, str]:
-    """What a run runs on: packages (mxnet with the wheel's name), the platform, MXNet's threads.
+    """Return the versions of packages (mxnet with the wheel's name), the platform, MXNet's threads.
 
     The number of threads belongs to it since MXNet draws dropout thread by thread.
     """

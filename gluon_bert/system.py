@@ -9,7 +9,7 @@ from typing import Any, Callable, Sequence
 
 
 def usable_cores() -> int:
-    """The cores, not hyper-threads, that this process may run on."""
+    """Return the cores, not hyper-threads, that this process may run on."""
     try:
         threads = os.sched_getaffinity(0)
         siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
@@ -22,20 +22,20 @@ Reader = Callable[[Path], str]
 
 
 def threads() -> int:
-    """How many threads the operators use."""
+    """Return the number of threads of the operators."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     return int(asked) if asked.isdigit() and int(asked) else usable_cores()
 
 
 def machine_memory(contexts: Sequence[Any], read: Reader = Path.read_text) -> float | None:
-    """The bytes that a run on CPUs may use, the machine's or a container's; None on GPUs, or if not told."""
+    """Return the memory for a run on CPUs in bytes, of the machine or the container; None if unknown."""
     limits = [*_physical(), *_container(read)]
     on_cpus = all(context.device_type == "cpu" for context in contexts)
     return min(limits) if limits and on_cpus else None
 
 
 def peak_memory(read: Reader = Path.read_text, process: int | str = "self") -> float | None:
-    """The most bytes that a process has had in memory so far; None where the system does not tell."""
+    """Return the peak memory of the process so far in bytes, None if the system does not report it."""
     try:
         lines = read(Path(f"/proc/{process}/status")).splitlines()
     except OSError:
@@ -51,7 +51,7 @@ def _physical() -> list[float]:
 
 
 def _container(read: Reader) -> list[float]:
-    """The limits of the control groups that this process is in, of version 1 and 2, up to the root."""
+    """Return the memory limits of this process's control groups, version 1 and 2, up to the root."""
     try:
         lines = read(Path("/proc/self/cgroup")).splitlines()
     except OSError:

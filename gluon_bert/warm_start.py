@@ -1,4 +1,4 @@
-"""What a pretraining run begins with where --init names another run: its network and its tokenizer."""
+"""Start a run from another one: its network, its weights and its tokenizer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from .config import RANDOM_INITS, Config, ModelConfig, flag_name
+from .config import RANDOM_INITS, Config, ModelConfig
 from .data.vocab import Normalization, Vocabulary
 from .errors import InputError
 from .model.parameters import put_weights, weights_of
 from .run import Run, load_run
 
-# Fields of the network that can be set anew, as no weight's shape or meaning depends on them.
+# Fields of the network that may change: no weight's shape or meaning depends on them.
 _FREE = ("dropout", "init", "init_checkpoint", "init_embeddings", "decoder_bias")
 _FROM_RUN = {
     "model": tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE),
@@ -25,14 +25,14 @@ _BY_TOKEN = {"encoder.embeddings.tokens.weight", "mlm.decoder.weight", "mlm.deco
 
 
 def names_a_run(init: str) -> bool:
-    """Whether an --init is a folder, rather than a way to draw weights."""
+    """Return whether `init` names the folder of a run."""
     return init not in RANDOM_INITS
 
 
 def load_init_run(config: Config) -> Run | None:
-    """The run that a configuration begins with, None if it draws its weights.
+    """Return the run that `init` names, None if the weights are random.
 
-    Raises InputError where there is none, or where it is asked for another network or tokenizer than it has.
+    Raise InputError if there is no such run, or if the configuration has another network or tokenizer.
     """
     init = config.model.init
     if not names_a_run(init):
@@ -40,15 +40,15 @@ def load_init_run(config: Config) -> Run | None:
     run = _load(init, config.model.init_checkpoint)
     asked, has = _from_run(config), _from_run(run.config)
     problems = [
-        f"{flag_name(name)} {_shown(value)}: --init {init} has {_shown(has[name])}, which its weights are made for"
+        f"init={init} needs {name}={has[name]!r}, got {name}={value!r}."
         for name, value in asked.items()
         if value != has[name]
     ]
     expected = _vocabulary_file(run, init)
     if Path(config.data.vocab_file) != Path(expected):
         problems.append(
-            f"--vocab-file {config.data.vocab_file}: --init {init} has its own, {expected}; --extend-vocab "
-            "adds words of the corpus"
+            f"init={init} needs vocab_file={expected}, got vocab_file={config.data.vocab_file}. To add words "
+            "of the corpus, use extend_vocab."
         )
     if problems:
         raise InputError("\n".join(problems))
@@ -56,10 +56,9 @@ def load_init_run(config: Config) -> Run | None:
 
 
 def config_from_run(init: str, checkpoint: str, recipe: Config | None) -> Config:
-    """A configuration for going on from a run: its network and tokenizer, and the recipe's all else.
+    """Return a configuration with the network and tokenizer of a run, and the other options of `recipe`.
 
-    recipe: how data are prepared and the network is trained; None: as in the run. InputError where there is
-    no such run.
+    recipe: None takes the other options from the run. Raise InputError if there is no such run.
     """
     run = _load(init, checkpoint)
     return (recipe or run.config).replace(
@@ -74,36 +73,34 @@ def config_from_run(init: str, checkpoint: str, recipe: Config | None) -> Config
 
 def _load(init: str, checkpoint: str) -> Run:
     if not Path(init).is_dir():
-        raise InputError(
-            f"--init {init}: is no folder; it must be {', '.join(RANDOM_INITS)} or the folder of a run"
-        )
+        raise InputError(f"init must be {', '.join(RANDOM_INITS)} or the folder of a run, got {init}.")
     run = load_run(Path(init), checkpoint=checkpoint)
     if run.task:
-        raise InputError(f"--init {init}: was fine-tuned, and has no heads to pretrain; name the run before")
+        raise InputError(f"init must be a pretraining run, got {init}, which was fine-tuned.")
     return run
 
 
 def _from_run(config: Config) -> dict[str, Any]:
-    """The options that weights are made for."""
+    """Return the options that must be those of the weights."""
     return {
         name: getattr(getattr(config, group), name) for group, names in _FROM_RUN.items() for name in names
     }
 
 
 def _vocabulary_file(run: Run, init: str) -> str:
-    """Where the vocabulary of a run stands, as --vocab-file takes it."""
+    """Return the vocabulary file of a run."""
     return str(Path(init) / run.vocab.FILE)
 
 
 def load_initial_weights(net: Any, vocab: Vocabulary, run: Run) -> None:
     """Give a network the weights of a run; `vocab` begins with the run's tokens.
 
-    The rows of a new token are the mean of those of the pieces that it was before, or those of <unk>: to the
-    network nothing has changed yet. InputError where the vocabulary does not begin so.
+    The rows of a new token are the mean of the rows of its pieces, or the row of <unk>, so the network's
+    output does not change. Raise InputError if the vocabulary does not begin with the run's tokens.
     """
     known = len(run.vocab)
     if vocab.tokens[:known] != run.vocab.tokens:
-        raise InputError(f"--vocab-file: does not begin with the {known:,} tokens of the run to begin with")
+        raise InputError(f"vocab_file must begin with the {known:,} tokens of the run in init.")
     pieces = [run.vocab.to_indices(run.vocab.pieces(token)) for token in vocab.tokens[known:]]
     weights = weights_of(run.net)
     if pieces:
@@ -111,7 +108,3 @@ def load_initial_weights(net: Any, vocab: Vocabulary, run: Run) -> None:
             rows = weights[name]
             weights[name] = np.concatenate([rows, [rows[ids].mean(axis=0) for ids in pieces]])
     put_weights(net, weights)
-
-
-def _shown(value: Any) -> str:
-    return ("no", "yes")[value] if isinstance(value, bool) else str(value)

@@ -1,4 +1,7 @@
-"""The Python API: pretrain, resume, load_run and what a run can do; runs of Python and of the command are alike."""
+"""The Python API: pretrain, resume, load_run and what a run can do.
+
+Runs of Python and of the command are alike.
+"""
 
 import threading
 

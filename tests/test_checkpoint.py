@@ -69,22 +69,22 @@ def test_failed_write_keeps_the_previous_checkpoint(run_folder, net, monkeypatch
 
 
 def test_create_run_in_a_run_is_refused(run_folder):
-    with pytest.raises(InputError, match="holds a run already"):
+    with pytest.raises(InputError, match=r"must be a new folder, got .*, which has a run"):
         create_run(run_folder, CONFIG, VOCAB, {})
 
 
 def test_create_run_without_permission_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--output .*file/run: cannot be written"):
+    with pytest.raises(InputError, match=r"output must be a folder that can be written, got .*file/run"):
         create_run(tmp_path / "file" / "run", CONFIG, VOCAB, {})
 
 
 def test_load_run_without_config_is_refused(tmp_path, run_folder):
-    with pytest.raises(InputError, match=r"nowhere: is no run: it has no config\.json"):
+    with pytest.raises(InputError, match=r"nowhere must be the folder of a run: it has no config\.json"):
         load_run(tmp_path / "nowhere")
     config = json.loads((run_folder / "config.json").read_text())
     for change, told in (
-        ({"format": 99}, "format 99, where this gluon_bert reads 2"),
+        ({"format": 99}, "format must be 2, got 99"),
         ({"model": {"unitz": 1}}, r"config\.json: unknown key model\.unitz"),
     ):
         (run_folder / "config.json").write_text(json.dumps({**config, **change}))
@@ -108,7 +108,7 @@ def test_load_run_weights_of_other_shape_are_refused(run_folder):
 
 def test_load_run_without_checkpoint_is_refused(tmp_path):
     create_run(tmp_path / "run", CONFIG, VOCAB, {})
-    with pytest.raises(InputError, match="no checkpoint yet"):
+    with pytest.raises(InputError, match="run must have a checkpoint"):
         load_run(tmp_path / "run")
 
 
@@ -203,18 +203,20 @@ def test_kill_at_any_write_leaves_latest_and_best(tmp_path, net, monkeypatch):
 
 
 def test_find_checkpoint_unknown_name_lists_the_known(run_folder, net):
-    with pytest.raises(InputError, match=r"best: .*run has none of that name; it has latest, 9, 100$"):
+    with pytest.raises(InputError, match=r"checkpoint must be one of latest, 9, 100 in .*run, got best\.$"):
         load_run(run_folder, checkpoint="best")
     save(run_folder, net, 200, best=True)
     for name in ("best!", "10", "-9", "9.0", ""):
-        with pytest.raises(InputError, match=rf"--checkpoint {name}: .* it has latest, 9, 100, 200, best$"):
+        with pytest.raises(
+            InputError, match=rf"checkpoint must be one of latest, 9, 100, 200, best in .*, got {name}\.$"
+        ):
             load_run(run_folder, checkpoint=name)
 
 
 def test_find_checkpoint_removed_best_is_refused(run_folder, net):
     save(run_folder, net, 200, best=True)
     shutil.rmtree(run_folder / "checkpoints" / "step-00000200")
-    with pytest.raises(InputError, match=r"--checkpoint best: .* it has latest, 9, 100$"):
+    with pytest.raises(InputError, match=r"checkpoint must be one of latest, 9, 100 in .*, got best\.$"):
         load_run(run_folder, checkpoint="best")
     assert load_run(run_folder).step == 100
 

@@ -62,7 +62,7 @@ def test_write_json_refuses_nan(tmp_path):
 
 
 def test_replace_other_type_is_refused():
-    with pytest.raises(InputError, match="--corpus is 3, which is no list of strings"):
+    with pytest.raises(InputError, match="corpus must be a list of strings, got 3"):
         preset("d2l").replace(corpus=3)
 
 
@@ -80,52 +80,58 @@ def test_all_problems_are_reported_at_once():
     with pytest.raises(InputError) as told:
         config.check()
     lines = str(told.value).splitlines()
-    assert "--num-heads 3: must divide --units 128" in lines
-    assert "--max-seq-length 2: must be at least 8" in lines
-    assert "--batch-size 0: must be at least 1" in lines
-    assert "--preparation burn: must be one of bert, d2l" in lines
-    assert any(line.startswith("--lr nan") for line in lines)
+    assert "num_heads must divide units=128, got 3." in lines
+    assert "max_seq_length must be at least 8, got 2." in lines
+    assert "batch_size must be at least 1, got 0." in lines
+    assert "preparation must be one of bert, d2l, got burn." in lines
+    assert any(line.startswith("lr must be at least 0.0, got nan") for line in lines)
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"max_seq_length": 1001}, "--max-seq-length 1001: must not exceed --max-positions 1000"),
-        ({"mask_token_rate": 0.9, "random_token_rate": 0.2}, "must not exceed 1 together"),
-        ({"lr": 0.0}, "--lr 0.0: must be above 0"),
-        ({"num_buckets": 65}, "--num-buckets 65: must not exceed --max-seq-length 64"),
-        ({"seed": 2**31}, "--seed 2147483648: must be at most 2147483647"),
-        ({"lr": float("inf")}, "--lr inf: must be at most"),
-        ({"validation_fraction": 0.9}, "--validation-fraction 0.9: must be at most 0.5"),
-        ({"weight_decay": 0.01}, "--weight-decay 0.01: must be 0 with --optimizer adam; adamw, bertadam"),
-        ({"weight_decay": -0.1}, "--weight-decay -0.1: must be at least 0.0"),
-        ({"schedule": "cubic"}, "--schedule cubic: must be one of constant, linear, cosine"),
-        ({"optimizer": "sgd"}, "--optimizer sgd: must be one of adam, adamw, bertadam, lamb, muon"),
-        ({"momentum": 0.9}, "--momentum 0.9: has no effect, it needs --optimizer muon"),
-        ({"optimizer": "muon", "momentum": 1.0}, "--momentum 1.0: must be at most 0.9999"),
-        ({"warmup_ratio": 1.5}, "--warmup-ratio 1.5: must be at most 1.0"),
-        ({"beta1": 1.0}, "--beta1 1.0: must be at most 0.9999"),
-        ({"beta2": float("nan")}, "--beta2 nan: must be at least 0.0"),
-        ({"epsilon": 0.0}, "--epsilon 0.0: must be at least 1e-12"),
-        ({"clip_norm": -1.0}, "--clip-norm -1.0: must be at least 0.0"),
-        ({"clip_norm": float("inf")}, "--clip-norm inf: must be at most"),
-        ({"num_heads": 0}, "--num-heads 0: must be at least 1"),
+        ({"max_seq_length": 1001}, "max_seq_length must be at most max_positions=1000, got 1001"),
+        ({"mask_token_rate": 0.9, "random_token_rate": 0.2}, "must be at most 1 together, got 0.9 and 0.2"),
+        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
+        ({"num_buckets": 65}, "num_buckets must be at most max_seq_length=64, got 65"),
+        ({"seed": 2**31}, "seed must be at most 2147483647, got 2147483648"),
+        ({"lr": float("inf")}, "lr must be at most"),
+        ({"validation_fraction": 0.9}, "validation_fraction must be at most 0.5, got 0.9"),
+        (
+            {"weight_decay": 0.01},
+            "weight_decay must be 0 with optimizer=.adam., got 0.01. Use adamw, bertadam",
+        ),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0.0, got -0.1"),
+        ({"schedule": "cubic"}, "schedule must be one of constant, linear, cosine, got cubic"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adam, adamw, bertadam, lamb, muon, got sgd"),
+        ({"momentum": 0.9}, "momentum has no effect without optimizer=.muon."),
+        ({"optimizer": "muon", "momentum": 1.0}, "momentum must be at most 0.9999, got 1.0"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio must be at most 1.0, got 1.5"),
+        ({"beta1": 1.0}, "beta1 must be at most 0.9999, got 1.0"),
+        ({"beta2": float("nan")}, "beta2 must be at least 0.0, got nan"),
+        ({"epsilon": 0.0}, "epsilon must be at least 1e-12, got 0.0"),
+        ({"clip_norm": -1.0}, "clip_norm must be at least 0.0, got -1.0"),
+        ({"clip_norm": float("inf")}, "clip_norm must be at most"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         (
             {"vocab_file": "v.txt"},
-            "--vocab-file v.txt: has no effect, it needs --tokenizer wordpiece; a vocabulary of words",
+            "vocab_file has no effect without tokenizer=.wordpiece., unless it is the vocab.json of a run",
         ),
-        ({"extend_vocab": 9}, "--extend-vocab 9: has no effect, it needs --vocab-file or --init RUN"),
-        ({"init": ""}, "--init: must be xavier, normal or the folder of a run"),
-        ({"init_checkpoint": "best"}, "--init-checkpoint best: has no effect, it needs --init RUN"),
-        ({"vocab_size": 8000}, "--vocab-size 8000: has no effect, it needs --tokenizer wordpiece"),
+        ({"extend_vocab": 9}, "extend_vocab has no effect without vocab_file=FILE or init=RUN"),
+        ({"init": ""}, "init must be xavier, normal or the folder of a run"),
+        ({"init_checkpoint": "best"}, "init_checkpoint has no effect without init=RUN"),
+        ({"vocab_size": 8000}, "vocab_size has no effect without tokenizer=.wordpiece."),
         (
             {"tokenizer": "wordpiece", "vocab_file": "v.txt", "vocab_size": 8000},
-            "--vocab-size 8000: has no effect, it needs --tokenizer wordpiece, and no --vocab-file",
+            "vocab_size has no effect without tokenizer=.wordpiece., or with vocab_file",
         ),
-        ({"short_seq_prob": 0.2}, "--short-seq-prob 0.2: has no effect, it needs --pairs packed"),
-        ({"max_ngram": 2}, "--max-ngram 2: has no effect, it needs --masking ngrams"),
-        ({"masking": "ngrams", "max_ngram": 1}, "--max-ngram 1: must be at least 2 for --masking ngrams"),
-        ({"pairs": "packed"}, "--preparation d2l: has no packed pairs; add --preparation bert"),
+        ({"short_seq_prob": 0.2}, "short_seq_prob has no effect without pairs=.packed."),
+        ({"max_ngram": 2}, "max_ngram has no effect without masking=.ngrams."),
+        ({"masking": "ngrams", "max_ngram": 1}, "max_ngram must be at least 2 with masking=.ngrams., got 1"),
+        (
+            {"pairs": "packed"},
+            "pairs must be sentences with preparation=.d2l., got packed. Use preparation=.bert.",
+        ),
     ],
 )
 def test_check_contradictions_name_the_options(changes, told):
@@ -137,11 +143,11 @@ def test_check_contradictions_name_the_options(changes, told):
     ("content", "told"),
     [
         ({"model": {"unitz": 1}}, "config: unknown key model.unitz"),
-        ({"modle": {}}, "'modle' is no group"),
-        ({"model": {"units": "many"}}, "model.units is 'many', which is no int"),
-        ({"model": {"units": True}}, "model.units is True"),
-        ({"data": {"corpus": 3}}, "data.corpus is 3"),
-        ({"train": 3}, "'train' is no group"),
+        ({"modle": {}}, "groups must be model, data, train, got 'modle'"),
+        ({"model": {"units": "many"}}, "model.units must be a whole number, got 'many'"),
+        ({"model": {"units": True}}, "model.units must be a whole number, got True"),
+        ({"data": {"corpus": 3}}, "data.corpus must be a list of strings, got 3"),
+        ({"train": 3}, "groups must be model, data, train, got 'train'"),
     ],
 )
 def test_from_json_unknown_key_or_type_is_refused(content, told):
@@ -150,5 +156,5 @@ def test_from_json_unknown_key_or_type_is_refused(content, told):
 
 
 def test_preset_unknown_name_lists_the_known():
-    with pytest.raises(InputError, match="--preset bert-huge: must be one of demo, d2l, quick, bert-tiny"):
+    with pytest.raises(InputError, match="preset must be one of demo, d2l, quick, bert-tiny"):
         preset("bert-huge")

@@ -162,7 +162,7 @@ def test_manifest_reads_nothing_outside_its_folder(tmp_path, name):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][name] = manifest["files"].pop("state.json")
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="does not describe the files"):
+    with pytest.raises(InputError, match="must describe the files"):
         read_checkpoint(tmp_path / "run", 1)
     export = made(tmp_path / "run")
     content = json.loads(fuzz.TARGETS["export"].valid())
@@ -186,7 +186,7 @@ def test_pipes_and_links_are_not_read(tmp_path, name, kind):
         os.mkfifo(path / name)  # reading it would wait for ever
     else:
         (path / name).mkdir()
-    with pytest.raises(InputError, match=f"{name}: is missing, or no regular file"):
+    with pytest.raises(InputError, match=f"{name}: must be a regular file"):
         read_checkpoint(tmp_path / "run", 1)
 
 

@@ -21,7 +21,8 @@ import repackage
 
 TWO, THREE, ONE, ZERO = np.int64(2), np.int32(3), np.int64(1), np.int64(0)
 HALF = np.float32(0.5)
-# Each operator of the project with its parameters as NumPy's scalars. The inputs are (2, 3, 4) but for those given.
+# Each operator of the project with its parameters as NumPy's scalars. The inputs are (2, 3, 4) but for those
+# given.
 OPERATORS = [
     ("reshape", {"shape": (THREE, TWO, -1)}, []),
     ("transpose", {"axes": (TWO, ZERO, ONE)}, []),

@@ -25,7 +25,7 @@ from gluon_bert.training.run_log import LogFile
 
 SMALL = [
     *(*SMALL_NETWORK, "--num-steps", "12", "--log-every", "3"),
-    *("--dynamic-masking", "yes", "--checkpoint-every", "2"),
+    *("--dynamic-masking", "--checkpoint-every", "2"),
 ]
 
 
@@ -107,7 +107,7 @@ def test_full_disk_at_the_last_checkpoint_fails(command, capsys):
         status, folder = command("--on-checkpoint-error", "continue")
     assert status == 1
     assert (
-        "a checkpoint could not be written (File too large); there is no checkpoint yet"
+        "a checkpoint could not be written (File too large); the run has no checkpoint yet"
         in capsys.readouterr().err
     )
     assert checkpoint.steps(folder) == [] and not leftovers(folder)

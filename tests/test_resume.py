@@ -23,7 +23,7 @@ from gluon_bert.training.progress import ProgressLogger
 from gluon_bert.training.trainer import Trainer, dropout_seed
 
 SMALL = [*SMALL_NETWORK, "--num-steps", "12", "--log-every", "3", "--eval-every", "5", "--num-buckets", "2"]
-SMALL += ["--dynamic-masking", "yes"]
+SMALL += ["--dynamic-masking"]
 
 
 def log_of(folder):
@@ -80,8 +80,8 @@ def stopping(monkeypatch):
     [
         [],
         ["--optimizer", "bertadam", "--schedule", "linear", "--warmup-ratio", "0.3", "--clip-norm", "0.1"],
-        ["--optimizer", "lamb", "--tied-decoder", "yes", "--embedding-norm", "yes", "--cpus", "2"],
-        ["--micro-batch", "24", "--recompute", "yes", "--tied-decoder", "yes"],
+        ["--optimizer", "lamb", "--tied-decoder", "--embedding-norm", "--cpus", "2"],
+        ["--micro-batch", "24", "--recompute", "--tied-decoder"],
         ["--optimizer", "muon", "--weight-decay", "0.1", "--cpus", "2"],
     ],
     ids=["adam", "bertadam", "lamb", "in parts", "muon"],
@@ -266,7 +266,7 @@ def test_resume_without_a_valid_checkpoint_is_refused(damaged_run, capsys):
     for path in folder.glob("checkpoints/step-*/weights.npz"):
         path.write_bytes(b"")
     assert pretrain.main(["--resume", str(folder)]) == 2
-    assert "none of its checkpoints can be gone on from" in capsys.readouterr().err
+    assert "must have a valid checkpoint to resume from" in capsys.readouterr().err
 
 
 def test_resume_with_weights_alone_is_refused(damaged_run, capsys):
@@ -274,17 +274,18 @@ def test_resume_with_weights_alone_is_refused(damaged_run, capsys):
     checkpoint.save_checkpoint(folder, run.load_run(folder).net, 13)
     assert pretrain.main(["--resume", str(folder)]) == 0
     err = capsys.readouterr().err
-    assert "step-00000013: has the weights only" in err and "resuming after step 12" in err
+    assert "step-00000013: has weights only" in err and "resuming after step 12" in err
 
 
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--units", "32", "--seed", "4"], "--units 32: {run} was begun with 16, which cannot change"),
-        (["--units", "32", "--seed", "4"], "--seed 4: {run} was begun with 0, which cannot change"),
+        (["--units", "32", "--seed", "4"], "{run} was started with --units 16, got --units 32"),
+        (["--units", "32", "--seed", "4"], "{run} was started with --seed 0, got --seed 4"),
         (
             ["--units", "32"],
-            "what may change: --corpus, --vocab-file, --preprocessing-workers, --micro-batch, --recompute,",
+            "A resumed run may change --corpus, --vocab-file, --preprocessing-workers, --micro-batch, "
+            "--recompute,",
         ),
         (["--preset", "d2l"], "--preset cannot be used with --resume"),
         (["--output", "x"], "--output cannot be used with --resume"),
@@ -358,7 +359,7 @@ def test_second_process_in_a_folder_is_refused(command, text_file, capsys):
         patch.setattr(ProgressLogger, "on_step", starting_another)
         status, _ = command()
     assert status == 0 and statuses[0].returncode == 2
-    assert b"another process is training there" in statuses[0].stderr
+    assert b"must be a folder where no other process trains" in statuses[0].stderr
 
 
 def test_dropout_seed_differs_by_step():

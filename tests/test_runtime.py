@@ -43,7 +43,6 @@ def install(site: Path, name: str, version: str = "1.9.1", library: Optional[byt
 def one_sentence(refused: "pytest.ExceptionInfo[InputError]") -> str:
     text = str(refused.value)
     assert "\n" not in text
-    assert not text.endswith(".")
     return text
 
 
@@ -270,13 +269,13 @@ def test_parse_gpus_keeps_the_order(text: str, numbers: List[int]) -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "0,", ",", "0;1", "1.0", "0 1", "²"])
 def test_parse_gpus_other_text_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match=r"^--gpus ") as refused:
+    with pytest.raises(InputError, match=r"^gpus must be ") as refused:
         devices.parse_gpus(text)
     assert repr(text) in one_sentence(refused)
 
 
 def test_parse_gpus_repeated_gpu_is_refused() -> None:
-    with pytest.raises(InputError, match=r"^--gpus 1,0,1: GPU 1 named more than once$"):
+    with pytest.raises(InputError, match=r"^gpus must be distinct, got 1,0,1\.$"):
         devices.parse_gpus("1,0,1")
 
 
@@ -332,23 +331,23 @@ def test_contexts_cpus_count_from_zero(machine: Any) -> None:
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_contexts_zero_cpus_is_refused(machine: Any, count: int) -> None:
-    with pytest.raises(InputError, match=f"^--cpus {count}: at least 1$"):
+    with pytest.raises(InputError, match=f"^cpus must be at least 1, got {count}"):
         devices.contexts(cpus=count)
 
 
 def test_contexts_gpus_with_cpus_is_refused() -> None:
-    with pytest.raises(InputError, match="--gpus and --cpus exclude each other"):
+    with pytest.raises(InputError, match="gpus must be omitted with cpus="):
         devices.contexts(gpus=[0], cpus=1)
 
 
 @pytest.mark.parametrize(
     ("gpus", "count", "message"),
     [
-        ([7], 2, "--gpus 7: this machine has GPUs 0 and 1"),
-        ([0, 1], 1, "--gpus 0,1: this machine has GPU 0"),
-        ([-1], 1, "--gpus -1: this machine has GPU 0"),
-        ([0, 0], 1, "--gpus 0,0: GPU 0 named more than once"),
-        ([], 1, "--gpus: at least one number, such as 0 or 0,1"),
+        ([7], 2, "gpus must be among GPUs 0 and 1 of this machine, got 7."),
+        ([0, 1], 1, "gpus must be among GPU 0 of this machine, got 0,1."),
+        ([-1], 1, "gpus must be among GPU 0 of this machine, got -1."),
+        ([0, 0], 1, "gpus must be distinct, got 0,0."),
+        ([], 1, "gpus must have at least one number, such as 0 or 0,1."),
     ],
 )
 def test_contexts_missing_gpu_lists_the_present(
@@ -362,7 +361,7 @@ def test_contexts_missing_gpu_lists_the_present(
 
 def test_contexts_gpu_never_falls_back_to_cpu(machine: Any) -> None:
     machine()
-    with pytest.raises(InputError, match=r"^--gpus 0: MXNet sees no GPU here") as refused:
+    with pytest.raises(InputError, match=r"^gpus=0 needs a GPU, and MXNet sees none") as refused:
         devices.contexts(gpus=[0])
     assert "CUDA_VISIBLE_DEVICES" in one_sentence(refused)
 
@@ -373,9 +372,11 @@ def test_contexts_gpu_with_cpu_wheel_names_the_wheel(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(devices, "built_with_cuda", lambda: False)
     monkeypatch.setattr(runtime, "installed_wheels", lambda: [CPU_WHEEL])
     monkeypatch.setattr(runtime, "the_only_wheel", lambda wheels: wheels[0])
-    with pytest.raises(InputError, match=r"^--gpus 0: this MXNet \(mxnet 1\.9\.1\) is built with") as refused:
+    with pytest.raises(
+        InputError, match=r"^gpus=0 needs an MXNet with CUDA, got mxnet 1\.9\.1\. Run"
+    ) as refused:
         devices.contexts(gpus=[0])
-    assert f"without CUDA; pip uninstall -y mxnet, then {runtime.INSTALL_CUDA}" in one_sentence(refused)
+    assert f"Run pip uninstall -y mxnet, then {runtime.INSTALL_CUDA}" in one_sentence(refused)
 
 
 def test_old_driver_is_refused_not_cpu(machine: Any) -> None:
@@ -416,14 +417,14 @@ def test_architecture_others_are_refused(machine: Any, capability: Tuple[int, in
         with pytest.raises(InputError, match=r"^GPU 0 cannot run mxnet-cu112") as refused:
             devices.contexts(gpus=gpus)
         assert "compute capability {}.{};".format(*capability) in one_sentence(refused)
-        assert "--cpus 1" in one_sentence(refused)
+        assert "cpus=1" in one_sentence(refused)
 
 
 def test_architecture_checks_named_gpus_proposes_others(machine: Any) -> None:
     machine((8, 6), (9, 0))
     assert names(gpus=[0]) == ["gpu(0)"]
     for gpus in None, [0, 1]:
-        with pytest.raises(InputError, match=r"^GPU 1 cannot run .* 9.0; .*: use --gpus 0$"):
+        with pytest.raises(InputError, match=r"^GPU 1 cannot run .* 9.0; .*\. Use gpus=0\.$"):
             devices.contexts(gpus=gpus)
 
 
@@ -440,7 +441,7 @@ def test_compute_capabilities_come_from_the_driver(
 
 def test_compute_capabilities_driver_error_is_one_sentence(tmp_path: Path) -> None:
     driver = runtime.load_driver(str(build_stub(tmp_path, "-DCAPABILITIES={8,6},", "-DINIT=999")))
-    with pytest.raises(InputError, match="answers cuInit with error 999") as refused:
+    with pytest.raises(InputError, match="cuInit of the NVIDIA driver failed with error 999") as refused:
         devices.compute_capabilities(driver)
     one_sentence(refused)
 

@@ -48,7 +48,7 @@ found["cpus"] = str(contexts(cpus=2))
 def test_cuda_wheel_without_gpu_gives_cpu_refuses_gpu(tmp_path: Path) -> None:
     found = run(REFUSAL, build_stub(tmp_path))
     assert found["None"] == "[cpu(0)]"
-    assert found["[0]"].startswith("--gpus 0: MXNet sees no GPU here")
+    assert found["[0]"].startswith("gpus=0 needs a GPU, and MXNet sees none")
     assert found["cpus"] == "[cpu(0), cpu(1)]"
 
 

@@ -142,15 +142,18 @@ def test_init_from_a_run_with_vectors_of_the_text(before, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--units", "32"], "--units 32: --init {0} has 16, which its weights are made for"),
-        (["--tied-decoder", "yes"], "--tied-decoder yes: --init {0} has no,"),
-        (["--position", "relative-bias"], "--position relative-bias: --init {0} has absolute, which its"),
-        (["--tokenizer", "wordpiece"], "--tokenizer wordpiece: --init {0} has words"),
-        (["--lowercase", "no"], "--lowercase no: --init {0} has yes"),
-        (["--vocab-file", "x.json"], "--vocab-file x.json: --init {0} has its own, {0}/vocab.json"),
-        (["--vocab-size", "100"], "--vocab-size 100: has no effect"),
-        (["--max-seq-length", "2000"], "--max-seq-length 2000: must not exceed --max-positions 1000"),
-        (["--init-checkpoint", "9"], "--checkpoint 9: {0} has none of that name"),
+        (["--units", "32"], "--init {0} needs --units 16, got --units 32"),
+        (["--tied-decoder"], "--init {0} needs --no-tied-decoder, got --tied-decoder"),
+        (
+            ["--position", "relative-bias"],
+            "--init {0} needs --position absolute, got --position relative-bias",
+        ),
+        (["--tokenizer", "wordpiece"], "--init {0} needs --tokenizer words, got --tokenizer wordpiece"),
+        (["--no-lowercase"], "--init {0} needs --lowercase, got --no-lowercase"),
+        (["--vocab-file", "x.json"], "--init {0} needs --vocab-file {0}/vocab.json, got --vocab-file x.json"),
+        (["--vocab-size", "100"], "--vocab-size has no effect without --tokenizer wordpiece"),
+        (["--max-seq-length", "2000"], "--max-seq-length must be at most --max-positions 1000, got 2000"),
+        (["--init-checkpoint", "9"], "--checkpoint must be one of"),
     ],
 )
 def test_init_contradicting_options_are_refused(before, flags, told, tmp_path, capsys):
@@ -161,12 +164,12 @@ def test_init_contradicting_options_are_refused(before, flags, told, tmp_path, c
 
 def test_init_without_a_run_is_refused(before, tmp_path, capsys):
     assert go_on(before, "xaveir", tmp_path / "run") == 2
-    assert "xaveir: is no folder; it must be xavier, normal or the folder of a run" in capsys.readouterr().err
+    assert "--init must be xavier, normal or the folder of a run, got " in capsys.readouterr().err
 
 
 def test_init_with_another_vocabulary_is_refused(before):
     run = load_run(before / "words")
-    with pytest.raises(InputError, match="does not begin with the"):
+    with pytest.raises(InputError, match="vocab_file must begin with the"):
         load_initial_weights(run.net, Vocabulary(["crane"]), run)
 
 

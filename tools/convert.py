@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gluon_bert.cli import add_checkpoint_flag, main_with_exit_status, parser_of, run
+from gluon_bert.cli import OnOff, add_checkpoint_flag, main_with_exit_status, parser_of, run
 from gluon_bert.errors import InputError
 
 EXAMPLES = """\
@@ -87,8 +87,10 @@ def parser() -> argparse.ArgumentParser:
         help="the longest text that the run takes, in tokens (what the files say; at most the number of "
         "position embeddings; 64 for d2l)",
     )
-    _add_yes_no(reading, "lowercase", "whether text is lower-cased (what the files say)")
-    _add_yes_no(reading, "pairs", "whether a BertForSequenceClassification takes pairs of texts (either)")
+    reading.add_argument("--lowercase", action=OnOff, help="whether text is lower-cased (what the files say)")
+    reading.add_argument(
+        "--pairs", action=OnOff, help="whether a BertForSequenceClassification takes pairs of texts (either)"
+    )
     reading.add_argument(
         "--gelu",
         choices=("exact", "tanh"),
@@ -99,12 +101,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add_checkpoint_flag(p)
     return p
-
-
-def _add_yes_no(group: Any, name: str, help: str) -> None:
-    """Add --NAME and --no-NAME; None where neither is given."""
-    group.add_argument(f"--{name}", action="store_true", default=None, help=help)
-    group.add_argument(f"--no-{name}", dest=name, action="store_false", default=None, help=argparse.SUPPRESS)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Asks a pretrained network about texts: `python tools/encode.py --help` tells how."""
+"""Encode texts, fill masks, score texts; `python tools/encode.py --help` shows how."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from gluon_bert.cli import add_checkpoint_flag, add_device_flag, device, main_with_exit_status, parser_of, run
+from gluon_bert.cli import (
+    OnOff,
+    add_checkpoint_flag,
+    add_device_flag,
+    device,
+    main_with_exit_status,
+    parser_of,
+    run,
+)
 from gluon_bert.errors import InputError
 from gluon_bert.fileio import atomic_write, json_text
 from gluon_bert.model.pooling import POOLINGS, Pooling
 
-# Words that are told for a <mask> where nobody says how many.
+# Default of --top.
 TOP = 5
 
 EXAMPLES = """\
@@ -35,55 +43,61 @@ examples:
   python tools/encode.py runs/d2l-1 --nearest crane --top 10
   python tools/encode.py runs/minilm --similarity "a crane flies" "a bird is in the air"
 
-RUN is the folder of a run, or that of an export. A fine-tuned one tells what it was fine-tuned for: a label,
-a score, entities with their places in characters, or the answer to "a question || its context", unless
---token-vectors or an .npz asks for vectors. A text is split into words as in training; one whose tokens stand
-apart by spaces is taken as it is. Words that the vocabulary does not have are told, and so is what was cut
-off where a text is longer than the network was trained for. In a file of texts no line may be empty.
+RUN is the folder of a run or of an export. A fine-tuned run gives a label, a score, entities with their
+places in characters, or the answer to "a question || its context", unless --token-vectors, --pooling or an
+.npz requests vectors. Texts are split into words as in training; known tokens stay whole. The command reports
+unknown words and truncated texts. A file of texts must not have empty lines.
 
 An embedding is one vector for a text. Converted models of sentence-transformers say how it is made. --pooling
-and --normalize set it for every run. --similar and --similarity compare embeddings by their cosine, unless the
-model says dot product. Without a pooling they use the mean of all tokens.
+and --normalize set it for every run. --similar and --similarity compare embeddings by their cosine, unless
+the model says dot product. Without a pooling they use the mean of all tokens.
 
 vectors.npz holds, for N texts, the arrays cls, mean and pooled, (N, C), and truncated, (N,), how many tokens
-were cut off; with a pooling also embeddings, (N, C); with --token-vectors also vectors, those of all tokens one
-text after the other, and starts, (N + 1,), where each text begins. mean is over all tokens of a text, <cls> and <sep> among them. A file of
-that name is replaced once the new one is whole.
+were cut off; with a pooling also embeddings, (N, C); with --token-vectors also vectors, those of all tokens
+one text after the other, and starts, (N + 1,), where each text begins. mean is over all tokens of a text,
+<cls> and <sep> among them. A file of that name is replaced once the new one is whole.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Return the command's flags."""
     p = parser_of(
         "encode",
         "RUN [TEXT ...] [flags]",
-        "Vectors of texts, words for their masks, or whether one text follows another.",
+        "Compute vectors of texts, fill masks, score texts, or compare texts.",
         EXAMPLES,
     )
     p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run or of an export")
     p.add_argument("texts", nargs="*", metavar="TEXT", help='a text, or a pair: "a text || another"')
-    ask = p.add_argument_group("what to ask (vectors)").add_mutually_exclusive_group()
-    ask.add_argument("--fill-mask", nargs="*", metavar="TEXT", help="the likeliest words for each <mask>")
-    ask.add_argument("--next", nargs="*", metavar="TEXT", help="how likely the second text follows the first")
-    ask.add_argument("--similar", type=int, metavar="N", help="the N most similar other texts for each text")
+    ask = p.add_argument_group("what to compute (vectors)").add_mutually_exclusive_group()
     ask.add_argument(
-        "--similarity", nargs="*", metavar="TEXT", help="how similar the two texts of a pair are"
+        "--fill-mask", nargs="*", metavar="TEXT", help="print the likeliest words for each <mask>"
+    )
+    ask.add_argument(
+        "--next",
+        nargs="*",
+        metavar="TEXT",
+        help="print the probability that the second text follows the first",
+    )
+    ask.add_argument(
+        "--similar", type=int, metavar="N", help="print the N most similar other texts for each text"
+    )
+    ask.add_argument(
+        "--similarity", nargs="*", metavar="TEXT", help="print the similarity of the two texts of a pair"
     )
     p.add_argument(
-        "--pooling", choices=POOLINGS, help="make one vector of a text's token vectors (as the model says)"
+        "--pooling", choices=POOLINGS, help="pool token vectors into one vector per text (as the model does)"
     )
     p.add_argument(
         "--normalize",
-        action="store_true",
-        default=None,
-        help="divide that vector by its length (as the model says); --no-normalize does not",
+        action=OnOff,
+        help="divide that vector by its length (as the model does)",
     )
-    p.add_argument("--no-normalize", dest="normalize", action="store_false", help=argparse.SUPPRESS)
     ask.add_argument(
         "--score",
         nargs="*",
         metavar="TEXT",
-        help="pseudo-log-likelihood, perplexity per token and least likely tokens",
+        help="print pseudo-log-likelihood, perplexity per token and least likely tokens",
     )
     ask.add_argument(
         "--attention",
@@ -96,22 +110,22 @@ def parser() -> argparse.ArgumentParser:
         "--top",
         type=int,
         metavar="N",
-        help="words for each <mask> or --nearest, or least likely tokens of --score (5)",
+        help="number of words for each <mask> or --nearest, or of least likely tokens of --score (5)",
     )
-    p.add_argument("--token-vectors", action="store_true", help="also the vector of each token")
-    p.add_argument("--input", type=Path, metavar="FILE", help="texts from a UTF-8 file, a line each")
+    p.add_argument("--token-vectors", action="store_true", help="also compute the vector of each token")
+    p.add_argument("--input", type=Path, metavar="FILE", help="read texts from a UTF-8 file, one per line")
     p.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
-        help="vectors to an .npz, or anything to a .jsonl; may be large",
+        help="write vectors to an .npz, or any result to a .jsonl",
     )
-    p.add_argument("--json", action="store_true", help="an object a line, on the screen")
+    p.add_argument("--json", action="store_true", help="print one JSON object per line")
     p.add_argument(
         "--too-long",
-        choices=("cut", "refuse"),
-        default="cut",
-        help="what to do with texts above max_seq_length (cut)",
+        choices=("truncate", "error"),
+        default="truncate",
+        help="what to do with texts longer than max_seq_length (truncate)",
     )
     add_checkpoint_flag(p)
     add_device_flag(p)
@@ -120,12 +134,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    # Intermixed, since texts may stand before and behind the flags.
+    # Intermixed, because texts may come before and after the flags.
     return main_with_exit_status(parser(), argv, encode, intermixed=True)
 
 
 def encode(arguments: argparse.Namespace) -> int:
-    """Answer as the flags say."""
+    """Compute what the flags request."""
     from gluon_bert.inference.scoring import score
     from gluon_bert.inference.text_files import count_lines, parse_line, read_lines
 
@@ -144,17 +158,17 @@ def encode(arguments: argparse.Namespace) -> int:
         return compare(arguments, ask, predictor, list(lines))
     if predictor.task and ask == "vectors" and not wants_vectors(arguments):
         ask = "task"
-    told, asked_lines = tee(lines)
-    truncate = arguments.too_long == "cut"
+    shown_lines, encoded_lines = tee(lines)
+    truncate = arguments.too_long == "truncate"
     if ask == "task" and predictor.task.scores_tokens:
-        return show_results(arguments, predictor, told, asked_lines, total)
-    texts_read = readable(predictor.reader, asked_lines, ask, truncate)
+        return show_results(arguments, predictor, shown_lines, encoded_lines, total)
+    texts_read = readable(predictor.reader, encoded_lines, ask, truncate)
     answers = score(predictor, texts_read) if ask == "score" else predictor.predict(texts_read)
     seen = Seen(predictor.reader.vocab.unk)
     bar = tqdm(total=total, unit=" texts", disable=not (arguments.input and sys.stderr.isatty()))
     with ExitStack() as stack:
         show = sink(arguments, ask, predictor.reader.vocab, stack)
-        for line, answer in zip(told, answers):
+        for line, answer in zip(shown_lines, answers):
             show(line, answer)
             seen.add(line, answer)
             bar.update(1)
@@ -253,7 +267,7 @@ def compare(arguments: argparse.Namespace, ask: str, predictor: Any, lines: list
     given = apart or [line.given for line in lines]
     places = [line for line in lines for _ in line.given] if apart else lines
     seen = Seen(predictor.reader.vocab.unk)
-    truncate = arguments.too_long == "cut"
+    truncate = arguments.too_long == "truncate"
     texts = (encoded(predictor.reader, line, each, truncate) for line, each in zip(places, given))
     embeddings = []
     for line, answer in zip(places, predictor.predict(texts)):
@@ -274,7 +288,7 @@ def compare(arguments: argparse.Namespace, ask: str, predictor: Any, lines: list
 def similar_pairs(
     _: Any, predictor: Any, lines: list[Any], embeddings: list[Any]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the similarity of each pair's texts, which stand one after the other."""
+    """Yield the similarity of the texts of each pair, which follow each other."""
     for line, one, other in zip(lines, embeddings[::2], embeddings[1::2]):
         (similarity,) = predictor.pooling.similarities(one[None], other[None]).ravel().tolist()
         yield {"text": line.first, "pair": line.second, "similarity": similarity}
@@ -305,7 +319,7 @@ def similar_lines(content: dict[str, Any]) -> str:
 
 
 def asked(arguments: argparse.Namespace) -> tuple[str, list[str]]:
-    """What is asked, and the texts of the command line."""
+    """Return what to compute, and the texts of the command line."""
     if arguments.fill_mask is not None:
         return "masks", arguments.texts + arguments.fill_mask
     if arguments.score is not None:
@@ -324,64 +338,57 @@ def asked(arguments: argparse.Namespace) -> tuple[str, list[str]]:
 
 
 def wants_vectors(arguments: argparse.Namespace) -> bool:
-    """Whether the flags ask for vectors, rather than for what a network was made for."""
+    """Return whether the flags request vectors, also of a fine-tuned network."""
     npz = arguments.output is not None and arguments.output.suffix == ".npz"
     pooling = arguments.pooling is not None or arguments.normalize is not None
     return npz or arguments.token_vectors or pooling
 
 
 def check(arguments: argparse.Namespace, ask: str, texts: list[str]) -> None:
-    """Raise one InputError that tells everything that is wrong with the flags."""
+    """Raise one InputError with a line for each problem of the flags."""
     problems = []
     if arguments.input and texts:
-        problems.append("--input: texts on the command line too; give one or the other")
+        problems.append("--input must be omitted with texts on the command line.")
     if ask == "nearest" and texts:
-        problems.append(f"--nearest {arguments.nearest}: asks about one word; give no texts")
+        problems.append("texts must be omitted with --nearest, which takes one word.")
     if ask == "attention" and len(texts) > 1:
-        problems.append(
-            f"--attention {arguments.attention}: draws one text or pair; give one, not {len(texts)}"
-        )
+        problems.append(f"--attention must have one text or pair, got {len(texts)}.")
     if ask in ("attention", "nearest") and (arguments.input or arguments.output or arguments.token_vectors):
-        problems.append(f"--{ask}: cannot be used with --input, --output or --token-vectors")
+        problems.append(f"--{ask} cannot be used with --input, --output or --token-vectors.")
     if not arguments.input and not texts and ask != "nearest":
-        problems.append('no text: give some, such as "a crane is flying", or a file of them with --input')
+        problems.append('texts must be given, such as "a crane is flying", or a file of them with --input.')
     if arguments.top is not None and arguments.top < 1:
-        problems.append(f"--top {arguments.top}: must be at least 1")
+        problems.append(f"--top must be at least 1, got {arguments.top}.")
     if arguments.top is not None and ask not in ("masks", "score", "nearest"):
-        problems.append(f"--top {arguments.top}: is for --fill-mask, --nearest and --score")
-    if (arguments.pooling or arguments.normalize is not None) and ask in (
-        "masks",
-        "next",
-        "score",
-        "attention",
-        "nearest",
-    ):
-        problems.append("--pooling and --normalize: are for vectors and similarities")
+        problems.append("--top has no effect without --fill-mask, --nearest or --score.")
+    pools = ask in ("vectors", "similar", "similarity")
+    if (arguments.pooling or arguments.normalize is not None) and not pools:
+        problems.append("--pooling and --normalize have an effect on vectors and similarities only.")
     if arguments.similar is not None and arguments.similar < 1:
-        problems.append(f"--similar {arguments.similar}: must be at least 1")
+        problems.append(f"--similar must be at least 1, got {arguments.similar}.")
     output = arguments.output
     if output and (output.is_dir() or (arguments.input and same_file(output, arguments.input))):
         what = "is a folder" if output.is_dir() else "is the file of --input"
-        problems.append(f"--output {output}: {what}; name another file")
+        problems.append(f"--output must be a new file, got {output}, which {what}.")
     if output and output.suffix not in (".npz", ".jsonl"):
-        problems.append(f"--output {output}: must end in .npz, for vectors, or in .jsonl")
+        problems.append(f"--output must end in .npz, for vectors, or in .jsonl, got {output}.")
     if output and output.suffix == ".npz" and ask != "vectors":
-        problems.append(f"--output {output}: an .npz holds vectors only; name a .jsonl file")
+        problems.append(f"--output must be a .jsonl file for results other than vectors, got {output}.")
     if output and not output.absolute().parent.is_dir():
-        problems.append(f"--output {output}: there is no folder {output.parent}")
+        problems.append(f"--output must be in an existing folder, got {output}.")
     if output and arguments.json:
-        problems.append("--json: is for the screen, --output writes a file; give one of them")
+        problems.append("--json must be omitted with --output.")
     if problems:
         raise InputError("\n".join(problems))
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether both are one file that is there."""
+    """Return whether both are the same existing file."""
     return one.exists() and other.exists() and one.samefile(other)
 
 
 def predictor_of(folder: Path, context: Any, checkpoint: str = "latest") -> Any:
-    """What answers for a run's folder, or for that of an export."""
+    """Return the predictor of a run or of an export."""
     from gluon_bert.export.exporter import load_exported
     from gluon_bert.export.manifest import MANIFEST
     from gluon_bert.inference.predictor import Predictor
@@ -390,28 +397,28 @@ def predictor_of(folder: Path, context: Any, checkpoint: str = "latest") -> Any:
     if (folder / MANIFEST).exists():
         if checkpoint != "latest":
             raise InputError(
-                f"--checkpoint {checkpoint}: {folder} is an export, of one network; name its run"
+                f"--checkpoint must be omitted for an export such as {folder}, got {checkpoint}."
             )
         return load_exported(folder, context).predictor
     return Predictor.of(load_run(folder, [context], checkpoint))
 
 
 def readable(reader: Any, lines: Iterable[Any], ask: str, truncate: bool) -> Iterator[Any]:
-    """The texts as the network reads them; InputError says which cannot be asked that."""
+    """Yield encoded texts. Raise InputError for a text without the mask or the pair that `ask` needs."""
     for line in lines:
         text = encoded(reader, line, line.given, truncate)
         if ask == "masks" and not len(text.masks):
             cut = f" in its first {reader.max_seq_length} tokens" if text.truncated else ""
-            raise InputError(f"{line.where}: there is no <mask>{cut}; put one where a word is to be found")
+            raise InputError(f"{line.where}: must have a <mask>{cut}. Put one in place of a word.")
         if ask == "score" and len(text.masks):
             raise InputError(f"{line.where}: a text to score must not contain <mask>. Replace it by a word.")
         if ask == "next" and not text.is_pair:
-            raise InputError(f'{line.where}: is a single text; a pair is "a text || another"')
+            raise InputError(f'{line.where}: must be a pair, such as "a text || another", got a single text.')
         yield text
 
 
 def encoded(reader: Any, line: Any, texts: tuple[str, ...], truncate: bool) -> Any:
-    """Return a text or a pair as the network reads it; InputError says where it was found."""
+    """Encode a text or a pair. Raise InputError, which names its line."""
     try:
         return reader.text(*texts, truncate=truncate)
     except InputError as problem:
@@ -419,7 +426,7 @@ def encoded(reader: Any, line: Any, texts: tuple[str, ...], truncate: bool) -> A
 
 
 def sink(arguments: argparse.Namespace, ask: str, vocab: Any, stack: ExitStack) -> Callable[[Any, Any], None]:
-    """What is done with each line and its answer."""
+    """Return a function that prints or writes each line's answer."""
     from gluon_bert.inference.json_output import as_json
     from gluon_bert.inference.text_files import vector_file
 
@@ -431,7 +438,9 @@ def sink(arguments: argparse.Namespace, ask: str, vocab: Any, stack: ExitStack) 
 
     if arguments.output is None:
         show = (
-            as_line if arguments.json else lambda line, answer: in_words(line, answer, ask, vocab, arguments)
+            as_line
+            if arguments.json
+            else lambda line, answer: format_answer(line, answer, ask, vocab, arguments)
         )
         return lambda line, answer: print(show(line, answer))
     if arguments.output.suffix == ".npz":
@@ -441,24 +450,24 @@ def sink(arguments: argparse.Namespace, ask: str, vocab: Any, stack: ExitStack) 
     return lambda line, answer: print(as_line(line, answer), file=file)
 
 
-def in_words(line: Any, answer: Any, ask: str, vocab: Any, arguments: argparse.Namespace) -> str:
-    """An answer for people."""
-    told = [" || ".join(line.given)]
+def format_answer(line: Any, answer: Any, ask: str, vocab: Any, arguments: argparse.Namespace) -> str:
+    """Return an answer as lines of text."""
+    lines = [" || ".join(line.given)]
     if ask == "masks":
         filled = answer.fill_masks(vocab, arguments.top or TOP)
         for number, words in enumerate(filled, 1):
-            told += [f"  <mask> {number} of {len(filled)}"] if len(filled) > 1 else []
-            told += [f"  {probability:8.4f}  {word}" for word, probability in words]
+            lines += [f"  <mask> {number} of {len(filled)}"] if len(filled) > 1 else []
+            lines += [f"  {probability:8.4f}  {word}" for word, probability in words]
     elif ask == "score":
-        told.append(f"  {answer.log_likelihood:8.2f}  log-likelihood, perplexity {answer.perplexity:.1f}")
-        told += [
+        lines.append(f"  {answer.log_likelihood:8.2f}  log-likelihood, perplexity {answer.perplexity:.1f}")
+        lines += [
             f"  {value:8.2f}  {token} (token {position})"
             for position, token, value in answer.least_likely(arguments.top or TOP)
         ]
     elif ask == "task":
-        told += verdict_in_words(answer.task_prediction)
+        lines += format_task_prediction(answer.task_prediction)
     elif ask == "next":
-        told.append(
+        lines.append(
             f"  {answer.next_sentence_probability:.4f}  is the probability that the second follows the first"
         )
     else:
@@ -467,18 +476,18 @@ def in_words(line: Any, answer: Any, ask: str, vocab: Any, arguments: argparse.N
             named["pooled"] = answer.pooled
         if answer.embedding is not None:
             named = {"embedding": answer.embedding, **named}
-        told.append(f"  tokens    {' '.join(answer.text.tokens)}")
-        told += [f"  {name:<9} {numbers_in_words(vector)}" for name, vector in named.items()]
+        lines.append(f"  tokens    {' '.join(answer.text.tokens)}")
+        lines += [f"  {name:<9} {format_vector(vector)}" for name, vector in named.items()]
         if arguments.token_vectors:
-            told += [
-                f"  {token:<15} {numbers_in_words(vector)}"
+            lines += [
+                f"  {token:<15} {format_vector(vector)}"
                 for token, vector in zip(answer.text.tokens, answer.vectors)
             ]
-    return "\n".join(map(printable, told))
+    return "\n".join(map(printable, lines))
 
 
-def verdict_in_words(verdict: dict[str, Any]) -> list[str]:
-    """What a fine-tuned network says, the likeliest label first."""
+def format_task_prediction(verdict: dict[str, Any]) -> list[str]:
+    """Return the prediction of a fine-tuned network as lines, the likeliest label first."""
     if "score" in verdict:
         return [f"  {verdict['score']:8.4f}  is the score"]
     likeliest = sorted(verdict["probabilities"].items(), key=lambda each: -each[1])[:TOP]
@@ -486,12 +495,12 @@ def verdict_in_words(verdict: dict[str, Any]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """A text in which nothing speaks to the terminal but to the reader."""
+    """Return a text without control characters for the terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def numbers_in_words(vector: np.ndarray, shown: int = 5) -> str:
-    """The first few of a vector's numbers, and how many there are."""
+def format_vector(vector: np.ndarray, shown: int = 5) -> str:
+    """Return the first numbers of a vector, and its size."""
     return f"{' '.join(f'{number:8.4f}' for number in vector[:shown])} ... ({len(vector)} numbers)"
 
 
@@ -526,7 +535,8 @@ class Seen:
             yield f"not in the vocabulary, read as <unk> ({share}): {words}{more}\n"
         if self._num_cut:
             where = "; ".join(self._cut) + (" ..." if self._num_cut > len(self._cut) else "")
-            yield f"longer than {max_seq_length} tokens and cut ({self._num_cut} of {self._texts} texts): {where}\n"
+            share = f"{self._num_cut} of {self._texts} texts"
+            yield f"truncated to {max_seq_length} tokens ({share}): {where}\n"
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ formats:
 
 The folder also holds the vocabulary and manifest.json: inputs and outputs with their meaning, max_seq_length,
 hashes, versions, and the differences from the run. Each export is read back from its files and compared with
-the run. Where they differ too much, the command fails and leaves nothing. A text longer than max_seq_length is
-an error of the exported network; it is never truncated. Untrained heads are named in the manifest. Without a
-trained head the encoder alone is exported.
+the run. Where they differ too much, the command fails and leaves nothing. A text longer than max_seq_length
+is an error of the exported network; it is never truncated. Untrained heads are named in the manifest. Without
+a trained head the encoder alone is exported.
 """
 
 
@@ -102,12 +102,12 @@ def check(arguments: argparse.Namespace) -> None:
     problems = []
     if arguments.format in ("mxnet", "mar"):
         problems += [
-            f"{flag}: is for the formats onnx, int8 and bf16, which are compared on text"
+            f"{flag} must be omitted with --format {arguments.format}, which is not compared on text."
             for flag, value in (("--text", arguments.text), ("--max-error", arguments.max_error))
             if value is not None
         ]
     if arguments.max_error is not None and not arguments.max_error > 0:
-        problems.append(f"--max-error {arguments.max_error}: must be above 0")
+        problems.append(f"--max-error must be above 0, got {arguments.max_error}.")
     if problems:
         raise InputError("\n".join(problems))
 
@@ -119,8 +119,8 @@ def texts_of(run: Any, path: Path | None) -> Sequence[Any]:
 
     if path is None:
         return validation_texts(run)
-    count_lines(path, "--text")
-    return [run.reader.text(*line.given, truncate=True) for line in read_lines(path, "--text")]
+    count_lines(path, "text")
+    return [run.reader.text(*line.given, truncate=True) for line in read_lines(path, "text")]
 
 
 if __name__ == "__main__":

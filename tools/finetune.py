@@ -1,4 +1,4 @@
-"""Fine-tunes a pretrained network for a task of one's own: `python tools/finetune.py --help` tells how."""
+"""Fine-tune a pretrained network on a table; `python tools/finetune.py --help` shows how."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from gluon_bert import devices
 from gluon_bert.cli import (
+    OnOff,
     add_checkpoint_flag,
     add_field_flags,
     main_with_exit_status,
     parser_of,
     run,
     shown,
-    yes_or_no,
 )
 from gluon_bert.config import FineTuneConfig, check_group
 from gluon_bert.errors import InputError
@@ -29,81 +29,88 @@ examples:
   python tools/finetune.py runs/base --train train.jsonl --dev dev.jsonl --test test.jsonl --task regression
   python tools/finetune.py runs/base --train train.conll --dev dev.conll
   python tools/finetune.py runs/base --train squad/train.json --dev squad/dev.json
-  python tools/finetune.py runs/small --train cola/train.tsv --dev cola/dev.tsv --header no --text 4 --label 2
+  python tools/finetune.py runs/small --train cola/train.tsv --dev cola/dev.tsv --no-header --text 4 --label 2
   python tools/encode.py runs/base-finetuned-1 "a text to be judged" --checkpoint best
   python tools/export.py runs/base-finetuned-1 --checkpoint best --format mar
 
-RUN is the folder of a pretraining run or of converted weights. The training file says what the task is:
+RUN is the folder of a pretraining run or of converted weights. The training file defines the task:
 
   .tsv, .csv, .jsonl    a table of texts, or of pairs, with classes or scores
-  .conll, .bio, .iob2   a token a line with its BIO tag, a blank line between sentences
-  .jsonl                the same as an object a line with "tokens" and "labels"
+  .conll, .bio, .iob2   one token per line with its BIO tag, a blank line between sentences
+  .jsonl                the same as one object per line with "tokens" and "labels"
   .json                 a SQuAD file, version 1.1 or 2.0: questions, contexts and answers
 
-A table is a UTF-8 file that ends in .tsv
-(fields separated by tabs), .csv (as in RFC 4180; the separator may also be a semicolon) or .jsonl (an object
-a line), with one row a line. Its first line names the columns. With --header no they are numbered from 1.
+A table is a UTF-8 file with one row per line: .tsv (fields separated by tabs), .csv (RFC 4180; the separator
+may be a semicolon) or .jsonl (one object per line). The first line names the columns. With --no-header the
+columns are numbered from 1.
 
-The new run's folder holds config.json, the vocabulary, log.jsonl, losses.png, checkpoints/ (the last and the
-best epoch's network) and predictions.jsonl, those of the best one on the dev or the test file.
+The new run's folder has config.json, the vocabulary, log.jsonl, losses.png, checkpoints/ with the last and
+the best epoch, and predictions.jsonl: the best network's predictions for --test, or for --dev without --test.
 """
 
 
+BASIC = (
+    *("--train", "--dev", "--test", "--output", "--resume", "--text", "--label", "--task", "--checkpoint"),
+    *("--gpus", "--epochs", "--batch-size", "--lr", "--max-seq-length"),
+)
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Return the parser of the command's flags."""
     p = parser_of(
         "finetune",
         "RUN --train FILE --dev FILE [flags]\n--resume RUN",
-        "Fine-tune a pretrained network: for classes or a score of texts, for tags of words, or for answers.",
+        "Fine-tune a pretrained network: for classes or scores of texts, tags of words, or answers.",
         EXAMPLES,
+        BASIC,
     )
-    p.add_argument("run", type=Path, nargs="?", metavar="RUN", help="the run whose encoder is fine-tuned")
+    p.add_argument("run", type=Path, nargs="?", metavar="RUN", help="the run to fine-tune")
     p.add_argument("--resume", type=Path, metavar="RUN", help="continue a fine-tuning that was stopped")
-    p.add_argument("--train", type=Path, metavar="FILE", help="labelled texts to learn from")
-    p.add_argument("--dev", type=Path, metavar="FILE", help="labelled texts to choose the best epoch by")
-    p.add_argument("--test", type=Path, metavar="FILE", help="texts to predict at the end, labelled or not")
     p.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="the new run's folder (RUN-finetuned-1, ...)"
+        "--output", type=Path, metavar="FOLDER", help="folder of the new run (RUN-finetuned-1, ...)"
     )
-    p.add_argument(
+    rows = p.add_argument_group("tables")
+    rows.add_argument("--train", type=Path, metavar="FILE", help="labelled rows to learn from")
+    rows.add_argument("--dev", type=Path, metavar="FILE", help="labelled rows that choose the best epoch")
+    rows.add_argument(
+        "--test", type=Path, metavar="FILE", help="rows to predict at the end; labels are optional"
+    )
+    rows.add_argument(
         "--text",
         nargs="+",
         metavar="COLUMN",
         default=[],
-        help="the column with the texts, or the two of pairs (by name)",
+        help="the column of the texts, or the two columns of pairs (found by their names)",
     )
-    p.add_argument("--label", metavar="COLUMN", help="the column with the labels or scores (label, score)")
-    p.add_argument(
-        "--header",
-        type=yes_or_no,
-        default=True,
-        metavar="{yes,no}",
-        help="the first line names the columns (yes)",
-    )
-    p.add_argument(
+    rows.add_argument("--label", metavar="COLUMN", help="the column of labels or scores (label or score)")
+    rows.add_argument("--header", action=OnOff, default=True, help="the first line names the columns (on)")
+    rows.add_argument(
         "--quoting",
         choices=QUOTING,
         default="auto",
-        help="of .tsv: minimal reads fields in quotation marks as pandas writes them, none keeps the marks (auto)",
+        help="quotation marks in .tsv. minimal: as pandas writes them. none: keep them (auto)",
     )
-    p.add_argument(
+    rows.add_argument(
         "--task",
         choices=("auto", *KINDS),
         default="auto",
-        help="auto: as the training file is, regression where a label is a number that is not whole (auto)",
+        help="kind of task. auto: by the training file; regression if a label has a fraction (auto)",
     )
     add_checkpoint_flag(p)
-    p.add_argument("--gpus", metavar="N[,N...]", help="compute on these GPUs, such as 0 or 0,1 (on the CPU)")
-    p.add_argument(
-        "--cpus", type=int, metavar="N", help="N contexts on the CPU, each with its part of a batch"
+    where = p.add_argument_group("devices (one CPU)")
+    where.add_argument("--gpus", metavar="N[,N...]", help="use these GPUs, such as 0 or 0,1")
+    where.add_argument(
+        "--cpus", type=int, metavar="N", help="use N contexts on the CPU, each with its part of a batch"
     )
     default = FineTuneConfig()
-    add_field_flags(p.add_argument_group("how"), FineTuneConfig, lambda name: shown(getattr(default, name)))
+    add_field_flags(
+        p.add_argument_group("training"), FineTuneConfig, lambda name: shown(getattr(default, name))
+    )
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     return main_with_exit_status(parser(), argv, finetune)
 
 
@@ -113,14 +120,13 @@ def finetune(arguments: argparse.Namespace) -> int:
 
     if arguments.resume is not None:
         if arguments.run is not None:
-            raise InputError("--resume names the run: RUN must be left out")
+            raise InputError("RUN must be omitted with --resume, which names the run.")
         finetuning.resume_finetuning(arguments.resume, devices=devices_of(arguments))
         return 0
-    missing = [name for name in ("run", "train", "dev") if getattr(arguments, name) is None]
-    if missing:
-        raise InputError(f"{', '.join(missing)}: RUN, --train and --dev must be given, or --resume")
+    if None in (arguments.run, arguments.train, arguments.dev):
+        raise InputError("RUN, --train and --dev must be given, or --resume.")
     if len(arguments.text) > 2:
-        raise InputError(f"--text {' '.join(arguments.text)}: must be one column, or two of pairs")
+        raise InputError(f"--text must be one column, or two for pairs, got {len(arguments.text)}.")
     names = {field.name for field in dataclasses.fields(FineTuneConfig)}
     options = {name: value for name, value in vars(arguments).items() if name in names}
     check_group(FineTuneConfig(**options))
@@ -150,7 +156,7 @@ def devices_of(arguments: argparse.Namespace) -> list[Any]:
 
 
 def free_folder(before: Path) -> Path:
-    """A new folder beside the run's."""
+    """Return a new folder beside the run's."""
     number = 1
     while before.with_name(f"{before.name}-finetuned-{number}").exists():
         number += 1

@@ -12,8 +12,8 @@ from gluon_bert.errors import InputError
 
 EXAMPLES = """\
 examples:
-  python tools/launch.py -n 2 -s 1 -- python tools/pretrain.py --num-steps 1000 --output runs/two --kvstore dist_sync
-  python tools/launch.py -n 8 -s 4 --hostfile hosts.txt --max-restarts 3 -- \\
+  python tools/launch.py -n 2 -s 1 -- python tools/pretrain.py --num-steps 1000 --output runs/two --kvstore
+  dist_sync python tools/launch.py -n 8 -s 4 --hostfile hosts.txt --max-restarts 3 -- \\
       python tools/pretrain.py --preset bert-base --corpus /shared/text --output /shared/runs/base \\
       --kvstore dist_sync --step-timeout 300 --resume auto
   python tools/launch.py -n 2 --kvstore horovod -- \\
@@ -26,9 +26,9 @@ List one host per line in the hostfile; text after # is a comment. Passwordless 
 this Python must have the same paths on all hosts. Workers and servers are distributed over the hosts in turn.
 
 When a process fails, the launcher ends the others and runs the command again, at most --max-restarts times.
-With --resume auto the run continues from its latest checkpoint. Use --step-timeout to detect a hanging worker.
-Ctrl-C and SIGTERM stop all workers after the same step and save a checkpoint; a second signal ends them at once.
-The exit status is that of the first process that failed. Bad input (status 2) is not retried.
+With --resume auto the run continues from its latest checkpoint. Use --step-timeout to detect a hanging
+worker. Ctrl-C and SIGTERM stop all workers after the same step and save a checkpoint; a second signal ends
+them at once. The exit status is that of the first process that failed. Bad input (status 2) is not retried.
 
 The servers accept connections from anyone: run them in a private network.
 """
@@ -92,8 +92,8 @@ def job_from(arguments: argparse.Namespace, command: list[str]) -> Job:
         problems.append("a command must follow --, such as -- python tools/pretrain.py --kvstore dist_sync")
     if arguments.max_restarts > 0 and pretrains(command) and "--resume" not in flags_in(command):
         problems.append(
-            f"--max-restarts {arguments.max_restarts} needs --resume auto and --output in the command, so that "
-            "a restart continues the run"
+            f"--max-restarts {arguments.max_restarts} needs --resume auto and --output in the command, so "
+            "that a restart continues the run"
         )
     if problems:
         raise InputError("\n".join(problems))

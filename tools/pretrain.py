@@ -1,4 +1,4 @@
-"""Pretrains BERT: `python tools/pretrain.py --help` tells how."""
+"""Pretrain BERT; `python tools/pretrain.py --help` shows how."""
 
 from __future__ import annotations
 
@@ -9,88 +9,88 @@ from typing import Any
 
 from gluon_bert import devices
 from gluon_bert.cli import add_config_flags, config_from, main_with_exit_status, parser_of, run
-from gluon_bert.config import RANDOM_INITS, Config, changeable
+from gluon_bert.config import RANDOM_INITS, Config
 from gluon_bert.errors import InputError
 from gluon_bert.presets import DEFAULT, PRESETS, preset
 
 EXAMPLES = """\
 examples:
   python tools/pretrain.py                                   two minutes on the text in this Python
-  python tools/pretrain.py --corpus wikitext-2 --gpus 0,1    two minutes on D2L's text, on two GPUs
-  python tools/pretrain.py --preset bert-tiny --corpus my_texts/ --num-steps 5000 --eval-every 500
+  python tools/pretrain.py --preset quick --corpus my_texts/ --max-minutes 30 --eval-every 500
+  python tools/pretrain.py --preset quick --corpus wikitext-2 --gpus 0,1
   python tools/pretrain.py --preset d2l                      D2L's network, data preparation and 50 steps
-  python tools/pretrain.py --preset bert-tiny --max-minutes 30 --eval-every 100 --patience 5
-  python tools/pretrain.py --init runs/d2l-1 --corpus my_domain/ --lr 0.0001 --extend-vocab 500
-  python tools/pretrain.py --cpus 2 --batch-size 64 --seed 7
-  python tools/launch.py -n 2 -- python tools/pretrain.py --num-steps 1000 --output runs/two --kvstore dist_sync
-  python tools/pretrain.py --resume runs/bert-tiny-1         go on with a run that was stopped or killed
+  python tools/pretrain.py --preset bert-base --corpus my_texts/ --gpus 0,1 --precision fp16
+  python tools/pretrain.py --init runs/quick-1 --corpus my_domain/ --lr 0.0001
+  python tools/pretrain.py --resume runs/quick-1
+  python tools/launch.py -n 2 -- python tools/pretrain.py --num-steps 1000 --output runs/two --kvstore
+  dist_sync
 
-What stands in brackets is what the presets have. A run's folder holds config.json, vocab.json, log.jsonl,
-losses.png and checkpoints/.
+Defaults are in brackets. A run's folder has config.json, the vocabulary, log.jsonl, losses.png and
+checkpoints/. docs/pretraining.md describes the options.
 """
+BASIC = (
+    *("--preset", "--corpus", "--init", "--output", "--resume", "--gpus", "--cpus", "--precision"),
+    *("--batch-size", "--micro-batch", "--num-steps", "--max-minutes", "--lr", "--eval-every"),
+)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Return the parser of the command's flags."""
     p = parser_of(
         "pretrain",
         "[flags]",
         "Pretrain BERT (masked language model, next-sentence prediction) on one device or many.",
         EXAMPLES,
+        BASIC,
     )
     p.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} ({DEFAULT})")
-    p.add_argument("--config", type=Path, metavar="FILE", help="an earlier run's config.json, not a preset")
+    p.add_argument(
+        "--config", type=Path, metavar="FILE", help="use the config.json of a run instead of a preset"
+    )
     p.add_argument(
         "--resume",
         metavar="RUN|auto",
-        help="continue the run in this folder from its latest checkpoint; auto: continue the run in --output, or "
-        f"start it. A resumed run may change {', '.join(changeable())}, --gpus, --cpus, --operators, --kvstore, "
-        "--step-timeout and --profile",
+        help="continue a run from its latest checkpoint. auto: continue the run in --output, or start it",
     )
     p.add_argument(
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help="the run's new folder (runs/PRESET-1, or the next free number)",
+        "--output", type=Path, metavar="FOLDER", help="folder of the new run (runs/PRESET-1, -2, ...)"
     )
-    where = p.add_argument_group("where it runs (every GPU that MXNet sees, else one CPU)")
-    where.add_argument("--gpus", metavar="N[,N...]", help="these GPUs, such as 0 or 0,1")
+    where = p.add_argument_group("devices (all GPUs, or one CPU)")
+    where.add_argument("--gpus", metavar="N[,N...]", help="use these GPUs, such as 0 or 0,1")
     where.add_argument(
-        "--cpus", type=int, metavar="N", help="N contexts on the CPU, each with its shard of the batch"
+        "--cpus", type=int, metavar="N", help="use N contexts on the CPU, each with its part of the batch"
     )
     where.add_argument(
         "--operators",
         metavar="{auto,compiled,mxnet}",
-        help="on CPUs: compiled for this processor, MXNet's own, or compiled where there is a C++ compiler, "
-        "which takes half a minute once (auto, or what GLUON_BERT_OPERATORS says)",
+        help="operators on CPUs. compiled: for this processor, by a C++ compiler, which takes half a minute "
+        "once. mxnet: MXNet's own. auto: compiled if there is a compiler (auto, or GLUON_BERT_OPERATORS)",
     )
     where.add_argument(
         "--kvstore",
         default="device",
         metavar="{device,dist_sync,horovod}",
-        help="what sums the gradients: of one process (device), or of all that tools/launch.py starts, by "
-        "MXNet's parameter servers (dist_sync) or among themselves (horovod, an extra): they share each "
-        "batch, and need an --output (device)",
+        help="what sums the gradients. device: this process. dist_sync: MXNet's parameter servers. horovod: "
+        "Horovod (an extra). The last two run under tools/launch.py and need --output (device)",
     )
     where.add_argument(
         "--step-timeout",
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="end with exit status 1 when a step, with its data and maybe a checkpoint, takes longer, as "
-        "where another worker is gone; 0: wait for ever (0)",
+        help="end with status 1 if one step takes longer, for example because another worker died; "
+        "0: never (0)",
     )
     where.add_argument(
         "--ignore-memory-estimate",
         action="store_true",
-        help="train although the estimated memory exceeds the machine's",
+        help="train even if the estimated memory exceeds the machine's",
     )
-    p.add_argument(
+    where.add_argument(
         "--profile",
         type=Path,
         metavar="FILE",
-        help="write what MXNet's operators did, and when, for chrome://tracing; a table of them follows the "
-        "summary, and how long each of several contexts was at work. The run is slower by it",
+        help="write a trace of MXNet's operators for chrome://tracing, and print a table of them (slower)",
     )
     p.add_argument(
         "--tensorboard",
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     return main_with_exit_status(parser(), argv, pretrain)
 
 
@@ -167,9 +167,9 @@ def execution_from(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def init_run(arguments: argparse.Namespace) -> Config:
-    """The configuration that the flags change: a preset's, or an earlier run's."""
+    """Return the configuration that the flags change: a preset's or an earlier run's."""
     if arguments.config is not None and arguments.preset is not None:
-        raise InputError("--config and --preset exclude each other: give one of them")
+        raise InputError("--config cannot be used with --preset. Give one of them.")
     init = getattr(arguments, "init", RANDOM_INITS[0])
     if init not in RANDOM_INITS:
         from gluon_bert.warm_start import config_from_run
@@ -180,7 +180,7 @@ def init_run(arguments: argparse.Namespace) -> Config:
 
 
 def recipe_of(arguments: argparse.Namespace) -> Config:
-    """The configuration that --preset or --config names."""
+    """Return the configuration that --preset or --config names."""
     if arguments.config is None:
         return preset(arguments.preset or DEFAULT)
     from gluon_bert.run import read_config  # needs MXNet, which --help does not
@@ -189,16 +189,14 @@ def recipe_of(arguments: argparse.Namespace) -> Config:
 
 
 def new_folder(arguments: argparse.Namespace) -> Path:
-    """The folder of a new run: --output, or the next free number in runs/."""
+    """Return the folder of a new run: --output, or the next free number in runs/."""
     if arguments.output is not None:
         return Path(arguments.output)
     if arguments.kvstore != "device":
-        raise InputError(
-            f"--kvstore {arguments.kvstore}: --output has to name the run's folder for all workers"
-        )
+        raise InputError(f"--kvstore {arguments.kvstore} needs --output, the run's folder for all workers.")
     name = arguments.preset or (DEFAULT if arguments.config is None else "repeat")
-    numbered = (Path("runs", f"{name}-{number}") for number in count(1))
-    return next(folder for folder in numbered if not folder.exists())
+    candidates = (Path("runs", f"{name}-{number}") for number in count(1))
+    return next(folder for folder in candidates if not folder.exists())
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def to_own_names(
     """Return another package's arrays as our weights, in float32.
 
     Heads may be missing as a whole. Arrays outside the encoder that we have no place for are left out, and a
-    note names them. Raises one InputError that lists every missing and unexpected name and every other shape.
+    note names them. Raise one InputError that lists every missing and unexpected name and every other shape.
     """
     notes = [] if notes is None else notes
     wanted = {layout.name(name): (name, shape) for name, shape in shapes(vocab_size, config, task).items()}
@@ -160,12 +160,12 @@ def save_run(
     config = _config(converted, max_seq_length)
     net = network(converted.weights, len(converted.vocab), converted.model, task=converted.task)
     with atomic_folder(folder) as aside:
-        facts = {"converted_from": source, "versions": versions()}
+        environment = {"converted_from": source, "versions": versions()}
         create_run(
             aside,
             config,
             converted.vocab,
-            facts,
+            environment,
             converted.task,
             untrained=converted.untrained,
             pooling=converted.pooling,

@@ -90,7 +90,7 @@ def read_huggingface(
     """Return the network in a folder with config.json, a tokenizer's files and weights.
 
     The folder may also be one of sentence-transformers. lowercase: whether text is lower-cased, where no file
-    says it. pairs: whether a classifier takes pairs of texts, None for either. Raises InputError for
+    says it. pairs: whether a classifier takes pairs of texts, None for either. Raise InputError for
     everything that cannot be used.
     """
     sentences = read_sentence_folder(Path(folder))
@@ -334,7 +334,7 @@ def _layout(task: Task | None) -> WeightNames:
 def write_huggingface(run: Run, folder: Path) -> list[str]:
     """Write a run for transformers, the inverse of `read_huggingface`; return what a user should know.
 
-    Untrained heads are left out. Raises InputError where its BERT has no place for the network, or where the
+    Untrained heads are left out. Raise InputError if its BERT has no place for the network, or where the
     folder is taken.
     """
     safetensors = safetensors_package()

@@ -50,7 +50,7 @@ def read_parameters(
     """Return the network in a file that `save_parameters` of the other package's BERTModel wrote.
 
     kind: a key of KINDS. The sizes are those of the arrays; the number of attention heads must be given. All
-    else, such as dropout, is what the published models have. Raises InputError as `to_own_names` does.
+    else, such as dropout, is what the published models have. Raise InputError as `to_own_names` does.
     """
     layout, like, heads, default_case = KINDS[kind]
     if num_heads is None:
@@ -82,7 +82,7 @@ def read_parameters(
 def write_parameters(kind: str, run: Run, folder: Path) -> list[str]:
     """Write bert.params and the vocabulary for the other package, the inverse of `read_parameters`.
 
-    Untrained heads are left out. Returns what a user should know. Raises InputError where its BERTModel has
+    Untrained heads are left out. Returns what a user should know. Raise InputError if its BERTModel has
     no place for the network, or where the folder is taken.
     """
     layout, like, _, _ = KINDS[kind]

@@ -114,7 +114,7 @@ def _read_objects(reader: Any, names: list[str], checkpoint: Path) -> dict[str, 
     """Return the arrays of an object-based checkpoint under the full names of their variables.
 
     The names in it follow the Python objects that were saved. The graph of the objects gives the names that
-    the variables had. Raises InputError where these are not google-research/bert's.
+    the variables had. Raise InputError if these are not google-research/bert's.
     """
     graph = importlib.import_module("tensorflow.core.protobuf.trackable_object_graph_pb2")
     content = graph.TrackableObjectGraph()

@@ -1,4 +1,4 @@
-"""What the files of a BERT tokenizer say of its text. Every other tokenizer is refused by its name."""
+"""Settings in the files of a BERT tokenizer. Other tokenizers are refused by name."""
 
 from __future__ import annotations
 

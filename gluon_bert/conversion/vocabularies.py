@@ -29,7 +29,7 @@ def read_vocabulary(
 
     The JSON is gluonnlp.Vocab's, or a tokenizer.json. added: further tokens and their rows, None for the next
     free one. Rows without a token get the names [unused...] of published vocabularies; a note says so. Raises
-    InputError where the vocabulary cannot be read or does not fit.
+    Raise InputError if the vocabulary cannot be read or does not fit.
     """
     check_downloaded(path)
     tokens = _tokens_in_json(path) if path.suffix == ".json" else _lines(path)

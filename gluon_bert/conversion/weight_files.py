@@ -57,7 +57,7 @@ def _shards(folder: Path, name: str) -> list[str]:
 
 
 def check_downloaded(path: Path) -> None:
-    """Raise InputError where git-lfs has left a pointer in place of the file."""
+    """Raise InputError if git-lfs has left a pointer in place of the file."""
     try:
         with path.open("rb") as file:
             is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER

@@ -62,8 +62,8 @@ class WeightNames:
         return array.T if self.kernels and self.name(ours).endswith(self.kernels) else array
 
 
-# BertForPreTraining, BertForSequenceClassification and BertForTokenClassification of PyTorch transformers. The
-# label 0 of the first is "follows" (modeling_bert.py).
+# BertForPreTraining, BertForSequenceClassification and BertForTokenClassification of PyTorch transformers.
+# The label 0 of the first is "follows" (modeling_bert.py).
 HUGGINGFACE = WeightNames(
     {
         "encoder.embeddings.tokens": "bert.embeddings.word_embeddings",

@@ -1,1 +1,1 @@
-"""Text to batches: documents -> pairs -> masked examples -> Batch. Only `batch` knows MXNet."""
+"""Text to batches: documents -> pairs -> masked examples -> Batch. Needs no MXNet."""

@@ -1,4 +1,4 @@
-"""Where words and pieces of words stand in their text. Splits nothing."""
+"""Positions of words and pieces of words in their text. Splits nothing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Span(NamedTuple):
 def spans(text: str, words: Sequence[str]) -> list[Span]:
     """Return where each word stands in the text that it was split from, in the words' order.
 
-    The words may be lower-cased, without accents, composed or decomposed. The text may have characters that no
-    word has, such as spaces and control characters. A word may also be a piece of a word, without its ##.
+    The words may be lower-cased, without accents, composed or decomposed. The text may have characters that
+    no word has, such as spaces and control characters. A word may also be a piece of a word, without its ##.
 
     >>> spans("Crème  BRÛLÉE!", ["creme", "bru", "lee", "!"])
     [Span(start=0, end=5), Span(start=7, end=10), Span(start=10, end=13), Span(start=13, end=14)]

@@ -32,7 +32,7 @@ def split_words(text: str, normalization: Normalization) -> list[str]:
 
 
 def spaced_words(text: str, normalization: Normalization) -> str:
-    """The words of `split_words` joined by single spaces; no added token may hold white space."""
+    """Return the words of `split_words` joined by single spaces; no added token may hold white space."""
     return _splitter(normalization).spaced(text)
 
 
@@ -57,13 +57,13 @@ class _Splitter:
         self._spaced_part = lru_cache(maxsize=1 << 17)(lambda part: " ".join(self.split(part)))
 
     def spaced(self, text: str) -> str:
-        """The words of a text, joined by single spaces."""
+        """Return the words of a text, joined by single spaces."""
         return " ".join(filter(None, map(self._spaced_part, text.split(" "))))
 
     def split(self, text: str) -> list[str]:
-        """The words of a text."""
+        """Return the words of a text."""
         words: list[str] = []
-        # Half a surrogate pair is no character, and the package `tokenizers` cannot hold it.
+        # Half a surrogate pair is not a character, and the package `tokenizers` cannot hold it.
         for i, piece in enumerate(self._raw_pattern.split(SURROGATE.sub("", text))):
             if i % 2:
                 words.append(self._raw[piece])
@@ -85,13 +85,13 @@ _splitter = lru_cache(maxsize=None)(_Splitter)
 
 
 def _longest_of(tokens: Any) -> Pattern[str]:
-    """A pattern for the longest of these tokens at a place; it never matches where there are none."""
+    """Return a pattern for the longest of these tokens at a place; without tokens it never matches."""
     spelt = sorted(filter(None, tokens), key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, spelt))})" if spelt else r"((?!))")
 
 
 def tokenizers_library() -> Any:
-    """Import the package `tokenizers`; InputError where it is not installed."""
+    """Import the package `tokenizers`. Raise InputError if it is not installed."""
     # Not at the top: a word vocabulary does not need it.
     try:
         import tokenizers

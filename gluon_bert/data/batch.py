@@ -35,7 +35,7 @@ class Batch:
         return len(self.next_sentence_labels)
 
     def rows(self, start: int, stop: int) -> Batch:
-        """The batch of the rows from `start` up to `stop`."""
+        """Return the batch of the rows from `start` up to `stop`."""
         first, last = np.searchsorted(self.masked_positions[0], [start, stop])
         return Batch(
             self.tokens[start:stop],
@@ -85,7 +85,7 @@ def worker_rows(batch: Any, rank: int, num_workers: int) -> Any:
 
 
 def micro_batches(batch: Any, size: int) -> list[Any]:
-    """The batch in parts of so many rows, the last one of what is left; with size 0 the batch as it is."""
+    """Yield the batch in parts of `size` rows, the last with the rest; with size 0 the whole batch."""
     if not 0 < size < len(batch):
         return [batch]
     return [batch.rows(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]

@@ -1,10 +1,12 @@
-"""A corpus made into shards on disk, in processes side by side, and in little memory. Decides no option.
+"""Build shards on disk from a corpus, with several processes and little memory.
 
-First all text is read, a piece after another: workers part it into words and number these, each piece for
-itself; here the pieces are put together to shards of words, `words-00000.npz` and so on. Then the vocabulary
-is made of the words' counts, and each word's ids are looked up once. Last, workers put the ids in the words'
-places. A preparation that was interrupted goes on behind the last shard of words that it wrote; what comes
-after the reading is done again. How the text is cut does not depend on the number of processes.
+1. Workers split the text into words and number the words of each chunk. The main process joins the chunks to
+   shards of words, `words-00000.npz` and so on.
+2. The vocabulary is built from the counts, and the ids of each word are looked up once.
+3. Workers replace the words by their ids.
+
+An interrupted preparation continues after the last shard of words; the later steps are done again. The
+result does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ _SHARD_WORDS = 1 << 22
 _LOOKED_UP = 1 << 16
 # Hashes that are compared, 32 MB: of more sentences or documents the share of repeated ones is an estimate.
 _COMPARED = 1 << 22
-# Seconds between two lines on the progress, where there is no terminal to show a bar.
-_TOLD_EVERY = 60.0
+# Seconds between progress lines without a terminal.
+_LOG_EVERY = 60.0
 # Above this share repetitions are worth a warning: the validation text then tells little about new text.
 _MANY_REPEATED = 0.1
 # Above this share of the words in documents that were left out, --text-format may be the wrong one.
@@ -53,7 +55,7 @@ _MANY_UNKNOWN = 0.1
 
 
 def vocabulary_maker(config: DataConfig) -> VocabularyOf:
-    """What gives the vocabulary for counted words; InputError where it cannot, before any text is read."""
+    """Return a function from word counts to a vocabulary. Raise InputError before any text is read."""
     vocab: Vocabulary
     if config.tokenizer == "wordpiece":
         installed_version()
@@ -71,7 +73,7 @@ def vocabulary_maker(config: DataConfig) -> VocabularyOf:
 
 
 def _make_wordpiece(counts: Mapping[str, int], config: DataConfig) -> Vocabulary:
-    """The vocabulary of a text; its added tokens are not cut into pieces."""
+    """Return the vocabulary of a text; its added tokens are not cut into pieces."""
     added = Normalization.from_config(config).all_added
     counts = {word: n for word, n in counts.items() if word not in added}
     vocab = WordPieceVocabulary.from_counts(counts, config.min_freq, config.vocab_size - len(set(added)))
@@ -79,7 +81,7 @@ def _make_wordpiece(counts: Mapping[str, int], config: DataConfig) -> Vocabulary
 
 
 def check_added_tokens(config: DataConfig) -> None:
-    """Raise InputError where an added token cannot be one word of a text that is prepared."""
+    """Raise InputError if an added token cannot be one word of a text that is prepared."""
     for name in ("added_tokens", "additional_special_tokens"):
         for token in getattr(config, name):
             if not token or token.split() != [token]:
@@ -89,7 +91,7 @@ def check_added_tokens(config: DataConfig) -> None:
 class WordIds:
     """The ids of numbered words: those of word n are ids[starts[n]:starts[n + 1]].
 
-    A special token that stands in the text as a word is an unknown word, unless it is an added token.
+    A special token in the text is an unknown word, unless it is an added token.
     """
 
     def __init__(self, words: Sequence[str], vocab: Vocabulary, added_tokens: Sequence[str] = ()) -> None:
@@ -104,7 +106,7 @@ class WordIds:
         self._vocab_size = len(vocab)
 
     def token_counts(self, word_counts: np.ndarray) -> np.ndarray:
-        """(2, V) int64: how often each token occurs where the words occur so often, (2, W)."""
+        """Return the counts of tokens, (2, V) int64, for counts of words, (2, W)."""
         sizes = np.diff(self.starts)
         return np.stack(
             [
@@ -135,11 +137,11 @@ def finish(folder: Path, manifest: Mapping[str, Any], config: DataConfig) -> Non
     shards.write_manifest(folder, manifest)
     for leftover in [*folder.glob("words-*"), folder / "ids.npz"]:
         leftover.unlink()
-    _tell(manifest["statistics"], config)
+    _log_statistics(manifest["statistics"], config)
 
 
 def _clear(folder: Path) -> None:
-    """Remove what no preparation goes on with: all but shards of words."""
+    """Remove everything but the shards of words, from which a preparation can continue."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -164,11 +166,11 @@ def _read_text(corpus: Corpus, config: DataConfig, folder: Path, map_all: Map, f
         gathered, num_chunks = DocumentBuilder(), 0
         seen: set[int] = set()
         for chunk, numbered in map_all(partial(_index_chunk, config=config), everything):
-            # The same docstrings stand in many files; a user's own text is taken as it is.
+            # Many files have the same docstrings. A user's own text is taken as it is.
             gathered.add(_unseen(numbered, seen) if chunk.source else numbered)
             num_chunks += 1
             advance(chunk.num_bytes)
-            # All of the pydoc prose is in one shard: a preparation that goes on does not know what was seen.
+            # All pydoc prose is in one shard, because a resumed preparation does not know what was seen.
             if gathered.num_words >= _SHARD_WORDS and not chunk.source:
                 _write_words(_words_path(folder, number), gathered.numbered(), num_chunks, fingerprint)
                 number, gathered, num_chunks = number + 1, DocumentBuilder(), 0
@@ -184,7 +186,7 @@ def _index_chunk(chunk: TextChunk, config: DataConfig) -> WordIndexedDocuments:
 
 
 def _unseen(numbered: WordIndexedDocuments, seen: set[int]) -> WordIndexedDocuments:
-    """Those of the documents that were not met before."""
+    """Return the documents that did not occur before."""
     keep = np.zeros(len(numbered.documents), dtype=bool)
     for i, content in enumerate(numbered.document_hashes.tolist()):
         keep[i] = content not in seen
@@ -216,7 +218,7 @@ def _write_words(path: Path, numbered: WordIndexedDocuments, num_chunks: int, fi
 
 
 def _chunks_in(path: Path, fingerprint: str) -> int | None:
-    """The number of chunks that a shard of words was made of, or None where no such shard can be used."""
+    """Return the number of chunks in a shard of words, None if there is no valid shard."""
     try:
         with np.load(path) as arrays:
             if str(arrays["fingerprint"]) == fingerprint:
@@ -239,7 +241,7 @@ def _words_in(arrays: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def _number_all(num_shards: int, folder: Path, config: DataConfig) -> int:
-    """Number the words of all shards alike, and write the vocabulary and what each word's ids are.
+    """Number the words of all shards alike, and write the vocabulary and the ids of each word.
 
     Returns the id of the unknown token.
     """
@@ -271,7 +273,7 @@ def _number_all(num_shards: int, folder: Path, config: DataConfig) -> int:
 
 
 def _finish_shard(number: int, folder: Path) -> dict[str, Any]:
-    """A shard of words to the shard of ids that stays; returns what the manifest says of it."""
+    """Convert a shard of words to a shard of ids. Return its entry in the manifest."""
     with np.load(folder / "ids.npz") as table, np.load(_words_path(folder, number)) as arrays:
         ids, starts = table["ids"], table["starts"]
         numbered = WordIndexedDocuments([], *(arrays[name] for name in WordIndexedDocuments._fields[1:]))
@@ -284,11 +286,11 @@ def _finish_shard(number: int, folder: Path) -> dict[str, Any]:
     return shards.describe_shard(folder, number)
 
 
-# What is told
+# Statistics
 
 
 def _statistics(folder: Path, described: Sequence[Mapping[str, Any]], unk: int) -> dict[str, Any]:
-    """What there is in the text and what is not, as plain values for the manifest."""
+    """Return the statistics of the text, as plain values for the manifest."""
     counts = np.load(folder / shards.COUNTS)
     result: dict[str, Any] = {
         side: {name: sum(shard[side][name] for shard in described) for name in shards.ARRAYS}
@@ -315,9 +317,9 @@ def _share(part: int, whole: int) -> float:
 
 
 def _distinct(paths: Sequence[Path], name: str) -> int:
-    """How many different hashes there are in these files, each of which has its own in rising order.
+    """Return the number of different hashes in these files of sorted hashes.
 
-    Of very many only the smallest are compared, in bounded memory, and the rest is taken to be like them.
+    Only the smallest of very many are compared, in bounded memory. The rest is assumed to be similar.
     """
     total = sum(len(_array_in(path, name)) for path in paths)
     share = min(1.0, _COMPARED / max(total, 1))
@@ -333,11 +335,11 @@ def _array_in(path: Path, name: str) -> np.ndarray:
         return arrays[name]
 
 
-def _tell(statistics: Mapping[str, Any], config: DataConfig) -> None:
-    """The statistics in a line, and a line for each of them that is a reason to look at the text."""
+def _log_statistics(statistics: Mapping[str, Any], config: DataConfig) -> None:
+    """Log the statistics in one line, and a warning for each that may show a problem of the text."""
     train, validation = (statistics[side] for side in shards.SIDES)
     log.info(
-        "%s documents, %s of them held out; %s sentences, %s tokens, %.1f %% of them unknown",
+        "%s documents, %s of them for validation; %s sentences, %s tokens, %.1f %% of them unknown",
         f"{train['documents'] + validation['documents']:,}",
         f"{validation['documents']:,}",
         f"{train['sentences'] + validation['sentences']:,}",
@@ -347,15 +349,15 @@ def _tell(statistics: Mapping[str, Any], config: DataConfig) -> None:
     dropped, repeated = statistics["dropped_words"], statistics["repeated_sentences"]
     if dropped > _MUCH_DROPPED:
         log.warning(
-            "%.0f %% of the words are in %s documents of one sentence, which give no pair and are left out; "
-            "--text-format says what parts documents",
+            "%.0f %% of the words are left out: they are in %s documents of one sentence, which give no "
+            "pair. text_format defines what separates documents",
             100 * dropped,
             f"{statistics['dropped_documents']:,}",
         )
     if repeated > _MANY_REPEATED:
         log.warning(
-            "%.0f %% of the sentences and %.0f %% of the documents repeat earlier ones: losses on validation "
-            "text look too good by that; take repetitions out of the text",
+            "%.0f %% of the sentences and %.0f %% of the documents repeat earlier ones, so validation losses "
+            "are too low. Remove repetitions from the text",
             100 * repeated,
             100 * statistics["repeated_documents"],
         )
@@ -363,28 +365,28 @@ def _tell(statistics: Mapping[str, Any], config: DataConfig) -> None:
         log.warning(
             "%.0f %% of the tokens are unknown to the vocabulary: %s",
             100 * statistics["unknown"],
-            "--tokenizer wordpiece or a smaller --min-freq leaves fewer"
+            """tokenizer="wordpiece" or a smaller min_freq gives fewer"""
             if config.tokenizer == "words"
-            else "a vocabulary that is made of this text, without --vocab-file, leaves fewer",
+            else "a vocabulary built from this text, without vocab_file, gives fewer",
         )
 
 
 @contextmanager
 def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Shows how much of the text is read: a bar on a terminal, else a line now and then."""
+    """Show the progress of reading: a bar on a terminal, else a line now and then."""
     if sys.stderr.isatty():
         from tqdm import tqdm  # here, as it takes a while to import
 
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="preparing", leave=False, delay=1) as bar:
             yield bar.update
         return
-    done, told = 0, time.monotonic()
+    done, logged = 0, time.monotonic()
 
     def advance(more: int) -> None:
-        nonlocal done, told
+        nonlocal done, logged
         done += more
-        if time.monotonic() - told > _TOLD_EVERY:
-            told = time.monotonic()
-            log.info("%d of %d MB of text are read", done // 10**6, num_bytes // 10**6)
+        if time.monotonic() - logged > _LOG_EVERY:
+            logged = time.monotonic()
+            log.info("read %d of %d MB of text", done // 10**6, num_bytes // 10**6)
 
     yield advance

@@ -1,7 +1,8 @@
 """Word vectors from the co-occurrences of words in a text. Trains nothing and needs no MXNet.
 
-Levy and Goldberg 2014, "Neural Word Embedding as Implicit Matrix Factorization", show that word2vec factorizes
-such counts. Here the factorization is explicit, so the vectors are there before the first training step.
+Levy and Goldberg 2014, "Neural Word Embedding as Implicit Matrix Factorization", show that word2vec
+factorizes such counts. Here the factorization is explicit, so the vectors are there before the first training
+step.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Documents:
         return len(self.documents) - 1
 
     def with_pairs(self) -> int:
-        """How many documents have two sentences or more."""
+        """Return how many documents have two sentences or more."""
         return int(np.count_nonzero(np.diff(self.documents) >= 2))
 
     def counts(self, size: int) -> np.ndarray:
@@ -55,7 +55,7 @@ class Documents:
         return np.array([len(self.tokens)])
 
     def part(self, shards: Sequence[int]) -> Documents:
-        """The documents of these shards."""
+        """Return the documents of these shards."""
         assert list(shards) == [0]
         return self
 
@@ -78,7 +78,7 @@ class WordIndexedDocuments(NamedTuple):
     dropped: np.ndarray
 
     def select(self, keep: np.ndarray) -> WordIndexedDocuments:
-        """Those of the documents that a (D,) bool array marks; the words keep their numbers."""
+        """Return the documents that a (D,) bool array marks. The words keep their numbers."""
         sentence_kept = np.repeat(keep, self.documents)
         token_kept = np.repeat(sentence_kept, self.sentences)
         return WordIndexedDocuments(
@@ -93,7 +93,7 @@ class WordIndexedDocuments(NamedTuple):
         )
 
     def word_counts(self) -> np.ndarray:
-        """(2, W) int64: how often each word occurs, in the text to train on and in the validation text."""
+        """Return the count of each word in the training and validation documents, (2, W) int64."""
         validation = np.repeat(np.repeat(self.validation, self.documents), self.sentences)
         size = len(self.words)
         return np.stack(
@@ -101,7 +101,7 @@ class WordIndexedDocuments(NamedTuple):
         )
 
     def to_token_ids(self, ids: np.ndarray, starts: np.ndarray) -> Documents:
-        """The documents with the tokens of each word; those of word n are ids[starts[n]:starts[n + 1]].
+        """Return documents of token ids; those of word n are ids[starts[n]:starts[n + 1]].
 
         The tokens have the type of `ids`.
         """
@@ -120,7 +120,7 @@ class WordIndexedDocuments(NamedTuple):
 
 
 def numbering() -> defaultdict[str, int]:
-    """A dict in which a word that is looked up for the first time gets the next number."""
+    """Return a dict in which a word that is looked up for the first time gets the next number."""
     # Not the dict's own length: a dict that refers to itself stays in memory until it is found to be garbage.
     return defaultdict(count().__next__)
 
@@ -128,7 +128,7 @@ def numbering() -> defaultdict[str, int]:
 def index_words(
     documents: Iterable[tuple[Document, bool]], dropped: Sequence[int] = (0, 0)
 ) -> WordIndexedDocuments:
-    """Documents of words apart by spaces, each with whether it is held out, as arrays.
+    """Return documents of words as arrays. documents: with whether each is for validation.
 
     dropped: documents that are not among them for having one sentence, and the words of these.
     """
@@ -171,7 +171,7 @@ class DocumentBuilder:
         self.num_words += len(piece.tokens)
 
     def numbered(self) -> WordIndexedDocuments:
-        """All of them; nothing can be added any more."""
+        """Return all documents. Nothing can be added afterwards."""
         pieces, self._pieces = self._pieces, []
         arrays = {
             name: [getattr(piece, name) for piece in pieces] for name in WordIndexedDocuments._fields[1:]

@@ -16,7 +16,7 @@ from .prepared import Documents, DocumentSource, prepare
 from .sentence_pairs import NUM_SPECIAL_IN_PAIR, Pairs, draw_pairs
 from .vocab import Vocabulary
 
-# What the seed's streams are drawn for: pairs, the order of a part. Masks have their noise.
+# Streams of the seed: pairs, and the order of a part. Masks have their own noise.
 _PAIRS, _ORDER, _MIXTURE, _TURNS = 0, 1, 2, 3
 # Tokens whose pairs are drawn and shuffled at once, in some hundred MB: a thousand batches of 256 x 128.
 _PART_TOKENS = 1 << 25
@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 
 class LoaderState(NamedTuple):
-    """A place in the data: a batch of an epoch, both counted from 0."""
+    """A position in the data: the number of the epoch and of its batch, from 0."""
 
     epoch: int = 0
     batch: int = 0
 
     def next(self) -> LoaderState:
-        """The place behind this batch, maybe behind the epoch's last."""
+        """Return the position after this batch, maybe after the last of the epoch."""
         return self._replace(batch=self.batch + 1)
 
 
@@ -56,17 +56,17 @@ class Loader:
         self._drawn: tuple[tuple[int, int], Documents, Pairs] | None = None
 
     def num_pairs(self) -> int:
-        """The pairs of an epoch; of a text in parts about as many, from one of them."""
+        """Return the pairs of an epoch; of a text in parts, about as many from one of them."""
         sizes, part = self.documents.sizes, self._parts(0)[0]
         _, pairs = self._part(0, 0)
         return round(len(pairs) * (sizes.sum() / max(sizes[part].sum(), 1)))
 
     def pairs(self, epoch: int) -> Pairs:
-        """The pairs of an epoch, or of its first part: always the same where they are not drawn anew."""
+        """Return the pairs of an epoch, or of its first part."""
         return self._part(self._drawing(epoch), 0)[1]
 
     def fraction_truncated(self) -> float:
-        """The share of neighbouring sentences that make a pair above max_seq_length; of a text in parts, of one."""
+        """Return the share of sentence pairs above max_seq_length, in the first part of the text."""
         documents = self._part(0, 0)[0]
         sizes = np.diff(documents.sentences)
         inside = np.ones(len(sizes), dtype=bool)
@@ -79,9 +79,9 @@ class Loader:
         return self.epoch(0)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch in their shuffled order, the last of each bucket maybe smaller.
+        """Yield the batches of one epoch in their shuffled order, the last of each bucket maybe smaller.
 
-        skip: leave out so many at the beginning, which are not made, though their pairs are drawn.
+        skip: number of batches to skip at the beginning.
         """
         num_parts = len(self._parts(self._drawing(epoch)))
         for number in np.random.default_rng([self.seed, _TURNS, epoch]).permutation(num_parts).tolist():
@@ -91,11 +91,11 @@ class Loader:
             skip = max(0, skip - len(plan))
 
     def batches(self, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
-        """Epoch after epoch, beginning with this one, of which `skip` batches are left out."""
+        """Yield the batches of all epochs from this one on, without its first `skip` batches."""
         return (batch for _, batch in self.iter_from(LoaderState(epoch, skip)))
 
     def iter_from(self, start: LoaderState) -> Iterator[tuple[LoaderState, Batch]]:
-        """The batches from a position on, epoch after epoch, each with its own position."""
+        """Yield the batches from a position on, epoch after epoch, each with its own position."""
         epoch, skip = start
         while True:
             for number, batch in enumerate(self.epoch(epoch, skip), skip):
@@ -106,7 +106,7 @@ class Loader:
         return epoch if self.config.dynamic_masking else 0
 
     def _parts(self, drawing: int) -> list[list[int]]:
-        """The shards of each part, whose order is that of the text; a small text is one part."""
+        """Return the shards of each part, whose order is that of the text; a small text is one part."""
         sizes = self.documents.sizes
         count = max(1, int(sizes.sum()) // _PART_TOKENS)
         if count == 1:
@@ -117,7 +117,7 @@ class Loader:
         return [sorted(order[number == i].tolist()) for i in np.unique(number)]
 
     def _part(self, drawing: int, number: int) -> tuple[Documents, Pairs]:
-        """The documents of a part and the pairs drawn of them; one part is kept in memory."""
+        """Return the documents of a part and the pairs drawn of them; one part is kept in memory."""
         if self._drawn is None or self._drawn[0] != (drawing, number):
             kept = self._drawn[1] if self._drawn and len(self._parts(drawing)) == 1 else None
             self._drawn = None  # before the next one is read
@@ -137,7 +137,7 @@ class Loader:
         return make_batch(documents, pairs.take(members), noise, self.vocab, self.config)
 
     def _plan(self, epoch: int, number: int) -> list[tuple[np.ndarray, int]]:
-        """Which pairs of a part stand in which batch, and to what length it is padded."""
+        """Return the pairs of each batch of a part, and the length to which it is padded."""
         _, pairs = self._part(self._drawing(epoch), number)
         rng = np.random.default_rng([self.seed, _ORDER, epoch, number])
         order = rng.permutation(len(pairs))
@@ -155,12 +155,12 @@ class Loader:
 
 
 class PretrainingData(NamedTuple):
-    """What a run trains on.
+    """The training and validation batches of a run, with statistics of the text.
 
     validation: batches for evaluation, or None where there is too little text for them. unigram_loss and
     validation_unigram_loss: on either text, of a model that knows only how frequent words are, in nats.
     word_counts: (V,) float64, how often each token is a word that may be predicted, in the training text.
-    fingerprint: a hash of the text and its preparation. statistics: of the text, see Prepared.
+    fingerprint: a hash of the text and its preparation. statistics: of the text, see PreparedCorpus.
     """
 
     train: Loader
@@ -176,14 +176,14 @@ class PretrainingData(NamedTuple):
 def load_pretraining_data(config: DataConfig, batch_size: int, seed: int = 0) -> PretrainingData:
     """Read a corpus, prepared once and cached, into loaders of batches.
 
-    Raises InputError where the corpus cannot be used as the configuration asks.
+    Raise InputError if the corpus cannot be used as the configuration asks.
     """
     check_group(config)
     prepared = prepare(config)
     train = Loader(prepared.train, prepared.vocab, config, batch_size, seed)
     if not len(train.pairs(0)):
         raise InputError(
-            f"--max-seq-length {config.max_seq_length}: no pair of sentences fits; a larger figure is needed"
+            f"max_seq_length must be larger: no pair of sentences fits in {config.max_seq_length} tokens."
         )
     if config.pairs == "sentences":
         log.info(
@@ -195,7 +195,7 @@ def load_pretraining_data(config: DataConfig, batch_size: int, seed: int = 0) ->
     validation = Loader(prepared.validation, prepared.vocab, config, batch_size, seed)
     usable = prepared.validation.with_pairs() >= 2 and len(validation.pairs(0)) > 0
     if not usable:
-        log.info("too little text is held out for an evaluation; --validation-fraction asks for more")
+        log.info("the validation text is too short for evaluations; increase validation_fraction")
     return PretrainingData(
         train,
         validation if usable else None,

@@ -1,4 +1,4 @@
-"""Which tokens a masked language model predicts, and what it is shown in their place. Builds no batches."""
+"""Choose the tokens that a masked language model predicts, and replace them. Builds no batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Masked:
 
     tokens: (B, T) int32, what the model sees.
     masked_positions: (2, M) int32, row and position of every token to predict, in reading order.
-    masked_ids: (M,) int32, the ids that stood there.
+    masked_ids: (M,) int32, the original ids.
     """
 
     tokens: np.ndarray
@@ -38,11 +38,10 @@ def mask(
 ) -> Masked:
     """Mask rows of tokens: (B, T) int32 and valid_length (B,) -> Masked. All randomness is in `noise`.
 
-    noise: (`num_draws`, B, T) uniform on [0, 1). Of a row's tokens that are no special ones, `mlm_probability` are
-    chosen, one at least; of these `mask_token_rate` are shown as <mask>, `random_token_rate` as a random
-    token, and the rest as they are, each token for itself (Devlin et al. 2018, section 3.1: 15 %, and 80,
-    10 and 10 %). Words and n-grams are chosen whole as far as they fit in that number; where not even the
-    row's shortest word does, one such word is chosen all the same.
+    noise: (`num_draws`, B, T) uniform on [0, 1). A share of `mlm_probability` of a row's ordinary tokens is
+    chosen, at least one. Of these `mask_token_rate` become <mask> and `random_token_rate` a random token; the
+    rest stays (Devlin et al. 2018, section 3.1: 15 %, and 80, 10 and 10 %). Words and n-grams are chosen
+    whole while they fit in that number. If no word fits, the shortest one is chosen.
     """
     real = np.arange(tokens.shape[1]) < valid_length[:, None]
     # Padding and special tokens are never words; <unk> is one, but not always worth predicting.
@@ -68,7 +67,7 @@ def mask(
 
 
 def _smallest(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(B, T) bool: the `counts` (B,) smallest values of each row."""
+    """Return the `counts` (B,) smallest values of each row, (B, T) bool."""
     ranks = np.argsort(np.argsort(values, axis=1), axis=1)
     return ranks < counts[:, None]
 
@@ -94,15 +93,15 @@ def _whole_words(
 ) -> np.ndarray:
     """(B, T) bool: whole words or n-grams in the order of their noise, those left out that do not fit.
 
-    word, candidate, continues: (B, T) bool, tokens of words, those that may be chosen, and those that go on
-    with a word. wanted: (B,) how many tokens are chosen at most, or one shortest word.
+    word, candidate, continues: (B, T) bool, tokens of words, those that may be chosen, and those that
+    continue with a word. wanted: (B,) how many tokens are chosen at most, or one shortest word.
     """
     most = config.max_ngram if config.masking == "ngrams" else 1
     # A piece whose word lost its beginning when the pair was truncated begins a word itself.
     begins = word & ~(continues & np.pad(word, ((0, 0), (1, 0)))[:, :-1])
     number = np.cumsum(begins, axis=1) - 1
     row, position = np.nonzero(begins)
-    # An n-gram that would begin with the last word may be looked for: so many words more are empty.
+    # Empty words after the last, for n-grams that begin with it.
     shape = len(word), word.shape[1] + most
 
     def by_word(values: np.ndarray, empty: Any) -> np.ndarray:
@@ -125,7 +124,7 @@ def _whole_words(
 
 
 def _ngram_lengths(words: _Words, draw: np.ndarray, most: int) -> np.ndarray:
-    """(B, W): how many words the n-gram has that begins at each word, 0 where a word may not be chosen.
+    """Return the length of the n-gram that begins at each word, 0 for words that may not be chosen, (B, W).
 
     n of them with a probability in proportion to 1/n, up to `most` and to the next word that may not be
     chosen or the end of the segment (Lan et al. 2019, section 3.1). draw: (B, W) uniform on [0, 1).
@@ -145,7 +144,7 @@ def _ngram_lengths(words: _Words, draw: np.ndarray, most: int) -> np.ndarray:
 def _taken(
     words: _Words, order: np.ndarray, lengths: np.ndarray, budget: np.ndarray, most: int
 ) -> np.ndarray:
-    """(B, W) bool: the words of the n-grams that begin at the words in their order, as far as they fit.
+    """Return the words of the n-grams that begin at words in this order, while they fit, (B, W) bool.
 
     What does not fit in what is left of a row's budget (B,) is shortened word by word; what overlaps with
     an n-gram taken before is left out. All rows go side by side, a word of each at a time.
@@ -181,7 +180,7 @@ def _replacements(
 
 
 def pair_noise(seed: int, epoch: int, pairs: np.ndarray, length: int, draws: int = 3) -> np.ndarray:
-    """The noise of these pairs in this epoch: pair numbers (B,) -> (draws, B, T) float64 on [0, 1).
+    """Return the noise of these pairs in this epoch: pair numbers (B,) -> (draws, B, T) float64 on [0, 1).
 
     It is computed from the pair's own number, not drawn from a stream. So a pair has the same masks
     whatever batch, bucket, worker or device it comes to, and a resumed run needs no random state.

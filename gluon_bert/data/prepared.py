@@ -1,4 +1,4 @@
-"""A corpus as ids, ready for drawing pairs: prepared once, then read from disk. Draws nothing itself."""
+"""Corpora as ids: prepared once, then read from disk. Draws no pairs."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from .wordpiece import WordPieceVocabulary, installed_version
 
 log = logging.getLogger(__name__)
 
-# In memory, or on disk in shards.
+# Documents in memory, or in shards on disk.
 DocumentSource = Union[Documents, Shards]
 
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """A corpus as ids: the text to train on, the validation text, and the vocabulary of the former.
+    """A corpus as ids: training documents, validation documents and the vocabulary.
 
-    fingerprint: a hash of the text and of all that made these ids of it. statistics: what the manifest says
-    of the text: documents, sentences and tokens, and shares of what is unknown, repeated or left out.
+    fingerprint: a hash of the text and of the options of its preparation. statistics: the numbers of
+    documents, sentences and tokens, and the shares that are unknown, repeated or left out.
     """
 
     train: DocumentSource
@@ -49,32 +49,31 @@ class PreparedCorpus:
     statistics: Mapping[str, Any] = field(default_factory=dict)
 
     def word_counts(self, documents: DocumentSource, predict_unknown: bool) -> np.ndarray:
-        """(V,) float64: how often each token occurs in these documents as a word that may be predicted."""
+        """Return the count of each token that may be predicted in these documents, (V,) float64."""
         counts = documents.counts(len(self.vocab)).astype(np.float64)
         if not predict_unknown:
             counts[self.vocab.unk] = 0
         return counts
 
     def unigram_loss(self, documents: DocumentSource, predict_unknown: bool) -> float:
-        """The loss in nats, on these documents, of a model that knows the words' frequencies in training.
+        """Return the loss of the unigram model of the training text on these documents, in nats.
 
-        On the training text itself it is the entropy of the words to predict. Below it a model must have
-        learnt something of the words' context.
+        A model with a smaller loss has learned something about the context of words.
         """
         frequent, asked = (self.word_counts(text, predict_unknown) for text in (self.train, documents))
         met = asked > 0
-        # <unk>, or a token of a published vocabulary, may not stand in the training text: it counts as once.
+        # Tokens of a published vocabulary may not occur in the training text: they count once.
         frequent = np.maximum(frequent, met)
         loss = -np.log(frequent[met] / frequent.sum())
         return float((asked[met] * loss).sum() / asked.sum())
 
 
 def prepare(config: DataConfig, cache: Path | None = None) -> PreparedCorpus:
-    """Read a corpus into ids, or what an earlier time left on disk; InputError where there is too little text.
+    """Read a corpus into ids, or read the ids from the cache. Raise InputError if there is too little text.
 
-    cache: the folder for that, by default in MXNet's data folder. What depends on a seed is not kept.
+    cache: a folder, by default in MXNet's data folder. Nothing in it depends on a seed.
     """
-    vocabulary_maker(config)  # tells what is wrong before any text is read
+    vocabulary_maker(config)  # raises InputError before any text is read
     corpus = Corpus(config)
     made_by = _made_by(corpus, config)
     folder = (data_folder() / "gluon_bert" if cache is None else cache) / made_by["fingerprint"]
@@ -104,18 +103,20 @@ def prepare(config: DataConfig, cache: Path | None = None) -> PreparedCorpus:
     return prepared
 
 
-def number(documents: Iterable[tuple[Document, bool]], min_freq: int) -> PreparedCorpus:
-    """Documents of words, each with whether it is held out, to documents of ids of words.
+def prepare_words(documents: Iterable[tuple[Document, bool]], min_freq: int) -> PreparedCorpus:
+    """Prepare documents of words in memory. documents: with whether each is for validation.
 
-    The vocabulary is made of the training text; in both texts the other words become <unk>.
+    The vocabulary is built from the training documents; other words become <unk>.
     """
-    return numbered(documents, lambda counts: Vocabulary.from_counts(counts, min_freq))
+    return prepare_documents(documents, lambda counts: Vocabulary.from_counts(counts, min_freq))
 
 
-def numbered(documents: Iterable[tuple[Document, bool]], vocabulary_of: VocabularyOf) -> PreparedCorpus:
-    """Documents of words, each with whether it is held out, to documents of ids, all in memory.
+def prepare_documents(
+    documents: Iterable[tuple[Document, bool]], vocabulary_of: VocabularyOf
+) -> PreparedCorpus:
+    """Prepare documents in memory. documents: with whether each is for validation.
 
-    vocabulary_of: gives the vocabulary for the training text's words and how often each of them occurs.
+    vocabulary_of: returns the vocabulary for the counts of the training words.
     """
     text = index_words(documents)
     counts = text.word_counts()[0].tolist()
@@ -129,28 +130,30 @@ def numbered(documents: Iterable[tuple[Document, bool]], vocabulary_of: Vocabula
 
 
 def _check(prepared: PreparedCorpus, config: DataConfig, guessed: Mapping[str, Path]) -> None:
-    """Raise InputError where the text is not enough. guessed: the formats that were guessed, see Corpus."""
+    """Raise InputError if there is too little text. guessed: the formats that were guessed, see Corpus."""
     names = " ".join(config.corpus)
     usable = prepared.train.with_pairs()
     if usable < 2:
         formats = f"read as {', '.join(guessed)}" if guessed else f"text_format is {config.text_format}"
         raise InputError(
-            f"corpus {names}: must have at least 2 training documents of 2 sentences, for next-sentence "
-            f"prediction; got {usable}, and {len(prepared.validation)} for validation ({formats}). Put blank lines "
-            "between documents; --text-format sentences reads a sentence a line, paragraphs a document a line, "
-            "prose running text"
+            f"corpus must have at least 2 training documents of 2 sentences, got {usable} in {names} "
+            f"({formats}), and {len(prepared.validation)} for validation. Put blank lines between documents. "
+            'text_format="sentences" reads one sentence per line, "paragraphs" one document per line, '
+            '"prose" running text.'
         )
     vocab = prepared.vocab
     if config.vocab_file and not prepared.train.counts(len(vocab))[vocab.ordinary_ids].any():
-        raise InputError(f"vocab_file {config.vocab_file}: has no token for any word of corpus {names}")
+        raise InputError(
+            f"vocab_file must have tokens for words of {names}, got {config.vocab_file}, which has none."
+        )
     if not len(vocab.ordinary_ids):
         raise InputError(
-            f"min_freq {config.min_freq}: no word of corpus {names} occurs so often. Choose a smaller min_freq"
+            f"min_freq must be smaller for {names}, got {config.min_freq}: no word occurs so often."
         )
 
 
 def _made_by(corpus: Corpus, config: DataConfig) -> dict[str, Any]:
-    """What the ids depend on, for the manifest: the settings, and the fingerprint of these and the text."""
+    """Return the settings that the ids depend on, and the fingerprint of these and of the text."""
     names = ["text_format", "language", *Normalization._fields, "validation_fraction", "min_freq"]
     settings = {name: getattr(config, name) for name in names}
     if config.vocab_file:
@@ -164,7 +167,7 @@ def _made_by(corpus: Corpus, config: DataConfig) -> dict[str, Any]:
 
 
 def _writable(folder: Path) -> Path:
-    """This folder, or one of the same name for this process alone where it cannot be made."""
+    """Return this folder, or a temporary one of the same name if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -179,7 +182,7 @@ def _writable(folder: Path) -> Path:
 
 
 def _read(folder: Path, config: DataConfig) -> PreparedCorpus | None:
-    """The prepared text in a folder, or None where it is not finished; Damaged as read_manifest."""
+    """Read the prepared text of a folder; None if it is not finished. Raise Damaged as read_manifest."""
     manifest = shards.read_manifest(folder)
     if manifest is None:
         return None

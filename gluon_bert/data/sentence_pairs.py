@@ -1,4 +1,4 @@
-"""Documents to pairs of segments for next-sentence prediction, as spans of their tokens. Masks nothing."""
+"""Draw pairs of segments from documents, as spans of their tokens. Masks nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tokenizer import kept_lengths
 
 # [CLS] a [SEP] b [SEP]
 NUM_SPECIAL_IN_PAIR = 3
-# Places in a document, in sentences, that are told apart when a random segment is to stand like a true one.
+# Positions in a document, in sentences, that are distinguished when random segments imitate true ones.
 _PLACES = 8
 # Segments alike that are looked at for one of another document.
 _NEIGHBOURS = 64
@@ -41,14 +41,14 @@ class Pairs:
         )
 
     def take(self, keep: np.ndarray) -> Pairs:
-        """The pairs at these indices, or those that a (N,) bool array marks."""
+        """Return the pairs at these indices, or those that a (N,) bool array marks."""
         return Pairs(self.first[keep], self.second[keep], self.is_next[keep])
 
 
 def draw_pairs(documents: Documents, config: DataConfig, rng: np.random.Generator, unk: int) -> Pairs:
-    """The pairs of one epoch, of single sentences or packed, all with one word to predict at least.
+    """Draw the pairs of one epoch, sentences or packed. Each has at least one word to predict.
 
-    unk: the id of <unk>, which is none unless the configuration says so.
+    unk: the id of <unk>, which counts as a word to predict only if the configuration says so.
     """
     draw = _packed_pairs if config.pairs == "packed" else _sentence_pairs
     pairs = draw(documents, config, rng)
@@ -58,7 +58,7 @@ def draw_pairs(documents: Documents, config: DataConfig, rng: np.random.Generato
 
 
 def _sentence_pairs(documents: Documents, config: DataConfig, rng: np.random.Generator) -> Pairs:
-    """A pair for every sentence that has a next one: with it, or at `random_next_prob` with a random one.
+    """Draw a pair for each sentence with a next one: with that, or at `random_next_prob` with a random one.
 
     Pairs above max_seq_length are truncated or dropped, as the configuration says.
     """
@@ -88,26 +88,29 @@ def _labels(count: int, config: DataConfig, rng: np.random.Generator) -> np.ndar
 
 
 def _swapped(pairs: Pairs) -> Pairs:
-    """Swap the segments of the negative pairs, for sentence-order prediction (Lan et al. 2019, section 3.1)."""
+    """Swap the segments of the negative pairs, for sentence-order prediction.
+
+    Lan et al. 2019, section 3.1.
+    """
     in_order = pairs.is_next[:, None]
     first = np.where(in_order, pairs.first, pairs.second)
     return Pairs(first, np.where(in_order, pairs.second, pairs.first), pairs.is_next)
 
 
 def _any_negatives(documents: Documents, a: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The book's draw: any sentence of any document, the true next one and first sentences included."""
+    """Draw as D2L: any sentence of any document, including the true next one and first sentences."""
     starts, counts = documents.documents[:-1], np.diff(documents.documents)
     chosen = rng.integers(len(documents), size=len(a))
     return starts[chosen] + (rng.random(len(a)) * counts[chosen]).astype(np.int64)
 
 
 def _matched_negatives(documents: Documents, a: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A sentence of another document that is not its first: from the set that the true ones come from.
+    """Draw a sentence of another document that is not its first, as true next sentences are.
 
-    In the book's draw three in ten random sentences open a paragraph and no true one does, so up to two
-    thirds of the labels can be told without reading the first sentence.
+    In D2L's draw three in ten random sentences open a paragraph and no true one does, so up to two
+    thirds of the labels can be predicted without reading the first sentence.
     """
-    # The followers, all sentences but the firsts, stand in the order of their documents: those of a's own
+    # The followers, all sentences but the first ones, are in the order of their documents: those of a's own
     # document, (own_start, own_stop), are skipped by drawing from what comes after them, and then around.
     document_of = np.repeat(np.arange(len(documents)), np.diff(documents.documents))
     followers = a + 1
@@ -118,7 +121,7 @@ def _matched_negatives(documents: Documents, a: np.ndarray, rng: np.random.Gener
 
 
 def _truncated(pairs: Pairs, max_seq_length: int) -> Pairs:
-    """The pairs cut at the end of their longer segment until they fit, as Devlin et al. 2018 cut them."""
+    """Truncate the longer segment of each pair at its end until the pair fits, as Devlin et al. 2018."""
     room = max_seq_length - NUM_SPECIAL_IN_PAIR
     a = pairs.first[:, 1] - pairs.first[:, 0]
     b = pairs.second[:, 1] - pairs.second[:, 0]
@@ -129,10 +132,10 @@ def _truncated(pairs: Pairs, max_seq_length: int) -> Pairs:
 
 
 def _has_other_than(unk: int, documents: Documents, pairs: Pairs) -> np.ndarray:
-    """(N,) bool: the pairs with another token than this one.
+    """Return the pairs with another token than this one, (N,) bool.
 
-    Looks at the pairs' first tokens, then at the second ones of the few pairs that need it, and so on: so
-    the text, which may be large, is not read and counted as a whole.
+    It looks at the first tokens of all pairs, then at the second ones of the pairs that need it, and so on,
+    so that most of the text is not read.
     """
     found = np.zeros(len(pairs), dtype=bool)
     for segment in (pairs.first, pairs.second):
@@ -148,18 +151,17 @@ def _has_other_than(unk: int, documents: Documents, pairs: Pairs) -> np.ndarray:
 
 
 def _packed_pairs(documents: Documents, config: DataConfig, rng: np.random.Generator) -> Pairs:
-    """Consecutive sentences of one document in two segments, as many as fill max_seq_length.
+    """Draw pairs of consecutive sentences of one document in two segments that fill max_seq_length.
 
-    The way of Devlin et al. 2018 (create_pretraining_data.py): sentences are taken until they reach
-    max_seq_length, or at `short_seq_prob` a random shorter length, and parted between two of them. With
-    `random_next_prob` the second segment is replaced by one from another document, and its sentences are put
-    back. What is too long is truncated at random ends.
+    As in Devlin et al. 2018 (create_pretraining_data.py), sentences are taken until they reach
+    max_seq_length, or at `short_seq_prob` a random shorter length, and split between two of them. With
+    `random_next_prob` the second segment is replaced by one from another document, and its sentences are used
+    again. Long pairs are truncated at random ends.
 
-    Theirs gives the labels away to who looks at lengths and places only: a segment that is the last
-    sentence of its document never has a true follower, a random segment may open a document, and may fill
-    up a pair that is short where its document ends. So here a last sentence that is left over is left out
-    (another epoch cuts otherwise), and a random segment is another pair's true one, of like place and
-    length. The shorter length is drawn for each pair, where theirs is for each document.
+    In that code lengths and positions give the labels away: the last sentence of a document never has a true
+    next segment, and random segments may open a document or fill a short pair. Here a last sentence that is
+    left over is dropped (another epoch splits differently), and a random segment is another pair's true one
+    of similar position and length. The shorter length is drawn per pair instead of per document.
     """
     room = config.max_seq_length - NUM_SPECIAL_IN_PAIR
     start, middle, stop, is_next = _packed(documents, config, room, rng)
@@ -182,11 +184,10 @@ def _packed_pairs(documents: Documents, config: DataConfig, rng: np.random.Gener
 def _packed(
     documents: Documents, config: DataConfig, room: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Where each pair's sentences start, where its second segment does, where it stops; and is_next.
+    """Return where each pair starts, where its second segment starts, where it stops, and is_next.
 
-    All is drawn for every sentence, as if a pair started with it. Then the pairs are those that one meets
-    going from the first sentence to where its pair stops (or, if its rest is put back, to its second
-    segment), to where that one stops, and so on: a loop over the pairs, and not over the sentences.
+    Everything is drawn for each sentence, as if a pair started with it. A loop over the pairs then goes from
+    the first sentence to the end of its pair (or to its second segment, if that is used again), and so on.
     """
     num_sentences = len(documents.sentences) - 1
     sentence = np.arange(num_sentences)
@@ -215,15 +216,14 @@ def _packed(
 def _alike(
     kinds: np.ndarray, lengths: np.ndarray, owners: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """(N,) for each segment one of another document, of its kind, and as long or the next longer there is.
+    """Return for each segment one of another document, of its kind and of like length, (N,).
 
-    kinds, lengths, owners: (N,) place, tokens and document of each, the documents rising. So who sees only
-    how long a segment is and where in its document it stands cannot tell a random one from a true one. A
-    segment for which there is none of another document gets itself.
+    kinds, lengths, owners: (N,) position, tokens and document of each; documents ascend. So length and
+    position do not distinguish random segments from true ones. A segment without a match gets itself.
     """
     num = len(lengths)
     chosen = np.arange(num)
-    # Those alike stand in a random order; each gets the next one that is not of its document.
+    # Similar ones are in a random order; each gets the next one that is not of its document.
     order = np.lexsort((rng.random(num), lengths, kinds))
     left = np.arange(num)
     for step in range(1, min(_NEIGHBOURS, num)):
@@ -245,7 +245,7 @@ def _alike(
 
 
 def _truncated_at_random_ends(pairs: Pairs, room: int, rng: np.random.Generator) -> Pairs:
-    """The pairs cut, token by token of the longer segment at either of its ends, until they fit in `room`."""
+    """Truncate the longer segment, token by token at a random end, until the pairs fit in `room`."""
     a = pairs.first[:, 1] - pairs.first[:, 0]
     b = pairs.second[:, 1] - pairs.second[:, 0]
     cut = []

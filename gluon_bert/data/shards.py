@@ -1,18 +1,18 @@
-"""A prepared corpus on disk: its manifest, its vocabulary and its shards. Says how they lie, makes no ids.
+"""A prepared corpus on disk: its manifest, its vocabulary and its shards. Makes no ids.
 
-    <fingerprint>/                  a folder for each text and way of reading it
+    <fingerprint>/                  one folder per text and preparation
       manifest.json                 written last: without it the preparation is unfinished
-      vocabulary.txt                a token a line, UTF-8
-      counts.npy                    (2, V) int64, how often each token occurs: to train on, held out
+      vocabulary.txt                one token per line, UTF-8
+      counts.npy                    (2, V) int64, counts of tokens: training, validation
       shard-00000/                  some million tokens of whole documents, in the order of the text
         train.tokens.npy            (N,) uint16; int32 where the vocabulary has more than 65,536 tokens
         train.sentences.npy         (S + 1,) int64, where each sentence starts in the tokens, and the end
         train.documents.npy         (D + 1,) int64, the same for the documents in the sentences
         validation.tokens.npy         and so on: the same for the validation text
-      words-00000.npz, ids.npz      what an unfinished preparation goes on with, gone from a finished one
+      words-00000.npz, ids.npz      of an unfinished preparation; removed at its end
 
-The manifest has the format's number, what made the shards (the settings, and the fingerprint: a hash of
-them and of the text), the statistics, and of every file its bytes and its CRC-32. The arrays are NumPy's own
+The manifest has the format number, the settings, the fingerprint (a hash of them and of the text), the
+statistics, and the size and CRC-32 of each file. The arrays are NumPy's own
 files, which `numpy.load(path, mmap_mode="r")` maps into memory.
 """
 
@@ -44,10 +44,10 @@ class Damaged(Exception):
 
 
 class Shards:
-    """One side of a prepared corpus, to train on or held out, in shards of which few are in memory at once.
+    """The training or validation documents of a prepared corpus, in shards. Few are in memory at once.
 
-    sizes: (K,) int64, tokens a shard. As a whole, where that is wanted, it is `tokens`, `sentences` and
-    `documents`, as in Documents.
+    sizes: (K,) int64, tokens per shard. `tokens`, `sentences` and `documents` give all of it, as in
+    Documents.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], side: str, counts: np.ndarray) -> None:
@@ -58,7 +58,7 @@ class Shards:
             dtype=np.int64,
         )
         if (self._lengths < 0).any() or counts.dtype.kind not in "iu" or counts.ndim != 1:
-            raise Damaged(f"{MANIFEST} or {COUNTS} has numbers that are none")
+            raise Damaged(f"{MANIFEST} or {COUNTS} has invalid numbers")
         self.sizes = self._lengths[:, 0]
         self._whole: Documents | None = None
 
@@ -66,7 +66,7 @@ class Shards:
         return int(self._lengths[:, 2].sum())
 
     def with_pairs(self) -> int:
-        """How many documents have two sentences or more."""
+        """Return how many documents have two sentences or more."""
         return int(self._lengths[:, 3].sum())
 
     def counts(self, size: int) -> np.ndarray:
@@ -75,7 +75,10 @@ class Shards:
         return self._counts
 
     def part(self, shards: Sequence[int]) -> Documents:
-        """The documents of these shards, copied into memory; InputError where a file is damaged or foreign."""
+        """Return the documents of these shards, copied into memory.
+
+        Raise InputError if a file is damaged or foreign.
+        """
         lengths = self._lengths[list(shards), :3]
         self._refuse_damaged(shards)
         num_tokens, num_sentences, num_documents = lengths.sum(axis=0)
@@ -89,7 +92,7 @@ class Shards:
         return Documents(tokens, sentences, documents)
 
     def _refuse_damaged(self, numbers: Sequence[int]) -> None:
-        """Raise InputError where a file is not what the manifest says, before memory is asked for."""
+        """Raise InputError if a file is not what the manifest says, before memory is asked for."""
         try:
             for number in numbers:
                 lengths = self._lengths[number] + [0, 1, 1, 0]
@@ -110,7 +113,7 @@ class Shards:
 
     @property
     def tokens(self) -> np.ndarray:
-        """(N,) the ids of all tokens, as in Documents."""
+        """Return the ids of all tokens, as in Documents, (N,)."""
         return self._all().tokens
 
     @property
@@ -130,17 +133,17 @@ class Shards:
 
 
 def id_type(vocab_size: int) -> Any:
-    """The type of the tokens' ids."""
+    """Return the type of the tokens' ids."""
     return np.uint16 if vocab_size <= 1 << 16 else np.int32
 
 
 def shard_name(number: int) -> str:
-    """The name of a shard's folder."""
+    """Return the name of a shard's folder."""
     return f"shard-{number:05}"
 
 
 def write_shard(folder: Path, number: int, sides: Mapping[str, Documents]) -> None:
-    """A shard's folder, whole or not at all."""
+    """Create a shard's folder atomically."""
     with atomic_folder(folder / shard_name(number)) as aside:
         for side, documents in sides.items():
             for name in ARRAYS:
@@ -148,7 +151,7 @@ def write_shard(folder: Path, number: int, sides: Mapping[str, Documents]) -> No
 
 
 def describe_shard(folder: Path, number: int) -> dict[str, Any]:
-    """What the manifest says of a shard: how long its arrays are; of its files the bytes and the CRC-32."""
+    """Return a shard's entry in the manifest: array lengths, and the size and CRC-32 of each file."""
     shard = folder / shard_name(number)
     description: dict[str, Any] = {}
     for side in SIDES:
@@ -162,7 +165,7 @@ def describe_shard(folder: Path, number: int) -> dict[str, Any]:
 def manifest(
     folder: Path, made_by: Mapping[str, Any], described: Sequence[Any], statistics: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the manifest says of a folder that has all the rest."""
+    """Return the manifest of a folder that has all other files."""
     own = {name: _described(folder / name) for name in (VOCABULARY, COUNTS)}
     return {
         "format": FORMAT,
@@ -179,8 +182,9 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished corpus, or None; Damaged where a file is missing or of another size.
+    """Return the manifest of a finished corpus, or None.
 
+    Raise Damaged if a file is missing or of another size.
     The vocabulary and the counts are also compared by content, the shards when they are read.
     """
     try:
@@ -198,7 +202,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         for number, shard in enumerate(content["shards"]):
             for name, (num_bytes, _) in shard["files"].items():
                 if Path(name).name != name:
-                    raise Damaged(f"{name!r} is no file of a shard")
+                    raise Damaged(f"{name!r} is not a file of a shard")
                 found = (folder / shard_name(number) / name).stat().st_size
                 if found != num_bytes:
                     raise Damaged(f"{shard_name(number)}/{name} has {found:,} bytes, not {num_bytes:,}")
@@ -209,16 +213,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder for this process alone, once others that prepare the same text are done with it.
+    """Lock the folder, after waiting for other processes that prepare the same text.
 
-    The lock is gone with the process that holds it, however that ends.
+    The lock ends with the process that holds it.
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
         try:
             lock(handle, folder, "prepare a text", wait=True)
-            # Whoever had it may have removed the folder: then this is the lock of one that has no name.
+            # The previous owner may have removed the folder; then this lock has no effect.
             if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
                 yield
                 return

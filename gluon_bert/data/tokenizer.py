@@ -1,4 +1,4 @@
-"""A user's texts -> ids as the network was trained on them, in batches of like length. Masks nothing."""
+"""Texts as ids, as in training, in batches of similar length. Masks nothing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _LENGTH_STEP = 8
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A text, or a pair of them, as the network reads it: `<cls> a <sep>` or `<cls> a <sep> b <sep>`.
+    """A text or a pair as inputs of the network: `<cls> a <sep>` or `<cls> a <sep> b <sep>`.
 
-    ids, token_types: (T,) int32. tokens: the T tokens as they were given, also those that are <unk> to the
-    network; of WordPiece, the pieces, and the whole word where it is [UNK]. unknown: which of them are, each
-    once. vocab: whose ids they are. truncated: how many tokens were cut off.
+    ids, token_types: (T,) int32. tokens: the T tokens, also unknown ones; with WordPiece the pieces, and
+    whole words for [UNK]. unknown: the unknown tokens, each once. vocab: the vocabulary of the ids.
+    truncated: the number of tokens that were cut off.
     """
 
     tokens: list[str]
@@ -36,12 +36,12 @@ class EncodedText:
 
     @property
     def is_pair(self) -> bool:
-        """Whether there is a second segment."""
+        """Return whether there is a second segment."""
         return bool(self.token_types[-1])
 
     @property
     def masks(self) -> np.ndarray:
-        """(K,) the positions of <mask>, rising."""
+        """Return the positions of <mask>, rising, (K,)."""
         return np.flatnonzero(self.ids == self.vocab.mask)
 
     @property
@@ -55,7 +55,7 @@ class EncodedText:
 
 
 class Tokenizer:
-    """Makes a Text of words, tokens or ids; knows the vocabulary and what length the network was trained on.
+    """Encodes texts, tokens or ids with a vocabulary, up to the length that the network was trained on.
 
     >>> reader = Tokenizer(Vocabulary(["crane", "a"]), 8, Normalization(lowercase=True))
     >>> text = reader.text("A <mask> crane.")
@@ -70,9 +70,10 @@ class Tokenizer:
         self._unknown[vocab.mask] = False
 
     def text(self, first: str, second: str | None = None, truncate: bool = False) -> EncodedText:
-        """Running text, or a pair of texts; InputError where one is empty or they are too long together.
+        """Return a text or a pair of texts as ids.
 
-        truncate: cut what is too long instead, at the end of the longer text, as in training.
+        Raise InputError if one is empty or they are too long together.
+        truncate: instead truncate the longer text at its end, as in training.
         """
         return self.tokens(self.pieces(first), None if second is None else self.pieces(second), truncate)
 
@@ -89,13 +90,13 @@ class Tokenizer:
     def ids(
         self, first: Sequence[int], second: Sequence[int] | None = None, truncate: bool = False
     ) -> EncodedText:
-        """Text as ids, without <cls> and <sep>; InputError for an id that is no token's or one of these two."""
+        """Return an EncodedText of ids without <cls> and <sep>. Raise InputError for invalid ids."""
         segments = [first] if second is None else [first, second]
         for number in (number for segment in segments for number in segment):
             if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
-                raise InputError(f"{number!r} is no id: ids are whole numbers below {len(self.vocab)}")
+                raise InputError(f"ids must be whole numbers below {len(self.vocab)}, got {number!r}")
             if not 0 <= number < len(self.vocab):
-                raise InputError(f"{number} is no id: the vocabulary has {len(self.vocab)} tokens, from 0 on")
+                raise InputError(f"ids must be from 0 to {len(self.vocab) - 1}, got {number}")
             if number in (self.vocab.pad, self.vocab.cls, self.vocab.sep):
                 raise InputError(
                     f"id {number} is {self.vocab.tokens[number]}, which no text holds: it is put in where it "
@@ -131,7 +132,8 @@ class Tokenizer:
         if excess:
             if not truncate:
                 raise InputError(
-                    f"{self.max_seq_length + excess} tokens with <cls> and <sep>: the network takes {self.max_seq_length}; "
+                    f"{self.max_seq_length + excess} tokens with <cls> and <sep>: the network takes "
+                    f"{self.max_seq_length}; "
                     "shorten the text"
                 )
             segments = _cut(segments, self.max_seq_length - special)
@@ -148,7 +150,7 @@ class Tokenizer:
 
 
 def _cut(segments: list[Sequence[str]], room: int) -> list[Sequence[str]]:
-    """The segments without their ends, so that they have `room` tokens together."""
+    """Return the segments, truncated to `room` tokens together."""
     if len(segments) == 1:
         return [segments[0][:room]]
     first, second = segments
@@ -157,13 +159,13 @@ def _cut(segments: list[Sequence[str]], room: int) -> list[Sequence[str]]:
 
 
 def kept_lengths(a: np.ndarray, b: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """What is left of segments of a and b tokens when the longer one is cut until both fit in `room`."""
+    """Return the lengths of segments of a and b tokens after truncating the longer one until both fit."""
     kept_a = np.minimum(a, np.maximum(room - b, (room + 1) // 2))
     return kept_a, np.minimum(b, room - kept_a)
 
 
 class PaddedBatch(NamedTuple):
-    """Texts side by side: what a network computes at once, all (B, T) or (B,) int32.
+    """A padded batch of texts: int32 arrays (B, T) or (B,).
 
     tokens, token_types: padded. valid_length: tokens of a row without padding. masked_positions: (2, M), row
     and position of each <mask>, rows rising.
@@ -176,7 +178,7 @@ class PaddedBatch(NamedTuple):
 
 
 def pad(texts: Sequence[EncodedText], max_seq_length: int) -> PaddedBatch:
-    """Texts to arrays, padded to the next of few lengths and not above max_seq_length."""
+    """Return texts as arrays, padded to one of few lengths, at most max_seq_length."""
     valid_length = np.array([len(text) for text in texts], dtype=np.int32)
     longest = int(valid_length.max())
     length = max(longest, min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, max_seq_length))
@@ -191,7 +193,7 @@ def pad(texts: Sequence[EncodedText], max_seq_length: int) -> PaddedBatch:
 
 
 def chunks(texts: Iterable[EncodedText], max_tokens: int, max_masks: int) -> Iterator[list[EncodedText]]:
-    """Texts in lists of so many tokens and masks at most, or of one text: what is held in memory at once."""
+    """Yield lists of texts with at most `max_tokens` and `max_masks`, or of one text."""
     chunk: list[EncodedText] = []
     num_tokens = num_masks = 0
     for text in texts:
@@ -206,7 +208,7 @@ def chunks(texts: Iterable[EncodedText], max_tokens: int, max_masks: int) -> Ite
 
 
 def bucket_by_length(texts: Sequence[EncodedText], max_tokens: int, max_masks: int) -> Iterator[list[int]]:
-    """Which texts to compute together: batches of like length, those with masks apart from those without.
+    """Yield the indices of batches of texts of similar length; texts with masks are apart from others.
 
     No batch is padded to more than `max_tokens` tokens or `max_masks` masks, unless it is of one text.
     """

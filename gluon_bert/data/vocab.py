@@ -14,7 +14,7 @@ from ..config import DataConfig
 from ..errors import InputError
 from ..fileio import SURROGATE, write_json
 
-# The book's special tokens in the book's order, so that its ids are these: <unk> is 0, words start at 5.
+# D2L's special tokens in its order: <unk> is 0, words start at 5.
 UNK, PAD, MASK, CLS, SEP = SPECIAL_TOKENS = ("<unk>", "<pad>", "<mask>", "<cls>", "<sep>")
 
 # Vowel signs and accents that are characters of their own, and the joiners between letters: parts of words.
@@ -47,7 +47,7 @@ _CASED_SHARE = 0.1
 
 
 class Normalization(NamedTuple):
-    """How text becomes words: the fields of these names in DataConfig, which describes them.
+    """The options of splitting text into words; DataConfig describes them.
 
     The word vocabulary uses `lowercase` alone.
     """
@@ -65,7 +65,7 @@ class Normalization(NamedTuple):
 
     @property
     def all_added(self) -> tuple[str, ...]:
-        """All tokens that are cut out of the text."""
+        """Return all tokens that are cut out of the text."""
         return self.added_tokens + self.additional_special_tokens
 
 
@@ -88,7 +88,7 @@ def split_words(text: str) -> list[str]:
 
 
 def check_characters(tokens: Iterable[str], where: str) -> None:
-    """Raise InputError where a token holds half a surrogate pair, which no file of UTF-8 can hold."""
+    """Raise InputError if a token holds half a surrogate pair, which no file of UTF-8 can hold."""
     broken = next((token for token in tokens if not token.isascii() and SURROGATE.search(token)), None)
     if broken is not None:
         raise InputError(f"{where}: token {broken!r} holds half a surrogate pair, which is not a character")
@@ -97,9 +97,9 @@ def check_characters(tokens: Iterable[str], where: str) -> None:
 class Vocabulary:
     """A word vocabulary: the special tokens, then the words by falling frequency.
 
-    unk, pad, mask, cls, sep: the ids of these. special: (V,) bool, tokens that are no part of a text, <unk>
-    among them. ordinary: the ids of the others, rising. continues: (V,) bool, tokens that go on with the
-    word of the token before, of which there are none here.
+    unk, pad, mask, cls, sep: their ids. special: (V,) bool, tokens that are not text, with <unk>. ordinary:
+    the ids of the others, ascending. continues: (V,) bool, tokens that continue the
+    word of the previous token; here there are none.
 
     >>> vocab = Vocabulary(["crane", "is"])
     >>> vocab.to_indices(["the", "crane", "is"]).tolist(), vocab.to_tokens([3, 5])
@@ -126,12 +126,12 @@ class Vocabulary:
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, int], min_freq: int) -> Vocabulary:
-        """The words that occur `min_freq` times at least; equally frequent ones stand in their own order."""
+        """Build a vocabulary of the words with `min_freq`; ties are in code point order."""
         words = [w for w, n in counts.items() if n >= min_freq and w not in SPECIAL_TOKENS]
         return cls(sorted(words, key=lambda word: (-counts[word], word)))
 
     def extended(self, counts: Mapping[str, int], number: int, min_freq: int) -> Vocabulary:
-        """This vocabulary with the `number` most frequent words behind it that are no token of it, or fewer.
+        """Return a vocabulary with up to `number` new words after this one's tokens, the most frequent first.
 
         >>> Vocabulary(["crane"]).extended({"crane": 9, "is": 7, "a": 8, "rare": 1}, 5, 2).tokens[5:]
         ['crane', 'a', 'is']
@@ -153,17 +153,17 @@ class Vocabulary:
         return token in self._ids
 
     def to_indices(self, words: Sequence[str]) -> np.ndarray:
-        """The words' ids, int32; a word outside the vocabulary is <unk>. The inverse of `words`."""
+        """Return the words' ids, int32; a word outside the vocabulary is <unk>. The inverse of `words`."""
         return np.array([self._ids.get(word, self.unk) for word in words], dtype=np.int32)
 
     def to_tokens(self, ids: Iterable[int]) -> list[str]:
-        """The tokens of these ids, the inverse of `ids`."""
+        """Return the tokens of these ids, the inverse of `ids`."""
         return [self.tokens[i] for i in ids]
 
     def split(self, text: str, normalization: Normalization) -> list[str]:
-        """The words of a text: what stands between spaces if it is known, else as `split_words` parts it.
+        """Split a text into words: known words between spaces, others by `split_words`.
 
-        So text whose tokens stand apart already, such as WikiText's `@-@`, is read as it was in training.
+        So tokenized text, such as WikiText's `@-@`, is read as in training.
         """
         text = text.lower() if normalization.lowercase else text
         return [
@@ -171,7 +171,7 @@ class Vocabulary:
         ]
 
     def is_cased(self) -> bool:
-        """Whether it was made of text with capitals, as far as its tokens tell."""
+        """Return whether the vocabulary has words with capitals."""
         capitals = sum(self.tokens[i] != self.tokens[i].lower() for i in self.ordinary_ids)
         return capitals > _CASED_SHARE * len(self.ordinary_ids)
 
@@ -190,7 +190,7 @@ class Vocabulary:
         return part in self and (part == MASK or part not in SPECIAL_TOKENS)
 
     def pieces(self, word: str) -> list[str]:
-        """The tokens that a word becomes: itself, known or not."""
+        """Return the tokens of a word: the word itself, known or not."""
         return [word]
 
     def save(self, path: Path) -> None:
@@ -215,7 +215,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
-        """The vocabulary that `save` wrote; InputError names the file where it is none."""
+        """Read the vocabulary that `save` wrote. Raise InputError, which names the file, if it is invalid."""
         try:
             tokens = json.loads(Path(path).read_text("utf-8"))["idx_to_token"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -23,16 +23,16 @@ _PREFIX = "##"
 _LONGEST_WORD = 100
 # Rarer characters get no token, or those of a large corpus would fill the vocabulary; as in `tokenizers`.
 _MOST_CHARACTERS = 1000
-# Words that are told to the trainer at once: one that occurs a million times makes no long text.
+# Copies of a word per text for the trainer, so that a frequent word makes no long text.
 _REPEATED = 10_000
 
 
 class WordPieceVocabulary(Vocabulary):
-    """A vocabulary of words and pieces of words; `##` begins a piece that goes on with a word.
+    """A vocabulary of words and pieces of words; `##` begins a piece that continues a word.
 
-    Its special tokens are [PAD] [UNK] [CLS] [SEP] [MASK], wherever they stand; `special` marks these and
+    Its special tokens are [PAD] [UNK] [CLS] [SEP] [MASK], at any id; `special` marks these and
     the [unused0] and so on of published vocabularies. Raises InputError where one is missing or a token
-    stands twice, and where the package `tokenizers` is not installed.
+    occurs twice, and if the package `tokenizers` is not installed.
 
     >>> vocab = WordPieceVocabulary([*SPECIAL_TOKENS, "crane", "##s", "fly"])
     >>> vocab.split("Cranes fly!", Normalization(lowercase=True)), vocab.pieces("cranes"), vocab.pieces("!")
@@ -65,10 +65,10 @@ class WordPieceVocabulary(Vocabulary):
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, int], min_freq: int, size: int = 30522) -> WordPieceVocabulary:
-        """A vocabulary for words that occur so often: of `size` tokens, or fewer if the words give no more.
+        """Build a vocabulary of at most `size` tokens from word counts.
 
-        Pieces are joined as long as they stand side by side `min_freq` times. The same counts give the
-        same vocabulary, in whatever order they come and with however many threads.
+        Pieces that occur side by side at least `min_freq` times are joined. The result depends on the counts
+        only, not on their order or on the number of threads.
         """
         markers = set(MARKERS.values())
         alphabet = _alphabet({word: n for word, n in counts.items() if word not in markers})
@@ -79,8 +79,8 @@ class WordPieceVocabulary(Vocabulary):
         needed = [*SPECIAL_TOKENS, *alone, *inner]
         if len(needed) > size:
             raise InputError(
-                f"--vocab-size {size}: must be at least {len(needed)}, the special tokens and the characters "
-                "of the corpus, alone and inside words"
+                f"vocab_size must be at least {len(needed)} for the special tokens and the characters of the "
+                f"corpus, got {size}."
             )
         # All characters are given as special tokens: the trainer would number them in the order of a hash
         # table, other in each process, and among equally frequent pairs it joins the lower numbers first.
@@ -97,18 +97,18 @@ class WordPieceVocabulary(Vocabulary):
         return split_words(text, normalization)
 
     def pieces(self, word: str) -> list[str]:
-        """The tokens that a word becomes, longest first from its left; the word itself if it has none."""
+        """Return the tokens of a word, longest match first from the left; the word itself if it has none."""
         tokens = [piece.value for piece in self._model.tokenize(word)]
         return [word] if tokens == [UNK] else tokens
 
     def save(self, path: Path) -> None:
-        """Write vocab.txt as it is published, a token a line; `load` is the inverse."""
+        """Write vocab.txt with one token per line; `load` is the inverse."""
         with atomic_write(path) as file:
             file.writelines(token + "\n" for token in self.tokens)
 
     @classmethod
     def load(cls, path: Path) -> WordPieceVocabulary:
-        """The vocabulary in a file with a token a line; InputError names the file and every wrong line."""
+        """Read a vocabulary with one token per line. Raise InputError, which names all wrong lines."""
         path = Path(path)
         try:
             text = decode_utf8(path.read_bytes(), str(path))
@@ -122,27 +122,32 @@ class WordPieceVocabulary(Vocabulary):
         problems = []
         for number, token in enumerate(lines, 1):
             if not token.strip(" \t"):
-                problems.append(f"{path}, line {number}: is empty, where a vocabulary has a token a line")
+                problems.append(f"{path}, line {number}: must have a token, got an empty line")
             elif token in at:
-                problems.append(f"{path}, line {number}: {token!r} stands in line {at[token]} already")
+                problems.append(
+                    f"{path}, line {number}: {token!r} must occur once, and is in line {at[token]}"
+                )
             at.setdefault(token, number)
         missing = [token for token in SPECIAL_TOKENS if token not in at]
         if missing:
-            problems.append(f"{path}: has no {' '.join(missing)}, which a WordPiece vocabulary needs")
+            problems.append(f"{path}: must have {' '.join(missing)}, as every WordPiece vocabulary")
         if problems:
             raise InputError("\n".join(problems))
         return cls(lines)
 
     def check_case(self, path: str, lowercase: bool) -> None:
-        """Raise InputError where a published vocabulary was made for text of the other case."""
+        """Raise InputError if a published vocabulary is for text of the other case."""
         if lowercase and self.is_cased():
-            raise InputError(f"--vocab-file {path}: is a cased vocabulary; add --lowercase no")
+            raise InputError(f"lowercase must be off with the cased vocabulary {path}. Use lowercase=False.")
         if not lowercase and "a" in self and "A" not in self:
-            raise InputError(f"--vocab-file {path}: is an uncased vocabulary; add --lowercase yes")
+            raise InputError(f"lowercase must be on with the uncased vocabulary {path}. Use lowercase=True.")
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary in the folder of a run or an export, whichever its kind; InputError where none is."""
+    """Read the vocabulary, of either kind, in the folder of a run or an export.
+
+    Raise InputError without one.
+    """
     path = Path(folder) / WordPieceVocabulary.FILE
     if path.exists():
         return WordPieceVocabulary.load(path)
@@ -150,12 +155,12 @@ def load_vocabulary(folder: Path) -> Vocabulary:
 
 
 def installed_version() -> str:
-    """The version of the package `tokenizers`, which may part words as another does not; InputError without."""
+    """Return the version of the package `tokenizers`, on which the tokens may depend."""
     return str(tokenizers_library().__version__)
 
 
 def _alphabet(counts: Mapping[str, int]) -> set[str]:
-    """The characters that get tokens: the most frequent ones, equally frequent ones in their own order."""
+    """Return the characters that get tokens: the most frequent ones, ties in code point order."""
     times: dict[str, int] = {}
     for word, count in counts.items():
         for character in word:
@@ -164,7 +169,7 @@ def _alphabet(counts: Mapping[str, int]) -> set[str]:
 
 
 def _joined(counts: Mapping[str, int], needed: Sequence[str], min_freq: int, size: int) -> list[str]:
-    """The needed tokens, and then those that joining makes of them."""
+    """Return the needed tokens, followed by those that are joined from them."""
     library = tokenizers_library()
     trainer = library.trainers.WordPieceTrainer(
         vocab_size=size,
@@ -181,7 +186,7 @@ def _joined(counts: Mapping[str, int], needed: Sequence[str], min_freq: int, siz
 
 
 def _repeated(counts: Mapping[str, int]) -> Iterator[str]:
-    """Text in which each word occurs as often as it is counted."""
+    """Yield text in which each word occurs as often as its count."""
     for word, count in counts.items():
         for start in range(0, count, _REPEATED):
             yield " ".join([word] * min(_REPEATED, count - start))

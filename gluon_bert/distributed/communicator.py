@@ -49,8 +49,9 @@ class Communicator:
         return [content]
 
     def broadcast_decision(self, squared_norms: Any, stop: bool) -> tuple[Any, Any]:
-        """Return rank 0's squared norms, (P,), and the number of workers that want to stop, (1,). Does not wait.
+        """Return rank 0's squared norms, (P,), and the number of workers that want to stop, (1,).
 
+        Does not wait.
         Gradients are equal on all workers. Norms may differ in the last digit between processor models. So
         rank 0 decides for all.
         """
@@ -74,26 +75,26 @@ class Communicator:
             self.all_gather(b"+")
         return result
 
-    def ranks_differing_from_root(self, fact: Any) -> list[int]:
-        """Return the ranks whose fact differs from that of rank 0. Waits for all workers."""
-        rows = self.all_gather(_hash(fact))
+    def ranks_differing_from_root(self, value: Any) -> list[int]:
+        """Return the ranks whose value differs from that of rank 0. Waits for all workers."""
+        rows = self.all_gather(_hash(value))
         return [rank for rank, row in enumerate(rows) if row != rows[0]]
 
-    def check_same_on_all(self, facts: Mapping[str, Any]) -> None:
-        """Raise InputError on every worker if a fact differs from rank 0. The message names the facts."""
-        names = sorted(facts)
+    def check_same_on_all(self, values: Mapping[str, Any]) -> None:
+        """Raise InputError on every worker if a value differs from rank 0. The message names them."""
+        names = sorted(values)
         if self.ranks_differing_from_root(names):
             raise InputError(
                 "workers run different versions of gluon_bert. Install one version on all machines."
             )
-        rows = self.all_gather(b"".join(_hash(facts[name]) for name in names))
+        rows = self.all_gather(b"".join(_hash(values[name]) for name in names))
         for rank, row in enumerate(rows):
             places = [slice(i * _HASH_BYTES, (i + 1) * _HASH_BYTES) for i in range(len(names))]
             different = [name for name, place in zip(names, places) if row[place] != rows[0][place]]
             if different:
                 raise InputError(
-                    f"worker {rank} differs from worker 0 in {join_words(different)}. Start all workers with "
-                    "the same values."
+                    f"{join_words(different)} must be the same on all workers, and worker {rank} has others "
+                    "than worker 0."
                 )
 
 
@@ -150,5 +151,5 @@ def weights_hash(weights: Mapping[str, np.ndarray]) -> str:
     return content.hexdigest()
 
 
-def _hash(fact: Any) -> bytes:
-    return hashlib.sha256(json.dumps(fact, sort_keys=True, default=str).encode()).digest()[:_HASH_BYTES]
+def _hash(value: Any) -> bytes:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()[:_HASH_BYTES]

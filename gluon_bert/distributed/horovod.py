@@ -17,8 +17,8 @@ class HorovodCommunicator(DistributedCommunicator):
     def __init__(self, rank: int, count: int) -> None:
         super().__init__(rank, count)
         self._horovod, self._sums = horovod(), 0
-        # Fusion sums whichever arrays are ready as one. The offset of an array decides the order of additions.
-        # So fusion would make runs differ in the last digits.
+        # Fusion sums whichever arrays are ready as one. The offset of an array decides the order of
+        # additions. So fusion would make runs differ in the last digits.
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         # Seconds. One worker may read the text more slowly than another.
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "600")

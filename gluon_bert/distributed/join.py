@@ -6,7 +6,7 @@ import os
 from contextlib import contextmanager
 from typing import Any, Iterator
 
-from ..config import Config, flag_name
+from ..config import Config
 from ..errors import InputError, join_words
 from ..runtime import versions
 from .communicator import START, Communicator, DistributedCommunicator
@@ -37,8 +37,8 @@ def rank_and_size(kvstore: str) -> tuple[int, int]:
     """Read this worker's rank and the number of workers from the environment; raise InputError if unset."""
     if kvstore == "dist_async":
         raise InputError(
-            "kvstore must not be dist_async. Its workers do not wait for each other, so no two runs are equal. "
-            "Its servers would run code that they receive. Use dist_sync."
+            "kvstore must not be dist_async. Its workers do not wait for each other, so no two runs are "
+            "equal. Its servers would run code that they receive. Use dist_sync."
         )
     if kvstore not in KVSTORES:
         raise InputError(f"kvstore must be one of {', '.join(KVSTORES)}, got {kvstore}")
@@ -103,8 +103,8 @@ def check_sharing(config: Config, count: int) -> None:
         )
     if config.train.max_minutes:
         problems.append(
-            f"max_minutes must be 0 with several workers, got {config.train.max_minutes:g}. They have no common "
-            "clock. Use num_steps."
+            f"max_minutes must be 0 with several workers, got {config.train.max_minutes:g}. They have no "
+            "common clock. Use num_steps."
         )
     if problems:
         raise InputError("\n".join(problems))
@@ -121,8 +121,8 @@ def check_enough(num_pairs: int, count: int) -> None:
 def run_environment(config: Config, text: str) -> dict[str, Any]:
     """Return by name what all workers must have in common: options, the hash of the text, versions."""
     installed = versions()
-    facts = {f"the version of {name}": installed[name] for name in ("gluon_bert", "mxnet")}
-    facts["the text of --corpus"] = text
+    shared = {f"the version of {name}": installed[name] for name in ("gluon_bert", "mxnet")}
+    shared["the text of the corpus"] = text
     for group in config.to_json().values():
-        facts.update({flag_name(name): value for name, value in group.items() if name not in _MAY_DIFFER})
-    return facts
+        shared.update({name: value for name, value in group.items() if name not in _MAY_DIFFER})
+    return shared

@@ -271,5 +271,6 @@ def check_port(port: int, host: Host) -> None:
                 probe.bind((host.address, port))
             except OSError as error:
                 raise InputError(
-                    f"--port must be a free port, got {port} ({error.strerror}). Choose another or omit --port."
+                    f"--port must be a free port, got {port} ({error.strerror}). Choose another or omit "
+                    "--port."
                 ) from error

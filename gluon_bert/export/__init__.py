@@ -1,1 +1,1 @@
-"""A pretrained network in the forms that others run: written, read back and compared with the original."""
+"""Export of a network for other programs: written, read back and compared with the original."""

@@ -22,13 +22,15 @@ NUM_TEXTS = 96
 def validation_texts(run: Run, count: int = NUM_TEXTS) -> list[EncodedText]:
     """Return pairs of consecutive validation words: a third short, a third middling, a third long.
 
-    They are the same at every call, and each begins where a sentence begins. Raises InputError with the
+    They are the same at every call, and each begins where a sentence begins. Raise InputError with the
     remedy where the corpus cannot be read or has changed.
     """
     prepared = _prepared(run)
     tokens, starts = prepared.validation.tokens, prepared.validation.sentences[:-1]
     if len(tokens) < 2:
-        raise InputError("the run's corpus has no validation text: name a text to compare with (--text FILE)")
+        raise InputError(
+            "the run's corpus has no validation text. Name a file of texts to compare on with text=FILE."
+        )
     max_seq_length = run.config.data.max_seq_length
     rng = np.random.default_rng(0)
     texts = []
@@ -43,14 +45,16 @@ def validation_texts(run: Run, count: int = NUM_TEXTS) -> list[EncodedText]:
 
 
 def _prepared(run: Run) -> PreparedCorpus:
-    remedy = "name a text of the same kind to compare with (--text FILE)"
+    remedy = "Name a file of similar texts to compare on with text=FILE."
     if not run.config.data.corpus:
-        raise InputError(f"the run has no corpus: {remedy}")
+        raise InputError(f"the run has no corpus. {remedy}")
     try:
         prepared = prepare(run.config.data)
     except InputError as error:
-        raise InputError(f"the run's corpus cannot be read: {error}; {remedy}") from error
+        raise InputError(f"the run's corpus cannot be read: {error} {remedy}") from error
     if prepared.vocab.tokens != run.vocab.tokens:
         names = " ".join(run.config.data.corpus)
-        raise InputError(f"--corpus {names}: is not the text that the run was trained on; {remedy}")
+        raise InputError(
+            f"corpus must be the text that the run was trained on, and {names} has changed. {remedy}"
+        )
     return prepared

@@ -75,7 +75,7 @@ def export_mxnet(run: Run, folder: Path, outputs: str = "all") -> Manifest:
     """Write a run's network as an MXNet symbol with its parameters, vocabulary and manifest.
 
     It is read back by `gluon.SymbolBlock.imports` and by `mx.mod.Module`. Both are compared with the network
-    at three batch sizes and lengths. Raises InputError, and leaves nothing, where the folder is taken or
+    at three batch sizes and lengths. Raise InputError, and leaves nothing, if the folder is taken or
     where they differ.
     """
     check_new_folder(folder)
@@ -100,7 +100,7 @@ def export_onnx(
 ) -> Manifest:
     """Write a run's network as ONNX with its vocabulary and manifest, once onnxruntime agrees on the texts.
 
-    No vector may differ by more than max_error. Raises InputError, and leaves nothing, where one does, where
+    No vector may differ by more than max_error. Raise InputError, and leaves nothing, if one does, where
     the folder is taken, or where the extra `onnx` is missing.
     """
     for name in ("onnx", "onnxruntime"):
@@ -118,14 +118,14 @@ def export_int8(
     """Write a run's network with dense layers in int8, as an MXNet symbol with its vocabulary and manifest.
 
     Every other text, by length, calibrates it. The rest are compared: none of their thirds may differ by
-    more than max_error on average. Raises InputError, and leaves nothing, where one does, where the folder is
+    more than max_error on average. Raise InputError, and leaves nothing, if one does, where the folder is
     taken, or where the CPU cannot compute in int8.
     """
     check_int8()
     if len(texts) < 2 * NUM_GROUPS:
         raise InputError(
-            f"--text: there must be at least {2 * NUM_GROUPS} texts for int8, half of them for calibration, "
-            f"got {len(texts)}"
+            f"text must have at least {2 * NUM_GROUPS} texts for int8, half of them for calibration, "
+            f"got {len(texts)}."
         )
     ordered = sorted(texts, key=len)
     calibration, compared = ordered[::2], ordered[1::2]
@@ -143,7 +143,7 @@ def export_bf16(
     """Write a run's network with dense layers in bfloat16, as an MXNet symbol with vocabulary and manifest.
 
     The results may not differ by more than max_error on average, on any third of the texts by length.
-    Raises InputError, and leaves nothing, where they do, where the folder is taken, or where the CPU cannot
+    Raise InputError, and leaves nothing, if they do, where the folder is taken, or where the CPU cannot
     compute in bfloat16.
     """
     check_bf16()
@@ -169,7 +169,7 @@ class ErrorLimit(NamedTuple):
                     shortest, longest = group["tokens"]
                     raise InputError(
                         f"on texts of {shortest} to {longest} tokens the {self.kind} difference of {output} "
-                        f"from the network's must be at most {self.value:.1e} (--max-error), got "
+                        f"from the network's must be at most {self.value:.1e} (max_error), got "
                         f"{error[self.kind]:.1e}. Nothing was written."
                     )
 

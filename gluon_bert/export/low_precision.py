@@ -23,7 +23,7 @@ FLOAT_OPERATORS = ("Embedding", "elemwise_add")
 
 # What MXNet takes for bfloat16, which NumPy does not have.
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
-# MXNet's number of it, as it stands in a symbol's JSON.
+# MXNet's number of bfloat16 in a symbol's JSON.
 _BFLOAT16 = "12"
 
 
@@ -88,7 +88,7 @@ def _with_cast_weights(graph: Graph) -> Graph:
 
 
 def check_bf16() -> None:
-    """Raise InputError where MXNet cannot compute in bfloat16 on this CPU.
+    """Raise InputError if MXNet cannot compute in bfloat16 on this CPU.
 
     The check computes a product: the CPU's own flags do not suffice, as DNNL_MAX_CPU_ISA may limit oneDNN.
     It needs AVX-512. Without AVX512_BF16 it gives the same results, but slower than in float32.
@@ -97,14 +97,11 @@ def check_bf16() -> None:
     try:
         mx.nd.FullyConnected(ones, ones, no_bias=True, num_hidden=16).wait_to_read()
     except mx.MXNetError as error:
-        raise InputError(
-            "bf16: this CPU cannot compute in bfloat16, for which MXNet needs AVX-512; export with --format "
-            "mxnet or onnx"
-        ) from error
+        raise InputError("bf16 needs a CPU with AVX-512. Export with format=mxnet or format=onnx.") from error
 
 
 def check_int8() -> None:
-    """Raise InputError where MXNet's int8 products are wrong on this CPU.
+    """Raise InputError if MXNet's int8 products are wrong on this CPU.
 
     Without VNNI oneDNN adds pairs of products in 16 bits, which two large ones overflow silently. The check
     computes a product, as `check_bf16` does.
@@ -118,8 +115,8 @@ def check_int8() -> None:
     )
     if products.asscalar() != 255 * 127 * width:
         raise InputError(
-            "int8: this CPU's products of int8 overflow, for which MXNet needs AVX512_VNNI; export with "
-            "--format mxnet or onnx"
+            "int8 needs a CPU with AVX512_VNNI; products overflow on this one. Export with format=mxnet or "
+            "format=onnx."
         )
 
 

@@ -47,12 +47,14 @@ _INPUTS = {
 _OUTPUTS = {
     "encoded": ("B T C", "a vector for each token; those of padding mean nothing"),
     "pooled": ("B C", "the vector of <cls> through the pooler"),
-    "mask_scores": ("B K V", "for each masked position a score for each token of the vocabulary; softmax gives "
+    "mask_scores": ("B K V", "for each masked position a score for each token of the vocabulary; softmax "
+    "gives "
                              "probabilities of them"),
     "next_scores": ("B 2", "scores for: the second text does not follow the first, it does"),
     "task_scores": ("B K", "a score for each label of the task, softmax makes probabilities of them; "
                            "or K = 1, the score of a regression"),
-    "token_scores": ("B T K", "for each token a score for each label of the task, or for the start and the end of "
+    "token_scores": ("B T K", "for each token a score for each label of the task, or for the start and the "
+    "end of "
                               "an answer; those of padding mean nothing"),
 }  # fmt: skip
 

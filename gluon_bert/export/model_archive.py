@@ -31,7 +31,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 def export_archive(run: Run, folder: Path, outputs: str = "all") -> Path:
     """Write a run as `bert.mar` into a new folder; return the file.
 
-    It holds what `export_mxnet` writes and a copy of this package. Raises InputError, and leaves nothing,
+    It holds what `export_mxnet` writes and a copy of this package. Raise InputError, and leaves nothing,
     where the folder is taken, the extra `serve` is missing, or the export differs from the run.
     """
     check_archiver()
@@ -48,7 +48,7 @@ def pack(export: Path, folder: Path) -> Path:
     manifest = Manifest.load(export)
     if manifest.format != "mxnet":
         raise InputError(
-            f"{export}: is an export as {manifest.format}; the model server takes --format mar or mxnet"
+            f"{export} must be an export with format=mar or format=mxnet, got {manifest.format}."
         )
     with TemporaryDirectory(dir=folder) as content:
         for name in (MANIFEST, *manifest.files):
@@ -84,7 +84,7 @@ def check_archive(path: Path) -> None:
 
 
 def check_archiver() -> None:
-    """Raise InputError where the extra `serve` is not installed."""
+    """Raise InputError if the extra `serve` is not installed."""
     if importlib.util.find_spec("model_archiver") is None:
         raise InputError(f"model-archiver is not installed: {INSTALL_SERVE}")
 

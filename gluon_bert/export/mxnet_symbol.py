@@ -17,7 +17,7 @@ from .manifest import OUTPUTS, Manifest, input_names
 # The names that Module.load and the model servers of MXNet expect of a model "bert" at epoch 0.
 SYMBOL, PARAMETERS = "bert-symbol.json", "bert-0000.params"
 
-# MXNet's number of this type, as it stands in a symbol's JSON.
+# MXNet's number of this type in a symbol's JSON.
 FLOAT32 = "0"
 
 
@@ -53,7 +53,7 @@ def trace(net: Any, outputs: str, max_seq_length: int) -> Graph:
 
 
 def _places(positions: Any) -> Any:
-    """Row and position of each mask, (2, B, K), from the positions alone, (B, K).
+    """Return row and position of each mask, (2, B, K), from the positions alone, (B, K).
 
     Every input of the graph has the batch as its first axis, as Module and the model servers want it.
     """
@@ -113,7 +113,7 @@ def outputs_of(results: Mapping[str, np.ndarray], texts: PaddedBatch) -> Outputs
 
 
 def _place_in_row(rows: np.ndarray) -> np.ndarray:
-    """How many entries of the same row stand before each entry: [0, 0, 2] -> [0, 1, 0]."""
+    """Return how many entries of the same row precede each entry: [0, 0, 2] -> [0, 1, 0]."""
     return np.arange(len(rows)) - np.searchsorted(rows, rows)
 
 

@@ -51,14 +51,14 @@ def save_onnx(folder: Path, graph: Graph, outputs: str) -> None:
     """Write a graph with these outputs as ONNX, with any batch size, length and number of masks.
 
     A text that is longer than the graph has positions is an error in ONNX as well: as many positions as
-    there are do not spread over it. InputError where the weights are too large for a file.
+    there are do not spread over it. Raise InputError if the weights are too large for a file.
     """
     onnx = package("onnx")
     size = sum(4 * array.size for array in graph.parameters.values())
     if size > MAX_BYTES:
         raise InputError(
-            f"--format onnx: the weights take {size / 1e9:.1f} GB, where an ONNX file holds "
-            f"{MAX_BYTES / 1e9:.1f}: use --format mxnet"
+            f"weights must be at most {MAX_BYTES / 1e9:.1f} GB for format=onnx, got {size / 1e9:.1f} GB. Use "
+            "format=mxnet."
         )
     names = input_names(outputs)
     with _checked_as(OPSET):
@@ -83,7 +83,7 @@ def _converter() -> Any:
 
 
 def _convertible(symbol: Any) -> Any:
-    """The same graph without the reshape code -4, which the converter does not know.
+    """Return the same graph without the reshape code -4, which the converter does not know.
 
     (-4, -1, H, 0, 0) parts the first axis in two; read from the right, (-1, H, 0, 0) does the same.
     """

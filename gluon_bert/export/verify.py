@@ -103,7 +103,7 @@ def compare(
     speed ratio: how many times as many texts a second the other computes.
     """
     if len(texts) < NUM_GROUPS:
-        raise InputError(f"--text: there must be at least {NUM_GROUPS} texts to compare on, got {len(texts)}")
+        raise InputError(f"text must have at least {NUM_GROUPS} texts to compare on, got {len(texts)}.")
     rng = np.random.default_rng(0)
     ordered = sorted(texts, key=len)
     bounds = np.linspace(0, len(ordered), NUM_GROUPS + 1).round().astype(int)
@@ -113,8 +113,8 @@ def compare(
         asked = list(batches(group, reader, rng, with_masks))
         if with_masks and not any(each.texts.masked_positions.size for each in asked):
             raise InputError(
-                f"--text: no text of {len(group[0])} to {len(group[-1])} tokens holds a word of the "
-                "vocabulary. Name texts with known words."
+                f"text must have known words: no text of {len(group[0])} to {len(group[-1])} tokens has a "
+                "word of the vocabulary."
             )
         tokens = [len(group[0]), len(group[-1])]
         groups.append({"texts": len(group), "tokens": tokens, **_compared(reference, other, asked)})

@@ -1,1 +1,1 @@
-"""Fine-tuning a pretrained encoder for a task of one's own. Reads tables of texts, pretrains nothing."""
+"""Fine-tuning of a pretrained encoder on labelled texts. Pretrains nothing."""

@@ -14,7 +14,7 @@ from ..inference.predictor import Predictor
 from ..inference.task_inputs import TaskInput, predict_tasks
 from ..model.task import Task
 
-# Texts that are sorted by length together, in batches: padding becomes little, and the order stays random.
+# Batches in a pool whose texts are sorted by length: it reduces padding and keeps the order random.
 _POOL = 32
 
 
@@ -62,7 +62,7 @@ class Examples:
         return len(self.texts)
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
-        """Yield the texts of each batch of an epoch, in an order from the seed; like lengths stand together."""
+        """Yield the texts of each batch of an epoch, in random order with similar lengths together."""
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(self))
         lengths = np.array([len(text) for text in self.texts])
@@ -131,8 +131,8 @@ class ExampleLoader:
 class TaskFiles:
     """The files of a task, and how to read them.
 
-    text: the columns of the texts, one or two; label: that of the labels. Empty: the usual names. They, header
-    and quoting are for tables; see `tables.read_table`.
+    text: the columns of the texts, one or two; label: that of the labels. Empty: the usual names. They,
+    header and quoting are for tables; see `tables.read_table`.
     """
 
     train: str

@@ -1,4 +1,4 @@
-"""Fine-tunes a pretrained network on labelled texts, with the one training loop. Parses no flags."""
+"""Fine-tune a pretrained network on labelled texts, with the one training loop. Parses no flags."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def finetune(
 ) -> Run:
     """Fine-tune a run on labelled texts; return the new run with its best network.
 
-    run: a pretrained run or its folder. train, validation, test: files, see `formats.task_format`. output: the
-    new run's folder. task: a kind of task, or auto. options: fields of FineTuneConfig.
+    run: a pretrained run or its folder. train, validation, test: files, see `formats.task_format`. output:
+    the new run's folder. task: a kind of task, or auto. options: fields of FineTuneConfig.
 
     >>> tuned = finetune("runs/base", "train.tsv", "dev.tsv", "runs/sst", lr=3e-4)          # doctest: +SKIP
 
-    Raises InputError for files, options or runs that cannot be used.
+    Raise InputError for files, options or runs that cannot be used.
     """
     config = _config_of(options)
     output, devices = Path(output), list(devices or [mx.cpu()])
@@ -82,15 +82,18 @@ def finetune(
     whole = dataclasses.replace(
         before.config.replace(max_seq_length=length, dropout=config.dropout), train=recipe
     )
-    facts = {"finetuned": about, "contexts": list(map(str, devices)), "versions": runtime.versions()}
-    create_run(output, whole, before.vocab, facts, target)
+    environment = {"finetuned": about, "contexts": list(map(str, devices)), "versions": runtime.versions()}
+    create_run(output, whole, before.vocab, environment, target)
     return _train(output, trainer, config, reader, data)
 
 
 def resume_finetuning(
     folder: Path | str, devices: Sequence[Any] | None = None, callbacks: Iterable[Callback] = ()
 ) -> Run:
-    """Continue a fine-tuning that was stopped, from its latest checkpoint; return the run as `finetune` does."""
+    """Continue a fine-tuning that was stopped, from its latest checkpoint.
+
+    Return the run as `finetune` does.
+    """
     folder, devices = Path(folder), list(devices or [mx.cpu()])
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} must be the folder of a fine-tuned run: it has no {CONFIG}")
@@ -225,7 +228,7 @@ def _train(
     print(f"{describe(trainer.net.task, data)}\nrun folder: {output}", file=sys.stderr)
     batches = ExampleLoader(data["--train"], config.batch_size, config.seed, reader.max_seq_length)
     flag = "--test" if "--test" in data else "--dev"
-    with exclusive_lock(output, "--output"):
+    with exclusive_lock(output, "output"):
         trainer.fit(batches, validation=lambda: evaluate(trainer.net, reader, data["--dev"]))
         tuned = load_run(output, trainer.devices[:1], "best")
         results = data[flag].results(Predictor.of(tuned))

@@ -28,8 +28,9 @@ FORMATS: dict[str, Callable[[], TaskFormat]] = {
 def task_format(files: TaskFiles, kind: str) -> TaskFormat:
     """Return the reader of a task's files.
 
-    kind: one of the task's, or auto: CoNLL files, and JSONL files with tokens, are for tagging; SQuAD files are
-    for question answering; tables are for classes or a score. Raises InputError where the options are for another kind of file.
+    kind: one of the task's, or auto: CoNLL files, and JSONL files with tokens, are for tagging; SQuAD files
+    are for question answering; tables are for classes or a score. Raise InputError if the options are for
+    another kind of file.
     """
     if kind not in ("auto", *KINDS):
         raise InputError(f"task must be auto or one of {', '.join(KINDS)}, got {kind!r}")

@@ -1,4 +1,4 @@
-"""How good predictions are: of classes, scores, tags and answers. Computes with NumPy alone."""
+"""Metrics of classes, scores, tags and answers. Needs NumPy only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALLER = ("mse",)
 
 
 def classification_metrics(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, float]:
-    """Accuracy, F1 and Matthews' correlation of classes, (N,) and (N,) of numbers below num_classes.
+    """Return accuracy, F1 and Matthews' correlation of classes, (N,) and (N,) of numbers below num_classes.
 
     F1 is that of class 1 where there are two, as GLUE has it, else the mean over the classes that occur in
     either. Matthews' is Gorodkin's (2004) for any number of classes; 0 where it is 0 divided by 0.
@@ -57,7 +57,7 @@ def regression_metrics(expected: np.ndarray, predicted: np.ndarray) -> dict[str,
 def entity_metrics(expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return F1, precision and recall of the entities of BIO tags, and the accuracy of the tags.
 
-    expected, predicted: the tags of each sentence. An entity is right if its type and all its words are. These
+    expected, predicted: tags of each sentence. An entity is right if its type and all its words are. These
     are seqeval's micro averages; 0 where it is 0 divided by 0.
     """
     by_type = _counted(expected, predicted)
@@ -140,7 +140,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """The rank of each value; equal ones share the mean of their ranks."""
+    """Return the rank of each value. Equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]

@@ -113,7 +113,8 @@ def _problems(row: QuestionRow) -> Iterator[str]:
         if not text.strip():
             yield "an answer must not be empty"
         elif start < 0 or row.context[start : start + len(text)] != text:
-            yield f"the answer {text!r:.60} must stand at its answer_start {start}; {_remedy(row.context, text, start)}"
+            remedy = _remedy(row.context, text, start)
+                yield f"the answer {text!r:.60} must be at its answer_start {start}; {remedy}"
 
 
 def _remedy(context: str, text: str, start: int) -> str:

@@ -1,4 +1,4 @@
-"""Tables of texts with classes or scores: rows -> the task, and texts with targets as the network reads them."""
+"""Tables of texts with classes or scores: the task of rows, and texts with targets."""
 
 from __future__ import annotations
 
@@ -174,8 +174,8 @@ def _inferred_kind(rows: Sequence[TableRow]) -> str:
     commas = [row for row in rows if _DECIMAL_COMMA.fullmatch(str(row.label))]
     if commas and num_numbers + len(commas) > len(rows) / 2:
         raise InputError(
-            f"{commas[0].where}: label {commas[0].label!r} may be a score with a decimal comma or a class; add "
-            "--task regression or --task classification"
+            f"{commas[0].where}: label {commas[0].label!r} may be a score with a decimal comma or a class; "
+            "add --task regression or --task classification"
         )
     if num_numbers < len(rows):
         if num_numbers > len(rows) / 2:

@@ -64,8 +64,9 @@ def choose_columns(
     label: str | None = None,
     quoting: str = "auto",
 ) -> Columns:
-    """Choose the columns that are named, or else those with known names; InputError lists the columns.
+    """Choose the columns that are named, or else those with known names.
 
+    Raise InputError, which lists the columns.
     header: the first line names the columns; else they are numbered from 1. quoting: see `read_table`.
     """
     names = _Table(path, flag, header, quoting).names
@@ -95,8 +96,9 @@ def read_table(
     labels_needed: bool = True,
     quoting: str = "auto",
 ) -> list[TableRow]:
-    """Read the rows of a UTF-8 file; InputError names the lines and columns that are wrong, ten at most.
+    """Read the rows of a UTF-8 file.
 
+    Raise InputError, which names the lines and columns that are wrong, ten at most.
     Labels lose the blanks around them, and 1.0 is the label 1. labels_needed: every row must have a label;
     else a file without that column has none. quoting: of a TSV; minimal reads fields in quotation marks as
     pandas writes them, none keeps all quotation marks, auto finds out.
@@ -144,7 +146,7 @@ def text_lines(path: Path, flag: str) -> list[str]:
 
 
 def same_label(label: str) -> str:
-    """The label without blanks around it; equal whole numbers become equal.
+    """Return the label without surrounding blanks; equal whole numbers become equal.
 
     >>> [same_label(each) for each in (" yes ", "1.0", "1", "-0", "1.5", "01")]
     ['yes', '1', '1', '0', '1.5', '01']
@@ -155,7 +157,7 @@ def same_label(label: str) -> str:
 
 
 def first_lines(problems: Sequence[str], path: str) -> list[str]:
-    """The first problems of a file, and how many lines more have one."""
+    """Return the first problems of a file, with the number of the others."""
     more = len(problems) - _MAX_SHOWN
     return [*problems[:_MAX_SHOWN], *([f"{path}: and {more} more lines"] if more > 0 else [])]
 
@@ -196,7 +198,7 @@ class _Table:
             log.warning("%s: %s", self._path, note)
 
     def rows(self) -> Iterator[tuple[str, dict[str, str] | str]]:
-        """Each row with where it stands: its fields by name, or what is wrong with it."""
+        """Yield the place of each row with its fields by name, or with its problem."""
         numbered = self._numbered_fields()
         if self._header:
             next(numbered)
@@ -210,7 +212,7 @@ class _Table:
             yield f"{self._path}, line {number}", fields
 
     def _names(self) -> list[str]:
-        """The names of the columns: of the first line, or 1, 2 and so on; of JSONL the first object's."""
+        """Return the column names: of the first line or object, or 1, 2 and so on."""
         number, fields = next(self._numbered_fields())
         where = f"{self._path}, line {number}"
         if isinstance(fields, str):
@@ -235,7 +237,7 @@ class _Table:
                 yield number, line.split("\t") if self._ending == ".tsv" else _object(line)
 
     def _is_quoted(self, quoting: str) -> bool:
-        """Whether the fields of this TSV are to be read as quoted."""
+        """Return whether the fields of this TSV are quoted."""
         if quoting != "auto":
             return quoting == "minimal"
         suspects = [
@@ -258,7 +260,7 @@ class _Table:
 
 
 def _separator(header: str, ending: str) -> str:
-    """What separates the fields: a tab in TSV; in CSV a comma, or what the first line has in its place."""
+    """Return the separator: a tab in TSV, in CSV a comma or the semicolon of the first line."""
     if ending == ".tsv":
         return "\t"
     outside = re.sub(r'"(?:[^"]|"")*"', "", header)
@@ -282,7 +284,7 @@ def _quoted_fields(lines: Iterable[str], separator: str) -> Iterator[tuple[int, 
                 (
                     "has a quotation mark that opens a field and is never closed"
                     if end
-                    else "has text behind a closing quotation mark; one inside a quoted field is written twice"
+                    else "must end a field after its closing quotation mark; write marks inside it twice"
                 ),
             )
             return
@@ -290,7 +292,7 @@ def _quoted_fields(lines: Iterable[str], separator: str) -> Iterator[tuple[int, 
 
 
 def _object(line: str) -> dict[str, str] | str:
-    """The fields of a JSON object that are text or numbers, as text; or what is wrong with the line."""
+    """Return the text and number fields of a JSON object as text, or the problem of the line."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -102,10 +102,11 @@ def _json_rows(path: Path, lines: Sequence[str]) -> Iterator[TaggedRow | str]:
         key = next((key for key in _TAG_KEYS if isinstance(content, dict) and key in content), None)
         tags = content[key] if key else None
         if not _are_strings(tokens) or not (tags is None or _are_strings(tags)):
-            yield f'{where}: must be an object such as {{"tokens": ["in", "Paris"], "labels": ["O", "B-place"]}}'
+            example = '{"tokens": ["in", "Paris"], "labels": ["O", "B-place"]}'
+            yield f"{where}: must be an object such as {example}"
             continue
         if tags is not None and len(tags) != len(tokens):
-            yield f"{where}: must have a label for each token, got {len(tokens)} tokens and {len(tags)} labels"
+            yield f"{where}: must have a label per token, got {len(tokens)} tokens and {len(tags)} labels"
         elif not tokens:
             yield f"{where}: must have a token at least, got none"
         else:

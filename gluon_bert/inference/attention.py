@@ -14,15 +14,16 @@ from ..runtime import mx
 
 # The formats of a picture, by the ending of its file.
 FORMATS = (".png", ".pdf", ".svg")
-# Inches: of a token that has its name beside the picture, of the smallest picture of a head, of the largest figure.
+# Inches: of a token that has its name beside the picture, of the smallest picture of a head, of the largest
+# figure.
 _TOKEN, _SMALLEST_HEAD, _LARGEST_FIGURE = 0.13, 1.3, 40.0
 
 
 class Attention(NamedTuple):
     """The attention weights of a text of T tokens.
 
-    tokens: with <cls> and <sep>. weights: (L, H, T, T) float32: layer, head, the token that looks, the token that
-    it looks at. The last axis sums to 1.
+    tokens: with <cls> and <sep>. weights: (L, H, T, T) float32: layer, head, the token that looks, the token
+    that it looks at. The last axis sums to 1.
     """
 
     tokens: list[str]

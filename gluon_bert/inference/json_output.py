@@ -1,4 +1,4 @@
-"""An answer as the JSON object that a user gets, from the command and from the server alike. Asks nothing."""
+"""Predictions as JSON objects, the same for the command and the server."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ def as_json(
     token_vectors: bool = False,
     given: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The object for an answer, of what json.dumps takes; numbers as they are, not rounded.
+    """Return a prediction as a JSON object. Numbers are not rounded.
 
     `text` and `pair`, where they are given; `tokens` (T) with <cls> and <sep>; `unknown`, those of them
     that are not in the vocabulary; `truncated`, how many were cut off; and, as far as they are asked for,
 
-    - vectors: `cls`, `mean` and, if exported, `pooled`, each of C numbers; `embedding`, where a pooling is set;
+    - vectors: `cls`, `mean` and, if exported, `pooled`, each of C numbers; `embedding`, where a pooling is
+    set;
       `token_vectors` (T of C numbers)
     - masks: `predictions`, for each <mask> the `top` likeliest as {"token": ..., "probability": ...}
     - next: `next_sentence_probability`, the probability that the second text follows the first
     - task: of a fine-tuned network `label` and `probabilities`, by label, or `score`
 
-    Raises InputError for what this text or this export cannot be asked, and where the network gives no numbers.
+    Raise InputError for what this text or this export cannot be asked, and where the network gives no
+    numbers.
     """
     if not np.isfinite(answer.vectors).all():
         raise InputError("the network gives no finite numbers for this text: its training had diverged")

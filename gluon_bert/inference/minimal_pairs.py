@@ -1,4 +1,7 @@
-"""Minimal pairs such as BLiMP (Warstadt et al. 2020, https://arxiv.org/abs/1912.00582): read and judge them."""
+"""Read and judge minimal pairs such as BLiMP.
+
+BLiMP: Warstadt et al. 2020, https://arxiv.org/abs/1912.00582.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ class Judgement(NamedTuple):
 def pairs_in(path: Path, limit: int | None = None) -> Iterator[MinimalPair]:
     """Yield the pairs of a file, or of all files of a folder in order of their names.
 
-    limit: the maximum number of pairs per file. Raises InputError with file and line for invalid content.
+    limit: the maximum number of pairs per file. Raise InputError with file and line for invalid content.
     """
     if not path.is_dir():
         yield from islice(_pairs_of_file(path), limit)

@@ -1,4 +1,4 @@
-"""The words whose embeddings are nearest to that of a word. Asks no network."""
+"""The words whose embeddings are nearest to that of a word. Runs no network."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def nearest_words(
 ) -> list[tuple[str, float]]:
     """Return the `top` tokens whose embeddings have the largest cosine with that of a word, and the cosines.
 
-    embeddings: (V, C), those of the vocabulary. word: one token, or what the reader makes one token of. Special
-    tokens and the word itself are left out.
+    embeddings: (V, C), those of the vocabulary. word: one token, or what the reader makes one token of.
+    Special tokens and the word itself are left out.
 
     Raises InputError for a word that is not in the vocabulary or that has several tokens.
     """

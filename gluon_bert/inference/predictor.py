@@ -47,7 +47,7 @@ class Backend(Protocol):
     """Whatever computes the outputs: the Gluon network itself, or what it was exported to."""
 
     def __call__(self, texts: PaddedBatch) -> Outputs:
-        """The outputs of some padded texts."""
+        """Return the outputs for a padded batch."""
 
 
 class GluonNetwork:
@@ -58,7 +58,7 @@ class GluonNetwork:
         self._context = net.encoder.embeddings.tokens.weight.list_ctx()[0]
 
     def __call__(self, texts: PaddedBatch) -> Outputs:
-        """The outputs, brought to the host."""
+        """Return the outputs on the host."""
         encoded = self.net.encoder(*map(self._load, (texts.tokens, texts.token_types, texts.valid_length)))
         task = task_of(self.net)
         if task and task.scores_tokens:
@@ -98,26 +98,26 @@ class Prediction:
 
     @property
     def embedding(self) -> np.ndarray | None:
-        """(C,) the one vector of the text, None where no pooling is set."""
+        """Return the one vector of the text, None where no pooling is set, (C,)."""
         return None if self.pooling is None else self.pooling(self.vectors)
 
     @property
     def cls(self) -> np.ndarray:
-        """(C,) the vector of <cls>."""
+        """Return the vector of <cls>, (C,)."""
         return self.vectors[0]
 
     @property
     def mean(self) -> np.ndarray:
-        """(C,) the mean of all T vectors."""
+        """Return the mean of all T vectors, (C,)."""
         return self.vectors.mean(axis=0)
 
     @property
     def max(self) -> np.ndarray:
-        """(C,) the largest value of each column over all T vectors."""
+        """Return the largest value of each column over all T vectors, (C,)."""
         return self.vectors.max(axis=0)
 
     def fill_masks(self, vocab: Vocabulary, top: int = 5) -> list[list[tuple[str, float]]]:
-        """For each <mask> the likeliest tokens, each with its probability among the whole vocabulary."""
+        """Return the likeliest tokens of each <mask> with their probabilities."""
         if not len(self.text.masks):
             raise InputError("the text has no <mask>: put one where a word is to be found")
         check_trained(self.untrained, "mlm")
@@ -132,7 +132,7 @@ class Prediction:
 
     @property
     def next_sentence_probability(self) -> float:
-        """The probability that the second text follows the first."""
+        """Return the probability that the second text follows the first."""
         if not self.text.is_pair:
             raise InputError("a single text has no next sentence: give a pair")
         check_trained(self.untrained, "nsp", "pooler")
@@ -140,7 +140,7 @@ class Prediction:
 
     @property
     def task_prediction(self) -> dict[str, Any]:
-        """What a fine-tuned network says: {"label", "probabilities"} of classes, or {"score"}."""
+        """Return the prediction of a fine-tuned network: {"label", "probabilities"} or {"score"}."""
         if self.task is None:
             raise InputError(NOT_FINE_TUNED)
         if self.task.scores_tokens:
@@ -169,7 +169,7 @@ class Prediction:
 
 
 class Predictor:
-    """Asks a network about texts, however many, in batches of like length.
+    """Computes predictions for texts in batches of similar length.
 
     >>> run = gb.load_run("runs/d2l-1")                                         # doctest: +SKIP
     >>> predictor = Predictor.of(run)
@@ -190,11 +190,11 @@ class Predictor:
 
     @classmethod
     def of(cls, run: Any) -> Predictor:
-        """A predictor of a run as `load_run` gives it."""
+        """Return a predictor for a run of `load_run`."""
         return cls(GluonNetwork(run.net), run.reader, run.task, run.untrained, run.pooling)
 
     def predict(self, texts: Iterable[EncodedText]) -> Iterator[Prediction]:
-        """An answer for each text, in their order. Reads ahead no more than one chunk of them."""
+        """Yield a prediction for each text, in order. Reads at most one chunk ahead."""
         for chunk in chunks(texts, CHUNK_TOKENS, 2 * BATCH_MASKS):
             answers: dict[int, Prediction] = {}
             for members in bucket_by_length(chunk, BATCH_TOKENS, BATCH_MASKS):
@@ -222,7 +222,7 @@ class Predictor:
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """The probabilities of scores, along the last axis."""
+    """Return the probabilities of scores, along the last axis."""
     powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 

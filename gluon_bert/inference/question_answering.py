@@ -43,7 +43,7 @@ class Answer:
         return self.context[self.start : self.end] if self.has_answer else ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values: `answer`, its `start` and `end` in characters, None without one, and scores."""
+        """Return plain values: `answer`, `start` and `end` in characters (None without one), and scores."""
         place = (self.start, self.end) if self.has_answer else (None, None)
         content = {"answer": self.text, "start": place[0], "end": place[1], "score": self.score}
         return (
@@ -55,7 +55,8 @@ class Question:
     """A question and its context, in windows that fit the network.
 
     texts: a pair of the question and a part of the context each. Windows overlap by a third of the network's
-    length (128 of 384 tokens, as in transformers' run_qa.py), or by half of the context's part if that is less.
+    length (128 of 384 tokens, as in transformers' run_qa.py), or by half of the context's part if that is
+    less.
     """
 
     def __init__(self, reader: Tokenizer, task: Task, question: str, context: str) -> None:
@@ -68,8 +69,8 @@ class Question:
         if room < 1:
             most = reader.max_seq_length - _NUM_SPECIAL - 1
             raise InputError(
-                f"the question must have at most {most} tokens, so that {reader.max_seq_length} leave room for "
-                f"the context, got {len(asked)}. Shorten it, or fine-tune with a larger max_seq_length."
+                f"the question must have at most {most} tokens, so that {reader.max_seq_length} leave room "
+                f"for the context, got {len(asked)}. Shorten it, or fine-tune with a larger max_seq_length."
             )
         overlap = min(reader.max_seq_length // 3, room // 2)
         self._first = len(asked) + 2  # the position of a window's first token of the context

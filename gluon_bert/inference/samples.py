@@ -17,7 +17,10 @@ SHORTEST, LONGEST = 5, 20
 
 
 class MaskedSentence(NamedTuple):
-    """A sentence with one masked word. ids: (T,) with <cls> and <sep>. position: of the mask. answer: its id."""
+    """A sentence with one masked word. ids: (T,) with <cls> and <sep>. position: of the mask.
+
+    Answer: its id.
+    """
 
     ids: np.ndarray
     position: int
@@ -31,7 +34,7 @@ def masked_sentences(
     seed: int = 0,
     max_seq_length: int = LONGEST + 2,
 ) -> list[MaskedSentence]:
-    """Choose `count` sentences without unknown words and mask one content word of each; fewer if there are few.
+    """Choose up to `count` sentences without unknown words and mask one content word of each.
 
     A content word is not among the most frequent words and not a continuation of a word. Only the first shard
     of the text is read. The same seed chooses the same sentences.
@@ -90,7 +93,10 @@ def format_samples(
     before: Sequence[Sequence[int]],
     after: Sequence[Sequence[int]],
 ) -> str:
-    """Return a table of the sentences and the words before and after training; the right word is in brackets."""
+    """Return a table of the sentences and the words before and after training.
+
+    The right word is in brackets.
+    """
     lines = ["masked words of the validation text, the three best guesses (the right word in brackets):"]
     for each, *guesses in zip(sentences, before, after):
         first, last = (
@@ -109,7 +115,10 @@ def format_samples(
 def markdown_samples(
     vocab: Vocabulary, sentences: Sequence[MaskedSentence], guesses: Sequence[Sequence[int]]
 ) -> str:
-    """Return a Markdown table of the sentences, the right words and the guesses; right guesses are in bold."""
+    """Return a Markdown table of the sentences, the right words and the guesses.
+
+    Right guesses are in bold.
+    """
     lines = ["| sentence | word | guesses |", "| --- | --- | --- |"]
     for each, ids in zip(sentences, guesses):
         words = (_escape(vocab.tokens[i]) for i in ids)

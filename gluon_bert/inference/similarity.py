@@ -1,4 +1,4 @@
-"""Which texts are most alike, by their embeddings. Asks no network."""
+"""Similarity of texts by their embeddings. Computes no embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fine-tuned network is asked, as the network reads it, and its results. Reads no files."""
+"""Inputs and results of fine-tuned networks. Reads no files."""
 
 from __future__ import annotations
 

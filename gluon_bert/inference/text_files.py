@@ -1,4 +1,4 @@
-"""A file of texts, a line each, to a file of vectors; either may be larger than memory. Asks no network."""
+"""Read texts from a file, one per line, and write vectors to a file. Either may exceed the memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEPARATOR = "||"
 
 
 class Line(NamedTuple):
-    """A text or a pair of texts, and where it was found."""
+    """A text or a pair of texts, with the place where it was found."""
 
     where: str
     first: str
@@ -28,56 +28,60 @@ class Line(NamedTuple):
 
     @property
     def given(self) -> tuple[str, ...]:
-        """The texts, one or two."""
+        """Return the one or two texts."""
         return (self.first,) if self.second is None else (self.first, self.second)
 
 
 def parse_line(where: str, text: str) -> Line:
-    """A text, or two with || between them; InputError where one is missing.
+    """Parse a text, or a pair with || between the texts. Raise InputError for empty texts.
 
     >>> parse_line("line 1", "it rained || she left").given
     ('it rained', 'she left')
     """
     parts = [part.strip() for part in text.split(SEPARATOR)]
     if len(parts) > 2:
-        raise InputError(f"{where}: {len(parts)} texts with {SEPARATOR} between them, where two make a pair")
+        raise InputError(
+            f"{where}: must have at most two texts with {SEPARATOR} between them, got {len(parts)}"
+        )
     if not all(parts):
-        what = "is empty" if len(parts) == 1 else "one text of the pair is empty"
-        raise InputError(f"{where}: {what}; a word at least is needed")
+        what = "the text" if len(parts) == 1 else "each text of the pair"
+        raise InputError(f"{where}: {what} must have at least one word, got an empty text")
     return Line(where, parts[0], parts[1] if len(parts) == 2 else None)
 
 
-def read_lines(path: Path, flag: str = "--input") -> Iterator[Line]:
-    """The texts of a UTF-8 file, which a flag names; InputError says which line is none."""
+def read_lines(path: Path, option: str = "input") -> Iterator[Line]:
+    """Yield the texts of a UTF-8 file. Raise InputError, which names the line or the option."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(_lines(file), 1):
                 yield parse_line(f"{path}, line {number}", decode_utf8(line, str(path), number))
     except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
+        raise InputError(
+            f"{option} must be a file that can be read, got {path} ({error.strerror or error})."
+        ) from error
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file, which end in \\n, \\r\\n or \\r, without these."""
+    """Yield the lines of a file without their ends: \\n, \\r\\n or \\r."""
     for line in file:
         line = line[:-1] if line.endswith(b"\n") else line
         yield from (line[:-1] if line.endswith(b"\r") else line).split(b"\r")
 
 
-def count_lines(path: Path, flag: str = "--input") -> int:
-    """How many texts a file has, after a look at each; InputError where a line is none, or none is there."""
-    count = sum(1 for _ in read_lines(path, flag))
+def count_lines(path: Path, option: str = "input") -> int:
+    """Return the number of texts in a file after parsing each. Raise InputError for a bad line or no text."""
+    count = sum(1 for _ in read_lines(path, option))
     if not count:
-        raise InputError(f"{flag} {path}: is empty; a text a line is needed")
+        raise InputError(f"{option} must have one text per line, got {path}, which is empty.")
     return count
 
 
 class VectorFile:
-    """The arrays of an .npz that grow text by text, on disk rather than in memory.
+    """The arrays of an .npz, which grow text by text on disk.
 
-    For N texts: cls, mean and, if there, pooled and embeddings (N, C) float32; truncated (N,) int32, tokens that were cut
-    off. With token vectors: vectors (sum of T, C) float32, and starts (N + 1,) int64, where each text's
-    begin.
+    For N texts: cls, mean, pooled and embeddings (N, C) float32, the last two if the network has them;
+    truncated (N,) int32, the number of truncated tokens. With token vectors: vectors (sum of T, C) float32,
+    and starts (N + 1,) int64, the first row of each text.
     """
 
     def __init__(self, scratch: Path, token_vectors: bool) -> None:
@@ -100,7 +104,7 @@ class VectorFile:
             self._rows += len(answer.vectors)
 
     def write(self, file: IO[bytes]) -> None:
-        """Put everything into an .npz."""
+        """Write all arrays as an .npz."""
         if self._token_vectors:
             self._append("starts", np.array([self._rows], dtype=np.int64))
         with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
@@ -115,11 +119,11 @@ class VectorFile:
 
 
 class _Growing:
-    """An array on disk to whose first axis rows are appended."""
+    """An array on disk that grows along its first axis."""
 
-    def __init__(self, path: Path, with_config: np.ndarray) -> None:
+    def __init__(self, path: Path, like: np.ndarray) -> None:
         self._file = path.open("w+b")
-        self._dtype, self._row_shape = with_config.dtype, with_config.shape[1:]
+        self._dtype, self._row_shape = like.dtype, like.shape[1:]
         self._rows = 0
 
     def append(self, rows: np.ndarray) -> None:
@@ -127,7 +131,7 @@ class _Growing:
         self._rows += len(rows)
 
     def write(self, entry: IO[bytes]) -> None:
-        """Write what np.save would, and be closed."""
+        """Write the array as np.save does, and close the file."""
         shape = (self._rows, *self._row_shape)
         header = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(entry, header)
@@ -138,7 +142,7 @@ class _Growing:
 
 @contextmanager
 def vector_file(path: Path, token_vectors: bool = False) -> Iterator[VectorFile]:
-    """An .npz to fill with vectors, which is there, whole, when the block ends without an error."""
+    """Open an .npz for vectors. It appears when the block ends without an error."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         vectors = VectorFile(Path(scratch), token_vectors)
         yield vectors

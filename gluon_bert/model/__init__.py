@@ -1,1 +1,1 @@
-"""The network. Axis letters: B batch, T positions, M predictions, C units, H heads, V vocabulary."""
+"""The network. Axis letters: B batch, T positions, M masked tokens, C units, H heads, V vocabulary."""

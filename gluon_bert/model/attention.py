@@ -17,8 +17,8 @@ PADDING_SCORE = -1e9
 def padding_scores(F: Any, tokens: Any, valid_length: Any, num_heads: int) -> Any:
     """Return what attention scores need so that no position attends to padding, (B * H, T, T).
 
-    It has a value for every head and query. A broadcast sum would need a reduction in its backward pass, which
-    takes longer than the softmax.
+    It has a value for every head and query. A broadcast sum would need a reduction in its backward pass,
+    which takes longer than the softmax.
 
     Parameters: tokens (B, T) for its shape, valid_length (B,) real tokens per row, both float32.
     """
@@ -32,8 +32,8 @@ def padding_scores(F: Any, tokens: Any, valid_length: Any, num_heads: int) -> An
 class SelfAttention(MixedPrecisionBlock):
     """Multi-head self-attention with biases (Vaswani et al. 2017, section 3.2.2).
 
-    (B, T, C) and the padding scores (B * H, T, T) -> (B, T, C), all float32. With a relative bias it takes the
-    buckets of distances, (T, T), as well.
+    (B, T, C) and the padding scores (B * H, T, T) -> (B, T, C), all float32. With a relative bias it takes
+    the buckets of distances, (T, T), as well.
     """
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:

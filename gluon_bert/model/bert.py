@@ -66,8 +66,8 @@ class BERTModel(BERTBlock):
     """BERT for pretraining; `net.encoder` alone encodes tokens.
 
     Inputs, all float32: tokens (B, T), token_types (B, T), valid_length (B,) and masked_positions (2, M), row
-    numbers above columns. Outputs, float32: encoded tokens (B, T, C), scores of the masked words (M, V) and of
-    the next sentence (B, 2).
+    numbers above columns. Outputs, float32: encoded tokens (B, T, C), scores of the masked words (M, V) and
+    of the next sentence (B, 2).
 
     >>> net = BERTModel(vocab_size=100, config=ModelConfig())       # doctest: +SKIP
     >>> net.initialize(ctx=mx.cpu())
@@ -129,5 +129,5 @@ def initial_weights(config: ModelConfig) -> Any:
 
 
 def log_frequencies(counts: np.ndarray) -> np.ndarray:
-    """(V,) the logarithm of each word's share of all words, with one added to every count (Laplace)."""
+    """Return the log of each word's share of all words, with one added to each count (Laplace), (V,)."""
     return np.log((counts + 1) / (counts + 1).sum())

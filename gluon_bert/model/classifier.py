@@ -34,8 +34,9 @@ class TaskHead(mx.gluon.HybridBlock):
 class BERTForTask(BERTBlock):
     """BERT with one head, for a task (Devlin et al. 2018, section 4 and figure 4).
 
-    Inputs, all float32: tokens (B, T), token_types (B, T) and valid_length (B,). Outputs, float32: encoded tokens
-    (B, T, C) and the task's scores: (B, K), or (B, T, K) of a task that scores tokens. The latter has no pooler.
+    Inputs, all float32: tokens (B, T), token_types (B, T) and valid_length (B,). Outputs, float32: encoded
+    tokens (B, T, C) and the task's scores: (B, K), or (B, T, K) of a task that scores tokens. The latter has
+    no pooler.
     """
 
     def __init__(self, vocab_size: int, config: ModelConfig, task: Task, **kwargs: Any) -> None:

@@ -106,7 +106,7 @@ class Encoder(MixedPrecisionBlock):
     """Padded token ids to a vector per position.
 
     tokens (B, T), token_types (B, T) of 0 and 1, valid_length (B,), all float32 -> (B, T, C) float32. What
-    stands in tokens past a row's length changes nothing before it, and the vectors there mean nothing.
+    is in tokens past a row's length changes nothing before it, and the vectors there mean nothing.
     """
 
     def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
@@ -136,7 +136,7 @@ class Encoder(MixedPrecisionBlock):
     def _layer_by_layer(
         self, passes: CheckpointedForward, tokens: Any, token_types: Any, valid_length: Any
     ) -> Any:
-        """The same, of which only what enters each layer is kept."""
+        """Return the same, keeping only the input of each layer for the backward pass."""
         positions = self._positions(mx.nd, tokens, valid_length)
         blocks: list[tuple[Any, tuple[Any, ...]]] = [(self.embeddings, (tokens, token_types))]
         blocks += [(layer, positions) for layer in self.layers]

@@ -33,9 +33,9 @@ class Segment(NamedTuple):
 class CheckpointedForward:
     """The passes of one recorded computation, on any contexts.
 
-    A pass ends the recorded graph: its result is a leaf with a gradient. `backward` takes this gradient to the
-    parameters. Call it after the graph's own backward. The parameters' grad_req must be "add", since the embedding
-    of a tied decoder has two gradients.
+    A pass ends the recorded graph: its result is a leaf with a gradient. `backward` takes this gradient to
+    the parameters. Call it after the graph's own backward. The parameters' grad_req must be "add", since the
+    embedding of a tied decoder has two gradients.
 
     >>> passes = CheckpointedForward(seed=1)                            # doctest: +SKIP
     >>> with mx.autograd.record():

@@ -18,7 +18,7 @@ def checked_heads(names: Any, where: object) -> tuple[str, ...]:
 
 
 def check_trained(untrained: Sequence[str], *heads: str) -> None:
-    """Raise InputError where one of these heads is among the untrained ones."""
+    """Raise InputError if one of these heads is among the untrained ones."""
     for head in heads:
         if head in untrained:
             raise InputError(

@@ -12,8 +12,9 @@ from ..runtime import mx
 
 
 def weights_of(net: Any) -> dict[str, np.ndarray]:
-    """Return a copy of the network's weights on the host, float32, by structural names. Waits for the devices.
+    """Return a copy of the network's weights on the host, float32, by structural names.
 
+    Waits for the devices.
     A weight that two blocks share appears once, under its first name.
     """
     return {name: parameter.list_data()[0].asnumpy() for name, parameter in named_parameters(net).items()}
@@ -35,8 +36,8 @@ def set_weights(net: Any, weights: Mapping[str, np.ndarray], where: Path | str) 
             problems.append(f"{name} contains NaN or infinite values")
     if problems:
         raise InputError(
-            f"{where}: the weights do not fit this run ({min(problems)}). The file is damaged, or config.json "
-            f"or the vocabulary belongs to another run. Choose another checkpoint."
+            f"{where}: the weights do not fit this run ({min(problems)}). The file is damaged, or "
+            f"config.json or the vocabulary belongs to another run. Choose another checkpoint."
         )
     put_weights(net, weights)
 

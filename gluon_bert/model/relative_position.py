@@ -8,7 +8,8 @@ from ..config import DISTANCE_BUCKETS
 from ..runtime import mx
 
 # Buckets of distances as in T5 (Raffel et al. 2020, section 2.1), on either side: 0 to 7 alone, then two per
-# doubling, and the last from 91 on. Distances to the left and 0 have numbers 0 to 15, those to the right 16 to 30.
+# doubling, and the last from 91 on. Distances to the left and 0 have numbers 0 to 15, those to the right 16
+# to 30.
 SIDE_BUCKETS = DISTANCE_BUCKETS // 2
 # A bucket of its own for pairs with <cls>, whose distance means nothing (Ke et al. 2021, TUPE, section 3.2).
 CLS_BUCKET = DISTANCE_BUCKETS - 1

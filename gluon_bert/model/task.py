@@ -19,8 +19,8 @@ BIO_TAG = re.compile(r"O|[BI]-\S+")
 class Task:
     """A task: its kind, whether its texts are pairs, and what the network's scores mean.
 
-    pairs: None where no file says it; single texts and pairs are then both taken. A pair of question answering
-    is a question and its context.
+    pairs: None where no file says it; single texts and pairs are then both taken. A pair of question
+    answering is a question and its context.
     labels: a classification's or a tagging's, in the order of its scores. mean, scale: a regression's; its
     score is mean + scale * the network's output. no_answer: of question answering, whether a context may have
     no answer.
@@ -48,7 +48,7 @@ class Task:
 
     @property
     def texts(self) -> int:
-        """The number of texts per example."""
+        """Return the number of texts per example."""
         return 2 if self.pairs else 1
 
     def to_json(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Chooses and calls the operators of the network: compiled ones on a CPU with a C++ compiler, or MXNet's own.
 
-All calls of compiled operators go through this file. They compute hybridized blocks on a CPU. They never enter
-a graph, so an export contains MXNet's operators only. Both kinds give the same results, except that they draw
-different dropout.
+All calls of compiled operators go through this file. They compute hybridized blocks on a CPU. They never
+enter a graph, so an export contains MXNet's operators only. Both kinds give the same results, except that
+they draw different dropout.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 def select(name: str | None = None) -> str:
     """Choose the operators of this process, build them if necessary, and return their description.
 
-    name: one of CHOICES; None takes the variable GLUON_BERT_OPERATORS, or auto. Raise InputError if `compiled` is
-    not possible.
+    name: one of CHOICES; None takes the variable GLUON_BERT_OPERATORS, or auto. Raise InputError if
+    `compiled` is not possible.
     """
     if name is not None:
         _check_choice(name, "operators")
@@ -52,10 +52,10 @@ def compiled(contexts: Sequence[Any]) -> bool:
 
 
 def parse_description(description: str) -> str | None:
-    """Return the name for `select` that gives the operators that `describe` described; None for compiled ones.
+    """Return the argument of `select` for the operators in a text of `describe`; None for compiled ones.
 
-    >>> parse_description("MXNet's own (no compiler was found)"), parse_description("compiled for this processor")
-    ('mxnet', None)
+    >>> parse_description("MXNet's own (no compiler was found)"), parse_description("compiled for this
+    processor") ('mxnet', None)
     """
     return "mxnet" if description.startswith("MXNet's") else None
 
@@ -81,9 +81,9 @@ def encode(
 ) -> Any:
     """Compute `Encoder`: (B, T) tokens to (B, T, C) vectors. Vectors of padding are zeros.
 
-    parameters: the encoder's gluon Parameters in the order in which it uses them. recompute: the backward pass
-    computes each layer again, to the same bits, instead of keeping its values. bf16: matrix products, forward and
-    backward, round their factors to bfloat16 and sum in float32. All other operations are float32.
+    parameters: the encoder's gluon Parameters in the order in which it uses them. recompute: the backward
+    pass computes each layer again, to the same bits, instead of keeping its values. bf16: matrix products,
+    forward and backward, round their factors to bfloat16 and sum in float32. Other operations are float32.
     """
     rate = config.dropout if mx.autograd.is_training() else 0.0
     # The key comes from MXNet's generator, so MXNet's seed repeats the dropout.
@@ -115,8 +115,8 @@ def masked_loss(
     """Return the sum of the masked words' losses in nats and how many have the highest score, both (1,).
 
     encoded (B, T, C), masked_positions (2, M) and masked_ids (M,) as in Batch, M at least 1. parameters: the
-    MLM head's in the order in which it uses them. The scores of all words are never in memory at once. bf16: see
-    `encode`.
+    MLM head's in the order in which it uses them. The scores of all words are never in memory at once. bf16:
+    see `encode`.
     """
     loss, num_correct = mx.nd.gluon_bert_masked_loss(
         encoded,
@@ -129,10 +129,10 @@ def masked_loss(
 
 
 def peak_matmul_flops(repeats: int, bf16: bool = False) -> float:
-    """Multiply matrices that stay in the caches, on all cores; return the number of floating-point operations.
+    """Multiply matrices that stay in the caches, on all cores. Return the floating-point operations.
 
-    Divided by the time it is the peak of the compiled operators, in float32 or in bfloat16. Return 0 if there are
-    none.
+    Divided by the time it is the peak of the compiled operators, in float32 or in bfloat16. Return 0 if there
+    are none.
     """
     if _unavailable_reason():
         return 0.0
@@ -173,8 +173,8 @@ def _arrays(parameters: Sequence[Any], context: Any) -> list[Any]:
     """Return the parameters' arrays; if gradients accumulate, as leaves of this call alone.
 
     MXNet does not pass the gradient request (write or add) to an external operator. If an array had several
-    gradients, the operator would add to a temporary one. A leaf has one gradient: the parameter's own, to which
-    the operator adds in place.
+    gradients, the operator would add to a temporary one. A leaf has one gradient: the parameter's own, to
+    which the operator adds in place.
     """
     arrays = [parameter.data(context) for parameter in parameters]
     if not (_accumulates(parameters) and mx.autograd.is_recording()):

@@ -15,13 +15,14 @@ from tempfile import TemporaryDirectory
 from ..runtime import mx
 
 SOURCES = Path(__file__).with_name("native")
-# Without -ffast-math: it assumes that NaN cannot occur, and it makes the whole process flush small numbers to zero.
+# Without -ffast-math: it assumes that NaN cannot occur, and it makes the whole process flush small numbers to
+# zero.
 FLAGS = (
     *("-shared", "-fPIC", "-std=c++17", "-O3", "-march=native", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
 )
-# Hides the library's C++ symbols. Otherwise the loader could bind them to those of an earlier library, such as
-# Horovod's, which may have the same templates, compiled differently.
+# Hides the library's C++ symbols. Otherwise the loader could bind them to those of an earlier library, such
+# as Horovod's, which may have the same templates, compiled differently.
 EXPORTS = SOURCES / "exports.map"
 # A compiler that takes longer is considered to hang.
 TIMEOUT_SECONDS = 600
@@ -67,8 +68,8 @@ def _key(compiler: str, header: Path, source: Path) -> str:
     content = hashlib.sha256()
     for path in sorted([*SOURCES.iterdir(), header, source]):
         content.update(path.read_bytes())
-    for fact in (*FLAGS, _version(compiler), mx.__version__, _processor()):
-        content.update(fact.encode())
+    for item in (*FLAGS, _version(compiler), mx.__version__, _processor()):
+        content.update(item.encode())
     return content.hexdigest()[:20]
 
 

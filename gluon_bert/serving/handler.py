@@ -35,7 +35,7 @@ _PREFIX = 4 + 4 + len("Prediction success")
 def handle(data: Sequence[Mapping[str, Any]] | None, context: Any) -> list[bytes]:
     """Return the answers to a batch as JSON, and set their statuses in the context; None only loads.
 
-    data: for each request its body or the fields of a form, by name. Raises nothing for a request, as the
+    data: for each request its body or the fields of a form, by name. Raise nothing for a request, as the
     server cannot report to several requests that their batch failed.
     """
     properties = context.system_properties
@@ -50,7 +50,7 @@ def handle(data: Sequence[Mapping[str, Any]] | None, context: Any) -> list[bytes
 
 
 def aligned(bodies: Sequence[bytes], statuses: Sequence[int], ids: Mapping[int, str]) -> list[bytes]:
-    """The bodies with blanks behind them, so that in the message of all no status is torn apart.
+    """Return the bodies with blanks behind them, so that in the message of all no status is torn apart.
 
     Before a body stand, each with its length in 4 bytes, the request's id and the content type, then the
     status in 4 bytes, its phrase with its length, and 4 bytes each for no headers and the body's length.

@@ -47,7 +47,7 @@ class Request(NamedTuple):
 
     @property
     def texts(self) -> list[EncodedText]:
-        """All texts that the network reads for this request."""
+        """Return all texts that the network reads for this request."""
         return [self.text, *self.apart]
 
 
@@ -114,7 +114,7 @@ def refused(why: object) -> tuple[int, dict[str, Any]]:
 def read(
     body: bytes, reader: Tokenizer, task: Task | None = None, own: Pooling | None = None
 ) -> Request | TaskRequest:
-    """Return the question in a request's body; InputError says what is wrong with it.
+    """Return the question in a request's body. Raise InputError for invalid requests.
 
     task, own: the task and the pooling of the model, None where it has none.
 
@@ -185,7 +185,7 @@ def _pooling(request: dict[str, Any], own: Pooling | None) -> Pooling | None:
 
 
 def _object(body: bytes) -> dict[str, Any]:
-    """The JSON object that a body is."""
+    """Return the JSON object that a body is."""
     if len(body) > MAX_BODY:
         raise InputError(
             f"the request has {len(body):,} bytes, where {MAX_BODY:,} are allowed: send a shorter text"
@@ -274,5 +274,5 @@ def _top(value: Any) -> int:
 
 
 def _shown(name: str) -> str:
-    """A field's name in a message, in ASCII and no longer than it can be read."""
+    """Return a field's name in a message, in ASCII and no longer than it can be read."""
     return ascii(name if len(name) <= 40 else f"{name[:40]}...")

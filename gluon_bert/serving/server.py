@@ -90,14 +90,14 @@ class Settings:
     threads: int | None = None
 
     def check(self) -> None:
-        """Raise InputError for values that are not possible, naming the flag."""
+        """Raise InputError, which names the field, for impossible values."""
         for name in ("workers", "batch_size", "max_batch_delay", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         if self.port == self.management_port:
-            raise InputError(f"--management-port {self.port}: is --port already; choose another")
-        for name, port in (("--port", self.port), ("--management-port", self.management_port)):
+            raise InputError(f"management_port must differ from port={self.port}.")
+        for name, port in (("port", self.port), ("management_port", self.management_port)):
             _check_port(name, port)
 
 
@@ -116,7 +116,7 @@ class Server:
         raise self.failed("the server ended by itself")
 
     def failed(self, what: str) -> ServerFailed:
-        """The exception for what happened, with the end of the log."""
+        """Return the exception for what happened, with the end of the log."""
         lines = [line for name in (LOG, OUTPUT) for line in _last_lines(self._folder / name)]
         return ServerFailed("\n".join([f"{what}; the end of its log:", *lines]))
 
@@ -254,7 +254,7 @@ def _config(settings: Settings) -> str:
 
 
 def _environment(folder: Path, settings: Settings) -> dict[str, str]:
-    """The environment of the server and its workers."""
+    """Return the environment of the server and its workers."""
     # Each would undo a part of the configuration; PYTHONPATH comes before the archive's own code.
     unwanted = ("MMS_", "PYTHONPATH", "MODEL_SERVER_HOME", "LOG_LOCATION", "METRICS_LOCATION")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
@@ -279,7 +279,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _is_alive(process: subprocess.Popen[bytes]) -> bool:
-    """Whether any process of the group is left."""
+    """Return whether any process of the group is left."""
     process.poll()
     # Processes that have lost their parent become this one's where it is a container's first.
     with suppress(ChildProcessError):

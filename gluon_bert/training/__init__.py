@@ -1,1 +1,1 @@
-"""Steps, losses, and what is told about them. Needs a network and batches, knows of no files but the log."""
+"""The training loop: steps, losses, metrics, callbacks, checkpoints and estimates."""

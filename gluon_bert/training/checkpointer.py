@@ -102,12 +102,17 @@ class AsyncCheckpointer(Callback):
             self.timing = CheckpointTiming(written + 1, waited, writing + seconds)
 
     def _attempt(self, part: Callable[[], None]) -> None:
-        """Do a part of the work on a checkpoint; raise its OSError unless `on_checkpoint_error` is continue."""
+        """Do a part of the work on a checkpoint.
+
+        Raise its OSError unless `on_checkpoint_error` is continue.
+        """
         try:
             part()
         except OSError as error:
             kept = steps(self.folder)
-            left = f"the checkpoint after step {kept[-1]} is kept" if kept else "there is no checkpoint yet"
+            left = (
+                f"the checkpoint after step {kept[-1]} is kept" if kept else "the run has no checkpoint yet"
+            )
             log.warning("a checkpoint could not be written (%s); %s", error.strerror or error, left)
             self._failure = error
             if self._config.on_checkpoint_error == "stop":
@@ -117,7 +122,7 @@ class AsyncCheckpointer(Callback):
 
 
 def format_checkpoint_timing(timing: CheckpointTiming, seconds: float) -> str:
-    """Return a line on the cost of the checkpoints in so many seconds of training."""
+    """Return a line on the cost of the checkpoints, as a share of the seconds of training."""
     share = timing.waited / seconds if seconds else 0.0
     return (
         f"checkpoints: {timing.written}; the training waited {timing.waited:.2f} s for them ({share:.1%} of "

@@ -1,4 +1,7 @@
-"""Non-finite losses and gradients: the step and its largest gradients. Detects nothing and decides nothing."""
+"""Non-finite losses and gradients: the step and its largest gradients.
+
+Detects nothing and decides nothing.
+"""
 
 from __future__ import annotations
 

@@ -14,17 +14,17 @@ from ..runtime import mx
 from .resources import ActivationSizes, max_masked, parameter_count, settings_that_fit
 
 FLOAT, HALF = 4, 2  # bytes
-# MXNet's pool gives out blocks of a multiple of this size, where they are as large.
+# MXNet's pool rounds large blocks up to a multiple of this size.
 BLOCK = 2**21
-# The estimate was up to this much above the peak; less than that is no reason to refuse a run.
+# The estimate was up to this factor above the peak. Runs are refused only beyond it.
 TOO_HIGH = 1.1
 
 
 @dataclass(frozen=True)
 class GPUEstimate:
-    """The memory of one GPU in bytes: weights, gradients and optimizer; and what is computed at once.
+    """The estimated memory of one GPU in bytes: weights, gradients and optimizer; and activations.
 
-    CUDA's own 0.5 to 1 GB are not in it: the simulation does not show them.
+    CUDA takes 0.5 to 1 GB more, which the simulation does not show.
     """
 
     model: float
@@ -33,15 +33,15 @@ class GPUEstimate:
 
     @property
     def memory(self) -> float:
-        """All that MXNet's memory pool is expected to take at its peak."""
+        """Return the expected peak of MXNet's memory pool."""
         return self.model + self.activations
 
-    def in_words(self, total: float) -> str:
-        """Describe the estimate in one line."""
+    def format_memory(self, total: float) -> str:
+        """Return a line on the estimate."""
         return (
-            f"memory expected: {_gigabytes(self.memory)} of {_gigabytes(total)} on each GPU: weights, gradients "
-            f"and optimizer {_gigabytes(self.model)}, activations {_gigabytes(self.activations)}; CUDA takes 0.5 "
-            "to 1 GB more"
+            f"memory expected: {_gigabytes(self.memory)} of {_gigabytes(total)} on each GPU: weights, "
+            f"gradients and optimizer {_gigabytes(self.model)}, activations {_gigabytes(self.activations)}; "
+            "CUDA takes 0.5 to 1 GB more"
         )
 
     def outcome(self, used: float) -> str:
@@ -57,8 +57,8 @@ def estimate_gpu_memory(config: Config, vocab_size: int, num_gpus: int, num_work
     rows = -(-at_once // num_gpus)
     sizes = ActivationSizes(config.model, vocab_size, rows * length, length, rows * max_masked(config))
     half = train.precision == "fp16"
-    # The weights, their gradients and two states of the optimizer. With several GPUs the kvstore spreads its copy
-    # of the weights, the sum, and the gradients of the other GPUs over all.
+    # The weights, their gradients and two states of the optimizer. With several GPUs the kvstore spreads its
+    # copy of the weights, the sum, and the gradients of the other GPUs over all.
     copies = 4 + ((num_gpus + 1) / num_gpus if num_gpus > 1 else 0)
     return GPUEstimate(
         copies * _parameters(config.model, vocab_size),
@@ -70,13 +70,13 @@ def estimate_gpu_memory(config: Config, vocab_size: int, num_gpus: int, num_work
 def check_gpu_memory(
     config: Config, vocab_size: int, num_gpus: int, free: float, num_workers: int = 1
 ) -> None:
-    """Raise InputError where a run cannot fit in the free bytes of each GPU, and say what would fit."""
+    """Raise InputError, with settings that fit, if a run needs more than the free bytes of each GPU."""
     expected = estimate_gpu_memory(config, vocab_size, num_gpus, num_workers).memory
     if expected <= TOO_HIGH * free:
         return
     raise InputError(
-        f"--batch-size {config.train.batch_size}, --max-seq-length {config.data.max_seq_length}: the run is "
-        f"expected to take {_gigabytes(expected)} of each GPU, and {_gigabytes(free)} are free; "
+        f"the run needs about {_gigabytes(expected)} of each GPU with batch_size={config.train.batch_size} "
+        f"and max_seq_length={config.data.max_seq_length}, and {_gigabytes(free)} are free. "
         + what_fits(config, vocab_size, num_gpus, free, num_workers)
     )
 
@@ -99,7 +99,7 @@ def memory_of(contexts: Sequence[Any]) -> tuple[float, float]:
 
 
 def _parameters(model: ModelConfig, vocab_size: int) -> float:
-    """The bytes of all weights, each matrix in blocks of the pool."""
+    """Return the bytes of all weights, each matrix in blocks of the pool."""
     c, f = model.units, model.ffn_units
     tables = [vocab_size * c] * (1 if model.tied_decoder else 2)
     matrices = (
@@ -110,7 +110,7 @@ def _parameters(model: ModelConfig, vocab_size: int) -> float:
 
 
 def _activations(sizes: ActivationSizes, recompute: bool, half: bool) -> float:
-    """The bytes of what the encoder has in memory at its peak.
+    """Return the peak memory of the encoder in bytes.
 
     Of each layer it keeps streams (tokens, C), hidden arrays (tokens, F) and attention scores (B * H, T, T).
     """
@@ -137,7 +137,7 @@ def _activations(sizes: ActivationSizes, recompute: bool, half: bool) -> float:
 
 
 def _heads(sizes: ActivationSizes, half: bool) -> float:
-    """The bytes of the scores of masked words, 256 at a time, and of the decoder's gradients by each 256."""
+    """Return the bytes of the scores of 256 masked words, and of the decoder's gradients of each 256."""
     slices = -(-sizes.num_masked // 256)
     table = sizes.words * sizes.model.units
     scores = sizes.words * (sizes.num_masked + 3 * min(sizes.num_masked, 256))
@@ -146,7 +146,7 @@ def _heads(sizes: ActivationSizes, half: bool) -> float:
 
 
 def _block(size: float) -> float:
-    """The bytes that the pool gives out for so many."""
+    """Return the size of the block that the pool allocates for a number of bytes."""
     return -(-size // BLOCK) * BLOCK if size >= BLOCK else size
 
 

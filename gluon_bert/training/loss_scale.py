@@ -29,11 +29,11 @@ class LossScale(NamedTuple):
 
     @classmethod
     def first(cls, context: Any) -> LossScale:
-        """That of the first step."""
+        """Return the scale of the first step."""
         return cls(mx.nd.full((1,), FIRST, ctx=context), mx.nd.zeros((1,), ctx=context))
 
     def on(self, context: Any) -> Any:
-        """The value on a context, (1,)."""
+        """Return the value on a context, (1,)."""
         return self.value.as_in_context(context)
 
     def unscale(self, gradients: Sequence[Sequence[Any]]) -> None:
@@ -44,7 +44,10 @@ class LossScale(NamedTuple):
                 mx.nd.broadcast_mul(array, inverse.reshape((1,) * array.ndim), out=array)
 
     def after(self, is_finite: Any) -> LossScale:
-        """Return the scale of the next step; is_finite: (1,) 1, or NaN if the gradient of this step is not finite."""
+        """Return the scale of the next step.
+
+        Is_finite: (1,) 1, or NaN if the gradient of this step is not finite.
+        """
         made = is_finite == is_finite  # NaN is not
         good = (self.good_steps + 1) * made
         enough = good == GOOD_STEPS
@@ -52,13 +55,13 @@ class LossScale(NamedTuple):
         return LossScale(value.clip(SMALLEST, LARGEST), good * (1 - enough))
 
     def to_json(self) -> dict[str, float]:
-        """Plain values. Waits for the devices."""
+        """Return plain values. Waits for the devices."""
         return {"value": float(self.value.asscalar()), "good": float(self.good_steps.asscalar())}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], context: Any) -> LossScale:
-        """The inverse of `to_json`; ValueError where it was not written by that."""
+        """Return the inverse of `to_json`. Raise ValueError if it was not written by that."""
         value, good = float_array([content["value"], content["good"]], 2).tolist()
         if not (SMALLEST <= value <= LARGEST and good >= 0):
-            raise ValueError(f"{content!r} is no scale of a loss")
+            raise ValueError(f"must be the state of a loss scale, got {content!r}")
         return cls(*(mx.nd.array([number], ctx=context, dtype=np.float32) for number in (value, good)))

@@ -15,8 +15,8 @@ from .. import ops
 from ..runtime import mx
 from .device_batch import DeviceBatch
 
-# Masked positions whose scores are computed at once. At V = 30,000 the scores of 256 take 31 MB. From 32 MB on
-# glibc returns memory to the system each time, which doubles the time of the decoder.
+# Masked positions whose scores are computed at once. At V = 30,000 the scores of 256 take 31 MB. From 32 MB
+# on glibc returns memory to the system each time, which doubles the time of the decoder.
 CHUNK = 256
 
 
@@ -67,7 +67,10 @@ def pretraining_loss(net: Any, shard: DeviceBatch) -> ShardLoss:
 
 
 def mlm_only(net: Any, shard: DeviceBatch) -> ShardLoss:
-    """Return the MLM loss of one shard (Liu et al. 2019, RoBERTa). The NSP head and the pooler stay as drawn."""
+    """Return the MLM loss of one shard (Liu et al. 2019, RoBERTa).
+
+    The NSP head and the pooler stay as drawn.
+    """
     encoded = net.encoder(shard.tokens, shard.token_types, shard.valid_length)
     return ShardLoss.of({"mlm": masked_lm(net, encoded, shard)})
 
@@ -99,7 +102,7 @@ def _score_loss(net: Any, scores: Any, shard: DeviceBatch) -> LossSum:
 
 
 def _tag_loss(_: Any, scores: Any, shard: DeviceBatch) -> LossSum:
-    """Return the cross-entropy of tags: scores (B, T, K), targets (B, T), negative where a token has no tag."""
+    """Return the cross-entropy of tags: scores (B, T, K), targets (B, T), negative without a tag."""
     has_tag, targets = shard.targets >= 0, mx.nd.maximum(shard.targets, 0)
     losses = -scores.log_softmax(axis=-1).pick(targets, axis=-1)
     with mx.autograd.pause():

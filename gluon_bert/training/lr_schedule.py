@@ -1,4 +1,4 @@
-"""Step -> learning rate, and how long a run is. Pure functions: they know no optimizer and read no clock."""
+"""The learning rate of a step, and the length of a run. Pure functions of steps and seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from ..config import TrainConfig
 from ..errors import InputError
 
-# What is left of the peak, by the share of the way from the peak to the step after the last.
+# Factor of the peak, by the share of the way from the peak to the step after the last.
 DECAYS = {
     "constant": lambda way: 1.0,
     "linear": lambda way: 1.0 - way,
@@ -16,12 +16,11 @@ DECAYS = {
 
 
 def planned_steps(config: TrainConfig, step: int, finished: int, elapsed: float) -> float:
-    """How many steps the run will have, as far as one can tell when `step` begins; maybe a fraction.
+    """Return the expected number of steps of the run when `step` begins; it may be a fraction.
 
-    That is `num_steps`, or as many as `max_minutes` have room for at the pace so far: `finished` steps took
-    `elapsed` seconds, evaluations included, while those between may still be queued on a device. Planned
-    on this, the learning rate follows the share of the time that is gone, and the last step is the one that
-    will use up the time.
+    This is `num_steps`, or the number that `max_minutes` allow at the pace so far: `finished` steps took
+    `elapsed` seconds, with evaluations. Later steps may still be queued on a device. With this number the
+    learning rate follows the share of the time that has passed.
 
     >>> planned_steps(TrainConfig(num_steps=0, max_minutes=1.0), step=13, finished=10, elapsed=20.0)
     30.0
@@ -29,37 +28,37 @@ def planned_steps(config: TrainConfig, step: int, finished: int, elapsed: float)
     num_steps = config.num_steps or math.inf
     if not config.max_minutes:
         return num_steps
-    # Before any is finished the pace is not known: a second, a guess that matters to the warm-up alone.
+    # Before the first step is finished, guess one second per step. It affects the warm-up only.
     pace = elapsed / finished if finished else 1.0
     return min(num_steps, max(step, 60 * config.max_minutes / pace))
 
 
 def learning_rate(config: TrainConfig, step: float, num_steps: float) -> float:
-    """The learning rate of a step, the first of which is 1, in a run of `num_steps`.
+    """Return the learning rate of a step in a run of `num_steps`. The first step is 1.
 
-    It rises in equal parts over the warm-up, is `lr` itself at `peak_step`, and then falls so that the
-    step after the last would have 0: none that is made has. Steps may be any unit, whole or not.
+    It rises linearly over the warm-up, is `lr` at `peak_step`, and then decays so that the step after the
+    last would have 0. Steps may be fractions.
 
     >>> config = TrainConfig(lr=1.0, schedule="linear", warmup_ratio=0.4)
     >>> [learning_rate(config, step, 5) for step in (1, 2, 3, 4, 5)]
     [0.5, 1.0, 0.75, 0.5, 0.25]
 
-    Raises InputError for a step after the last, where a decayed rate would be 0 or less.
+    Raise InputError for a step after the last, unless the rate is constant.
     """
     if step > num_steps and config.schedule != "constant":
         raise InputError(
-            f"--num-steps {num_steps}: --schedule {config.schedule} ends there, before step {step}"
+            f'num_steps must be at least {step} with schedule="{config.schedule}", got {num_steps}.'
         )
     peak = peak_step(config, num_steps)
     if step <= peak:
         return config.lr * (step / peak)
-    # At least 1 where there is no limit on steps and no plan, which only a constant rate goes with.
+    # At least 1, for a constant rate without a limit on steps.
     way = max(1, num_steps + 1 - peak)
     return config.lr * DECAYS[config.schedule]((step - peak) / way)
 
 
 def peak_step(config: TrainConfig, num_steps: float) -> int:
-    """The last step of the warm-up, the one whose learning rate is `lr`; without a warm-up the first.
+    """Return the step whose learning rate is `lr`: the last of the warm-up, or the first without warm-up.
 
     >>> peak_step(TrainConfig(warmup_ratio=0.1), 1000), peak_step(TrainConfig(warmup_ratio=0.0), 1000)
     (100, 1)

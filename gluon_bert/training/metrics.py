@@ -10,7 +10,8 @@ from ..runtime import mx
 from .device_batch import DeviceBatch
 from .losses import ShardLoss
 
-# Means over some batches by name: "mlm_loss" in nats, "mlm_accuracy" from 0 to 1. What was not counted is absent.
+# Means over some batches by name: "mlm_loss" in nats, "mlm_accuracy" from 0 to 1. What was not counted is
+# absent.
 Metrics = Dict[str, float]
 
 
@@ -52,7 +53,7 @@ class MetricSums(NamedTuple):
         return {name: self.sums[name] / count for name, count in self.counts.items() if count}
 
     def to_array(self) -> np.ndarray:
-        """(2 K + 1,) float64: the sums, the counts and the number of pairs."""
+        """Return the sums, the counts and the number of pairs, (2 K + 1,) float64."""
         return np.array([*self.sums.values(), *self.counts.values(), self.num_pairs], dtype=np.float64)
 
     def with_array(self, values: np.ndarray) -> MetricSums:

@@ -12,8 +12,8 @@ from ..runtime import mx
 
 # Biases and the two of a LayerNorm, as in Devlin et al.'s code (optimization.py).
 UNDECAYED = ("bias", "gamma", "beta")
-# Parameters that one operator updates on a GPU: a start of a kernel takes longer than most updates. MXNet's own
-# LAMB takes as many. On a CPU such operators take 1.6 to 2.6 times as long as one for each parameter.
+# Parameters that one operator updates on a GPU: a start of a kernel takes longer than most updates. MXNet's
+# own LAMB takes as many. On a CPU such operators take 1.6 to 2.6 times as long as one for each parameter.
 MOST_AT_ONCE = 45
 
 
@@ -23,7 +23,7 @@ def gluon_trainer(
     kvstore: Any = "device",
     matrices: Collection[Any] = (),
 ) -> Any:
-    """A Gluon Trainer that steps these parameters with the optimizer of the configuration.
+    """Return a Gluon Trainer that steps these parameters with the optimizer of the configuration.
 
     matrices: the parameters whose steps Muon makes orthogonal.
 
@@ -61,7 +61,7 @@ def encoder_matrices(parameters: Mapping[str, Any]) -> list[Any]:
 
 
 def optimizer_arrays(trainer: Any, parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A copy on the host of what the optimizer keeps of the named parameters; waits for the devices.
+    """Return a copy on the host of the optimizer states of the named parameters. Waits for the devices.
 
     Of each that was updated: its states of its shape, float32, such as `name/mean` and `name/variance`, and
     `name/updates`, (1,) int64. All contexts have the same.
@@ -81,7 +81,7 @@ def optimizer_arrays(trainer: Any, parameters: Mapping[str, Any]) -> dict[str, n
 def set_optimizer_arrays(
     trainer: Any, parameters: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """The inverse of `optimizer_arrays`, on any number of contexts; ValueError where they do not fit."""
+    """Restore the arrays of `optimizer_arrays` on all contexts. Raise ValueError if they do not fit."""
     optimizer = trainer.optimizer
     state_names = {
         name: optimizer.state_names(trainer._param2idx[parameter.name])
@@ -160,13 +160,13 @@ class BERTAdam(_WithMoments):
             self._step(index, weight, gradient, state)
 
     def _factors(self, count: int) -> tuple[float, float]:
-        """What m is multiplied by, and what is added to the root of v, in the step of that number."""
+        """Return the factor of m and the epsilon of a step."""
         return 1.0, self.epsilon
 
     def _step(self, index: int, weight: Any, gradient: Any, state: Any) -> None:
         """w -= lr * (correction * m / (sqrt(v) + epsilon) + weight_decay * w), after m and v are updated.
 
-        The operator skips the update if rescale_grad is no number. Unless that is asked for it would hide
+        The operator skips the update if rescale_grad is not finite. Without a finite check this would hide
         what went wrong: so clipping multiplies the gradients themselves.
         """
         mean, variance = state
@@ -187,7 +187,7 @@ class BERTAdam(_WithMoments):
         )
 
     def _step_together(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
-        """The same by one operator, for parameters that have made equally many steps."""
+        """Step parameters with the same number of updates by one operator."""
         counts = {self._index_update_count[index] for index in indices}
         if len(counts) > 1:  # never in a run: its parameters take all steps together
             for each in zip(indices, weights, gradients, states):
@@ -211,7 +211,7 @@ class BERTAdam(_WithMoments):
         )
 
     def _rescale(self, context: Any) -> Any:
-        """What gradients are multiplied by, (1,), in an array that stays on its context."""
+        """Return the factor of the gradients, (1,), in an array that stays on its context."""
         if context in self.is_finite:
             return self.is_finite[context]
         if context not in self._ones:
@@ -363,7 +363,7 @@ NEWTON_SCHULZ_ITERATIONS = 5
 
 
 def orthogonalized(matrices: Sequence[Any]) -> Any:
-    """Return (N, rows, columns): of N matrices of one shape the nearest with orthonormal rows or columns, about.
+    """Return approximately the nearest matrices with orthonormal rows or columns, (N, rows, columns).
 
     Zero stays zero. Does not wait.
     """
@@ -426,15 +426,19 @@ def finite_on(squared: Any, contexts: Sequence[Any]) -> dict[Any, Any]:
 
 
 def global_norm(arrays: Sequence[Any]) -> Any:
-    """Return the Euclidean norm of all arrays of one context together, (1,), on that context. Does not wait."""
+    """Return the Euclidean norm of all arrays of one context together, (1,), on that context.
+
+    Does not wait.
+    """
     return squared_norms(arrays).sum().sqrt()
 
 
 def squared_norms(arrays: Sequence[Any]) -> Any:
     """Return (P,) the squared Euclidean norm of each of the P arrays of one context. Does not wait.
 
-    A CPU multiplies with `dot`: there `norm` and `multi_sum_sq` add up one by one in float32, which gives 3 % too
-    little for the 23 million values of BERT-base's embedding, and takes 5 times as long. A GPU adds up in parts.
+    A CPU multiplies with `dot`: there `norm` and `multi_sum_sq` add up one by one in float32, which gives 3 %
+    too little for the 23 million values of BERT-base's embedding, and takes 5 times as long. A GPU adds up in
+    parts.
     """
     if arrays[0].context.device_type == "gpu":
         return mx.nd.multi_sum_sq(*arrays, num_arrays=len(arrays))

@@ -43,7 +43,7 @@ def draw_losses(path: Path, records: Sequence[dict[str, Any]], references: Refer
 def losses_png(
     records: Sequence[dict[str, Any]], references: References | None = None, dpi: int = 120
 ) -> bytes | None:
-    """Return each loss over the steps, with the best evaluation and the baselines, as a PNG; None without losses.
+    """Return a PNG of the losses over steps, with the best evaluation and the baselines; None without losses.
 
     records: of a log, as `run_log.LogFile` has them. dpi: dots per inch of 5 by 4.6 inches for each loss.
     """
@@ -113,7 +113,7 @@ def _draw_crossing(axes: Any, trained: Sequence[dict[str, Any]], unigram: float)
 
 
 def curve(axes: Any, points: Sequence[tuple[int, float]], label: str, color: str) -> None:
-    """Draw losses over steps, with a mark each as long as the marks can be told apart."""
+    """Draw losses over steps, with a mark for each while there are few."""
     marker = "o" if len(points) <= 60 else ""
     steps, losses = zip(*points) if points else ((), ())
     axes.plot(steps, losses, "-", marker=marker, ms=4, color=color, label=label)

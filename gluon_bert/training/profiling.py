@@ -28,7 +28,7 @@ class LoadBalance:
         self._mean += given.mean(axis=0)
 
     def shares(self) -> tuple[float, float]:
-        """The contexts' mean of tokens, and of predictions, as a share of the most; NaN of nothing."""
+        """Return the mean of the contexts' tokens, and of their masked tokens, as a share of the largest."""
         with np.errstate(invalid="ignore"):
             tokens, predictions = (self._mean / self._most).tolist()
         return tokens, predictions

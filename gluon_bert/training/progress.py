@@ -33,9 +33,9 @@ NONFINITE_BATCHES = "nonfinite-batches"
 class ProgressLogger(Callback):
     """Shows a run on the screen, in log.jsonl and in losses.png.
 
-    A terminal gets a progress bar, a notebook the picture of losses.png, which grows while the run trains. Other
-    outputs get a plain line per window. The log has one JSON object per line: a window of steps, or with the key
-    `validation` an evaluation.
+    A terminal gets a progress bar, a notebook the picture of losses.png, which grows while the run trains.
+    Other outputs get a plain line per window. The log has one JSON object per line: a window of steps, or
+    with the key `validation` an evaluation.
 
     references: baseline losses for the picture and the summary; None: none are shown.
     """
@@ -131,16 +131,16 @@ class ProgressLogger(Callback):
     def on_overflow(self, trainer: Trainer, step: int, scale: float) -> None:
         self._note({"step": step, "overflowed": {"loss_scale": scale}})
         self._bar.write(
-            f"step {step} is skipped: float16 cannot hold the gradient of {scale:,.0f} times the loss. The next "
-            "step uses half of that scale",
+            f"step {step} is skipped: float16 cannot hold the gradient of {scale:,.0f} times the loss. The "
+            "next step uses half of that scale",
             file=self._screen,
         )
 
     def on_weight_drift(self, trainer: Trainer, step: int, ranks: Sequence[int]) -> None:
         workers = f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         self._bar.write(
-            f"after step {step} the weights of {workers} differ from those of worker 0, as happens on different "
-            "processors. Those of worker 0 are kept",
+            f"after step {step} the weights of {workers} differ from those of worker 0, as happens on "
+            "different processors. Those of worker 0 are kept",
             file=self._screen,
         )
 
@@ -210,8 +210,8 @@ class ProgressLogger(Callback):
             lines.append(format_best(self.best))
         if self.best and self.best.out_of_patience(self._config.patience):
             lines.append(
-                f"The run ended after step {self.step}: {self.best.since} evaluations in a row did not improve "
-                f"on the best (--patience {self._config.patience})."
+                f"The run ended after step {self.step}: {self.best.since} evaluations in a row did not "
+                f"improve on the best (--patience {self._config.patience})."
             )
         return lines + self._compared()
 
@@ -234,21 +234,21 @@ class ProgressLogger(Callback):
         if reached < line:
             where = "on validation text " if self.best and "mlm_loss" in self.best.validation else ""
             lines.append(
-                f"The MLM loss {where}is {line - reached:.2f} nats below that of word frequencies: {reached:.3f} "
-                f"instead of {line:.3f}. The network has learned from the words around a mask."
+                f"The MLM loss {where}is {line - reached:.2f} nats below that of word frequencies: "
+                f"{reached:.3f} instead of {line:.3f}. The network has learned from the words around a mask."
             )
         else:
             lines.append(
-                f"The MLM loss, {reached:.3f}, is still above {line:.3f}. So far the model has at best learnt how "
-                "frequent words are, not what surrounds them. This is how BERT begins. More steps are needed "
-                f"({self._what_ended_it()})."
+                f"The MLM loss, {reached:.3f}, is still above {line:.3f}. So far the model has at best "
+                "learned how frequent words are, not what surrounds them. This is how BERT begins. More "
+                f"steps are needed ({self._what_ended_it()})."
             )
         return lines
 
     def _what_ended_it(self) -> str:
         if self.best and self.best.out_of_patience(self._config.patience):
-            return "--patience"
-        return "--num-steps" if self.step == self._config.num_steps else "--max-minutes"
+            return "patience"
+        return "num_steps" if self.step == self._config.num_steps else "max_minutes"
 
 
 def _label(name: str) -> str:

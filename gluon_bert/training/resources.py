@@ -1,7 +1,7 @@
-"""What a run will take, told before its first step: memory, masked tokens, FLOPs. Computes plain numbers only.
+"""Estimate the resources of a run before its first step: memory, masked tokens, FLOPs.
 
-Memory is counted from what the operators keep of a forward pass, and was compared with what runs took;
-docs/scale.md tells how far off it is.
+The memory follows from the arrays that the operators keep of a forward pass. docs/memory-and-precision.md
+compares it with what runs took.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from ..errors import InputError
 from ..system import threads
 
 FLOAT = 4  # bytes
-# MXNet, Python and the text that is being read.
+# MXNet, Python and the text in memory.
 PROGRAM = 300e6
-# Of what is computed: freed blocks do not fit all that is asked for next.
+# Factor for fragmentation of activations: freed blocks do not fit all later requests.
 FRAGMENTS = 1.1
-# What MXNet's graphs take beside what must be kept: it shares memory by size and by distance only.
+# Factor for the overhead of MXNet's graphs, which share memory by size and distance only.
 MXNET_OVERHEAD = 1.4
 
-# Of the memory there is, for what is proposed: the estimate is not exact.
+# Share of the memory that suggested settings may use: the estimate is not exact.
 SAFE = 0.9
 
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """A run in numbers; memory in bytes, of all contexts together.
+    """The estimated size of a run; memory in bytes, for all contexts together.
 
-    parameters: of the network. num_masked: masked tokens of a step, at most. flops: of a pair of
-    max_seq_length tokens, forward
-    and backward, without what is computed twice. at_once: pairs that are computed at once. model: weights,
-    gradients and what the optimizer keeps. activations: what is computed of so many pairs. checkpoint: the
-    copy that is written while the training goes on.
+    parameters: number of weights. num_masked: maximum number of masked tokens per step. flops: of a pair of
+    max_seq_length tokens, forward and backward, without recomputation. micro_batch_size: pairs per forward
+    and backward pass. model: weights, gradients and optimizer states. activations: arrays of a micro-batch.
+    checkpoint: the copy that is written during training.
     """
 
     parameters: int
@@ -46,25 +45,25 @@ class ResourceEstimate:
 
     @property
     def memory(self) -> float:
-        """All that the process is expected to take at its peak."""
+        """Return the expected peak memory of the process."""
         return self.model + self.activations + self.checkpoint + PROGRAM
 
     def outcome(self, peak: float) -> str:
-        """A line on what the process took at its peak."""
+        """Return a line that compares the measured peak with the estimate."""
         return f"memory taken: {_gigabytes(peak)} at the peak, {_gigabytes(self.memory)} expected"
 
-    def in_words(self, batch_size: int, limit: float | None) -> str:
-        """Two lines for a person."""
+    def format_memory(self, batch_size: int, limit: float | None) -> str:
+        """Return two lines: the memory, and the size of a step."""
         of = "" if limit is None else f" of {_gigabytes(limit)}"
         return (
             f"memory expected: {_gigabytes(self.memory)}{of}: weights, gradients and optimizer "
-            f"{_gigabytes(self.model)}, what is computed of {_pairs(self.micro_batch_size)} at once "
+            f"{_gigabytes(self.model)}, activations of {_pairs(self.micro_batch_size)} "
             f"{_gigabytes(self.activations)}, a checkpoint {_gigabytes(self.checkpoint)}\n"
-            f"{self.step_in_words(batch_size)}"
+            f"{self.format_step(batch_size)}"
         )
 
-    def step_in_words(self, batch_size: int) -> str:
-        """Describe the size of a step in one line."""
+    def format_step(self, batch_size: int) -> str:
+        """Return a line on the size of a step."""
         return (
             f"a step: {_pairs(batch_size)}, {self.num_masked:,} masked tokens at most, "
             f"{_flops(self.flops * batch_size)} ({_flops(self.flops)} a pair)"
@@ -72,30 +71,30 @@ class ResourceEstimate:
 
 
 def estimate_resources(
-    config: Config, vocab_size: int, num_contexts: int, compiled: bool, preprocessing_workers: int = 1
+    config: Config, vocab_size: int, num_contexts: int, compiled: bool, num_workers: int = 1
 ) -> ResourceEstimate:
-    """The plan of one of so many workers on so many contexts, by compiled operators or MXNet's own."""
+    """Estimate the resources of one worker. compiled: with the compiled operators instead of MXNet's."""
     train, length = config.train, config.data.max_seq_length
     parameters = parameter_count(config.model, vocab_size)
-    share = -(-train.batch_size // preprocessing_workers)
-    at_once = min(train.micro_batch or share, share)
+    share = -(-train.batch_size // num_workers)
+    micro_batch_size = min(train.micro_batch or share, share)
     num_masked = max_masked(config)
-    rows = -(-at_once // num_contexts)
+    rows = -(-micro_batch_size // num_contexts)
     shard = ActivationSizes(config.model, vocab_size, rows * length, length, rows * num_masked)
-    adds_up = train.micro_batch > 0
+    accumulates = train.micro_batch > 0
     floats = (
-        compiled_floats(shard, train.recompute, adds_up, threads())
+        compiled_floats(shard, train.recompute, accumulates, threads())
         if compiled
         else mxnet_floats(shard, train.recompute, train.precision == "fp16")
     )
-    # The optimizers keep two numbers a weight. Where gradients are summed over contexts, the kvstore has the
-    # weights, the sum, and a copy of the gradient of every context but one.
+    # The optimizers keep two numbers per weight. With several contexts the kvstore has the weights, the sum
+    # of the gradients, and a copy of the gradients of all contexts but one.
     copies = 4 * num_contexts + (num_contexts + 1 if num_contexts > 1 else 0)
     return ResourceEstimate(
         parameters,
         num_masked * train.batch_size,
         flops_per_pair(config.model, vocab_size, length, num_masked),
-        at_once,
+        micro_batch_size,
         float(FLOAT * parameters * copies),
         FRAGMENTS * FLOAT * floats * num_contexts,
         float(FLOAT * parameters * 3),
@@ -108,44 +107,44 @@ def check_memory(
     num_contexts: int,
     compiled: bool,
     limit: float,
-    preprocessing_workers: int = 1,
+    num_workers: int = 1,
 ) -> None:
-    """Raise InputError where a worker cannot fit in so many bytes, and say what would."""
+    """Raise InputError, with settings that fit, if a worker needs more than `limit` bytes."""
 
     def memory(**changes: Any) -> float:
         other = Config(config.model, config.data, replace(config.train, **changes))
-        return estimate_resources(other, vocab_size, num_contexts, compiled, preprocessing_workers).memory
+        return estimate_resources(other, vocab_size, num_contexts, compiled, num_workers).memory
 
     if memory() <= limit:
         return
-    most = estimate_resources(config, vocab_size, num_contexts, compiled, preprocessing_workers)
-    would_do = settings_that_fit(memory, range(num_contexts, most.micro_batch_size + 1), limit)
+    estimate = estimate_resources(config, vocab_size, num_contexts, compiled, num_workers)
+    advice = settings_that_fit(memory, range(num_contexts, estimate.micro_batch_size + 1), limit)
     train = config.train
     raise InputError(
-        f"--batch-size {train.batch_size}, --max-seq-length {config.data.max_seq_length}: the run is expected to take "
-        f"{_gigabytes(memory())} of memory, and there are {_gigabytes(limit)}; {would_do}"
+        f"the run needs about {_gigabytes(memory())} of memory with batch_size={train.batch_size} and "
+        f"max_seq_length={config.data.max_seq_length}, and the machine has {_gigabytes(limit)}. {advice}"
     )
 
 
 def settings_that_fit(memory: Callable[..., float], sizes: range, limit: float) -> str:
-    """Say which settings fit in nine tenths of the limit.
+    """Return a sentence with the settings that fit in 90 % of the limit.
 
-    memory: what a run takes with changed settings. sizes: the micro-batches that are possible.
+    memory: returns the memory of a run with changed settings. sizes: the possible micro-batches.
     """
     some = SAFE * limit
     alone = _largest(sizes, lambda size: memory(micro_batch=size) <= some)
     twice = _largest(sizes, lambda size: memory(micro_batch=size, recompute=True) <= some)
-    ways = [f"--micro-batch {alone}"] if alone else []
+    ways = [f"micro_batch={alone}"] if alone else []
     if twice > alone:
         enough = memory(recompute=True) <= some
-        ways.append("--recompute yes" if enough else f"--recompute yes --micro-batch {twice}")
+        ways.append("recompute=True" if enough else f"recompute=True with micro_batch={twice}")
     if ways:
-        return f"what would do: {', or '.join(ways)}"
-    return "no --micro-batch would do, nor --recompute: take a smaller network or --max-seq-length"
+        return f"Use {' or '.join(ways)}."
+    return "Use a smaller network or a smaller max_seq_length. A micro-batch of one pair does not fit."
 
 
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:
-    """How many numbers the network learns."""
+    """Return the number of weights of the network."""
     c, f = model.units, model.ffn_units
     norm = 2 * c
     embeddings = (vocab_size + 2 + model.max_positions) * c + norm * model.embedding_norm
@@ -157,7 +156,7 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
 
 
 def max_masked(config: Config) -> int:
-    """The most words of a pair that are predicted."""
+    """Return the maximum number of masked tokens of a pair."""
     data = config.data
     words = data.max_seq_length - 3  # without <cls> and two <sep>
     count = (
@@ -169,7 +168,7 @@ def max_masked(config: Config) -> int:
 
 
 def flops_per_pair(model: ModelConfig, vocab_size: int, length: int, num_masked: int) -> float:
-    """Multiplications and additions in matrix products for a pair, forward and twice as many backward."""
+    """Return the FLOPs of the matrix products for a pair: forward, and twice as many backward."""
     c, f = model.units, model.ffn_units
     layer = length * (2 * (4 * c * c + 2 * c * f) + 4 * length * c)
     heads = num_masked * 2 * (c * c + c * vocab_size) + 2 * c * c
@@ -178,7 +177,10 @@ def flops_per_pair(model: ModelConfig, vocab_size: int, length: int, num_masked:
 
 @dataclass(frozen=True)
 class ActivationSizes:
-    """What a context computes at once: so many tokens in rows of so many, and so many masked tokens."""
+    """The sizes of a micro-batch on one context.
+
+    words: vocabulary size. tokens: tokens in all rows. length: tokens per row. num_masked: masked tokens.
+    """
 
     model: ModelConfig
     words: int
@@ -187,51 +189,51 @@ class ActivationSizes:
     num_masked: int
 
 
-def compiled_floats(shard: ActivationSizes, recompute: bool, adds_up: bool, num_threads: int) -> float:
-    """What the compiled operators have in memory at their peak, by the arrays of ops/native; in floats."""
+def compiled_floats(shard: ActivationSizes, recompute: bool, accumulates: bool, num_threads: int) -> float:
+    """Return the peak memory of the compiled operators in floats, from the arrays in ops/native."""
     c, f, layers = shard.model.units, shard.model.ffn_units, shard.model.num_layers
     table, matrices = shard.words * c, 4 * c * c + 2 * c * f
     stream = (layers + 1 + shard.model.embedding_norm) * c * shard.tokens
     chunk = max(128, shard.length)
     scratch = (12 * c + 2 * f) * chunk + 3 * chunk * chunk
     inner = 0 if recompute else layers * (5 * c + f) * shard.tokens
-    # The encoder's result, its gradients by either head and their sum; the gradient of the stream.
+    # The encoder's output, its gradients from both heads and their sum; the gradient of the stream.
     passing = 5 * c * shard.tokens
     packed = matrices * (1 + recompute) + num_threads * (matrices + scratch)
-    # The decoder's gradient is ready after the forward pass; a tied one and the embedding's are then summed.
+    # The decoder's gradient exists after the forward pass. A tied one is then added to the embedding's.
     head = (
         shard.num_masked * c * (4 + num_threads)
         + table
-        + 2 * table * (shard.model.tied_decoder and not adds_up)
+        + 2 * table * (shard.model.tied_decoder and not accumulates)
     )
     tiles = shard.words * 240 * 144 // 128
     return float(stream + inner + passing + packed + head + tiles)
 
 
 def mxnet_floats(shard: ActivationSizes, recompute: bool, half: bool = False) -> float:
-    """What MXNet's own operators have in memory at their peak; in floats. half: factors are float16."""
+    """Return the peak memory of MXNet's operators in floats. half: matrix factors are float16."""
     model, tokens = shard.model, shard.tokens
     c, f, drops, factor = model.units, model.ffn_units, model.dropout > 0, 0.5 if half else 1.0
     scores = model.num_heads * shard.length * tokens
-    # The results of ReLU and of a softmax without dropout are factors, which their gradients want as float32.
+    # The results of ReLU and of a softmax without dropout are factors; their gradients need them as float32.
     hidden = {"relu": half, "gelu": 1, "gelu_tanh": 6}[model.activation] + factor
-    # Two sums, the masks of two dropouts; query, key and value transposed, what attention found, each norm.
+    # Two sums, the masks of two dropouts; query, key and value transposed, the attention's output, each norm.
     streams = 2 + 2 * drops + 6 * factor
-    # The softmax and its mask; what that leaves.
+    # The softmax and its dropout mask; their product.
     attention = (2 if drops else half) + factor
     layer = tokens * (c * streams + f * hidden) + scores * attention
     layers = layer + 2 * (model.num_layers + 1) * c * tokens if recompute else model.num_layers * layer
-    # The logarithms of all words' probabilities, and those of a slice of 256 with their gradients.
+    # The log-probabilities of all words, and those of a chunk of 256 with their gradients.
     slices = -(-shard.num_masked // 256)
     decoder = shard.words * (shard.num_masked + 3 * min(shard.num_masked, 256))
-    # The decoder's gradient by each slice; MXNet adds up more than eight in one.
+    # The decoder's gradient of each chunk; MXNet adds more than eight in place.
     tables = min(slices + model.tied_decoder, 8) * shard.words * c
     copies = 0.5 * half * (model.num_layers * (4 * c * c + 2 * c * f) + slices * shard.words * c)
     return MXNET_OVERHEAD * (layers + 8 * c * tokens) + scores + decoder + tables + copies
 
 
 def _largest(sizes: range, fits: Callable[[int], bool]) -> int:
-    """The largest size that fits, 0 if none does; a smaller one fits where a larger one does."""
+    """Return the largest size that fits, 0 if none does; a smaller one fits where a larger one does."""
     low, high = 0, len(sizes)
     while low < high:
         middle = (low + high) // 2

@@ -83,8 +83,8 @@ def _records_in(content: bytes, path: Path) -> list[dict[str, Any]]:
                     metrics[name] = math.nan if value is None else value
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
-                f"{path}, line {number}: is not a line of a run's log ({error}). Move the file away; a new log "
-                "will begin"
+                f"{path}, line {number}: is not a line of a run's log ({error}). Move the file away; a new "
+                "log will begin"
             ) from error
         records.append(record)
     return records

@@ -1,4 +1,4 @@
-"""Where a run stands between two steps, to and from plain values. Holds no weights and takes no step."""
+"""The state of training between two steps, to and from plain values. Holds no weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BestEvaluation(NamedTuple):
     since: int = 0
 
     def out_of_patience(self, patience: int) -> bool:
-        """Whether so many evaluations in a row were no better; never with a patience of 0."""
+        """Return whether `patience` evaluations in a row brought no improvement; never with 0."""
         return 0 < patience <= self.since
 
 
@@ -55,7 +55,7 @@ def _monitored(metrics: Metrics, monitor: str) -> float:
 
 
 class StepReport(NamedTuple):
-    """Where a run stands: the window since the last report, and the run so far."""
+    """The state of training: the window since the last report, and the run so far."""
 
     step: int
     planned_steps: float  # of the whole run, as far as one can tell
@@ -81,23 +81,23 @@ class Clock:
         self._run = MetricSums.nothing()
 
     def start(self) -> None:
-        """The run begins now, or goes on: time counts from now on, beside what counted already."""
+        """Start or resume the clock: time counts from now on, in addition to the recorded time."""
         self._started = time.perf_counter()
 
     def catch_up(self, other: Clock) -> None:
-        """Count the time of another clock of the run as well, of which nothing else is left, as stopped."""
+        """Add the time of another clock of the run, as stopped time."""
         lost = other.elapsed() - self.elapsed()
         self._before += lost
         self._stopped += lost
 
     def to_json(self) -> dict[str, Any]:
-        """The clock as plain values."""
+        """Return the clock as plain values."""
         times = {"stopped": self._stopped, "window_started": self._window_started}
         return {"elapsed": self.elapsed(), **times, "run": self._run.to_json()}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Clock:
-        """The inverse of `to_json`: a clock that goes on from there, now."""
+        """Return a clock that continues from the values of `to_json`."""
         clock = cls()
         clock._before, clock._stopped, clock._window_started = float_array(
             [content[name] for name in ("elapsed", "stopped", "window_started")], 3
@@ -118,7 +118,7 @@ class Clock:
         gradient_norm: float,
         loss_scale: float | None = None,
     ) -> StepReport:
-        """How the run stands after a step with this learning rate, given what came since the last call."""
+        """Return the report of a step with this learning rate, from the sums since the last call."""
         elapsed = self.elapsed()
         self._run = self._run.plus(window)
         seconds = elapsed - self._stopped
@@ -139,7 +139,7 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Time that does not count as training."""
+        """Exclude the time of the block from training time."""
         before = self.elapsed()
         yield
         self._stopped += self.elapsed() - before
@@ -166,7 +166,7 @@ class TrainState:
     scale: LossScale | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, exact to the last bit. Waits for the devices."""
+        """Return plain values, exact to the last bit. Waits for the devices."""
         return {
             "step": self.step,
             "position": self.position._asdict(),
@@ -181,7 +181,10 @@ class TrainState:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], contexts: Sequence[Any], where: str) -> TrainState:
-        """The inverse of `to_json`; InputError, which begins with `where`, if it was not written by that."""
+        """Return the inverse of `to_json`.
+
+        InputError, which begins with `where`, if it was not written by that.
+        """
         try:
             best, scale = content["best"], content.get("loss_scale")
             return cls(
@@ -210,5 +213,5 @@ def _best(content: Mapping[str, Any]) -> BestEvaluation:
 
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"must be a count, got {value!r}")
     return value

@@ -31,8 +31,8 @@ class TensorBoardLogger(Callback):
     Training and validation have the same tags in two folders, so that TensorBoard draws them in one chart.
     A resumed run continues its curves: TensorBoard drops what earlier files have of the steps made again.
 
-    folder: for the event files, such as `tensorboard` in a run's folder. sentences: returns a text in Markdown,
-    which is written at the first step and with each evaluation.
+    folder: for the event files, such as `tensorboard` in a run's folder. sentences: returns a text in
+    Markdown, which is written at the first step and with each evaluation.
 
     Raises InputError without tensorboardX. A full disk ends the event files with a warning, not the run.
     """
@@ -105,7 +105,7 @@ class TensorBoardLogger(Callback):
 
 
 def check_tensorboard() -> None:
-    """Raise InputError where the package that writes event files is missing."""
+    """Raise InputError if the package that writes event files is missing."""
     try:
         import tensorboardX  # noqa: F401
     except ImportError as error:

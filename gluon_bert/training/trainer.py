@@ -75,8 +75,8 @@ class Trainer:
     communicator: the workers that share each batch. callbacks: who handles the events of `fit`.
     monitor, mode: the metric of an evaluation that decides which one is the best, and min or max.
 
-    A batch is a dataclass of NumPy arrays with `valid_length`, like `data.batch.Batch`. It needs `len(batch)` and
-    `batch.rows(start, stop)`, which returns the batch of these rows.
+    A batch is a dataclass of NumPy arrays with `valid_length`, like `data.batch.Batch`. It needs `len(batch)`
+    and `batch.rows(start, stop)`, which returns the batch of these rows.
     """
 
     def __init__(
@@ -110,8 +110,8 @@ class Trainer:
         self.load_balance = LoadBalance()  # of the steps that this trainer has made
         # Steps of the whole run, which the learning rate depends on; `fit` updates it by the clock.
         self.planned_steps: float = config.num_steps
-        # Set by a signal handler: `fit` ends between two steps, where the weights are complete, or between two
-        # batches of an evaluation. All workers stop after the same step.
+        # Set by a signal handler: `fit` ends between two steps, where the weights are complete, or between
+        # two batches of an evaluation. All workers stop after the same step.
         self.interrupted = False
         # Called after every step and every batch of an evaluation.
         self.alive: Callable[[], None] = lambda: None
@@ -362,7 +362,10 @@ class Trainer:
         raise TrainingDiverged(NonFiniteStep(self.state.step, why), self.config.lr)
 
     def _roll_back(self, end: TrainingDiverged) -> LoaderState:
-        """Return to the latest checkpoint, and continue with the batches that follow now; else raise `end`."""
+        """Return to the latest checkpoint, and continue with the batches that follow now.
+
+        Else raise `end`.
+        """
         allowed = self.config.on_nonfinite == "rollback"
         snapshot = self.communicator.root_first(self._latest_checkpoint) if allowed else None
         if snapshot is None:
@@ -460,7 +463,7 @@ def _read_anew(validation: Any) -> Iterable[Any]:
 
 
 def _is_due(every: int, step: int) -> bool:
-    """Return whether something that is due every so many steps is due after this one; 0: never."""
+    """Return whether an event with this interval in steps is due after a step; 0: never."""
     return every > 0 and step % every == 0
 
 

@@ -1,4 +1,4 @@
-"""Sees that a run goes on: what waits for ever, as for another worker that is gone, is ended."""
+"""End a process whose steps take too long, for example because another worker died."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Callable, Iterator
 
 @contextmanager
 def watched(seconds: float, end: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """A function to call in the block at least every so many seconds, or `end` is called; 0: never.
+    """Yield a function to call at least every `seconds`; otherwise `end` is called. 0: never.
 
     `end` is called by a thread, as the block itself hangs, and must end the process. The thread is gone when
     the block is.

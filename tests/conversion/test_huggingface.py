@@ -259,11 +259,12 @@ def test_huggingface_missing_heads_are_marked_untrained(tmp_path, capsys):
     [
         ({"model_type": "roberta"}, "model_type must be 'bert', got 'roberta'"),
         ({"type_vocab_size": 1}, "type_vocab_size must be 2, got 1, which is another number of segments"),
-        ({"position_embedding_type": "relative_key"}, "position_embedding_type must be 'absolute', got 'relative_key'"),
-        ({"hidden_act": "silu"}, "hidden_act must be one of gelu, relu, .* got 'silu'"),
-        ({"num_hidden_layers": 0, "hidden_size": "x"}, "hidden_size must be .* got 'x'\n.*num_hidden_layers must be .* got 0"),
-        ({"vocab_size": 90}, r"word_embeddings\.weight must be \(90, 16\) .* got \(101, 16\)"),
-        ({"num_attention_heads": 3}, "--num-heads 3: must divide --units 16"),
+        ({"position_embedding_type": "relative_key"},
+        "position_embedding_type must be 'absolute', got 'relative_key'"), ({"hidden_act": "silu"},
+        "hidden_act must be one of gelu, relu, .* got 'silu'"), ({"num_hidden_layers": 0, "hidden_size": "x"},
+        "hidden_size must be .* got 'x'\n.*num_hidden_layers must be .* got 0"), ({"vocab_size": 90},
+        r"word_embeddings\.weight must be \(90, 16\) .* got \(101, 16\)"), ({"num_attention_heads": 3},
+        "num_heads must divide units=16, got 3"),
     ],
 )  # fmt: skip
 def test_huggingface_other_architecture_is_refused(settings, told, tmp_path):

@@ -166,14 +166,15 @@ def change(content, path, value):
 @pytest.mark.parametrize(
     "path, value, told",
     [
-        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}]}, r"BertNormalizer, got Sequence \(NFC\)"),
-        ("normalizer.clean_text", False, "normalizer.clean_text must be true"),
-        ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer must be BertPreTokenizer, got Whitespace"),
-        ("model.type", "BPE", "model.type must be 'WordPiece', got 'BPE'"),
-        ("model.continuing_subword_prefix", "@@", "continuing_subword_prefix must be '##', got '@@'"),
-        ("model.max_input_chars_per_word", 7, "max_input_chars_per_word must be 100, got 7"),
-        ("model.unk_token", "<unk>", r"model.unk_token must be '\[UNK\]', got '<unk>'"),
-        ("post_processor", {"type": "RobertaProcessing"}, "post_processor must give"),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}]},
+        r"BertNormalizer, got Sequence \(NFC\)"), ("normalizer.clean_text", False,
+        "normalizer.clean_text must be true"), ("pre_tokenizer", {"type": "Whitespace"},
+        "pre_tokenizer must be BertPreTokenizer, got Whitespace"), ("model.type", "BPE",
+        "model.type must be 'WordPiece', got 'BPE'"), ("model.continuing_subword_prefix", "@@",
+        "continuing_subword_prefix must be '##', got '@@'"), ("model.max_input_chars_per_word", 7,
+        "max_input_chars_per_word must be 100, got 7"), ("model.unk_token", "<unk>",
+        r"model.unk_token must be '\[UNK\]', got '<unk>'"), ("post_processor", {"type": "RobertaProcessing"},
+        "post_processor must give"),
     ],
 )  # fmt: skip
 def test_tokenizer_json_that_is_not_berts_is_refused(path, value, told, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from gluon_bert.config import DataConfig
 from gluon_bert.data.batch import Batch, make_batch
 from gluon_bert.data.masking import pair_noise
-from gluon_bert.data.prepared import number
+from gluon_bert.data.prepared import prepare_words
 from gluon_bert.data.sentence_pairs import draw_pairs
 from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
@@ -16,7 +16,7 @@ NO_MASK = DataConfig(mask_token_rate=0.0, random_token_rate=0.0, random_next_pro
 
 
 def prepared():
-    return number([(["a b c", "d", "e f"], False), (["g h", "a a a a"], False)], min_freq=1)
+    return prepare_words([(["a b c", "d", "e f"], False), (["g h", "a a a a"], False)], min_freq=1)
 
 
 def batch_of(config, length=16, num_rows=None):

@@ -269,7 +269,7 @@ def test_load_data_without_fitting_pair_is_refused(tmp_path):
         preparation="d2l",
         validation_fraction=0.0,
     )
-    with pytest.raises(InputError, match="--max-seq-length 16: no pair of sentences fits"):
+    with pytest.raises(InputError, match="max_seq_length must be larger: no pair of sentences fits in 16"):
         load_pretraining_data(config, batch_size=4)
 
 

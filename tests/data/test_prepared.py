@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from gluon_bert.config import DataConfig
-from gluon_bert.data.prepared import number, prepare
+from gluon_bert.data.prepared import prepare, prepare_words
 from gluon_bert.errors import InputError
 
 
@@ -19,7 +19,7 @@ def config_of(path, **changes):
 
 def test_prepared_ids_spell_the_documents():
     documents = [["a b", "b c"], ["c a a"], ["b b b", "zz"]]
-    prepared = number([(d, False) for d in documents], min_freq=2)
+    prepared = prepare_words([(d, False) for d in documents], min_freq=2)
     train, vocab = prepared.train, prepared.vocab
     spelt = [
         [
@@ -32,19 +32,19 @@ def test_prepared_ids_spell_the_documents():
 
 
 def test_vocabulary_comes_from_training_text():
-    prepared = number([(["a a", "a"], False), (["b b", "b a"], True)], min_freq=1)
+    prepared = prepare_words([(["a a", "a"], False), (["b b", "b a"], True)], min_freq=1)
     assert "b" not in prepared.vocab
     assert prepared.vocab.to_tokens(prepared.validation.tokens) == ["<unk>"] * 3 + ["a"]
 
 
 def test_special_tokens_in_text_become_unk():
-    prepared = number([(["<mask> <sep> a <unk>", "a <cls> <pad>"], False)], min_freq=1)
+    prepared = prepare_words([(["<mask> <sep> a <unk>", "a <cls> <pad>"], False)], min_freq=1)
     spelt = " ".join(prepared.vocab.to_tokens(prepared.train.tokens))
     assert spelt == "<unk> <unk> a <unk> a <unk> <unk>"
 
 
 def test_unigram_loss_counts_words_to_predict():
-    prepared = number([(["a a b <unk>", "c b b <unk>"], False), (["a", "zz"], True)], min_freq=2)
+    prepared = prepare_words([(["a a b <unk>", "c b b <unk>"], False), (["a", "zz"], True)], min_freq=2)
 
     # <unk> 3 times (one of them the rare c), b 3, a 2
     def entropy(*counts):
@@ -102,10 +102,14 @@ def test_unwritable_cache_is_reported_and_skipped(text_file, tmp_path, caplog):
         (
             "one document\nof two lines\n",
             {"validation_fraction": 0.0},
-            "for next-sentence prediction; got 1, ",
+            "got 1 in .*, and 0 for validation",
         ),
-        ("a b\nc d\n\ne f\ng h\n", {"validation_fraction": 0.0}, "min_freq 5: no word of"),
-        ("", {}, "got 0, "),
+        (
+            "a b\nc d\n\ne f\ng h\n",
+            {"validation_fraction": 0.0},
+            "min_freq must be smaller for .*, got 5: no word",
+        ),
+        ("", {}, "got 0 in "),
     ],
 )
 def test_corpus_without_enough_text_is_refused(tmp_path, text, changes, told):

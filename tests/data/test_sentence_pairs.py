@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gluon_bert.config import DataConfig
-from gluon_bert.data.prepared import Documents, number
+from gluon_bert.data.prepared import Documents, prepare_words
 from gluon_bert.data.sentence_pairs import (
     NUM_SPECIAL_IN_PAIR,
     Pairs,
@@ -138,7 +138,7 @@ def test_truncate_cuts_longer_segment_as_original(max_seq_length):
 
 def test_pair_of_unknown_words_is_left_out():
     text = [["<unk> <unk>", "<unk>"], ["a b", "<unk>", "b"], ["<unk>", "a a"]]
-    documents = number([(d, False) for d in text], min_freq=1).train
+    documents = prepare_words([(d, False) for d in text], min_freq=1).train
     rng = np.random.default_rng(0)
     kept = draw_pairs(documents, DataConfig(random_next_prob=0.0), rng, UNK)
     assert len(kept) == 3

@@ -142,7 +142,10 @@ def test_statistics_equal_direct_counts(tmp_path, caplog):
     assert statistics["dropped_documents"] == 1
     assert statistics["dropped_words"] == pytest.approx(4 / 84)
     assert statistics["unknown"] == 0
-    assert "20 documents, 0 of them held out; 40 sentences, 80 tokens, 0.0 % of them unknown" in caplog.text
+    assert (
+        "20 documents, 0 of them for validation; 40 sentences, 80 tokens, 0.0 % of them unknown"
+        in caplog.text
+    )
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -150,7 +153,11 @@ def test_statistics_equal_direct_counts(tmp_path, caplog):
     ("documents", "changes", "told"),
     [
         (different(10) * 2, {}, "50 % of the sentences and 50 % of the documents repeat earlier ones"),
-        ([*different(5), *["x y z"] * 10], {}, "60 % of the words are in 10 documents of one sentence"),
+        (
+            [*different(5), *["x y z"] * 10],
+            {},
+            "60 % of the words are left out: they are in 10 documents of one",
+        ),
         (["a b\na c"] + different(9), {"min_freq": 2}, "% of the tokens are unknown to the vocabulary"),
     ],
 )

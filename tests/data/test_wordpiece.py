@@ -15,7 +15,7 @@ from gluon_bert import run
 from gluon_bert.config import DataConfig
 from gluon_bert.data.basic_tokenizer import split_words
 from gluon_bert.data.loader import Loader
-from gluon_bert.data.prepared import numbered, prepare
+from gluon_bert.data.prepared import prepare, prepare_documents
 from gluon_bert.data.tokenizer import Tokenizer, pad
 from gluon_bert.data.vocab import Normalization, Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary, load_vocabulary
@@ -154,8 +154,16 @@ def test_load_vocabulary_of_words(tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"[PAD]\n[CLS]\n[SEP]\na\n", [r"has no \[UNK\] \[MASK\], which"]),
-        (b"a\nb\na\n\nb\n", ["line 3: 'a' stands in line 1", "line 4: is empty", "line 5: 'b'", "no .PAD"]),
+        (b"[PAD]\n[CLS]\n[SEP]\na\n", [r"must have \[UNK\] \[MASK\], as"]),
+        (
+            b"a\nb\na\n\nb\n",
+            [
+                "line 3: 'a' must occur once, and is in line 1",
+                "line 4: must have a token",
+                "line 5: 'b'",
+                "must have .PAD",
+            ],
+        ),
         (b"[PAD]\n\xff\n", ["line 2: byte 0xff is not UTF-8"]),
     ],
 )
@@ -187,7 +195,7 @@ def test_from_counts_keeps_frequent_pieces():
 def test_from_counts_size_is_a_bound():
     counts = small_counts()
     assert len(WordPieceVocabulary.from_counts(counts, min_freq=1, size=60)) == 60
-    with pytest.raises(InputError, match="--vocab-size 20: must be at least 4"):
+    with pytest.raises(InputError, match="vocab_size must be at least 4"):
         WordPieceVocabulary.from_counts(counts, min_freq=1, size=20)
     needed = 5 + len({c for w in counts for c in w}) + len({c for w in counts for c in w[1:]})
     assert len(WordPieceVocabulary.from_counts(counts, min_freq=1, size=needed)) == needed
@@ -209,7 +217,8 @@ def test_from_counts_is_the_same_in_any_process(tmp_path):
         import random, sys
         from gluon_bert.data.basic_tokenizer import Normalization, split_words
         from gluon_bert.data.wordpiece import WordPieceVocabulary
-        words = split_words(open({str(text)!r}, encoding="utf-8").read().replace("\\n", " "), Normalization(True))
+        read = open({str(text)!r}, encoding="utf-8").read().replace("\\n", " ")
+        words = split_words(read, Normalization(True))
         random.shuffle(words)
         words = [a + b for a, b in zip(sorted(set(words)) * 40, sorted(set(words) | {{"x"}}) * 40)] + words
         counts = {{word: words.count(word) for word in dict.fromkeys(words)}}
@@ -236,14 +245,16 @@ def test_wordpiece_vocabulary_comes_from_training_text():
         return WordPieceVocabulary.from_counts(counts, min_freq=1)
 
     documents = [(["cranes crane", "crane"], False), (["zebra zebra", "cranes"], True)]
-    prepared = numbered(documents, build)
+    prepared = prepare_documents(documents, build)
     assert prepared.vocab.to_tokens(prepared.validation.tokens) == ["[UNK]", "[UNK]", "cranes"]
 
 
 def test_documents_hold_pieces_by_sentence():
     vocab = vocabulary()
     text = ["the cranes flying .", "unflyable zebra", "", "[UNK] [MASK] a [unused3]"]
-    train = numbered([(text, False), (["a"], True), (["cranes", "fly"], False)], lambda _: vocab).train
+    train = prepare_documents(
+        [(text, False), (["a"], True), (["cranes", "fly"], False)], lambda _: vocab
+    ).train
     spelt = [
         " ".join(vocab.to_tokens(train.tokens[start:stop]))
         for start, stop in zip(train.sentences, train.sentences[1:])
@@ -262,9 +273,9 @@ def test_documents_hold_pieces_by_sentence():
 
 def test_sentences_above_a_block_are_joined(monkeypatch):
     documents = [(["the cranes", "flying", ""] * 5, False), (["unflyable"] * 4, False)]
-    whole = numbered(documents, lambda _: vocabulary()).train
+    whole = prepare_documents(documents, lambda _: vocabulary()).train
     monkeypatch.setattr("gluon_bert.data.document_arrays._BLOCK", 4)
-    in_blocks = numbered(documents, lambda _: vocabulary()).train
+    in_blocks = prepare_documents(documents, lambda _: vocabulary()).train
     for name in ("tokens", "sentences", "documents"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(in_blocks, name))
 
@@ -348,14 +359,14 @@ def test_unk_of_wikitext_is_an_unknown_word(tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "lowercase", "told"),
     [
-        (CASED, True, "is a cased vocabulary; add --lowercase no"),
-        (PUBLISHED, False, "is an uncased vocabulary; add --lowercase yes"),
-        ([*SPECIAL_TOKENS, "q"], True, "has no token for any word of corpus"),
+        (CASED, True, "lowercase must be off with the cased vocabulary .*v.txt"),
+        (PUBLISHED, False, "lowercase must be on with the uncased vocabulary .*v.txt"),
+        ([*SPECIAL_TOKENS, "q"], True, "vocab_file must have tokens for words of .*v.txt, which has none"),
     ],
 )
 def test_vocabulary_for_other_text_is_refused(text_file, tmp_path, tokens, lowercase, told):
     vocabulary(tokens).save(tmp_path / "v.txt")
-    with pytest.raises(InputError, match=f"(--vocab-file|vocab_file) .*v.txt: {told}"):
+    with pytest.raises(InputError, match=told):
         prepare(config_of(text_file, vocab_file=str(tmp_path / "v.txt"), lowercase=lowercase), tmp_path / "c")
 
 
@@ -380,7 +391,9 @@ def test_word_vocabulary_needs_no_tokenizers(text_file):
 
 def test_unseen_tokens_count_once():
     vocab = vocabulary()
-    prepared = numbered([(["the the crane", "the"], False), (["the bird", "bird"], True)], lambda _: vocab)
+    prepared = prepare_documents(
+        [(["the the crane", "the"], False), (["the bird", "bird"], True)], lambda _: vocab
+    )
     # the 3 times, crane once, and bird as if once
     assert prepared.unigram_loss(prepared.validation, False) == pytest.approx(
         -(np.log(3 / 5) + 2 * np.log(1 / 5)) / 3

@@ -97,7 +97,9 @@ def test_check_same_on_all_names_differing_options():
     root = RecordingCommunicator()
     root.check_same_on_all(run_environment(config, "a"))
     RecordingCommunicator(root).check_same_on_all(run_environment(elsewhere, "a"))
-    with pytest.raises(InputError, match="worker 0 in --clip-norm, --lr and the text of --corpus"):
+    with pytest.raises(
+        InputError, match=r"^clip_norm, lr and the text of the corpus must be the same on all workers"
+    ):
         RecordingCommunicator(root).check_same_on_all(run_environment(other, "b"))
     with pytest.raises(InputError, match="different versions of gluon_bert"):
         RecordingCommunicator(root).check_same_on_all({**run_environment(config, "a"), "--new": 1})

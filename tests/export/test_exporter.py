@@ -248,9 +248,9 @@ def test_encoder_export_without_heads_names_them(exports):
 
 def test_mxnet_export_to_a_taken_folder_is_refused(run, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"--output .*: is there already; name a new folder"):
+    with pytest.raises(InputError, match=r"output must be a new folder, got .*, which is not empty"):
         export_mxnet(run, tmp_path)
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="must be a new folder"):
         export_mxnet(run, tmp_path / "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     (tmp_path / "empty").mkdir()

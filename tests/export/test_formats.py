@@ -216,7 +216,7 @@ def test_format_of_another_network_is_refused(run, texts, tmp_path, format, monk
 
 def test_format_to_a_taken_folder_is_refused(run, texts, tmp_path, format):
     (tmp_path / "mine.txt").write_text("mine", "utf-8")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="must be a new folder"):
         EXPORTS[format](run, tmp_path, "all", texts)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -277,7 +277,9 @@ def test_onnx_file_that_is_not_one_is_refused(tmp_path):
 def test_onnx_with_too_many_weights_is_refused(run, texts, tmp_path, monkeypatch):
     skip_without("onnx")
     monkeypatch.setattr(onnx_graph, "MAX_BYTES", 10_000)
-    with pytest.raises(InputError, match=r"--format onnx: the weights take .* use --format mxnet"):
+    with pytest.raises(
+        InputError, match=r"weights must be at most .* for format=onnx, got .* Use format=mxnet"
+    ):
         export_onnx(run, tmp_path / "export", "all", texts)
     assert not list(tmp_path.iterdir())
 
@@ -367,7 +369,7 @@ def test_validation_texts_of_another_corpus_are_refused(run, tmp_path):
     path = tmp_path / "other.txt"
     path.write_text(small_text().replace("crane", "heron"), "utf-8")
     other = dataclasses.replace(run, config=run.config.replace(corpus=(str(path),)))
-    with pytest.raises(InputError, match=r"is not the text that the run was trained on; .*--text FILE"):
+    with pytest.raises(InputError, match=r"corpus must be the text that the run was trained on, .*text=FILE"):
         validation_texts(other)
     path.unlink()
     with pytest.raises(InputError, match=r"other\.txt.*; name a text of the same kind .*--text FILE"):
@@ -376,7 +378,7 @@ def test_validation_texts_of_another_corpus_are_refused(run, tmp_path):
 
 def test_validation_texts_missing_name_the_remedy(corpus):
     run = run_of(corpus, validation_fraction=0.0)
-    with pytest.raises(InputError, match=r"no validation text: name a text .*--text FILE"):
+    with pytest.raises(InputError, match=r"no validation text\. Name .*text=FILE"):
         validation_texts(run)
 
 

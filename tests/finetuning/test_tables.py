@@ -91,9 +91,10 @@ def test_read_table_for_prediction_needs_no_label(tmp_path):
             "line 3: has 1 columns, where the header has 2", "line 4: column 'text' is empty",
             "line 5: has 3 columns, where the header has 2"]),
         ("t.tsv", "text\tlabel\n\na\t \n", ["line 2: is blank; remove", "line 3: column 'label' is empty"]),
-        ("t.csv", 'text,label\na,b\n"c,d\n', ["line 3: has a quotation mark that opens a field and is never closed"]),
-        ("t.csv", 'text,label\n"a"b,c\n', ["line 2: has text behind a closing quotation mark"]),
-        ("t.jsonl", '{"text": "a", "label": "b"}\n{"text": \n[1]\n{"text": null, "label": "x"}\n', [
+        ("t.csv", 'text,label\na,b\n"c,d\n',
+        ["line 3: has a quotation mark that opens a field and is never closed"]), ("t.csv",
+        'text,label\n"a"b,c\n', ["line 2: must end a field after its closing"]), ("t.jsonl",
+        '{"text": "a", "label": "b"}\n{"text": \n[1]\n{"text": null, "label": "x"}\n', [
             "line 2: is not JSON", "line 3: must be a JSON object", "line 4: has no 'text'"]),
         ("t.tsv", "text\ttext\na\tb\n", ["line 1: names the column 'text' twice"]),
         ("t.tsv", "words\tlabel\na\tb\n", ["name with --text the column with the texts, or both of pairs"]),

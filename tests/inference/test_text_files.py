@@ -30,10 +30,10 @@ def test_parse_line_reads_a_text_or_a_pair():
 @pytest.mark.parametrize(
     "line, what",
     [
-        ("\n", "here: is empty"),
-        ("a || \n", "here: one text of the pair"),
-        ("||", "here: one text of"),
-        ("a || b || c", "here: 3 texts"),
+        ("\n", "here: the text must have at least one word"),
+        ("a || \n", "here: each text of the pair must have"),
+        ("||", "here: each text of"),
+        ("a || b || c", "here: must have at most two texts with \\|\\| between them, got 3"),
     ],
 )
 def test_parse_line_other_lines_are_refused(line, what):
@@ -55,12 +55,14 @@ def test_read_lines_names_a_bad_line(tmp_path):
     with pytest.raises(InputError, match=r"texts.txt, line 2: byte 0xff is not UTF-8"):
         count_lines(path)
     path.write_bytes(b"a crane\n\nagain\n")
-    with pytest.raises(InputError, match=r"texts.txt, line 2: is empty"):
+    with pytest.raises(InputError, match=r"texts.txt, line 2: the text must have"):
         count_lines(path)
     path.write_bytes(b"")
-    with pytest.raises(InputError, match=r"--input .*texts.txt: is empty"):
+    with pytest.raises(
+        InputError, match=r"input must have one text per line, got .*texts.txt, which is empty"
+    ):
         count_lines(path)
-    with pytest.raises(InputError, match=r"--input .*nothing.*: cannot be read"):
+    with pytest.raises(InputError, match=r"input must be a file that can be read, got .*nothing"):
         count_lines(tmp_path / "nothing")
 
 

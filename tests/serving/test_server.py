@@ -153,7 +153,7 @@ print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"
         run = load_run(run_folder)
         (tmp_path / "taken").mkdir()
         (tmp_path / "taken" / "file").touch()
-        with pytest.raises(InputError, match="is there already"):
+        with pytest.raises(InputError, match="must be a new folder"):
             export_archive(run, tmp_path / "taken")
         monkeypatch.setattr("gluon_bert.export.model_archive.HANDLER", "--nonsense")
         with pytest.raises(OSError, match=r"(?s)model-archiver failed: .*expected one argument"):
@@ -208,7 +208,7 @@ class TestBadInput:
         ("flags", "why"),
         [
             ("--port 0", "--port 0: from 1 to 32766"),
-            ("--port 8081", "--management-port 8081: is --port already"),
+            ("--port 8081", "--management-port must differ from --port 8081"),
             ("--management-port 70000", "--management-port 70000: from 1"),
             ("--workers 0", "--workers must be at least 1, got 0"),
             ("--batch-size -1", "--batch-size must be at least 1, got -1"),

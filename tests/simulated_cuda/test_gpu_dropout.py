@@ -15,7 +15,7 @@ def draws(result) -> list[str]:
 
 
 def test_recomputed_layers_draw_the_same_masks(pretrain):
-    result = pretrain(*DROPOUT, "--num-steps", "1", "--recompute", "yes", log=True)
+    result = pretrain(*DROPOUT, "--num-steps", "1", "--recompute", log=True)
     found = draws(result)
     assert len(found) == 2 * 7 and len(set(found)) == 7
 

@@ -1,4 +1,4 @@
-"""A simulated GPU fails, or runs out of memory: one plain sentence says so, and the launcher restarts the job."""
+"""A simulated GPU fails or runs out of memory: one sentence says so, and the launcher restarts the job."""
 
 from __future__ import annotations
 

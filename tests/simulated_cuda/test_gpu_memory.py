@@ -28,7 +28,8 @@ net.hybridize()
 trainer = Trainer(net, config.train, contexts)
 ones = lambda *shape: np.ones(shape, np.int32)
 places = np.stack([np.repeat(np.arange(rows), masked), np.tile(np.arange(masked), rows)]).astype(np.int32)
-batch = Batch(ones(rows, length), ones(rows, length), length * ones(rows), places, ones(rows * masked), ones(rows))
+tokens = ones(rows, length)
+batch = Batch(tokens, tokens, length * ones(rows), places, ones(rows * masked), ones(rows))
 for _ in range(2):
     trainer.step(batch)
 mx.nd.waitall()
@@ -78,7 +79,7 @@ def test_run_too_large_for_the_gpu_is_rejected(pretrain, tmp_path):
     flags = ("--gpus", "0,1", "--batch-size", "256", "--num-steps", "2")
     result = pretrain(*flags, preset="bert-small", status=2, GPUSIM_MEMORY="2e9")
     assert re.search(
-        r"take \d+\.\d GB of each GPU, and 2\.0 GB are free; what would do: --micro-batch", result.output
+        r"needs about \d+\.\d GB of each GPU with .*, and 2\.0 GB are free\. Use --micro-batch", result.output
     )
     assert not (tmp_path / "run").exists()
     size = re.search(r"--micro-batch (\d+)", result.output)[1]

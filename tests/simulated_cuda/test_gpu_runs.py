@@ -13,7 +13,7 @@ SMALL = ("--gpus", "0,1", "--batch-size", "8", "--num-steps", "3")
         (),
         ("--precision", "fp16"),
         ("--micro-batch", "4"),
-        ("--recompute", "yes"),
+        ("--recompute",),
         ("--optimizer", "lamb", "--clip-norm", "1"),
     ],
     ids=lambda flags: "-".join(flags) or "plain",

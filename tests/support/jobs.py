@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import uuid
 
 import numpy as np
+import pretrain
 from conftest import ROOT
 
 from gluon_bert import checkpoint
@@ -17,19 +19,9 @@ from .processes import processes_with, wait_for
 
 NUM_STEPS = 20
 SMALL = ["--preset", "d2l", "--units", "16", "--ffn-units", "32", "--max-seq-length", "16"]
-SMALL += [
-    "--batch-size",
-    "64",
-    "--dropout",
-    "0",
-    "--num-steps",
-    str(NUM_STEPS),
-    "--log-every",
-    "3",
-    "--eval-every",
-    "8",
-]
-SMALL += ["--checkpoint-every", "2", "--num-buckets", "2", "--dynamic-masking", "yes", "--clip-norm", "0.5"]
+SMALL += ["--batch-size", "64", "--dropout", "0", "--num-steps", str(NUM_STEPS), "--log-every", "3"]
+SMALL += ["--eval-every", "8", "--checkpoint-every", "2", "--num-buckets", "2", "--dynamic-masking"]
+SMALL += ["--clip-norm", "0.5"]
 
 # A slow pretrain.py. Its worker 1 fails once if a file `fault` exists, or gets a NaN if `nan` is set.
 DISTURBED = """\
@@ -149,6 +141,34 @@ def assert_close(run, other, tolerance):
     assert ours.keys() == theirs.keys() and len(ours) > 40
     for name, array in ours.items():
         np.testing.assert_allclose(array, theirs[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def assert_restarted(job, run, undisturbed, num_restarts, reasons):
+    """Wait for a job that was disturbed; it restarts for these reasons and ends as the undisturbed run."""
+    status, printed = job.wait()
+    assert status == 0
+    assert printed.count("launch: restart") == num_restarts
+    for reason in (
+        *reasons,
+        "launch: worker 1 ended with signal 9",
+        "[worker 1] RuntimeError: a worker's own error",
+    ):
+        assert reason in printed
+    assert re.search(r"\[worker 1\] .*step.timeout 10", printed)
+    assert_close(run, undisturbed, 0)
+    assert [record["step"] for record in log_of(run)] == [record["step"] for record in log_of(undisturbed)]
+
+
+def assert_stops_and_resumes(job, run, one_process):
+    """Send SIGTERM: all workers stop after one step. One process then resumes the run."""
+    job.wait_for_step(run, 4)
+    job.process.terminate()
+    status, printed = job.wait()
+    step = checkpoint.steps(run)[-1]
+    assert status == 143 and f"after step {step}" in printed and f"--resume {run}" in printed
+    assert 4 <= step < NUM_STEPS and "restart" not in printed
+    assert pretrain.main(["--resume", str(run)]) == 0
+    assert_close(run, one_process, 1e-4)
 
 
 def losses_of(run):

@@ -76,10 +76,10 @@ def attention(p, name, x, lengths, num_heads, place=0, drop=nothing_dropped):
 
 
 def relative_bias(p, name, size, head):
-    """What a head's scores of `size` queries and keys get for their distances: (T, T), or 0 without such biases.
+    """Return the bias of a head's scores for `size` queries and keys: (T, T), or 0 without relative biases.
 
-    Buckets as in T5's code (Raffel et al. 2020): half of a side's 16 are single distances, the others go up to 128
-    in equal steps of the logarithm. Pairs with position 0 are in a bucket of their own, the last.
+    Buckets as in T5's code (Raffel et al. 2020): half of a side's 16 are single distances, the others go up
+    to 128 in equal steps of the logarithm. Pairs with position 0 are in a bucket of their own, the last.
     """
     if name not in p:
         return np.zeros((size, size))

@@ -9,7 +9,7 @@ import numpy as np
 
 from gluon_bert.config import DataConfig, ModelConfig, TrainConfig
 from gluon_bert.data.loader import Loader, PretrainingData
-from gluon_bert.data.prepared import number
+from gluon_bert.data.prepared import prepare_words
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
 from gluon_bert.training.losses import pretraining_loss
@@ -34,7 +34,7 @@ def documents(how_many, seed, validation=False):
 
 
 def small_data():
-    prepared = number([*documents(20, 0), *documents(6, 1, validation=True)], min_freq=1)
+    prepared = prepare_words([*documents(20, 0), *documents(6, 1, validation=True)], min_freq=1)
     train, validation = (
         Loader(side, prepared.vocab, TEXT, TRAIN.batch_size, seed=0)
         for side in (prepared.train, prepared.validation)

@@ -114,7 +114,7 @@ def test_nearest_in_blocks_equals_nearest_at_once(monkeypatch):
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--similar", "0", "a"], "--similar 0: must be at least 1"),
+        (["--similar", "0", "a"], "--similar must be at least 1, got 0"),
         (["--similarity", "a"], "text 1: must be a pair"),
         (["--fill-mask", "a <mask>", "--pooling", "mean"], "--pooling and --normalize: are for vectors"),
     ],

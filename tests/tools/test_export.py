@@ -45,7 +45,7 @@ def test_export_mxnet_prints_files_and_errors(run_folder, capsys):
     )
     folder = run_folder / "export" / "mxnet"
     assert load_exported(folder).manifest.outputs == "encoder"
-    assert f"--output {folder}: is there already" in told(capsys, run_folder)
+    assert f"--output must be a new folder, got {folder}" in told(capsys, run_folder)
 
 
 @pytest.mark.parametrize("name", ["onnx", "int8", "bf16"])
@@ -82,15 +82,15 @@ def test_export_above_max_error_leaves_nothing(run_folder, capsys):
 
 
 def test_export_wrong_flags_are_refused(run_folder, tmp_path, capsys):
-    assert "is no run" in told(capsys, tmp_path / "nothing")
+    assert "must be the folder of a run" in told(capsys, tmp_path / "nothing")
     shown = told(capsys, run_folder, "--text", "x.txt", "--max-error", "0")
-    assert "--text: is for the formats onnx, int8 and bf16" in shown
-    assert "--max-error: is for the formats" in shown
-    assert "--max-error 0.0: must be above 0" in shown
+    assert "--text must be omitted with --format " in shown
+    assert "--max-error must be omitted with --format " in shown
+    assert "--max-error must be above 0, got 0.0" in shown
     missing = told(capsys, run_folder, "--format", "bf16", "--text", tmp_path / "x.txt")
-    assert "--text" in missing and "x.txt: cannot be read" in missing
+    assert "--text" in missing and "must be a file that can be read, got " in missing
     (tmp_path / "file").write_text("mine")
-    assert f"{tmp_path / 'file'} is no folder" in told(
+    assert f"Writing to {tmp_path / 'file'} is not allowed" in told(
         capsys, run_folder, "--output", tmp_path / "file" / "x"
     )
 
@@ -108,4 +108,4 @@ def test_export_checkpoint_flag_chooses_the_step(run_folder, capsys):
         folder = run_folder / "export" / which
         assert export.main([str(run_folder), "--checkpoint", which, "--output", str(folder)]) == 0
         assert load_exported(folder).manifest.step == step
-    assert "--checkpoint best: " in told(capsys, run_folder, "--checkpoint", "best")
+    assert ", got best." in told(capsys, run_folder, "--checkpoint", "best")

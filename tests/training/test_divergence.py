@@ -17,7 +17,7 @@ from gluon_bert.training.optimizers import OPTIMIZERS, finite_on
 from gluon_bert.training.progress import ProgressLogger
 from gluon_bert.training.trainer import Trainer
 
-SMALL = [*SMALL_NETWORK, "--num-steps", "12", "--log-every", "3", "--dynamic-masking", "yes"]
+SMALL = [*SMALL_NETWORK, "--num-steps", "12", "--log-every", "3", "--dynamic-masking"]
 NAME = "encoder.layers.1.attend.query.weight"
 
 
@@ -55,7 +55,7 @@ def weights(folder):
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
 def test_stop_reports_step_batch_and_gradients(command, breaking, capsys, value):
     breaking(4, value=value)
-    status, folder = command("--checkpoint-every", "2", "--save-nonfinite-batch", "yes")
+    status, folder = command("--checkpoint-every", "2", "--save-nonfinite-batch")
     assert status == 2
     err = capsys.readouterr().err
     assert "at step 5 (epoch 0, batch 4) the gradient is not finite" in err

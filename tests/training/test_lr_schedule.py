@@ -69,7 +69,7 @@ def test_warmup_grows_with_the_run():
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_step_after_the_end_is_refused(schedule):
     config = TrainConfig(schedule=schedule)
-    with pytest.raises(InputError, match=f"--num-steps 50: --schedule {schedule} ends there, before step 51"):
+    with pytest.raises(InputError, match=f'num_steps must be at least 51 with schedule="{schedule}", got 50'):
         learning_rate(config, 51, 50)
     assert learning_rate(TrainConfig(), 51, 50) == TrainConfig().lr
 

@@ -1,4 +1,7 @@
-"""What a run learns: masked words with next sentences, alone, or with the order of sentences; one's own loss."""
+"""What a run learns: masked words with next sentences, alone, or with the order of sentences.
+
+One's own loss.
+"""
 
 import json
 

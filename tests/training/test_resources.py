@@ -162,25 +162,23 @@ def test_too_large_run_is_refused_with_what_fits():
     with pytest.raises(InputError) as refused:
         check_memory(LARGE, 30522, 1, True, 24 * 2**30)
     told = str(refused.value)
-    assert told.startswith("--batch-size 256, --max-seq-length 512: the run is expected to take ")
-    assert "of memory, and there are 25.8 GB; what would do: --micro-batch " in told
+    assert told.startswith("the run needs about ")
+    assert "and the machine has 25.8 GB. Use micro_batch=" in told
     assert len(told.splitlines()) == 1
-    alone, twice = told.split("what would do: ")[1].split(", or ")
-    micro_batch, again = int(alone.split()[-1]), int(twice.split()[-1])
-    assert twice == f"--recompute yes --micro-batch {again}" and 1 <= micro_batch < again < 256
+    alone, twice = told.split("Use ")[1].rstrip(".").split(" or ")
+    micro_batch, again = int(alone.split("=")[-1]), int(twice.split("=")[-1])
+    assert twice == f"recompute=True with micro_batch={again}" and 1 <= micro_batch < again < 256
     check_memory(LARGE.replace(micro_batch=micro_batch), 30522, 1, True, 24 * 2**30)
     check_memory(LARGE.replace(micro_batch=again, recompute=True), 30522, 1, True, 24 * 2**30)
 
 
 def test_recompute_alone_or_nothing_may_fit():
     needed = memory(LARGE, batch_size=16, recompute=True)
-    with pytest.raises(InputError, match=r"what would do: --micro-batch \d+, or --recompute yes$"):
+    with pytest.raises(InputError, match=r"Use micro_batch=\d+ or recompute=True\.$"):
         check_memory(LARGE.replace(batch_size=16), 30522, 1, True, needed / plans.SAFE + 1)
-    with pytest.raises(
-        InputError, match="no --micro-batch would do, nor --recompute: take a smaller network"
-    ):
+    with pytest.raises(InputError, match="Use a smaller network or a smaller max_seq_length"):
         check_memory(LARGE, 30522, 2, True, 4e9)
-    with pytest.raises(InputError, match=r"what would do: --micro-batch \d+$"):
+    with pytest.raises(InputError, match=r"Use micro_batch=\d+\.$"):
         check_memory(LARGE.replace(recompute=True), 30522, 1, True, 12e9)
 
 
@@ -189,7 +187,7 @@ def test_command_refuses_before_reading_or_writing(tmp_path, capsys, monkeypatch
     flags = ["--corpus", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--preset", "bert-large"]
     assert pretrain.main(flags) == 2
     err = capsys.readouterr().err
-    assert "pretrain: --batch-size 256, --max-seq-length 128: the run is expected to take" in err
+    assert "pretrain: the run needs about" in err
     assert not (tmp_path / "run").exists() and "none" not in err
 
 
@@ -203,16 +201,16 @@ def test_command_prints_estimate_and_resumes_with_less(command, capsys, room):
     status, folder = command()
     err = capsys.readouterr().err
     assert status == 0
-    assert "memory expected: 0.3 GB of " in err and "what is computed of 64 pairs at once 0.0 GB" in err
+    assert "memory expected: 0.3 GB of " in err and "activations of 64 pairs 0.0 GB" in err
     assert "a step: 64 pairs, 128 masked tokens at most, " in err
     assert re.search(r"^memory taken: \d+\.\d GB at the peak, 0\.3 GB expected$", err, re.M)
     room(1e8)
     assert pretrain.main(["--resume", str(folder), "--num-steps", "3"]) == 2
-    assert "no --micro-batch would do" in capsys.readouterr().err
+    assert "Use a smaller network or a smaller --max-seq-length" in capsys.readouterr().err
     room(None)
-    smaller = ["--micro-batch", "16", "--recompute", "yes"]
+    smaller = ["--micro-batch", "16", "--recompute"]
     assert pretrain.main(["--resume", str(folder), "--num-steps", "3", *smaller]) == 0
-    assert "what is computed of 16 pairs at once" in capsys.readouterr().err
+    assert "activations of 16 pairs" in capsys.readouterr().err
     assert checkpoint.steps(folder)[-1] == 3
     assert dataclasses.asdict(run.read_config(folder / "config.json").train)["micro_batch"] == 16
 

@@ -155,7 +155,8 @@ def all_reduce_bytes(size: float, members: int) -> float:
 def estimate() -> str:
     """Return a table of estimates for GPUs and machines. Nothing of it was measured."""
     lines = [
-        f"An estimate, not a measurement. A step computes {TOKENS_PER_GPU} tokens on each GPU. It then sums the",
+        f"An estimate, not a measurement. A step computes {TOKENS_PER_GPU} tokens on each GPU. It then sums "
+        "the",
         f"gradients over the {GPUS} GPUs of a machine at {PCI_EXPRESS / 1e9:.0f} GB/s each way, then over "
         f"{MACHINES} machines at the full",
         "rate of the network. Each machine is a worker and a server. Nothing overlaps. The percentage is the",

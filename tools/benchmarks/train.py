@@ -57,7 +57,7 @@ BASELINES = {
 
 
 class Baseline:
-    """A running baseline that takes training steps on request. facts: its first report."""
+    """A running baseline that takes training steps on request. details: its first report."""
 
     def __init__(self, name: str, corpus: Path, batches: Path, threads: str) -> None:
         spec = BASELINES[name]
@@ -79,7 +79,7 @@ class Baseline:
             stderr=self._errors,
             encoding="utf-8",
         )
-        self.facts = self._report()
+        self.details = self._report()
 
     def take_steps(self, steps: int) -> dict[str, Any]:
         """Take steps and return the report (see `baselines/protocol.py`)."""
@@ -155,18 +155,18 @@ def run(arguments: argparse.Namespace) -> int:
                 report = each.take_steps(arguments.steps)
                 if number:  # the first round warms up
                     rounds[each.name].append(report)
-        facts = {each.name: each.facts for each in baselines}
+        details = {each.name: each.details for each in baselines}
     summary = f"{arguments.rounds} rounds of {arguments.steps} steps, {threads} threads, {machine()}"
-    print(table(summary, rounds, facts))
+    print(table(summary, rounds, details))
     if arguments.json:
         content = {"benchmark": "train", "work": summary, "versions": runtime.versions()}
-        write_json(arguments.json, {**content, "baselines": facts, "rounds": rounds})
+        write_json(arguments.json, {**content, "baselines": details, "rounds": rounds})
     check_losses(rounds)
     return 0
 
 
 def table(
-    summary: str, rounds: Mapping[str, list[dict[str, Any]]], facts: Mapping[str, Mapping[str, Any]]
+    summary: str, rounds: Mapping[str, list[dict[str, Any]]], details: Mapping[str, Mapping[str, Any]]
 ) -> str:
     """Return the rates of training as text, with the share of the peak matrix products."""
     clock, cores = (
@@ -182,20 +182,21 @@ def table(
         lines.append(
             f"{name:14}{statistics.median(clock[name]):9.1f}{statistics.median(ratios):7.2f}   {spread:14}"
             f"{statistics.median(cores[name]):11.1f}{statistics.median(cpu_ratios):7.2f}"
-            f"{own[-1]['peak_gigabytes']:9.2f}{facts[name]['ready_seconds']:9.1f}{own[-1]['mlm_loss']:10.3f}"
+            f"{own[-1]['peak_gigabytes']:9.2f}{details[name]['ready_seconds']:9.1f}{own[-1]['mlm_loss']:10.3f}"
         )
-    lines += [f"{name}: {fact['software']}" for name, fact in facts.items()]
-    counted = [name for name, fact in facts.items() if "flop_per_pair" in fact]
-    return "\n".join([*lines, *(share_of_peak(name, cores[name], facts[name]) for name in counted)])
+    lines += [f"{name}: {detail['software']}" for name, detail in details.items()]
+    counted = [name for name, detail in details.items() if "flop_per_pair" in detail]
+    return "\n".join([*lines, *(share_of_peak(name, cores[name], details[name]) for name in counted)])
 
 
-def share_of_peak(name: str, cpu_rates: Sequence[float], facts: Mapping[str, Any]) -> str:
+def share_of_peak(name: str, cpu_rates: Sequence[float], details: Mapping[str, Any]) -> str:
     """Return a line on the FLOPs of a step without padding and their share of the peak."""
-    most = facts["peak_matmul"]["flop_per_cpu_second"]
-    reached = facts["flop_per_pair"] * statistics.median(cpu_rates)
+    most = details["peak_matmul"]["flop_per_cpu_second"]
+    reached = details["flop_per_pair"] * statistics.median(cpu_rates)
     return (
-        f"{name}: {facts['flop_per_pair'] / 1e6:.0f} MFLOP of matrix products per pair, {reached / 1e9:.1f} "
-        f"GFLOP per CPU second, {reached / most:.0%} of the peak of this run, {most / 1e9:.1f}"
+        f"{name}: {details['flop_per_pair'] / 1e6:.0f} MFLOP of matrix products per pair, "
+        f"{reached / 1e9:.1f} GFLOP per CPU second, {reached / most:.0%} of the peak of this run, "
+        f"{most / 1e9:.1f}"
     )
 
 

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
+from gluon_bert import cli
 from gluon_bert.cli import literal, main_with_exit_status, parser_of, run
-from gluon_bert.config import Config, DataConfig, TrainConfig, flag_name
+from gluon_bert.config import Config, DataConfig, TrainConfig
 from gluon_bert.errors import InputError
 from gluon_bert.fileio import write_json
 from gluon_bert.presets import preset
@@ -23,8 +24,8 @@ examples:
   python tools/dev/compare_recipes.py --corpus wikitext-2 --minutes 10 --output runs/what-matters
 
 Every recipe trains with tools/pretrain.py, one run after another, each with the whole machine. Then all runs
-are evaluated on the same validation examples: sentence pairs of up to 64 tokens with 15 % of the words masked,
-except <unk>.
+are evaluated on the same validation examples: sentence pairs of up to 64 tokens with 15 % of the words
+masked, except <unk>.
 
 FOLDER gets the runs, results.json and learning.png. The command prints a table. Existing runs are kept, so
 a stopped comparison continues.
@@ -180,7 +181,8 @@ def train(folder: Path, recipe: Recipe, seed: int, arguments: argparse.Namespace
     unfinished = folder.with_name(f"{folder.name}.part")
     if unfinished.exists():
         raise InputError(
-            f"{unfinished} belongs to a comparison that is running or was stopped. If it was stopped, remove it."
+            f"{unfinished} belongs to a comparison that is running or was stopped. If it was stopped, remove "
+            "it."
         )
     print(f"{folder}: training for {arguments.minutes:g} minutes", file=sys.stderr)
     command = [sys.executable, str(Path(__file__).parent.parent / "pretrain.py")]
@@ -196,13 +198,7 @@ def flags_of(recipe: Recipe, minutes: float, seed: int) -> list[str]:
     """Return the flags of tools/pretrain.py. All checkpoints are kept for the evaluation."""
     between = round(PAIRS_BETWEEN * minutes / 30 / recipe.config().train.batch_size)
     given = {"eval_every": max(1, between), "max_minutes": minutes, "seed": seed, "keep_checkpoints": 0}
-    flags = ["--preset", recipe.preset]
-    for name, value in {**recipe.changes, **given}.items():
-        flags += [
-            flag_name(name),
-            {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value),
-        ]
-    return flags
+    return cli.flags_of({"preset": recipe.preset, **recipe.changes, **given})
 
 
 # Evaluation
@@ -243,7 +239,10 @@ def averages_of(run: Any, data: Any) -> Any:
 
 
 def examples(corpus: str) -> Any:
-    """Return the data whose validation batches evaluate all runs; raise InputError without validation text."""
+    """Return the data whose validation batches evaluate all runs.
+
+    Raise InputError without validation text.
+    """
     from gluon_bert.data.loader import load_pretraining_data
 
     data = load_pretraining_data(DataConfig(corpus=(corpus,)), batch_size=256, seed=EXAMPLES_SEED)

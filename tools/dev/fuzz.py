@@ -22,7 +22,8 @@ examples:
   python tools/dev/fuzz.py state --input crash-0a1b  read one input
 
 pip install -e '.[cpu,wordpiece,fuzz]' installs atheris, a fuzzer guided by code coverage.
-An input that causes another error is written to crash-... in the current folder. The exit status is then not 0.
+An input that causes another error is written to crash-... in the current folder. The exit status is then not
+0.
 """
 
 

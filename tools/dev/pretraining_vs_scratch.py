@@ -21,10 +21,10 @@ from gluon_bert.fileio import atomic_write, write_json
 EXAMPLES_SEEN, EPOCHS = 5000, 3
 
 DESCRIPTION = """\
-Fine-tune the encoder of RUN and one of the same size with random weights. The task is the kind of section that
-a paragraph is from, such as history, reception or plot. Both networks see the same examples of WikiText's train
-file in the same order. They are tested on its valid file, whose articles neither has seen. The command reports
-the accuracy by the number of training examples.
+Fine-tune the encoder of RUN and one of the same size with random weights. The task is the kind of section
+that a paragraph is from, such as history, reception or plot. Both networks see the same examples of
+WikiText's train file in the same order. They are tested on its valid file, whose articles neither has seen.
+The command reports the accuracy by the number of training examples.
 """
 NAMES = {True: "pretrained", False: "from scratch"}
 

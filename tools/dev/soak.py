@@ -21,8 +21,8 @@ examples:
   python tools/dev/soak.py soak/ --minutes 120
   python tools/dev/soak.py soak/ --minutes 10 -- --preset bert-tiny --corpus wikitext-2 --checkpoint-every 60
 
-Flags of tools/pretrain.py follow --. The folder gets the run, samples.csv and soak.png. The command prints the
-medians of both halves of the time, without its first tenth. Linux only.
+Flags of tools/pretrain.py follow --. The folder gets the run, samples.csv and soak.png. The command prints
+the medians of both halves of the time, without its first tenth. Linux only.
 """
 EVERY = 2.0  # seconds between two samples
 WARM_UP = 0.1  # share of the time in which memory may grow, until every batch shape has occurred

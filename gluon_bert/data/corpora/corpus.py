@@ -75,7 +75,7 @@ class Corpus:
                 yield chunk._replace(validation=file.validation)
 
     def fingerprint(self) -> str:
-        """A hash of what would be read: the files' content, or the versions behind the pydoc prose."""
+        """Return a hash of what would be read: the files' content, or the versions behind the pydoc prose."""
         digest = hashlib.sha1(metadata.version("sentencex").encode())
         if self._prose:
             digest.update(pydoc.fingerprint().encode())
@@ -88,14 +88,14 @@ class Corpus:
 
 
 def text_files(path: Path) -> list[TextFile]:
-    """The files of text at a path, in the order of their names; InputError where there is none.
+    """Return the files of text at a path, in the order of their names. Raise InputError if there is none.
 
     Beside WikiText's train file its valid file is validation text, and the test file is not read. What a
     folder holds besides text is counted in the log.
     """
     if not path.exists():
         raise InputError(
-            f"corpus {path}: there is no such file or folder; the corpora known by name are pydoc and wikitext-2"
+            f"corpus must be a file, a folder, pydoc or wikitext-2, got {path}, which does not exist."
         )
     if path.is_file():
         return _with_its_valid_file(path)
@@ -111,8 +111,8 @@ def text_files(path: Path) -> list[TextFile]:
     left_out = [file for file in everything if file not in set(found)]
     if not found:
         raise InputError(
-            f"corpus {path}: must hold a file that ends in {', '.join(ENDINGS)}, which may be followed by .gz, "
-            f".bz2, .xz or .zst; got {_endings(left_out) or 'an empty folder'}"
+            f"corpus {path}: must hold a file that ends in {', '.join(ENDINGS)}, which may be followed by "
+            f".gz, .bz2, .xz or .zst; got {_endings(left_out) or 'an empty folder'}"
         )
     if left_out:
         log.info("%s: read %d files, left out %d (%s)", path, len(found), len(left_out), _endings(left_out))
@@ -129,7 +129,7 @@ def _endings(files: Sequence[Path]) -> str:
 
 
 def _each_once(files: Sequence[TextFile]) -> list[TextFile]:
-    """The files without repetitions, however they were named; validation text stays validation text.
+    """Return the files without repetitions, however they were named; validation text stays validation text.
 
     Someone who names all of WikiText's files means its training text: the test file is not part of it.
     """

@@ -1,4 +1,4 @@
-"""English prose that every installation carries: docstrings and Python's reference. Imports nothing for it.
+"""English prose of the Python installation: docstrings and the reference. Imports nothing for it.
 
 The text is the language reference behind `help()` (pydoc_data.topics) and the docstrings of the standard
 library and of the packages this project depends on. Code, tables, parameter lists and markup are left
@@ -66,7 +66,7 @@ class Source(NamedTuple):
 
 
 def source_files() -> list[Source]:
-    """The files to read, sorted by name."""
+    """Return the files to read, sorted by name."""
     sources = _python_files(Path(sysconfig.get_paths()["stdlib"]), "stdlib")
     for folder in sorted({folder for folders in PACKAGES.values() for folder in folders}):
         spec = importlib.util.find_spec(folder)
@@ -101,7 +101,7 @@ def fingerprint() -> str:
 
 
 def paragraphs(source: Source) -> list[str]:
-    """The prose of one file, in its order; a paragraph is one line of plain words."""
+    """Return the prose of one file, in its order; a paragraph is one line of plain words."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -115,7 +115,7 @@ def paragraphs(source: Source) -> list[str]:
 
 
 def _topics(tree: ast.Module) -> Iterator[str]:
-    """The values of the one dict in pydoc_data/topics.py; its double quotes stand for code."""
+    """Yield the values of the one dict in pydoc_data/topics.py; its double quotes mean code."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             for _, text in sorted(ast.literal_eval(node.value).items()):
@@ -166,9 +166,9 @@ class _Chunk(NamedTuple):
 
 
 def _prose(text: str) -> list[str]:
-    """The paragraphs of one docstring; one of a single sentence is joined to its neighbour.
+    """Return the paragraphs of one docstring; one of a single sentence is joined to its neighbour.
 
-    A docstring's first line is the first sentence of what it says, though it stands apart.
+    A docstring's first line is its first sentence, although a blank line follows.
     """
     found: list[str] = []
     previous = ""
@@ -207,7 +207,10 @@ def _chunks(text: str) -> Iterator[_Chunk]:
 
 
 def _outside_other_text(text: str) -> Iterator[tuple[int, str | None]]:
-    """Each line's indent and words; None for a line of code, of a parameter list, of a heading and so on."""
+    """Yield each line's indent and words.
+
+    None for a line of code, of a parameter list, of a heading and so on.
+    """
     lines = [(len(line) - len(line.lstrip()), line.strip()) for line in text.expandtabs().splitlines()]
     opened_at = None  # the indent of the line that opened the body that is being passed over
     in_section = in_doctest = False

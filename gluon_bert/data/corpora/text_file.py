@@ -42,7 +42,7 @@ _DECOMPRESS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-# Formats whose tokens stand apart already; D2L's vocabulary of WikiText-2 has a byte order mark.
+# Formats with separated tokens; D2L's vocabulary of WikiText-2 has a byte order mark.
 _TOKENIZED = ("wikitext", "articles")
 
 
@@ -58,7 +58,7 @@ def read_chunks(path: Path, text_format: str, language: str = "en") -> Iterator[
     num_bytes = 0
     for block, block_bytes in _blocks(path):
         num_bytes += block_bytes
-        if len(block) > _LARGEST_DOCUMENT and not block.endswith(b"\n"):  # its last line goes on
+        if len(block) > _LARGEST_DOCUMENT and not block.endswith(b"\n"):  # its last line is incomplete
             raise _too_large(path, line_number + block.count(b"\n"))
         text = decode_utf8(block, f"corpus {path}", line_number).replace("\r\n", "\n").replace("\r", "\n")
         if text_format not in _TOKENIZED:
@@ -79,7 +79,7 @@ def read_chunks(path: Path, text_format: str, language: str = "en") -> Iterator[
 
 
 def uncompressed_suffix(path: Path) -> str:
-    """The ending of a file's name in lower case, without that of its compression."""
+    """Return the ending of a file's name in lower case, without that of its compression."""
     return Path(path.stem if path.suffix.lower() in _DECOMPRESS else path.name).suffix.lower()
 
 
@@ -110,7 +110,7 @@ def _too_large(path: Path, line: int) -> InputError:
 
 
 def _blocks(path: Path) -> Iterator[tuple[bytes, int]]:
-    """A file's content in blocks of whole lines, each with the bytes of the file itself that it took.
+    """Yield a file's content in blocks of whole lines, each with the bytes of the file itself that it took.
 
     A line that is larger than a document may be is cut.
     """

@@ -42,8 +42,8 @@ _DOC = re.compile(r"^<doc [^>\n]*>\n(.*?)^</doc>$", re.M | re.S)
 class TextChunk(NamedTuple):
     """Some whole documents that are not parsed yet: of a text file, or all that a source of pydoc has.
 
-    validation: whether all of it is validation text (None: a share of it). num_bytes: of the file that it came
-    from. path, first_line: where it begins.
+    validation: whether all of it is validation text (None: a share of it). num_bytes: of the file that it
+    came from. path, first_line: where it begins.
     """
 
     text: str
@@ -89,7 +89,7 @@ def guess_format(text: str, language: str) -> str:
 
 
 def _has_blocks_of_lines(text: str) -> bool:
-    """Whether blank lines separate blocks that have two lines or more, in the mean."""
+    """Return whether blank lines separate blocks that have two lines or more, in the mean."""
     blocks = [block for block in _BLANK_LINES.split(text.strip()) if block]
     return len(blocks) > 1 and sum(block.count("\n") + 1 for block in blocks) >= 2 * len(blocks)
 
@@ -109,13 +109,13 @@ def parse(chunk: TextChunk, config: DataConfig) -> ParsedChunk:
 
 
 def _documents(chunk: TextChunk, config: DataConfig) -> list[Document]:
-    """All documents of a chunk, of any number of sentences; sentences without a word are left out."""
+    """Return all documents of a chunk, of any number of sentences; sentences without a word are left out."""
     text, language = chunk.text, config.language
     if chunk.text_format in ("wikitext", "articles"):
         text = text.lower() if config.lowercase and config.tokenizer == "words" else text
         articles = _ARTICLE.split(text) if chunk.text_format == "articles" else text.split("\n")
         documents = [_wikitext_sentences(article) for article in articles]
-        if config.tokenizer == "words":  # which stand apart already
+        if config.tokenizer == "words":  # which are separated already
             return documents
     elif chunk.source:
         documents = [split_sentences(paragraph, "en") for paragraph in pydoc.paragraphs(chunk.source)]
@@ -145,7 +145,7 @@ def split_sentences(text: str, language: str) -> list[str]:
 
 
 def is_validation(document: Document, share: float) -> bool:
-    """Whether a document belongs to the validation share. Depends on its text alone, not on its place.
+    """Return whether a document belongs to the validation share. Depends on its text alone, not on its place.
 
     So equal documents are always on the same side, and the number of processes changes nothing.
     """
@@ -168,7 +168,10 @@ def end_of_documents(lines: str, text_format: str) -> int:
 
 
 def _wikitext_sentences(text: str) -> list[str]:
-    """The sentences of the paragraphs with ` . ` in them, split as D2L splits them, without the dots."""
+    """Return the sentences of the paragraphs with ` .
+
+    ` in them, split as D2L splits them, without the dots.
+    """
     return [s for line in text.split("\n") if " . " in line for s in line.strip().split(" . ")]
 
 
@@ -177,13 +180,13 @@ def _sentences_of(paragraphs: list[str], language: str) -> list[str]:
 
 
 def _article_lines(text: str) -> list[str]:
-    """The paragraphs of a WikiExtractor article, without the title above them."""
+    """Return the paragraphs of a WikiExtractor article, without the title above them."""
     title, blank, body = text.partition("\n\n")
     return html.unescape(body if blank and "\n" not in title else text).split("\n")
 
 
 def _json_texts(chunk: TextChunk) -> Iterator[str]:
-    """The field `text` of each line's object; InputError names a line without one."""
+    """Yield the field `text` of each line's object. Raise InputError, which names a line without one."""
     for number, line in enumerate(chunk.text.split("\n"), chunk.first_line):
         if not line.strip():
             continue
@@ -193,7 +196,8 @@ def _json_texts(chunk: TextChunk) -> Iterator[str]:
                 f"the fields {', '.join(map(repr, content))}" if isinstance(content, dict) else "no object"
             )
             raise InputError(
-                f'corpus {chunk.path}, line {number}: must be a JSON object such as {{"text": "..."}}, got {names}'
+                f"corpus {chunk.path}, line {number}: must be a JSON object with the text "
+                f"in the field text, got {names}"
             )
         yield content["text"]
 
@@ -206,7 +210,7 @@ def _json(line: str) -> Any:
 
 
 def _word_splitter(config: DataConfig) -> Callable[[str], str]:
-    """What splits a sentence into words and joins them by single spaces."""
+    """Return a function that splits a sentence into words and joins them by single spaces."""
     if config.tokenizer == "wordpiece":
         return partial(basic_tokenizer.spaced_words, normalization=Normalization.from_config(config))
     return lambda text: " ".join(split_words(text.lower() if config.lowercase else text))

@@ -1,6 +1,6 @@
 """WikiText-2 as files on this machine, downloaded when they are not there. Does not look into their text.
 
-Nothing is kept that does not have the right SHA-1, whoever sent it: the address that older tutorials name now
+Only files with the right SHA-1 are kept: the address that older tutorials name now
 answers with 243 bytes of XML, and those were saved as the corpus more than once.
 """
 
@@ -29,7 +29,7 @@ FILES = {
     "wiki.valid.tokens": "0418625c8b4da6e4b5c7a0b9e78d4ae8f7ee5422",
 }
 
-# Archives, or single files where {} stands for train and valid. Dead, and so not here: the publisher's
+# Archives, or single files in which {} is train or valid. Dead, and so not here: the publisher's
 # s3.amazonaws.com/research.metamind.io (d2l-en #2588) and gluonnlp's apache-mxnet bucket (tvm #16546).
 ADDRESSES = (
     # The author's own site: alive in 2026 (Quartet #11, AiDotNet #1284); it refuses urllib's User-Agent.
@@ -59,7 +59,7 @@ def data_folder() -> Path:
 def wikitext2_folder(
     addresses: Sequence[str] = ADDRESSES, root: Path | None = None, timeout: float = TIMEOUT
 ) -> Path:
-    """The folder datasets/wikitext-2 with wiki.train.tokens and wiki.valid.tokens in it, both verified.
+    """Return the folder datasets/wikitext-2 with the verified files wiki.train.tokens and wiki.valid.tokens.
 
     root: where that folder is, `data_folder()` unless given. timeout: seconds without an answer or a
     further byte. No network is used when the files are there. Otherwise the addresses are tried in turn;
@@ -124,7 +124,7 @@ def _keep(source: IO[bytes], path: Path) -> None:
 
 
 def _fetched(address: str, sha1: str, folder: Path, timeout: float) -> IO[bytes]:
-    """What the address answers, in a nameless file that stands at its start; _Failed if it is not `sha1`."""
+    """Download an address to a temporary file. Raise _Failed unless its hash is `sha1`."""
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the caller closes it
     try:
         _receive(address, file, timeout)
@@ -180,7 +180,7 @@ def _receive(address: str, file: IO[bytes], timeout: float) -> None:
 
 
 def _kind(start: bytes) -> str:
-    """What content looks like, for a message: an error page is told apart from another corpus."""
+    """Describe content for a message: an error page or another corpus."""
     head = start.lstrip().lower()
     if head.startswith(b"<?xml"):
         return "XML"

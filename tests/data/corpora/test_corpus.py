@@ -295,7 +295,7 @@ def test_folder_gives_text_files_only(tmp_path):
 
 
 def test_missing_or_empty_path_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"corpus .*nowhere: there is no such file or folder"):
+    with pytest.raises(InputError, match=r"corpus must be .*, got .*nowhere, which does not exist"):
         text_files(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"must hold a file that ends in \.txt.*got an empty folder"):
         text_files(tmp_path)

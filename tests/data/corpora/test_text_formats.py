@@ -54,7 +54,7 @@ def test_jsonl_object_is_a_document(tmp_path):
 )
 def test_jsonl_line_without_text_is_named(tmp_path, line, got):
     path = write(tmp_path / "t.jsonl", json_lines() + line + "\n")
-    with pytest.raises(InputError, match=rf'line 3: must be a JSON object such as .*"text".*, got {got}'):
+    with pytest.raises(InputError, match=rf"line 3: must be a JSON object with the text .*, got {got}"):
         documents(path)
 
 
@@ -160,7 +160,8 @@ NO_STOPS = "the crane flies over the city\nit is large\nnobody sees it there\n\n
         ("โสตวอิจ บดกชเท ลโีอรง\n\nดุผขผิ พโชขง\n", "prose"),
         ("โสตวอิจบดกชเท\nลโีอรง\n\nดุผขผิพ\nโชขง\n", "sentences"),
         (
-            "This text is wrapped at\nsome width. It goes on\nin the next line. So\nit is prose.\n\nNew\none.\n",
+            "This text is wrapped at\nsome width. It goes on\nin the next line. So\nit is "
+            "prose.\n\nNew\none.\n",
             "prose",
         ),
         ('{"text": "a"}\n', "jsonl"),

@@ -20,7 +20,7 @@ npx.set_np()
 
 
 def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
-    """Return the steps and facts to report."""
+    """Return the steps and details to report."""
     d2l.download_extract = lambda *_: sys.argv[1]  # the folder of d2l's download
     # The section uses 4 processes, which only take turns on a small machine.
     d2l.get_dataloader_workers = lambda: 0

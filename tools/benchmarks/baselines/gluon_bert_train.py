@@ -25,7 +25,7 @@ from gluon_bert.training.trainer import Trainer
 
 
 def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
-    """Return the steps and facts to report."""
+    """Return the steps and details to report."""
     precision = sys.argv[2] if len(sys.argv) > 2 else "fp32"
     config = preset("d2l").replace(corpus=(sys.argv[1],), precision=precision)
     data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
@@ -34,13 +34,14 @@ def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
     net.initialize(ctx=contexts, seed=config.train.seed)
     net.hybridize()
     trainer = Trainer(net, config.train, contexts)
-    facts = {
-        "software": f"{runtime.versions()['mxnet']}, operators: {ops.describe(contexts)}, precision {precision}",
+    details = {
+        "software": f"{runtime.versions()['mxnet']}, operators: {ops.describe(contexts)}, precision "
+        "{precision}",
         "flop_per_pair": flop(next(data.train.epoch(0)), config.model, len(data.vocab))
         / config.train.batch_size,
         "peak_matmul": peak_matmul(precision),
     }
-    return steps(trainer, data.train), facts
+    return steps(trainer, data.train), details
 
 
 def steps(trainer: Any, batches: Loader) -> Iterator[Step]:

@@ -19,12 +19,12 @@ Step = Tuple[int, float, float]
 
 
 def serve(prepare: Callable[[], tuple[Iterator[Step], dict[str, Any]]]) -> None:
-    """Take steps until standard input closes. prepare: returns the steps and facts to report."""
+    """Take steps until standard input closes. prepare: returns the steps and details to report."""
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # keeps prints of libraries out of the protocol
     began = time.perf_counter()
-    steps, facts = prepare()
-    _report(output, {"ready_seconds": time.perf_counter() - began, **facts})
+    steps, details = prepare()
+    _report(output, {"ready_seconds": time.perf_counter() - began, **details})
     for line in sys.stdin:
         before, used = time.perf_counter(), time.process_time()
         taken = [next(steps) for _ in range(int(line))]

@@ -155,7 +155,7 @@ def grouped(batch: dict[str, Any]) -> tuple[list[Any], Any, Any]:
 
 
 def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
-    """Return the steps and facts to report."""
+    """Return the steps and details to report."""
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with np.load(sys.argv[1]) as file:
