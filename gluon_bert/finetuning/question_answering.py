@@ -114,7 +114,7 @@ def _problems(row: QuestionRow) -> Iterator[str]:
             yield "an answer must not be empty"
         elif start < 0 or row.context[start : start + len(text)] != text:
             remedy = _remedy(row.context, text, start)
-                yield f"the answer {text!r:.60} must be at its answer_start {start}; {remedy}"
+            yield f"the answer {text!r:.60} must be at its answer_start {start}; {remedy}"
 
 
 def _remedy(context: str, text: str, start: int) -> str:

@@ -80,7 +80,7 @@ def test_read_squad_reads_answers_and_impossible_questions(written):
     [
         (
             squad("A crane, a crane.", asked("7", "?a", ("crane", 3))),
-            "a.json, question 7: the answer 'crane' must stand at its answer_start 3; it stands at 2",
+            "a.json, question 7: the answer 'crane' must be at its answer_start 3; it stands at 2",
         ),
         (squad("A crane.", asked("7", "?a", ("bird", 0))), "question 7: .* the context does not hold it"),
         (squad("A crane.", asked("7", "?a", ("", 0))), "question 7: an answer must not be empty"),
