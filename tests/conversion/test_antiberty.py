@@ -10,7 +10,8 @@ from support.conversion import converted
 
 from gluon_bert.run import load_run
 
-CHAIN = "E V Q L V E S G G G L V [MASK] P G G S L R L S C A A S G F T F S [MASK] Y A M S W V R Q A P G K G L E W V S"
+CHAIN = "E V Q L V E S G G G L V [MASK] P G G S L R L S C A A S G F T F S "
+CHAIN += "[MASK] Y A M S W V R Q A P G K G L E W V S"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Training clears the mark of an untrained head, from the converted folder to the one that is written again."""
+"""Training clears the mark of an untrained head, from a converted folder to the one written again."""
 
 import encode
 import pretrain
