@@ -76,6 +76,8 @@ class RunResult(NamedTuple):
 
 
 QUICK = Recipe("the preset quick", "quick")
+# What the preset was before it had a bias for distances, word vectors from the text and Muon.
+BEFORE = {"position": "absolute", "init_embeddings": "random", "optimizer": "adamw", "dropout": 0.0}
 RECIPES = {
     "d2l": Recipe("D2L", "d2l"),
     "quick": QUICK,
@@ -85,7 +87,11 @@ RECIPES = {
     "lr-double": QUICK.but("quick, learning rate 0.004", lr=4e-3),
     "batch-32": QUICK.but("quick, batches of 32", batch_size=32),
     "batch-128": QUICK.but("quick, batches of 128", batch_size=128),
-    "dropout": QUICK.but("quick, dropout 0.1", dropout=0.1),
+    "before": QUICK.but("quick of before", **BEFORE),
+    "absolute": QUICK.but("quick, no bias for distances", position="absolute"),
+    "no-vectors": QUICK.but("quick, random first word vectors", init_embeddings="random"),
+    "adamw": QUICK.but("quick, AdamW for all weights", optimizer="adamw"),
+    "no-dropout": QUICK.but("quick, no dropout", dropout=0.0),
     "pre-norm": QUICK.but("quick, LayerNorm before the sub-layers", norm="pre"),
     "bias-zeros": QUICK.but("quick, decoder biases from zero", decoder_bias="zeros"),
     "warm-up-2": QUICK.but("quick, warm-up over 2 % of the run", warmup_ratio=0.02),
