@@ -13,7 +13,8 @@ def folder(tmp_path_factory):
     """A folder with a pretrained run and the data of two tasks."""
     folder = tmp_path_factory.mktemp("downstream")
     (folder / "text.txt").write_text(small_text(), "utf-8")
-    flags = "--preset d2l --units 16 --ffn-units 16 --num-layers 1 --max-seq-length 16 --batch-size 32 --num-steps 2"
+    flags = "--preset d2l --units 16 --ffn-units 16 --num-layers 1 --max-seq-length 16 --batch-size 32 "
+    flags += "--num-steps 2"
     where = ["--corpus", str(folder / "text.txt"), "--output", str(folder / "run")]
     assert pretrain.main([*flags.split(), *where]) == 0
     rows = [f"the {noun} {verb}\t{verb}" for noun in ("crane", "bird", "city") for verb in ("sees", "lifts")]

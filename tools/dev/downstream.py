@@ -21,10 +21,10 @@ examples:
   python tools/dev/downstream.py runs/old runs/quick-1 --data tasks/
   python tools/dev/downstream.py runs/quick-1 --data tasks/ --tasks cola --seeds 1 --examples 2000 --epochs 2
 
-The folder of the tasks has sst2, cola, stsb and subj, each with train.tsv and dev.tsv. Every network gets the
-same examples in the same order. "From scratch" is the network of the first RUN with random weights. The command
-prints a table of the best epochs' metrics on the dev files: the mean over the seeds, with the range. A stopped
-comparison continues.
+The folder of the tasks has sst2, cola, stsb and subj, each with train.tsv and dev.tsv. Every network gets
+the same examples in the same order. "From scratch" is the network of the first RUN with random weights. The
+command prints a table of the best epochs' metrics on the dev files: the mean over the seeds, with the range.
+A stopped comparison continues.
 """
 
 
