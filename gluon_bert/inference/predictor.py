@@ -145,7 +145,7 @@ class Prediction:
             raise InputError(NOT_FINE_TUNED)
         if self.task.scores_tokens:
             raise InputError(
-                f"the network was fine-tuned for {self.task.kind}. Use task_input and predict_tasks."
+                f"the network was fine-tuned for {self.task.kind}. Use Run.predict, which reads long texts whole."
             )
         if self.task.pairs is not None and self.text.is_pair != self.task.pairs:
             wanted = "pairs of texts: give two" if self.task.pairs else "single texts: give one"

@@ -107,6 +107,43 @@ def test_read_squad_bad_file_raises(written, content, message):
         read_squad(written(content), "--train")
 
 
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 50) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def with_changed_node(content, place, value):
+    """A copy of JSON content with its node number `place` replaced, counted depth first."""
+    count = iter(range(10**6))
+
+    def changed(node):
+        if next(count) == place:
+            return value
+        if isinstance(node, dict):
+            return {name: changed(each) for name, each in node.items()}
+        return [changed(each) for each in node] if isinstance(node, list) else node
+
+    return changed(content)
+
+
+@settings(max_examples=150, deadline=None)
+@given(place=st.integers(0, 16), value=ANY_JSON)
+def test_read_squad_of_damaged_file_reads_or_refuses(tmp_path_factory, place, value):
+    content = squad("A crane sees a bird.", asked("1", "Who?", ("crane", 2)))
+    path = tmp_path_factory.mktemp("damaged") / "a.json"
+    path.write_text(json.dumps(with_changed_node(content, place, value)))
+    try:
+        rows = read_squad(path, "--train")
+    except InputError as problem:
+        assert str(path) in str(problem)
+        return
+    for row in rows:
+        for text, start in row.answers:
+            assert row.context[start : start + len(text)] == text
+
+
 def test_squad_file_is_for_question_answering(written):
     path = written(squad("A crane."))
     assert isinstance(task_format(TaskFiles(str(path), ""), "auto"), QuestionFormat)

@@ -97,6 +97,22 @@ def test_read_tagged_bad_file_raises(written, name, text, message):
         read_tagged(written(name, text), "--train")
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    text=st.text(alphabet='in\tO B-x I-y\n"{}[]:,tokensl\u200b\u00e9', max_size=60),
+    ending=st.sampled_from(["conll", "jsonl"]),
+)
+def test_read_tagged_of_any_text_reads_or_refuses(tmp_path_factory, text, ending):
+    path = tmp_path_factory.mktemp("any") / f"a.{ending}"
+    path.write_text(text, "utf-8")
+    try:
+        rows = read_tagged(path, "--train")
+    except InputError as problem:
+        assert str(path) in str(problem)
+        return
+    assert all(len(row.tokens) == len(row.tags) == len(row.where) > 0 for row in rows)
+
+
 def test_task_format_is_chosen_by_the_file(written):
     tokens = written("a.jsonl", '{"tokens": ["a"], "labels": ["O"]}')
     for path in (written("a.conll", CONLL), tokens):
