@@ -290,9 +290,14 @@ def before(tmp_path_factory):
     """A pretrained run to fine-tune."""
     folder = tmp_path_factory.mktemp("before")
     (folder / "text.txt").write_text(small_text(), "utf-8")
-    flags = [*("--units", "32", "--ffn-units", "64", "--max-seq-length", "16", "--num-steps", "3")]
+    flags = ["--preset", "d2l", "--units", "32", "--ffn-units", "64", "--max-seq-length", "16"]
     corpus = ["--corpus", str(folder / "text.txt"), "--min-freq", "1", "--validation-fraction", "0.3"]
-    assert pretrain.main([*flags, *corpus, "--batch-size", "32", "--output", str(folder / "run")]) == 0
+    assert (
+        pretrain.main(
+            [*flags, *corpus, "--batch-size", "32", "--num-steps", "3", "--output", str(folder / "run")]
+        )
+        == 0
+    )
     return folder / "run"
 
 
@@ -364,7 +369,7 @@ def weights(folder):
     return {name: parameter.data().asnumpy() for name, parameter in parameters.items()}
 
 
-@pytest.mark.parametrize("flags", [["--cpus", "2"], ["--micro-batch", "5"]])
+@pytest.mark.parametrize("flags", [["--cpus", "2"], ["--micro-batch", "5"], ["--recompute", "yes"]])
 def test_finetuning_answers_matches_over_devices(command, flags):
     once = ["--epochs", "1", "--dropout", "0", "--lr", "0.0003"]
     _, one = command(*once, name="one")
