@@ -144,9 +144,7 @@ class Prediction:
         if self.task is None:
             raise InputError(NOT_FINE_TUNED)
         if self.task.scores_tokens:
-            raise InputError(
-                f"the network was fine-tuned for {self.task.kind}. Use Run.predict, which reads long texts whole."
-            )
+            raise InputError(f"the network was fine-tuned for {self.task.kind}. Use Run.predict.")
         if self.task.pairs is not None and self.text.is_pair != self.task.pairs:
             wanted = "pairs of texts: give two" if self.task.pairs else "single texts: give one"
             raise InputError(f"the network was fine-tuned on {wanted}")

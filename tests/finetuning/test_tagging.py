@@ -295,7 +295,7 @@ def weights(folder):
     return {name: parameter.data().asnumpy() for name, parameter in parameters.items()}
 
 
-@pytest.mark.parametrize("flags", [["--cpus", "2"], ["--micro-batch", "5"], ["--recompute", "yes"]])
+@pytest.mark.parametrize("flags", [["--cpus", "2"], ["--micro-batch", "5"], ["--recompute"]])
 def test_finetuning_tags_matches_over_devices_and_parts(command, flags):
     once = ["--epochs", "1", "--dropout", "0", "--lr", "0.0003"]
     _, one = command(*once, name="one")

@@ -17,10 +17,11 @@ from gluon_bert.config import FineTuneConfig, check_group
 from gluon_bert.errors import InputError
 
 DESCRIPTION = """\
-Fine-tune the BertForTokenClassification or BertForQuestionAnswering of transformers from the weights of RUN. The
-batches, their order, the learning rates, AdamW, clipping, dropout and the metrics are those of tools/finetune.py
-with the same flags. The head's first weights and the dropped values differ: PyTorch draws its own. The command
-needs torch and transformers (extra test-others). It prints the metrics after each epoch.
+Fine-tune the BertForTokenClassification or BertForQuestionAnswering of transformers from the weights of
+RUN. The batches, their order, the learning rates, AdamW, clipping, dropout and the metrics are those of
+tools/finetune.py with the same flags. The head's first weights and the dropped values differ: PyTorch draws
+its own. The command needs torch and transformers (extra test-others). It prints the metrics after each
+epoch.
 """
 
 
