@@ -13,6 +13,7 @@ from gluon_bert.presets import PRESETS
 EXAMPLES = """\
 examples:
   python tools/benchmark.py train --against mxnet,d2l,pytorch --json speed.json
+  python tools/benchmark.py train --preset bert-base --lengths 128,512 --against pytorch,transformers
   python tools/benchmark.py encode runs/d2l-1 --against onnxruntime,transformers
   python tools/benchmark.py prepare --against cached,d2l
   python tools/benchmark.py scale --json scale.json
@@ -29,7 +30,10 @@ baselines (each is a process of its own):
   mxnet         this package with MXNet's own operators
   d2l           the code of Dive into Deep Learning, d2l 0.17.6 on MXNet
   pytorch       the same network in PyTorch, optimized; pytorch-bf16: in bf16
-d2l and pytorch get environments of their own below MXNet's data folder at first use.
+  pytorch-compile       the same by torch.compile; pytorch-compile-bf16: in bf16
+  transformers  BertForPreTraining as its users run it; transformers-bf16: in bf16
+d2l, pytorch and transformers get environments of their own below MXNet's data folder at first use.
+d2l needs --preset d2l, transformers another preset.
 
 The table also shows pairs per CPU second, which other load changes less than pairs per second, the peak
 memory, and the MLM loss of the last round. If the first baseline has a higher loss than another, it fails.
@@ -96,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file")
         return sub
 
-    train = add("train", "optimizer steps of the D2L model with 512 pairs each", TRAIN, 5)
+    train = add("train", "optimizer steps of a preset", TRAIN, 5)
     encode = add("encode", "vectors of texts of mixed lengths", ENCODE, 5)
     prepare = add("prepare", "the way from text files to the first batch of the preset d2l", PREPARE, 5)
     scale = add("scale", "steps over networks, lengths, batch sizes, contexts and workers", SCALE, 3)
@@ -109,6 +113,9 @@ def parser() -> argparse.ArgumentParser:
 
 def add_train_flags(p: argparse.ArgumentParser) -> None:
     """Add the flags of `train`."""
+    p.add_argument("--preset", default="d2l", metavar="NAME", help="network and batches (d2l)")
+    p.add_argument("--lengths", metavar="N[,N...]", help="most tokens of a pair, a table each (the preset's)")
+    p.add_argument("--batch-size", type=int, metavar="N", help="pairs of a step (d2l: 512, others: 16)")
     add_steps_flag(p)
     add_corpus_flag(p)
     p.add_argument(
@@ -201,13 +208,13 @@ def check(arguments: argparse.Namespace) -> None:
     """Raise one InputError for all problems with the flags."""
     given, name = vars(arguments), arguments.benchmark
     problems = [
-        f"--{flag} must be at least 1, got {given[flag]}"
-        for flag in ("rounds", "texts", "steps")
-        if given.get(flag, 1) < 1
+        f"--{flag.replace('_', '-')} must be at least 1, got {given[flag]}"
+        for flag in ("rounds", "texts", "steps", "batch_size")
+        if (1 if given.get(flag) is None else given[flag]) < 1
     ]
-    least = int(name == "scale")
+    least = int(name in ("scale", "train"))
     for flag in COUNTS:
-        numbers = given.get(flag, "1").split(",")
+        numbers = (given.get(flag) or "1").split(",")
         if not all(number.isdecimal() and int(number) >= least for number in numbers):
             problems.append(
                 f"--{flag.replace('_', '-')} must be numbers of at least {least} with commas, such as 1,2, "
@@ -216,6 +223,8 @@ def check(arguments: argparse.Namespace) -> None:
     if name == "scale":
         problems += unknown_names("--presets", arguments.presets, tuple(PRESETS))
         problems += unknown_names("--kvstore", arguments.kvstore, ("dist_sync", "horovod"))
+    if name == "train":
+        problems += unknown_names("--preset", arguments.preset, tuple(PRESETS))
     if name == "prepare":
         if arguments.megabytes < 0:
             problems.append(f"--megabytes must be at least 0, got {arguments.megabytes}")

@@ -111,7 +111,7 @@ def test_train_measures_compiled_and_mxnet(corpus, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:4]] == ["compiled", "mxnet"]
     assert "compiled: mxnet 1.9.1, operators: compiled for this processor, precision fp32" in lines
-    content = json.loads(figures.read_text("utf-8"))
+    (content,) = json.loads(figures.read_text("utf-8"))["cases"]
     ours, theirs = (content["rounds"][name][0] for name in ("compiled", "mxnet"))
     assert ours["pairs"] == theirs["pairs"] > 100
     assert ours["mlm_loss"] == pytest.approx(theirs["mlm_loss"], abs=0.2)
@@ -119,9 +119,21 @@ def test_train_measures_compiled_and_mxnet(corpus, tmp_path, capsys):
     assert content["baselines"]["compiled"]["flop_per_pair"] > 1e6
 
 
+def test_train_makes_a_table_per_length(articles, tmp_path, capsys):
+    skip_without_compiled_operators()
+    figures = tmp_path / "speed.json"
+    command = ["train", "--preset", "bert-tiny", "--lengths", "16,24", "--batch-size", "4", "--steps", "1"]
+    flags = ["--against", "mxnet", "--rounds", "1", "--corpus", str(articles), "--json", str(figures)]
+    assert benchmark.main([*command, *flags]) == 0
+    assert "bert-tiny, 4 pairs of at most 24 tokens" in capsys.readouterr().out
+    short, long = (each["baselines"]["compiled"] for each in json.loads(figures.read_text("utf-8"))["cases"])
+    assert long["flop_per_pair"] > 1.3 * short["flop_per_pair"]
+
+
 def test_written_batches_match_the_loader(corpus, tmp_path):
-    train.write_batches(corpus, 2, tmp_path / "batches.npz")
-    config = preset("d2l").replace(corpus=(str(corpus),))
+    config = train.case_config("d2l", corpus, None, None)
+    assert config == preset("d2l").replace(corpus=(str(corpus),))
+    train.write_batches(config, 2, tmp_path / "batches.npz")
     first = next(load_pretraining_data(config.data, 512).train.epoch(0))
     with np.load(tmp_path / "batches.npz") as arrays:
         for name, array in vars(first).items():
@@ -143,7 +155,7 @@ def test_train_table_has_medians_and_ratios():
     facts = {name: {"ready_seconds": 1.5, "software": "this"} for name in rounds}
     table = train.table("", rounds, facts)
     assert (
-        "d2l                 2.2   0.38   0.25 .. 0.50          1.1   0.38     0.50      1.5     4.100"
+        "d2l                       2.2   0.38   0.25 .. 0.50          1.1   0.38     0.50      1.5     4.100"
         in table
     )
 
@@ -158,10 +170,11 @@ def test_train_refuses_a_higher_loss():
 
 
 def test_train_reports_the_last_line_of_a_baseline(tmp_path):
+    config = train.case_config("d2l", tmp_path / "nowhere", None, None)
     with pytest.raises(InputError, match=r"compiled ended with status 1: .*nowhere"):
-        train.Baseline("compiled", tmp_path / "nowhere", tmp_path, "1")
+        train.Baseline("compiled", config, tmp_path, "1")
     with pytest.raises(InputError, match=r"the batches cannot be written: .*nowhere"):
-        train.write_batches(tmp_path / "nowhere", 1, tmp_path / "batches.npz")
+        train.write_batches(config, 1, tmp_path / "batches.npz")
 
 
 def test_train_refuses_bad_flags(run_folder, capsys):
@@ -173,6 +186,12 @@ def test_train_refuses_bad_flags(run_folder, capsys):
         "train", "--against", "jax"
     )
     assert "--steps must be at least 1, got 0" in printed("train", "--steps", "0")
+    assert "--batch-size must be at least 1, got 0" in printed("train", "--batch-size", "0")
+    assert "--lengths must be numbers of at least 1" in printed("train", "--lengths", "x")
+    assert "--preset must be some of d2l, quick" in printed("train", "--preset", "gpt")
+    assert "--against d2l needs --preset d2l, got bert-tiny" in printed(
+        "train", "--preset", "bert-tiny", "--against", "d2l"
+    )
     assert "unrecognized arguments" in printed("train", str(run_folder))
     assert "required: RUN" in printed("encode")
     assert "required: {train,encode,prepare,scale}" in printed()

@@ -17,9 +17,11 @@ from typing import Any, Mapping, NamedTuple, Sequence
 from benchmarks.rates import corpus_folder, machine, rates
 
 from gluon_bert import runtime, system
+from gluon_bert.config import Config
 from gluon_bert.data.corpora.wikitext2 import data_folder
 from gluon_bert.errors import InputError
 from gluon_bert.fileio import write_json
+from gluon_bert.presets import preset
 
 BASELINE_SCRIPTS = Path(__file__).with_name("baselines")
 # Arguments of the calls of pip that install a baseline.
@@ -31,6 +33,7 @@ REQUIREMENTS = {
     ),
     # Several gigabytes with CUDA if pip finds no wheel for CPUs.
     "pytorch": (["torch==2.13.0", "numpy"],),
+    "transformers": (["torch==2.13.0", "transformers==5.24.0", "numpy"],),
 }
 
 
@@ -40,29 +43,64 @@ class BaselineSpec(NamedTuple):
     script: str
     arguments: tuple[str, ...] = ()
     environment: str | None = None
-    variables: Mapping[str, str] = {}
+    operators: str | None = None
 
 
-# CORPUS and BATCHES stand for the corpus and for a file of prepared batches.
+# CORPUS, BATCHES, FP32 and BF16 stand for the corpus, for a file of prepared batches, and for the configuration
+# in a precision.
 BASELINES = {
-    "compiled": BaselineSpec("gluon_bert_train.py", ("CORPUS",), None, {"GLUON_BERT_OPERATORS": "compiled"}),
-    "compiled-bf16": BaselineSpec(
-        "gluon_bert_train.py", ("CORPUS", "bf16"), None, {"GLUON_BERT_OPERATORS": "compiled"}
-    ),
-    "mxnet": BaselineSpec("gluon_bert_train.py", ("CORPUS",), None, {"GLUON_BERT_OPERATORS": "mxnet"}),
+    "compiled": BaselineSpec("gluon_bert_train.py", ("FP32",), operators="compiled"),
+    "compiled-bf16": BaselineSpec("gluon_bert_train.py", ("BF16",), operators="compiled"),
+    "mxnet": BaselineSpec("gluon_bert_train.py", ("FP32",), operators="mxnet"),
     "d2l": BaselineSpec("d2l_train.py", ("CORPUS",), "d2l"),
     "pytorch": BaselineSpec("pytorch_train.py", ("BATCHES", "fp32"), "pytorch"),
     "pytorch-bf16": BaselineSpec("pytorch_train.py", ("BATCHES", "bf16"), "pytorch"),
+    "pytorch-compile": BaselineSpec("pytorch_train.py", ("BATCHES", "fp32", "compile"), "pytorch"),
+    "pytorch-compile-bf16": BaselineSpec("pytorch_train.py", ("BATCHES", "bf16", "compile"), "pytorch"),
+    "transformers": BaselineSpec("transformers_train.py", ("BATCHES", "fp32"), "transformers"),
+    "transformers-bf16": BaselineSpec("transformers_train.py", ("BATCHES", "bf16"), "transformers"),
 }
+
+
+def case_config(name: str, corpus: Path, length: int | None, pairs: int | None) -> Config:
+    """Return the configuration of a preset on texts of `length` tokens and steps of so many pairs.
+
+    d2l is the book's. The others get their learning rate from the first step on, by AdamW, which all baselines
+    have. So their losses can be compared after a few steps.
+    """
+    config = preset(name).replace(corpus=(str(corpus),))
+    if name != "d2l":
+        config = config.replace(
+            text_format="articles",
+            pairs="packed",
+            short_seq_prob=0.0,
+            num_buckets=1,
+            batch_size=BERT_PAIRS,
+            optimizer="adamw",
+            schedule="constant",
+            warmup_ratio=0.0,
+        )
+    if length:
+        config = config.replace(max_seq_length=length)
+    config = config.replace(batch_size=pairs) if pairs else config
+    config.check()
+    return config
+
+
+# Pairs of a step of the presets other than d2l.
+BERT_PAIRS = 16
 
 
 class Baseline:
     """A running baseline that takes training steps on request. details: its first report."""
 
-    def __init__(self, name: str, corpus: Path, batches: Path, threads: str) -> None:
+    def __init__(self, name: str, config: Config, batches: Path, threads: str) -> None:
         spec = BASELINES[name]
         self.name = name
-        given = {"CORPUS": str(corpus), "BATCHES": str(batches)}
+        given = {"CORPUS": config.data.corpus[0], "BATCHES": str(batches)}
+        for precision in ("fp32", "bf16"):
+            given[precision.upper()] = json.dumps(config.replace(precision=precision).to_json())
+        operators = {"GLUON_BERT_OPERATORS": spec.operators} if spec.operators else {}
         self._errors = TemporaryFile()  # noqa: SIM115 - open as long as the process lives
         self._process = subprocess.Popen(
             [python_of(spec.environment), spec.script, *(given.get(each, each) for each in spec.arguments)],
@@ -72,7 +110,7 @@ class Baseline:
                 "OMP_WAIT_POLICY": "passive",
                 **os.environ,
                 "OMP_NUM_THREADS": threads,
-                **spec.variables,
+                **operators,
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -104,9 +142,9 @@ class Baseline:
         return report
 
 
-def write_batches(corpus: Path, count: int, path: Path) -> None:
-    """Write the first batches of the corpus for baselines without a loader."""
-    command = [sys.executable, "write_batches.py", str(corpus), str(count), str(path)]
+def write_batches(config: Config, count: int, path: Path) -> None:
+    """Write the first batches for baselines without a loader."""
+    command = [sys.executable, "write_batches.py", json.dumps(config.to_json()), str(count), str(path)]
     done = subprocess.run(command, cwd=BASELINE_SCRIPTS, stderr=subprocess.PIPE)
     if done.returncode:
         raise InputError(f"the batches cannot be written: {done.stderr.decode().strip().splitlines()[-1]}")
@@ -134,35 +172,62 @@ LOSS_TOLERANCE = 0.2
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Take optimizer steps with all baselines in turns."""
-    names = ["compiled", *arguments.against.split(",")]
+    """Take optimizer steps with all baselines in turns, for one length after another."""
+    names = baselines_of(arguments)
+    corpus = corpus_folder(arguments.corpus)
+    lengths = [int(each) for each in arguments.lengths.split(",")] if arguments.lengths else [None]
+    threads = os.environ.get("OMP_NUM_THREADS", str(system.usable_cores()))
+    cases = []
+    for length in lengths:
+        config = case_config(arguments.preset, corpus, length, arguments.batch_size)
+        rounds, details = measure(names, config, arguments.rounds, arguments.steps, threads)
+        summary = (
+            f"{arguments.preset}, {config.train.batch_size} pairs of at most {config.data.max_seq_length} tokens, "
+            f"{arguments.rounds} rounds of {arguments.steps} steps, {threads} threads, {machine()}"
+        )
+        print(table(summary, rounds, details), flush=True)
+        cases.append({"work": summary, "baselines": details, "rounds": rounds})
+        if arguments.json:
+            content = {"benchmark": "train", "versions": runtime.versions(), "cases": cases}
+            write_json(arguments.json, content)
+        check_losses(rounds)
+    return 0
+
+
+def baselines_of(arguments: argparse.Namespace) -> list[str]:
+    """Return the names of the baselines in the order of their turns."""
+    names = arguments.against.split(",")
     unknown = [name for name in names if name not in BASELINES]
     if unknown:
         raise InputError(f"--against must be some of {', '.join(BASELINES)}, got {unknown[0]}")
-    corpus = corpus_folder(arguments.corpus)
-    threads = os.environ.get("OMP_NUM_THREADS", str(system.usable_cores()))
+    if "d2l" in names and arguments.preset != "d2l":
+        raise InputError(f"--against d2l needs --preset d2l, got {arguments.preset}")
+    if "transformers" in names and arguments.preset == "d2l":
+        raise InputError(
+            "--against transformers needs a bert preset, got d2l. Its BertModel normalizes the embeddings"
+        )
+    return list(dict.fromkeys(["compiled", *names]))
+
+
+def measure(
+    names: Sequence[str], config: Config, rounds: int, steps: int, threads: str
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, Any]]]:
+    """Return each baseline's reports by round, and its details. The first round warms up and is left out."""
     with TemporaryDirectory(prefix="gluon_bert-benchmark-") as folder, ExitStack() as stack:
         batches = Path(folder, "batches.npz")
-        write_batches(corpus, (arguments.rounds + 1) * arguments.steps, batches)
+        write_batches(config, (rounds + 1) * steps, batches)
         baselines = []
-        for name in dict.fromkeys(names):
+        for name in names:
             print(f"preparing {name}", file=sys.stderr)
-            baselines.append(Baseline(name, corpus, batches, threads))
+            baselines.append(Baseline(name, config, batches, threads))
             stack.callback(baselines[-1].close)
-        rounds: dict[str, list[dict[str, Any]]] = {each.name: [] for each in baselines}
-        for number in range(arguments.rounds + 1):
+        reports: dict[str, list[dict[str, Any]]] = {each.name: [] for each in baselines}
+        for number in range(rounds + 1):
             for each in baselines:
-                report = each.take_steps(arguments.steps)
-                if number:  # the first round warms up
-                    rounds[each.name].append(report)
-        details = {each.name: each.details for each in baselines}
-    summary = f"{arguments.rounds} rounds of {arguments.steps} steps, {threads} threads, {machine()}"
-    print(table(summary, rounds, details))
-    if arguments.json:
-        content = {"benchmark": "train", "work": summary, "versions": runtime.versions()}
-        write_json(arguments.json, {**content, "baselines": details, "rounds": rounds})
-    check_losses(rounds)
-    return 0
+                report = each.take_steps(steps)
+                if number:
+                    reports[each.name].append(report)
+        return reports, {each.name: each.details for each in baselines}
 
 
 def table(
@@ -173,14 +238,14 @@ def table(
         {name: rates(own, key) for name, own in rounds.items()} for key in ("seconds", "cpu_seconds")
     )
     first = next(iter(rounds))
-    lines = [summary, f"{'':14}{'pairs/s':>9}{'ratio':>7}   {'from .. to':14}{'pairs/CPU s':>11}{'ratio':>7}"]
+    lines = [summary, f"{'':20}{'pairs/s':>9}{'ratio':>7}   {'from .. to':14}{'pairs/CPU s':>11}{'ratio':>7}"]
     lines[-1] += f"{'peak GB':>9}{'ready s':>9}{'MLM loss':>10}"
     for name, own in rounds.items():
         ratios = [a / b for a, b in zip(clock[name], clock[first])]
         cpu_ratios = [a / b for a, b in zip(cores[name], cores[first])]
         spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
         lines.append(
-            f"{name:14}{statistics.median(clock[name]):9.1f}{statistics.median(ratios):7.2f}   {spread:14}"
+            f"{name:20}{statistics.median(clock[name]):9.1f}{statistics.median(ratios):7.2f}   {spread:14}"
             f"{statistics.median(cores[name]):11.1f}{statistics.median(cpu_ratios):7.2f}"
             f"{own[-1]['peak_gigabytes']:9.2f}{details[name]['ready_seconds']:9.1f}{own[-1]['mlm_loss']:10.3f}"
         )

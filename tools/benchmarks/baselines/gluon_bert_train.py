@@ -1,10 +1,11 @@
 """The baselines compiled and mxnet of `benchmark.py train`: this package.
 
-Arguments: the corpus, and the precision fp32 (default) or bf16.
+Argument: the configuration as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from typing import Any, Iterator
@@ -13,11 +14,10 @@ import numpy as np
 from protocol import Step, serve
 
 from gluon_bert import devices, ops, runtime
-from gluon_bert.config import ModelConfig
+from gluon_bert.config import Config, ModelConfig
 from gluon_bert.data.batch import Batch
 from gluon_bert.data.loader import Loader, load_pretraining_data
 from gluon_bert.model.bert import BERTModel
-from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
 from gluon_bert.training.metrics import Meter, Metrics
 from gluon_bert.training.resources import flops_per_pair
@@ -26,8 +26,8 @@ from gluon_bert.training.trainer import Trainer
 
 def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
     """Return the steps and details to report."""
-    precision = sys.argv[2] if len(sys.argv) > 2 else "fp32"
-    config = preset("d2l").replace(corpus=(sys.argv[1],), precision=precision)
+    config = Config.from_json(json.loads(sys.argv[1]))
+    precision = config.train.precision
     data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
     contexts = devices.contexts(cpus=1)
     net = BERTModel(len(data.vocab), config.model)

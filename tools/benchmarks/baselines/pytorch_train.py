@@ -1,4 +1,6 @@
-"""The baselines pytorch and pytorch-bf16 of `benchmark.py train`: the same network in PyTorch, optimized.
+"""The baselines pytorch, pytorch-compile and both in bf16: the same network in PyTorch, optimized.
+
+Arguments: the file of prepared batches, fp32 or bf16, and optionally `compile` for torch.compile.
 
 It reads prepared batches, so it spends no time on them. It sorts a batch by length and encodes groups of rows
 padded to their own longest row. Dropout draws 16 bits per element. The decoder scores masked words only, in
@@ -8,6 +10,7 @@ slices, together with their gradients. Adam is fused. Freed memory is kept for t
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import sys
 from typing import Any, Iterator
@@ -22,14 +25,24 @@ from protocol import Step, serve  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-UNITS, FFN_UNITS, HEADS, LAYERS, DROPOUT, POSITIONS = 128, 256, 2, 2, 0.2, 1000
-GROUPS, SLICE = 8, 512
+with np.load(sys.argv[1]) as file:
+    BATCHES = dict(file)
+CONFIG = json.loads(str(BATCHES.pop("config")))
+MODEL, TRAIN = CONFIG["model"], CONFIG["train"]
+UNITS, FFN_UNITS, HEADS, DROPOUT = (MODEL[key] for key in ("units", "ffn_units", "num_heads", "dropout"))
+POSITIONS, EPSILON = MODEL["max_positions"], MODEL["norm_epsilon"]
+# Rows that are encoded together, at least; and the most groups of a batch.
+GROUP_ROWS, GROUPS, SLICE = 64, 8, 512
 # bf16: products in bf16; sums, weights and losses in float32.
 LOW = {"fp32": None, "bf16": torch.bfloat16}[sys.argv[2]]
+COMPILE = sys.argv[3:] == ["compile"]
+activation = {"relu": F.relu, "gelu": F.gelu}[MODEL["activation"]]
 
 
 def dropout(x: Any) -> Any:
-    """Apply dropout. F.dropout would take a tenth of the step."""
+    """Apply dropout. F.dropout would take a tenth of the step; torch.compile makes its own kernel of it."""
+    if COMPILE:
+        return F.dropout(x, DROPOUT)
     draws = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
     kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= int(DROPOUT * 2**16) - 2**15
     return x * kept.to(x.dtype).mul_(1 / (1 - DROPOUT))
@@ -41,7 +54,7 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.qkv, self.output = nn.Linear(UNITS, 3 * UNITS), nn.Linear(UNITS, UNITS)
-        self.norm1, self.norm2 = nn.LayerNorm(UNITS), nn.LayerNorm(UNITS)
+        self.norm1, self.norm2 = nn.LayerNorm(UNITS, EPSILON), nn.LayerNorm(UNITS, EPSILON)
         self.expand, self.project = nn.Linear(UNITS, FFN_UNITS), nn.Linear(FFN_UNITS, UNITS)
 
     def forward(self, x: Any, mask: Any) -> Any:
@@ -52,25 +65,32 @@ class Layer(nn.Module):
         weights = dropout(torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask, -1))
         found = (weights @ v).transpose(1, 2).reshape(x.shape)
         x = self.norm1(x + dropout(self.output(found)))
-        return self.norm2(x + dropout(self.project(F.relu(self.expand(x)))))
+        return self.norm2(x + dropout(self.project(activation(self.expand(x)))))
 
 
 class Network(nn.Module):
-    """The BERT of Dive into Deep Learning."""
+    """A BERT with post-LayerNorm layers, such as that of Dive into Deep Learning."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
         self.tokens, self.segments = nn.Embedding(vocab_size, UNITS), nn.Embedding(2, UNITS)
         self.positions = nn.Parameter(torch.empty(1, POSITIONS, UNITS))
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
-        self.transform, self.norm = nn.Linear(UNITS, UNITS), nn.LayerNorm(UNITS)
+        self.embedding_norm = nn.LayerNorm(UNITS, EPSILON) if MODEL["embedding_norm"] else None
+        self.layers = nn.ModuleList(Layer() for _ in range(MODEL["num_layers"]))
+        self.transform, self.norm = nn.Linear(UNITS, UNITS), nn.LayerNorm(UNITS, EPSILON)
         self.decoder = nn.Linear(UNITS, vocab_size)
         self.pooler, self.next = nn.Linear(UNITS, UNITS), nn.Linear(UNITS, 2)
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and MODEL["init"] == "normal":
+                nn.init.normal_(parameter, std=0.02)
+            elif parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        if MODEL["tied_decoder"]:
+            self.decoder.weight = self.tokens.weight
+        if MODEL["init"] == "normal":
+            return
         # One matrix (3 C, C) would get smaller Xavier weights than three of (C, C).
         for name, parameter in self.named_parameters():
             if name.endswith("qkv.weight"):
@@ -83,6 +103,8 @@ class Network(nn.Module):
         length = tokens.shape[1]
         mask = -1e9 * (torch.arange(length) >= lengths[:, None])[:, None, None]
         x = self.tokens(tokens) + self.segments(segments) + self.positions[:, :length]
+        if self.embedding_norm:
+            x = dropout(self.embedding_norm(x))
         for layer in self.layers:
             x = layer(x, mask)
         return x
@@ -94,7 +116,7 @@ class Network(nn.Module):
             encoded = self.encode(tokens, segments, lengths)
             masked.append(encoded[rows, positions])
             first.append(encoded[:, 0])
-        ready = self.norm(F.relu(self.transform(torch.cat(masked))))
+        ready = self.norm(activation(self.transform(torch.cat(masked))))
         if LOW is None:
             mlm = SlicedLoss.apply(ready, self.decoder.weight, self.decoder.bias, labels) / len(labels)
         else:
@@ -136,7 +158,7 @@ def grouped(batch: dict[str, Any]) -> tuple[list[Any], Any, Any]:
     order = np.argsort(batch["valid_length"], kind="stable")
     rows, positions = batch["masked_positions"]
     groups, labels = [], []
-    for members in np.array_split(order, GROUPS):
+    for members in np.array_split(order, max(1, min(GROUPS, len(order) // GROUP_ROWS))):
         length = batch["valid_length"][members].max()
         place = np.full(len(order), -1)
         place[members] = np.arange(len(members))
@@ -158,9 +180,10 @@ def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
     """Return the steps and details to report."""
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    with np.load(sys.argv[1]) as file:
-        arrays = dict(file)
+    arrays = BATCHES
     net = Network(int(arrays.pop("vocab_size")))
+    if COMPILE:
+        net.encode = torch.compile(net.encode)  # type: ignore[method-assign]
     names = (
         "tokens",
         "token_types",
@@ -171,17 +194,33 @@ def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
     )
     count = len(arrays) // len(names)
     batches = [{name: arrays[f"{name}-{number}"] for name in names} for number in range(count)]
-    return steps(net, batches), {"software": f"torch {torch.__version__}, {sys.argv[2]}"}
+    return steps(net, batches), {"software": f"torch {torch.__version__}, {' '.join(sys.argv[2:])}"}
+
+
+def optimizer_of(net: Any) -> Any:
+    """Return the configuration's optimizer, fused. Biases and LayerNorms have no weight decay."""
+    values = {"lr": TRAIN["lr"], "betas": (TRAIN["beta1"], TRAIN["beta2"]), "eps": TRAIN["epsilon"]}
+    if TRAIN["optimizer"] == "adam":
+        return torch.optim.Adam(net.parameters(), **values, fused=True)
+    decayed = [p for p in net.parameters() if p.dim() > 1]
+    others = [p for p in net.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": TRAIN["weight_decay"]},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, **values, fused=True)
 
 
 def steps(net: Any, batches: list[dict[str, Any]]) -> Iterator[Step]:
     """Take one step after another."""
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+    optimizer = optimizer_of(net)
     for batch in batches:
         with torch.autocast("cpu", dtype=LOW or torch.bfloat16, enabled=LOW is not None):
             mlm, nsp = net(*grouped(batch))
         optimizer.zero_grad(set_to_none=True)
         (mlm + nsp).backward()
+        if TRAIN["clip_norm"]:
+            nn.utils.clip_grad_norm_(net.parameters(), TRAIN["clip_norm"], foreach=True)
         optimizer.step()
         yield len(batch["next_sentence_labels"]), mlm.item(), nsp.item()
 

@@ -1,21 +1,25 @@
-"""Writes the first batches of the preset d2l for baselines without a loader."""
+"""Writes the first batches of a configuration for baselines without a loader.
+
+Arguments: the configuration as JSON, the number of batches, the file.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from itertools import islice
 
 import numpy as np
 
+from gluon_bert.config import Config
 from gluon_bert.data.loader import load_pretraining_data
-from gluon_bert.presets import preset
 
 
-def main(corpus: str, count: int, path: str) -> None:
-    """Write the first `count` batches of the corpus to an .npz file."""
-    config = preset("d2l").replace(corpus=(corpus,))
+def main(config_json: str, count: int, path: str) -> None:
+    """Write the configuration, the size of the vocabulary and the first `count` batches to an .npz file."""
+    config = Config.from_json(json.loads(config_json))
     data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
-    arrays = {"vocab_size": np.array(len(data.vocab))}
+    arrays = {"vocab_size": np.array(len(data.vocab)), "config": np.array(config_json)}
     for number, batch in enumerate(islice(data.train.batches(), count)):
         arrays.update({f"{name}-{number}": array for name, array in vars(batch).items()})
     np.savez(path, **arrays)
