@@ -98,7 +98,7 @@ class Encoder {
     for (int l = num_layers() - 1; l >= 0; --l) {
 #pragma omp parallel num_threads(threads_)
       {
-        LayerGradients own(sums + omp_get_thread_num() * sums_size(), net());
+        LayerGradients own(sums + omp_get_thread_num() * sums_size(), call_);
         std::fill_n(own.begin, sums_size(), 0.f);
         const PackedLayer<T> weights = pack(l, packed, false);
         const PackedLayer<T> forward_weights = recompute ? pack(l, packed_forward, true) : PackedLayer<T>();
@@ -118,14 +118,15 @@ class Encoder {
   }
 
  private:
-  static constexpr int kChunk = 128;  // tokens, so that a layer's activations of them fit a second cache
+  // Tokens of a chunk. A layer's activations of kChunk tokens fit a second cache if it has fewer than kWide units.
+  static constexpr int kChunk = 128, kLargestChunk = 512, kWide = 256;
   // The places of the norms and of the distances' biases among a layer's parameters.
   static constexpr int kNorm1 = 8, kNorm2 = 14, kRelativeBias = 16;
 
   const Network& net() const { return call_.net; }
   int num_layers() const { return net().num_layers(); }
   long ld() const { return call_.ld; }
-  size_t sums_size() const { return LayerGradients::size(net()); }
+  size_t sums_size() const { return LayerGradients::size(call_); }
 
   // Stream 0 enters the first layer; stream l leaves layer l - 1. Two of them take turns if nothing is kept.
   Stream stream(int l) {
@@ -144,13 +145,27 @@ class Encoder {
     return &out.layers[l - 1][kNorm2];
   }
 
+  // Chunks are larger where a layer's activations of a small one do not fit the second cache either: then the
+  // weights' gradients pass through the processor less often. But there are some for each thread.
+  int chunk_tokens() const {
+    if (net().units < kWide) return kChunk;
+    long tokens = 0;
+    for (int row = 0; row < call_.in.rows; ++row) tokens += length_of(row);
+    return (int)std::min(std::max(tokens / omp_get_max_threads() + 1, (long)kChunk), (long)kLargestChunk);
+  }
+
+  int length_of(int row) const {
+    const float length = call_.in.valid_length[row];
+    return length > 0 ? (int)std::min(length, (float)call_.in.columns) : 0;  // also of NaN
+  }
+
   void find_rows() {
+    const int most = chunk_tokens();
     num_tokens_ = 0;
     for (int row = 0; row < call_.in.rows; ++row) {
-      const float length = call_.in.valid_length[row];
-      const int known = length > 0 ? (int)std::min(length, (float)call_.in.columns) : 0;  // also of NaN
+      const int known = length_of(row);
       call_.rows.push_back({num_tokens_, known});
-      if (chunks_.empty() || chunks_.back().tokens + known > kChunk)
+      if (chunks_.empty() || chunks_.back().tokens + known > most)
         chunks_.push_back({row, row, num_tokens_, 0});
       chunks_.back().last_row = row + 1;
       chunks_.back().tokens += known;
@@ -171,10 +186,14 @@ class Encoder {
   // Adds up the threads' sums from `begin` on. All threads call this together; each does a part.
   void reduce(const float* sums, long begin, long count, float* out, bool add_to_out) const {
     const long threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    const long first = count * thread / threads, last = count * (thread + 1) / threads;
-    if (!add_to_out) std::fill(out + first, out + last, 0.f);
-    for (long t = 0; t < threads; ++t)
-      add(sums + t * (long)sums_size() + begin + first, (int)(last - first), out + first);
+    const long first = count * thread / threads, some = count * (thread + 1) / threads - first;
+    for (long t = 0; t < threads; ++t) {
+      const float* x = sums + t * (long)sums_size() + begin + first;
+      if (t == 0 && !add_to_out)
+        std::copy_n(x, some, out + first);
+      else
+        add(x, (int)some, out + first);
+    }
   }
 
   std::vector<Scratch> make_scratch() const {
@@ -247,19 +266,24 @@ class Encoder {
   void scatter_gradients(const float* sums, int l, const Gradients& out) const {
     const long c = net().units, f = net().ffn_units;
     const std::vector<float*>& g = out.layers[l];
-    const LayerGradients own((float*)sums, net());
-    auto scatter = [&](const float* begin, long count, float* to) { reduce(sums, begin - sums, count, to, out.add); };
+    const LayerGradients own((float*)sums, call_);
+    auto scatter = [&](const float* begin, long count, float* to) {
+      reduce(sums, begin - sums, count, to, out.add);
+    };
+    auto scatter_rows = [&](const float* begin, long rows, long columns, long ld, float* to) {
+      for (long i = 0; i < rows; ++i) scatter(begin + i * ld, columns, to + i * columns);
+    };
     for (int i = 0; i < 3; ++i) {
-      scatter(own.qkv + i * c * c, c * c, g[2 * i]);
+      scatter_rows(own.qkv + i * c * ld(), c, c, ld(), g[2 * i]);
       scatter(own.qkv_bias + i * c, c, g[2 * i + 1]);
     }
-    scatter(own.output, c * c, g[6]);
+    scatter_rows(own.output, c, c, ld(), g[6]);
     scatter(own.output_bias, c, g[7]);
     scatter(own.middle_gamma, c, g[net().pre ? kNorm2 : kNorm1]);
     scatter(own.middle_beta, c, g[(net().pre ? kNorm2 : kNorm1) + 1]);
-    scatter(own.expand, f * c, g[10]);
+    scatter_rows(own.expand, f, c, ld(), g[10]);
     scatter(own.expand_bias, f, g[11]);
-    scatter(own.project, c * f, g[12]);
+    scatter_rows(own.project, c, f, call_.ld_ffn, g[12]);
     scatter(own.project_bias, c, g[13]);
     if (net().relative) scatter(own.relative_bias, kNumBuckets * net().heads, g[kRelativeBias]);
     if (net().norm_after(l)) {

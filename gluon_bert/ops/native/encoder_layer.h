@@ -185,26 +185,28 @@ struct Scratch {
   }
 };
 
-// A thread's own sums of a layer's gradients, one after another.
+// A thread's own sums of a layer's gradients, one after another. The rows of weights are ld or ld_ffn apart.
 struct LayerGradients {
   float *begin, *qkv, *qkv_bias, *output, *output_bias, *expand, *expand_bias, *project, *project_bias;
   float *middle_gamma, *middle_beta, *after_gamma, *after_beta, *relative_bias;
 
-  LayerGradients(float* data, const Network& net) : begin(data) {
+  LayerGradients(float* data, const Call& call) : begin(data) {
+    const Network& net = call.net;
     const long c = net.units, f = net.ffn_units;
     auto next = [&data](long count) {
       float* here = data;
       data += count;
       return here;
     };
-    qkv = next(3 * c * c), qkv_bias = next(3 * c), output = next(c * c), output_bias = next(c);
-    expand = next(f * c), expand_bias = next(f), project = next(c * f), project_bias = next(c);
+    qkv = next(3 * c * call.ld), qkv_bias = next(3 * c), output = next(c * call.ld), output_bias = next(c);
+    expand = next(f * call.ld), expand_bias = next(f), project = next(c * call.ld_ffn), project_bias = next(c);
     middle_gamma = next(c), middle_beta = next(c), after_gamma = next(c), after_beta = next(c);
     relative_bias = next(net.relative * kNumBuckets * net.heads);
   }
-  static size_t size(const Network& net) {
-    const size_t c = net.units, f = net.ffn_units;
-    return 4 * c * c + 2 * c * f + 9 * c + f + net.relative * kNumBuckets * net.heads + 16;
+  static size_t size(const Call& call) {
+    const size_t c = call.net.units, f = call.net.ffn_units;
+    return (4 * c + f) * call.ld + c * call.ld_ffn + 9 * c + f +
+           call.net.relative * kNumBuckets * call.net.heads + 16;
   }
 };
 
@@ -402,11 +404,12 @@ class EncoderLayer {
     }
   }
 
-  // weight (outputs, inputs) += gradient^T * x; bias += the sum of the gradients.
+  // weight (outputs, inputs) += gradient^T * x; bias += the sum of the gradients. The rows of x and of weight are
+  // ld_x apart.
   static void add_weight_gradient(int tokens, int outputs, int inputs, const float* gradient, long ld_gradient,
                                   const float* x, long ld_x, float* weight, float* bias, T* room) {
     multiply<Start::kAdd>(outputs, inputs, tokens, {gradient, 1, ld_gradient},
-                          right_side(x, ld_x, tokens, inputs, room), weight, inputs);
+                          right_side(x, ld_x, tokens, inputs, room), weight, ld_x);
     for (int i = 0; i < tokens; ++i) add(gradient + i * ld_gradient, outputs, bias);
   }
 

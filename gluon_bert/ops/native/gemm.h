@@ -20,8 +20,8 @@ constexpr int kLanes = 16, kRows = 12;
 constexpr int kLanes = 8, kRows = 6;
 #endif
 constexpr int kCols = 2 * kLanes;
-// Terms of a sum that are added up in registers. A panel of kDepth rows fits the first cache.
-constexpr int kDepth = 256;
+// A block of the left side: at most so many rows, and so many elements of a row. It fits the second cache.
+constexpr int kBlockRows = 240, kBlockDepth = 384;
 
 template <class T>
 struct Lanes {
@@ -43,22 +43,38 @@ constexpr int elements<Bf16x2>(int terms) {
   return (terms + 1) / 2;
 }
 
-// The left side: element (i, k) is data[i * row + k * col].
+// Returns how many terms of a sum so many elements hold.
+template <class T>
+constexpr int terms(int elements) {
+  return std::is_same<T, Bf16x2>::value ? 2 * elements : elements;
+}
+
+// Returns the terms of a block: all blocks of a sum get about as many.
+template <class T>
+constexpr int block_terms(int depth) {
+  const int all = std::max(1, elements<T>(depth)), blocks = (all + kBlockDepth - 1) / kBlockDepth;
+  return terms<T>((all + blocks - 1) / blocks);
+}
+
+// The left side, in tiles of kRows rows: element (i, k) is data[i / kRows * tile + i % kRows * row + k * col].
 template <class T>
 struct Left {
   const T* data;
-  long row, col;
+  long row, col, tile;
+  // A matrix as it is, or its transpose.
+  Left(const T* data, long row, long col) : Left(data, row, col, kRows * row) {}
+  Left(const T* data, long row, long col, long tile) : data(data), row(row), col(col), tile(tile) {}
 };
 
-// The right side: element (k, j) is data[(j / kCols) * panel + k * row + j % kCols]. The kernel reads past the
-// last column, but those numbers do not change the result.
+// The right side, in panels of kCols columns: element (k, j) is data[j / kCols * panel + k * row + j % kCols]. The
+// kernel reads past the last column, but those numbers do not change the result.
 template <class T>
 struct Right {
   const T* data;
   long row, panel;
 };
 
-// The sums begin with zero, with a bias for each column, or with what the result holds already.
+// The result begins with zero, with a bias for each column, or with what it holds already.
 enum class Start { kZero, kBias, kAdd };
 
 constexpr int panels(int columns) { return (columns + kCols - 1) / kCols; }
@@ -69,6 +85,7 @@ constexpr long stride(long columns) { return ((columns + 15) / 16 | 1) * 16; }
 
 inline __attribute__((always_inline)) Vector add_products(Vector sum, Vector x, Vector y) { return sum + x * y; }
 
+// A tile of R x kCols sums. While it is computed, its part of the result comes into the cache.
 template <int R, Start S, class T>
 inline __attribute__((always_inline)) void kernel(
     int depth, const T* a, long row, long col, const T* b, long b_row, float* c, long ldc, const float* bias) {
@@ -77,9 +94,9 @@ inline __attribute__((always_inline)) void kernel(
   Vector sums[R][2];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const float* start = S == Start::kBias ? bias : c + r * ldc;
-    sums[r][0] = S == Start::kZero ? Vector{} : *(const Unaligned*)start;
-    sums[r][1] = S == Start::kZero ? Vector{} : *(const Unaligned*)(start + kLanes);
+    sums[r][0] = sums[r][1] = Vector{};
+    __builtin_prefetch(c + r * ldc, 1);
+    __builtin_prefetch(c + r * ldc + kCols - 1, 1);
   }
   for (int k = 0; k < depth; ++k, a += col, b += b_row) {
     const Elements b0 = *(const Loaded*)b, b1 = *(const Loaded*)(b + kLanes);
@@ -91,10 +108,14 @@ inline __attribute__((always_inline)) void kernel(
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    *(Unaligned*)(c + r * ldc) = sums[r][0];
-    *(Unaligned*)(c + r * ldc + kLanes) = sums[r][1];
-  }
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      Unaligned* out = (Unaligned*)(c + r * ldc + half * kLanes);
+      if (S == Start::kBias) sums[r][half] += *(const Unaligned*)(bias + half * kLanes);
+      if (S == Start::kAdd) sums[r][half] += *out;
+      *out = sums[r][half];
+    }
 }
 
 // The kernel for the last rows, fewer than kRows.
@@ -109,11 +130,9 @@ inline void last_rows(int rows, int depth, Left<T> a, const T* b, long b_row, fl
 // A panel of the result that has all its columns.
 template <Start S, class T>
 void whole_panel(int rows, int depth, Left<T> a, const T* b, long b_row, float* c, long ldc, const float* bias) {
-  int i = 0;
-  for (; i + kRows <= rows; i += kRows)
-    kernel<kRows, S>(depth, a.data + i * a.row, a.row, a.col, b, b_row, c + i * ldc, ldc, bias);
-  if (i < rows)
-    last_rows<kRows - 1, S, T>(rows - i, depth, {a.data + i * a.row, a.row, a.col}, b, b_row, c + i * ldc, ldc, bias);
+  for (; rows >= kRows; rows -= kRows, a.data += a.tile, c += kRows * ldc)
+    kernel<kRows, S>(depth, a.data, a.row, a.col, b, b_row, c, ldc, bias);
+  if (rows) last_rows<kRows - 1, S>(rows, depth, a, b, b_row, c, ldc, bias);
 }
 
 // A panel of the result that has only some columns. Tiles are computed in a buffer and copied.
@@ -121,78 +140,81 @@ template <Start S, class T>
 void part_of_panel(
     int rows, int columns, int depth, Left<T> a, const T* b, long b_row, float* c, long ldc, const float* bias) {
   float tile[kRows * kCols] = {};
-  for (int i = 0; i < rows; i += kRows) {
-    const int some = std::min(kRows, rows - i);
+  for (; rows > 0; rows -= kRows, a.data += a.tile, c += kRows * ldc) {
+    const int some = std::min(kRows, rows);
     for (int r = 0; r < some; ++r)
       for (int j = 0; j < columns; ++j)
-        tile[r * kCols + j] = S == Start::kZero ? 0 : S == Start::kBias ? bias[j] : c[(i + r) * ldc + j];
-    last_rows<kRows, Start::kAdd, T>(some, depth, {a.data + i * a.row, a.row, a.col}, b, b_row, tile, kCols, nullptr);
-    for (int r = 0; r < some; ++r) std::copy_n(tile + r * kCols, columns, c + (i + r) * ldc);
+        tile[r * kCols + j] = S == Start::kZero ? 0 : S == Start::kBias ? bias[j] : c[r * ldc + j];
+    last_rows<kRows, Start::kAdd>(some, depth, a, b, b_row, tile, kCols, nullptr);
+    for (int r = 0; r < some; ++r) std::copy_n(tile + r * kCols, columns, c + r * ldc);
   }
 }
 
-template <Start S, class T>
-void one_panel(
-    int rows, int columns, int depth, Left<T> a, const T* b, long b_row, float* c, long ldc, const float* bias) {
-  if (columns >= kCols)
-    whole_panel<S>(rows, depth, a, b, b_row, c, ldc, bias);
-  else
-    part_of_panel<S>(rows, columns, depth, a, b, b_row, c, ldc, bias);
-}
-
-// A sum of at most kDepth terms for each column of the result.
+// All panels of the result of a block.
 template <Start S, class T>
 void add_block(
     int rows, int columns, int depth, Left<T> a, Right<T> b, float* c, long ldc, const float* bias) {
-  for (int j = 0; j < columns; j += kCols)
-    one_panel<S>(rows, columns - j, depth, a, b.data + j / kCols * b.panel, b.row, c + j, ldc,
-                 S == Start::kBias ? bias + j : nullptr);
-}
-
-// c (rows x columns, row-major) = start + a (rows x depth) * b (depth x columns).
-template <Start S>
-void multiply(int rows, int columns, int depth, Left<float> a, Right<float> b, float* c, long ldc,
-              const float* bias = nullptr) {
-  for (int k = 0; k == 0 || k < depth; k += kDepth) {
-    const int some = std::min(kDepth, depth - k);
-    const Left<float> left{a.data + k * a.col, a.row, a.col};
-    const Right<float> right{b.data + k * b.row, b.row, b.panel};
-    if (k == 0)
-      add_block<S>(rows, columns, some, left, right, c, ldc, bias);
+  for (int j = 0; j < columns; j += kCols, b.data += b.panel, c += kCols) {
+    const float* panel_bias = S == Start::kBias ? bias + j : nullptr;
+    if (columns - j >= kCols)
+      whole_panel<S>(rows, depth, a, b.data, b.row, c, ldc, panel_bias);
     else
-      add_block<Start::kAdd>(rows, columns, some, left, right, c, ldc, nullptr);
+      part_of_panel<S>(rows, columns - j, depth, a, b.data, b.row, c, ldc, panel_bias);
   }
 }
 
-// Packs a left side into pairs. Its rows or its columns must be contiguous.
+// The distance between two tiles of a packed block.
+constexpr long kTileSize = stride(kBlockDepth * kRows);
+template <class T>
+using PackedBlock = T[kBlockRows / kRows * kTileSize];
+
+// Spreads a row of a transposed block over the tiles.
+template <class T>
+void copy_to_tiles(const T* x, int rows, T* packed) {
+  for (; rows >= kRows; rows -= kRows, x += kRows, packed += kTileSize) std::copy_n(x, kRows, packed);
+  std::copy_n(x, rows, packed);
+}
+
+// Packs a block of the left side into tiles whose rows or columns are contiguous.
 inline Left<Bf16x2> pack_left(int rows, int depth, Left<float> a, Bf16x2* packed) {
   const int pairs = elements<Bf16x2>(depth);
   if (a.col == 1) {
     for (int i = 0; i < rows; ++i) pack_neighbours(a.data + i * a.row, depth, packed + i * pairs);
     return {packed, pairs, 1};
   }
-  for (int k = 0; k < depth; k += 2) {
-    const float* x = a.data + k * a.col;
-    interleave_rows(x, k + 1 < depth ? x + a.col : nullptr, rows, packed + k / 2 * rows);
+  Bf16x2 row[kBlockRows];
+  for (int k = 0; k < pairs; ++k) {
+    const float* x = a.data + 2 * k * a.col;
+    interleave_rows(x, 2 * k + 1 < depth ? x + a.col : nullptr, rows, row);
+    copy_to_tiles(row, rows, packed + k * kRows);
   }
-  return {packed, 1, rows};
+  return {packed, 1, kRows, kTileSize};
 }
 
-// The same in bfloat16. The left side is rounded here, as many rows at a time as fit a second cache.
-template <Start S>
-void multiply(int rows, int columns, int depth, Left<float> a, Right<Bf16x2> b, float* c, long ldc,
+// The same in float32. Contiguous rows stay where they are.
+inline Left<float> pack_left(int rows, int depth, Left<float> a, float* packed) {
+  if (a.col == 1) return a;
+  for (int k = 0; k < depth; ++k) copy_to_tiles(a.data + k * a.col, rows, packed + k * kRows);
+  return {packed, 1, kRows, kTileSize};
+}
+
+// c (rows x columns, row-major) = start + a (rows x depth) * b (depth x columns). The rows or the columns of a are
+// contiguous. A block of the left side stays in the second cache, while panel after panel of the right side passes
+// through the first one.
+template <Start S, class T>
+void multiply(int rows, int columns, int depth, Left<float> a, Right<T> b, float* c, long ldc,
               const float* bias = nullptr) {
-  constexpr int kSome = 240;
-  alignas(64) Bf16x2 room[kSome * elements<Bf16x2>(kDepth)];
-  for (int k = 0; k == 0 || k < depth; k += kDepth)
-    for (int i = 0; i < rows; i += kSome) {
-      const int some = std::min(kSome, rows - i), terms = std::min(kDepth, depth - k);
-      const Left<Bf16x2> left = pack_left(some, terms, {a.data + i * a.row + k * a.col, a.row, a.col}, room);
-      const Right<Bf16x2> right{b.data + elements<Bf16x2>(k) * b.row, b.row, b.panel};
+  alignas(64) PackedBlock<T> room;
+  const int most = block_terms<T>(depth);
+  for (int i = 0; i < rows; i += kBlockRows)
+    for (int k = 0; k == 0 || k < depth; k += most) {
+      const int some = std::min(kBlockRows, rows - i), deep = std::min(most, depth - k);
+      const Left<T> left = pack_left(some, deep, {a.data + i * a.row + k * a.col, a.row, a.col}, room);
+      const Right<T> right{b.data + elements<T>(k) * b.row, b.row, b.panel};
       if (k == 0)
-        add_block<S>(some, columns, elements<Bf16x2>(terms), left, right, c + i * ldc, ldc, bias);
+        add_block<S>(some, columns, elements<T>(deep), left, right, c + i * ldc, ldc, bias);
       else
-        add_block<Start::kAdd>(some, columns, elements<Bf16x2>(terms), left, right, c + i * ldc, ldc, nullptr);
+        add_block<Start::kAdd>(some, columns, elements<T>(deep), left, right, c + i * ldc, ldc, nullptr);
     }
 }
 
@@ -223,15 +245,21 @@ void pack_panel(Rows row, int depth, int columns, int p, Bf16x2* packed) {
   }
 }
 
+// Elements of a column that are packed together. The panel's rows for them stay in the first cache.
+constexpr int kStrip = 64;
+
 // Packs panel p of a right side that is the transpose of a matrix (columns x depth).
 template <class Rows>
 void pack_panel_transposed(Rows row, int depth, int columns, int p, float* packed) {
   const int first = p * kCols, some = std::min(kCols, columns - first);
   float* out = packed + packed_size<float>(first, depth);
   if (some < kCols) std::fill(out, out + packed_size<float>(kCols, depth), 0.f);
-  for (int j = 0; j < some; ++j) {
-    const float* x = row(first + j);
-    for (int k = 0; k < depth; ++k) out[(long)k * kCols + j] = x[k];
+  for (int k = 0; k < depth; k += kStrip, out += kStrip * kCols) {
+    const int deep = std::min(kStrip, depth - k);
+    for (int j = 0; j < some; ++j) {
+      const float* x = row(first + j) + k;
+      for (int i = 0; i < deep; ++i) out[i * kCols + j] = x[i];
+    }
   }
 }
 
@@ -239,13 +267,13 @@ template <class Rows>
 void pack_panel_transposed(Rows row, int depth, int columns, int p, Bf16x2* packed) {
   const int first = p * kCols, some = std::min(kCols, columns - first);
   Bf16x2* out = packed + packed_size<Bf16x2>(first, depth);
-  Bf16x2 pairs[elements<Bf16x2>(kDepth)];
+  Bf16x2 pairs[kStrip];
   if (some < kCols) std::fill(out, out + packed_size<Bf16x2>(kCols, depth), 0);
-  for (int k = 0; k < depth; k += kDepth, out += elements<Bf16x2>(kDepth) * kCols) {
-    const int terms = std::min(kDepth, depth - k);
+  for (int k = 0; k < depth; k += 2 * kStrip, out += kStrip * kCols) {
+    const int deep = std::min(2 * kStrip, depth - k);
     for (int j = 0; j < some; ++j) {
-      pack_neighbours(row(first + j) + k, terms, pairs);
-      for (int i = 0; i < elements<Bf16x2>(terms); ++i) out[i * kCols + j] = pairs[i];
+      pack_neighbours(row(first + j) + k, deep, pairs);
+      for (int i = 0; i < elements<Bf16x2>(deep); ++i) out[i * kCols + j] = pairs[i];
     }
   }
 }

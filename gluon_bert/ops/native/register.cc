@@ -277,7 +277,7 @@ MXReturnValue initialize(int version) {
 // Returns the number of floating-point operations. T: what products are made of, float or Bf16x2 (gemm.h).
 template <class T>
 double peak_matmul_flops(int repeats) {
-  constexpr int kSize = 10 * kRows, kWide = 256, kDeep = elements<T>(kDepth);
+  constexpr int kSize = 10 * kRows, kWide = 256, kDeep = kBlockDepth;
   const int threads = omp_get_max_threads();
   const long ld = stride(kDeep);
 #pragma omp parallel num_threads(threads)
@@ -288,7 +288,7 @@ double peak_matmul_flops(int repeats) {
       add_block<Start::kZero>(kSize, kWide, kDeep, Left<T>{left.data(), ld, 1},
                               Right<T>{right.data(), kCols, kDeep * (long)kCols}, out.data(), stride(kWide), nullptr);
   }
-  return 2.0 * kSize * kDepth * kWide * repeats * threads;
+  return 2.0 * kSize * terms<T>(kDeep) * kWide * repeats * threads;
 }
 
 // The caller measures the time.
