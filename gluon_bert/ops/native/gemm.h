@@ -164,7 +164,7 @@ void add_block(
 }
 
 // The distance between two tiles of a packed block.
-constexpr long kTileSize = stride(kBlockDepth * kRows);
+constexpr long kTileSize = kRows * stride(kBlockDepth);
 template <class T>
 using PackedBlock = T[kBlockRows / kRows * kTileSize];
 
@@ -191,9 +191,13 @@ inline Left<Bf16x2> pack_left(int rows, int depth, Left<float> a, Bf16x2* packed
   return {packed, 1, kRows, kTileSize};
 }
 
-// The same in float32. Contiguous rows stay where they are.
+// The same in float32. Contiguous rows stay where they are if they are an odd number of cache lines apart.
 inline Left<float> pack_left(int rows, int depth, Left<float> a, float* packed) {
-  if (a.col == 1) return a;
+  if (a.col == 1 && a.row / 16 % 2) return a;
+  if (a.col == 1) {
+    for (int i = 0; i < rows; ++i) std::copy_n(a.data + i * a.row, depth, packed + i * stride(kBlockDepth));
+    return {packed, stride(kBlockDepth), 1};
+  }
   for (int k = 0; k < depth; ++k) copy_to_tiles(a.data + k * a.col, rows, packed + k * kRows);
   return {packed, 1, kRows, kTileSize};
 }

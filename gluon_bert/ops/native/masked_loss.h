@@ -2,8 +2,9 @@
 //
 // The scores of all words are never in memory at once. The threads divide the vocabulary. For kSlice masked
 // positions at a time they compute their scores, reduce the softmax's sums, and turn the scores into gradients.
-// So the gradients are ready with the loss. A tile of scores becomes powers of e while it is in the cache,
-// relative to the highest score of its row in the tile. Later each row of a tile needs only one more factor.
+// So the gradients are ready with the loss. A tile has a row for each word and a column for each position, so the
+// decoder's weights are a left side and stay as they are. A tile of scores becomes powers of e while it is in the
+// cache, relative to the highest score of its column in the tile. Later each column needs only one more factor.
 #pragma once
 
 #include <omp.h>
@@ -83,15 +84,15 @@ class MaskedLoss {
  private:
   // Masked positions and words per tile of scores. The slice's vectors, a tile of scores and the tile's rows of
   // the decoder fit a second cache.
-  static constexpr int kSlice = 240, kTile = 128;
-  static constexpr long kTileStride = stride(kTile), kTileSize = kSlice * kTileStride;
+  static constexpr int kSlice = 240, kTile = 256;
+  static constexpr long kTileStride = stride(kSlice), kTileSize = kTile * kTileStride;
 
   // A softmax's sum over one thread's words: the highest score, and the sum of e^(score - highest).
   struct PartialSoftmax {
     float most[kSlice], sum[kSlice];
   };
   // A thread's working memory: its scores for a slice, tile after tile, as powers and then as gradients; the
-  // highest score of each row and tile; a tile of the decoder and the slice's vectors, packed; and the scores of
+  // highest score of each tile's columns; a tile of the decoder and the slice's vectors, packed; and the scores of
   // the masked words that are among its words.
   struct ThreadBuffers {
     PooledBuffer tiles, highest, packed, vectors;
@@ -137,8 +138,8 @@ class MaskedLoss {
     for (ThreadBuffers& room : rooms) {
       room.tiles = PooledBuffer(tiles_ * kTileSize);
       room.highest = PooledBuffer(tiles_ * kSlice);
-      room.packed = PooledBuffer(std::max(packed_size<T>(kTile, h_.units), packed_size<T>(h_.units, kTile)));
-      room.vectors = PooledBuffer(room_size<T>(h_.units, kSlice));
+      room.packed = PooledBuffer(packed_size<T>(h_.units, kTile));
+      room.vectors = PooledBuffer(std::max(packed_size<T>(kSlice, h_.units), room_size<T>(h_.units, kSlice)));
     }
 #pragma omp parallel num_threads(threads_)
     {
@@ -177,29 +178,47 @@ class MaskedLoss {
   // A thread's scores of some masked positions, as powers.
   void compute_scores(int first, int some, Words words, ThreadBuffers& room, PartialSoftmax& found) const {
     const int c = h_.units;
-    for (int tile = words.first, number = 0; tile < words.last; tile += kTile, ++number) {
-      const int width = std::min(kTile, words.last - tile);
-      const Right<T> weight =
-          pack_transposed(h_.decoder.weight + (long)tile * c, c, c, width, room.packed.template as<T>());
-      float* out = room.tiles + number * kTileSize;
-      multiply<Start::kBias>(some, width, c, {ready_ + first * ld_, ld_, 1}, weight, out, kTileStride,
-                             h_.decoder.bias + tile);
+    const Right<T> vectors = pack_transposed(ready_ + first * ld_, ld_, c, some, room.vectors.template as<T>());
+    std::fill_n(found.most, some, -INFINITY);
+    std::fill_n(found.sum, some, 0.f);
+    for (int begin = words.first, number = 0; begin < words.last; begin += kTile, ++number) {
+      const int width = std::min(kTile, words.last - begin);
+      float* tile = room.tiles + number * kTileSize;
+      multiply<Start::kZero>(width, some, c, {h_.decoder.weight + (long)begin * c, c, 1}, vectors, tile, kTileStride);
       for (int i = 0; i < some; ++i) {
-        float* row = out + i * kTileStride;
-        const int at = target(first + i) - tile;
-        if (at >= 0 && at < width) room.target_score[i] = row[at];
-        const float here = row_max(row, width);
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int j = 0; j < width; ++j) {
-          row[j] = exponential(row[j] - here);
-          sum += row[j];
-        }
-        room.highest[number * kSlice + i] = here;
-        const float most = number ? std::max(found.most[i], here) : here;
-        const float before = number ? found.sum[i] * exponential(found.most[i] - most) : 0;
-        found.most[i] = most, found.sum[i] = before + sum * exponential(here - most);
+        const int at = target(first + i) - begin;
+        if (at >= 0 && at < width) room.target_score[i] = tile[at * kTileStride + i] + h_.decoder.bias[begin + at];
       }
+      to_powers(tile, width, some, h_.decoder.bias + begin, room.highest + number * kSlice, found);
+    }
+  }
+
+  // A tile of scores without their bias becomes powers of e, relative to the highest score of each column. They are
+  // added to the sums in `found`.
+  static void to_powers(float* tile, int width, int some, const float* bias, float* highest, PartialSoftmax& found) {
+    float sum[kSlice] = {};
+    std::fill_n(highest, some, -INFINITY);
+    for (int w = 0; w < width; ++w) {
+      float* row = tile + w * kTileStride;
+#pragma omp simd
+      for (int i = 0; i < some; ++i) {
+        row[i] += bias[w];
+        highest[i] = row[i] > highest[i] ? row[i] : highest[i];
+      }
+    }
+    for (int w = 0; w < width; ++w) {
+      float* row = tile + w * kTileStride;
+#pragma omp simd
+      for (int i = 0; i < some; ++i) {
+        row[i] = exponential(row[i] - highest[i]);
+        sum[i] += row[i];
+      }
+    }
+#pragma omp simd
+    for (int i = 0; i < some; ++i) {
+      const float most = highest[i] > found.most[i] ? highest[i] : found.most[i];
+      found.sum[i] = found.sum[i] * exponential(found.most[i] - most) + sum[i] * exponential(highest[i] - most);
+      found.most[i] = most;
     }
   }
 
@@ -211,28 +230,42 @@ class MaskedLoss {
     for (int begin = words.first, number = 0; begin < words.last; begin += kTile, ++number) {
       const int width = std::min(kTile, words.last - begin);
       float* tile = room.tiles + number * kTileSize;
-      float* bias = d_bias_ + begin;
-      if (first == 0) std::fill_n(bias, width, 0.f);
-      for (int i = 0; i < some; ++i) {
-        float* row = tile + i * kTileStride;
-        const float factor = exponential(room.highest[number * kSlice + i] - log_sums[i]);
-#pragma omp simd
-        for (int j = 0; j < width; ++j) row[j] *= factor;
-        const int at = target(first + i) - begin;
-        if (at >= 0 && at < width) row[at] -= 1;
-        add(row, width, bias);
-      }
+      to_gradients(first, some, begin, width, room.highest + number * kSlice, log_sums, tile);
       const Right<T> weight = pack(h_.decoder.weight + (long)begin * c, c, width, c, room.packed.template as<T>());
-      const Left<float> by_row{tile, kTileStride, 1}, by_word{tile, 1, kTileStride};
+      const Left<float> by_word{tile, kTileStride, 1}, by_position{tile, 1, kTileStride};
       if (begin == words.first)
-        multiply<Start::kZero>(some, c, width, by_row, weight, d_ready, ld_);
+        multiply<Start::kZero>(some, c, width, by_position, weight, d_ready, ld_);
       else
-        multiply<Start::kAdd>(some, c, width, by_row, weight, d_ready, ld_);
+        multiply<Start::kAdd>(some, c, width, by_position, weight, d_ready, ld_);
       float* d_weight = d_decoder_ + (long)begin * c;
       if (first == 0)
         multiply<Start::kZero>(width, c, some, by_word, vectors, d_weight, c);
       else
         multiply<Start::kAdd>(width, c, some, by_word, vectors, d_weight, c);
+    }
+  }
+
+  // A tile of powers becomes the gradients of its scores. Their sums are the gradients of the biases.
+  void to_gradients(int first, int some, int begin, int width, const float* highest, const float* log_sums,
+                    float* tile) {
+    float factor[kSlice];
+#pragma omp simd
+    for (int i = 0; i < some; ++i) factor[i] = exponential(highest[i] - log_sums[i]);
+    for (int w = 0; w < width; ++w) {
+      float* row = tile + w * kTileStride;
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < some; ++i) {
+        row[i] *= factor[i];
+        sum += row[i];
+      }
+      d_bias_[begin + w] = (first ? d_bias_[begin + w] : 0.f) + sum;
+    }
+    for (int i = 0; i < some; ++i) {
+      const int at = target(first + i) - begin;
+      if (at < 0 || at >= width) continue;
+      tile[at * kTileStride + i] -= 1;
+      d_bias_[begin + at] -= 1;
     }
   }
 
