@@ -128,6 +128,18 @@ def masked_loss(
     return loss, num_correct
 
 
+def adam_step(
+    weight: Any, gradient: Any, mean: Any, variance: Any, scale: Any, skip: bool, **step: float
+) -> None:
+    """Take Adam's step of one parameter in place, in one pass.
+
+    weight, gradient, mean, variance: of one shape. scale (1,): the gradient's factor. skip: do nothing if it is not
+    finite. step: rate, correction, beta1, beta2, epsilon and decay, as native/adam.h describes.
+    """
+    values = {name: repr(float(value)) for name, value in step.items()}
+    mx.nd.gluon_bert_adam(weight, gradient, mean, variance, scale, skip=int(skip), **values)
+
+
 def peak_matmul_flops(repeats: int, bf16: bool = False) -> float:
     """Multiply matrices that stay in the caches, on all cores. Return the floating-point operations.
 

@@ -7,6 +7,7 @@ from typing import Any, Collection, Mapping, Sequence
 
 import numpy as np
 
+from .. import ops
 from ..config import TrainConfig
 from ..runtime import mx
 
@@ -133,6 +134,8 @@ class _WithMoments(mx.optimizer.Optimizer):
         # By context: (1,) 1 where the step is to be made, NaN where its gradient is not finite and it changes
         # nothing. So the devices decide, and nobody waits for them. A context that is not there: it is made.
         self.is_finite: dict[Any, Any] = {}
+        # By context: (1,) what the next step multiplies gradients by, if the optimizer `scales` them itself.
+        self.factor: dict[Any, Any] = {}
         self._ones: dict[Any, Any] = {}
 
     def state_names(self, index: int) -> tuple[str, ...]:
@@ -143,6 +146,10 @@ class _WithMoments(mx.optimizer.Optimizer):
         """Return the states of one parameter, of its shape."""
         return tuple(mx.nd.zeros_like(weight) for _ in self.state_names(index))
 
+    def scales(self, contexts: Sequence[Any]) -> bool:
+        """Return whether `update` multiplies gradients by `factor`. Else the caller must."""
+        return False
+
 
 class BERTAdam(_WithMoments):
     """The optimizer of Devlin et al.'s code (optimization.py), and gluonnlp's of the same name.
@@ -151,10 +158,20 @@ class BERTAdam(_WithMoments):
     longer than Adam's, by (1 - beta1^t) / sqrt(1 - beta2^t): 3.2 times at the first, 6.6 at most.
     """
 
+    def scales(self, contexts: Sequence[Any]) -> bool:
+        """Return whether `update` multiplies gradients by `factor`: the compiled operator does."""
+        return ops.compiled(contexts)
+
     def update(self, index: Any, weight: Any, gradient: Any, state: Any) -> None:
         """Make one step of one parameter, or of lists of them."""
         self._update_count(index)
-        if isinstance(index, (list, tuple)):
+        several = isinstance(index, (list, tuple))
+        if ops.compiled([(weight[0] if several else weight).context]):
+            for each in (
+                zip(index, weight, gradient, state) if several else [(index, weight, gradient, state)]
+            ):
+                self._compiled_step(*each)
+        elif several:
             self._step_together(index, weight, gradient, state)
         else:
             self._step(index, weight, gradient, state)
@@ -186,6 +203,29 @@ class BERTAdam(_WithMoments):
             epsilon=epsilon,
         )
 
+    def _compiled_step(self, index: int, weight: Any, gradient: Any, state: Any) -> None:
+        """The same by the compiled operator, with the gradient's factor."""
+        mean, variance = state
+        correction, epsilon = self._factors(self._index_update_count[index])
+        is_finite = self.is_finite.get(weight.context)
+        scale = self.factor.get(weight.context)
+        if scale is None:
+            scale = self._one(weight.context)
+        ops.adam_step(
+            weight,
+            gradient,
+            mean,
+            variance,
+            scale if is_finite is None else scale * is_finite,
+            is_finite is not None,
+            rate=self._get_lr(index),
+            correction=correction,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            epsilon=epsilon,
+            decay=self._get_wd(index),
+        )
+
     def _step_together(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
         """Step parameters with the same number of updates by one operator."""
         counts = {self._index_update_count[index] for index in indices}
@@ -211,9 +251,10 @@ class BERTAdam(_WithMoments):
         )
 
     def _rescale(self, context: Any) -> Any:
-        """Return the factor of the gradients, (1,), in an array that stays on its context."""
-        if context in self.is_finite:
-            return self.is_finite[context]
+        """What gradients are multiplied by, (1,), in an array that stays on its context."""
+        return self.is_finite[context] if context in self.is_finite else self._one(context)
+
+    def _one(self, context: Any) -> Any:
         if context not in self._ones:
             self._ones[context] = mx.nd.full((1,), self.rescale_grad, ctx=context)
         return self._ones[context]
@@ -247,7 +288,7 @@ class LAMB(_WithMoments):
 
     r = m' / (sqrt(v') + epsilon) + weight_decay * w, with m' and v' as in AdamW;
     w -= lr * (norm(w) / norm(r)) * r, the quotient being 1 where a norm is 0. It is mx.optimizer.LAMB but
-    for the norms: those of a CPU are too small for large arrays (see `global_norm`), and make the first
+    for the norms: those of a CPU are too small for large arrays (see `squared_norms`), and make the first
     step of BERT-base's embedding 11 % too long.
     """
 
@@ -305,6 +346,10 @@ class Muon(AdamW):
         self.momentum = 0.95
         # `update` gets all parameters at once, so that matrices of one shape are multiplied together.
         self.aggregate_num = 1_000_000
+
+    def scales(self, contexts: Sequence[Any]) -> bool:
+        """Return whether `update` multiplies gradients by `factor`: not those of matrices."""
+        return False
 
     def state_names(self, index: int) -> tuple[str, ...]:
         """Return the names of what is kept of one parameter, in the order of its state."""
@@ -403,34 +448,27 @@ def _newton_schulz_factor(gram: Any) -> Any:
 OPTIMIZERS = {"adam": Adam, "adamw": AdamW, "bertadam": BERTAdam, "lamb": LAMB, "muon": Muon}
 
 
-def clip_gradients(gradients: Sequence[Sequence[Any]], largest: float) -> Any:
-    """Shorten the gradient to the norm `largest`, in place; returns the norm that it had, (1,). No wait.
+def clip_factors(squared: Any, largest: float, contexts: Sequence[Any]) -> dict[Any, Any]:
+    """Return by context what shortens the gradient with these squared norms to the norm `largest`; (1,).
 
-    `gradients` are each context's, already summed over the contexts: so every context finds the same norm
-    for itself, and it is that of the whole batch's gradient. With `largest` 0 nothing is changed. A norm
-    that is infinite or no number makes every gradient NaN, for all to see.
+    Does not wait. A norm that is infinite or no number gives NaN, for all to see.
     """
-    norms = [global_norm(arrays) for arrays in (gradients if largest else gradients[:1])]
-    if largest:
-        for norm, arrays in zip(norms, gradients):
-            scale = largest / mx.nd.maximum(norm, largest) + 0 * norm  # infinity * 0 is NaN
-            for array in arrays:
-                mx.nd.broadcast_mul(array, scale.reshape((1,) * array.ndim), out=array)
-    return norms[0]
+    norm = squared.sum(keepdims=True).sqrt()
+    factor = largest / mx.nd.maximum(norm, largest) + 0 * norm  # infinity * 0 is NaN
+    return {context: factor.as_in_context(context) for context in contexts}
+
+
+def scale_gradients(gradients: Sequence[Sequence[Any]], factors: Mapping[Any, Any]) -> None:
+    """Multiply each context's gradients by its factor, in place. Does not wait."""
+    for array in (array for arrays in gradients for array in arrays):
+        factor = factors[array.context].reshape((1,) * array.ndim)
+        mx.nd.broadcast_mul(array, factor, out=array)
 
 
 def finite_on(squared: Any, contexts: Sequence[Any]) -> dict[Any, Any]:
     """By context 1 where the gradient with these squared norms is finite, else NaN; (1,). Does not wait."""
     verdict = 1 + 0 * squared.sum(keepdims=True)  # infinity * 0 is NaN
     return {context: verdict.as_in_context(context) for context in contexts}
-
-
-def global_norm(arrays: Sequence[Any]) -> Any:
-    """Return the Euclidean norm of all arrays of one context together, (1,), on that context.
-
-    Does not wait.
-    """
-    return squared_norms(arrays).sum().sqrt()
 
 
 def squared_norms(arrays: Sequence[Any]) -> Any:

@@ -194,7 +194,8 @@ def compiled_floats(shard: ActivationSizes, recompute: bool, accumulates: bool, 
     c, f, layers = shard.model.units, shard.model.ffn_units, shard.model.num_layers
     table, matrices = shard.words * c, 4 * c * c + 2 * c * f
     stream = (layers + 1 + shard.model.embedding_norm) * c * shard.tokens
-    chunk = max(128, shard.length)
+    wide = c >= 256 and min(512, shard.tokens // num_threads + 1)
+    chunk = max(128, shard.length, wide)
     scratch = (12 * c + 2 * f) * chunk + 3 * chunk * chunk
     inner = 0 if recompute else layers * (5 * c + f) * shard.tokens
     # The encoder's output, its gradients from both heads and their sum; the gradient of the stream.
@@ -206,7 +207,7 @@ def compiled_floats(shard: ActivationSizes, recompute: bool, accumulates: bool, 
         + table
         + 2 * table * (shard.model.tied_decoder and not accumulates)
     )
-    tiles = shard.words * 240 * 144 // 128
+    tiles = shard.words * 240
     return float(stream + inner + passing + packed + head + tiles)
 
 

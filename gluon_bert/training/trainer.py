@@ -29,11 +29,12 @@ from .losses import LossFunction, ShardLoss, pretraining_loss
 from .lr_schedule import learning_rate, planned_steps
 from .metrics import Meter, Metrics, MetricSums, losses_of
 from .optimizers import (
-    clip_gradients,
+    clip_factors,
     encoder_matrices,
     finite_on,
     gluon_trainer,
     optimizer_arrays,
+    scale_gradients,
     set_optimizer_arrays,
     squared_norms,
 )
@@ -204,7 +205,11 @@ class Trainer:
             self._optimizer.optimizer.is_finite = is_finite
             self.state.scale = scale and scale.after(is_finite[self.devices[0]])
         if self.config.clip_norm:
-            clip_gradients(gradients, self.config.clip_norm)
+            factors = clip_factors(norms, self.config.clip_norm, self.devices)
+            if self._optimizer.optimizer.scales(self.devices):
+                self._optimizer.optimizer.factor = factors
+            else:
+                scale_gradients(gradients, factors)
         self._optimizer.update(1)  # the losses are divided by the global counts already
 
     def _summed_gradients(self) -> list[list[Any]]:

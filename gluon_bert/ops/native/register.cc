@@ -2,8 +2,9 @@
 //
 // gluon_bert_encoder: tokens (B, T), token_types (B, T), valid_length (B,), key (2,), then the encoder's parameters in
 // the order of Network -> (B, T, C). gluon_bert_masked_loss: encoded (B, T, C), masked positions
-// (2, M), masked ids (M,), then the head's six parameters -> the sum of the losses (1,), num_correct (1,). All are
-// float32.
+// (2, M), masked ids (M,), then the head's six parameters -> the sum of the losses (1,), num_correct (1,).
+// gluon_bert_adam: weight, gradient, mean, variance, of one shape, and the gradient's factor (1,) -> whether the step
+// was taken (1,); it changes weight, mean and variance. All are float32.
 //
 // Gradients overwrite MXNet's arrays, whatever request type MXNet has for them. With the attribute `add` the
 // parameters' gradients are added to the arrays instead.
@@ -13,6 +14,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "adam.h"
 #include "encoder.h"
 #include "masked_loss.h"
 #include "mxnet/lib_api.h"
@@ -244,6 +246,38 @@ class HeadState : public CustomStatefulOp {
   std::unique_ptr<MaskedLoss<T>> loss_;
 };
 
+// Takes a step. If the attribute `skip` is set, a factor that is not finite leaves all as it was.
+MXReturnValue adam_forward(const Attributes& a, std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs,
+                           const OpResource&) {
+  return catch_errors([&] {
+    auto value = [&](const char* name) { return (float)number(a, name); };
+    Arrays next(inputs, 0);
+    float *weight = next.next(), *gradient = next.next(), *mean = next.next(), *variance = next.next();
+    const float scale = *next.next();
+    const bool taken = std::isfinite(scale) || !whole(a, "skip");
+    *outputs->at(0).data<float>() = taken;
+    if (!taken) return;
+    const AdamStep step{value("rate"),  value("correction"), value("beta1"), value("beta2"), value("epsilon"),
+                        value("decay"), scale};
+    adam_step(step, (long)inputs->at(0).size(), gradient, weight, mean, variance);
+  });
+}
+
+MXReturnValue adam_counts(const Attributes&, int* inputs, int* outputs) {
+  *inputs = 5, *outputs = 1;
+  return MX_SUCCESS;
+}
+
+MXReturnValue adam_shape(const Attributes&, Shapes*, Shapes* outputs) {
+  outputs->at(0) = {1};
+  return MX_SUCCESS;
+}
+
+MXReturnValue adam_changes(const Attributes&, std::vector<int>* inputs) {
+  *inputs = {0, 2, 3};
+  return MX_SUCCESS;
+}
+
 // Creates an operator, with products in bfloat16 if the attribute bf16 is set.
 template <template <class> class State>
 MXReturnValue create(const Attributes& attributes, const MXContext&, const Shapes&, const std::vector<int>,
@@ -266,6 +300,13 @@ REGISTER_OP(gluon_bert_masked_loss)
     .setInferType(float32)
     .setInferShape(head_shape)
     .setCreateOpState(create<HeadState>, "cpu");
+
+REGISTER_OP(gluon_bert_adam)
+    .setParseAttrs(adam_counts)
+    .setInferType(float32)
+    .setInferShape(adam_shape)
+    .setMutateInputs(adam_changes)
+    .setForward(adam_forward, "cpu");
 
 MXReturnValue initialize(int version) {
   if (version >= 10700) return MX_SUCCESS;
