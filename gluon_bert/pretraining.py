@@ -231,7 +231,7 @@ def _place(config: Config, how: Execution, recorded: Mapping[str, Any]) -> _Plac
     check_sharing(config, num_workers)
     checks.check_micro_batch(config.train, len(devices))
     ops.select(how.operators or ops.parse_description(recorded.get("operators", "")))
-    checks.check_precision(config.train, devices)
+    checks.check_precision(config.train.precision, devices)
     placement = _Placement(rank, num_workers, devices, ops.describe(devices))
     _check_memory(config, placement, how)
     return placement

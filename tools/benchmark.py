@@ -42,11 +42,12 @@ memory, and the MLM loss of the last round. If the first baseline has a higher l
 ENCODE = """\
 baselines:
   plain         the hybridized network, batches in text order, padded to the longest text
-  encode        as in tools/encode.py: batches of texts of similar length
+  encode        as in tools/encode.py: batches of texts of similar length; encode-bf16: in bf16
   exported      the same with the exported symbol in gluon.SymbolBlock
   served        one text per request to multi-model-server, 8 connections (extra serve, Java)
   onnxruntime   the exported ONNX graph (extra onnx)
-  transformers  PyTorch transformers' BertModel with the same weights (torch, transformers)
+  transformers  PyTorch transformers' BertModel with the same weights (torch, transformers);
+                transformers-bf16: its weights and activations in bf16
 """
 
 PREPARE = """\
@@ -136,7 +137,7 @@ def add_encode_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--against",
         metavar="NAME[,NAME...]",
-        help="baselines in addition to plain and encode (all installed)",
+        help="baselines in addition to plain and encode (all installed in fp32)",
     )
 
 

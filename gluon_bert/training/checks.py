@@ -28,16 +28,16 @@ def check_micro_batch(config: TrainConfig, num_devices: int) -> None:
     raise InputError(f"micro_batch must be {allowed} (batch_size={whole}, {devices}), got {size}")
 
 
-def check_precision(config: TrainConfig, devices: Sequence[Any]) -> None:
+def check_precision(precision: str, devices: Sequence[Any]) -> None:
     """Raise InputError if these devices cannot multiply matrices in `precision`."""
     on_cpus = any(device.device_type == "cpu" for device in devices)
-    if config.precision == "fp16" and on_cpus:
+    if precision == "fp16" and on_cpus:
         raise InputError(
             "precision must be fp32 or bf16 on a CPU, got fp16. MXNet multiplies in float16 on GPUs only"
         )
-    if config.precision == "bf16" and not on_cpus:
+    if precision == "bf16" and not on_cpus:
         raise InputError(
             "precision must be fp32 or fp16 on a GPU, got bf16. MXNet has no bfloat16 matmul there"
         )
-    if config.precision == "bf16" and ops.bf16_unsupported_reason():
+    if precision == "bf16" and ops.bf16_unsupported_reason():
         raise InputError(f"precision must be fp32 here, got bf16: {ops.bf16_unsupported_reason()}")

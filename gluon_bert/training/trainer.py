@@ -93,7 +93,7 @@ class Trainer:
     ) -> None:
         check_group(config)
         checks.check_micro_batch(config, len(devices))
-        checks.check_precision(config, devices)
+        checks.check_precision(config.precision, devices)
         parameters = net.collect_params()
         example = net.encoder.embeddings.tokens.weight
         if set(devices) != set(example.list_ctx()):

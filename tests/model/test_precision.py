@@ -17,7 +17,6 @@ from support.simulated_fp16 import simulate
 from support.trainers import BERT, MODEL, NOISY, gradients_of, random_batch, small_data, trainer_on
 
 from gluon_bert import checkpoint, ops, run
-from gluon_bert.config import TrainConfig
 from gluon_bert.errors import InputError
 from gluon_bert.export.mxnet_symbol import trace
 from gluon_bert.model import parameters
@@ -356,7 +355,7 @@ def test_bf16_without_hardware_is_refused(command, monkeypatch, capsys):
     assert command("--precision", "bf16", name="refused")[0] == 2
     assert "precision must be fp32 here, got bf16: this processor cannot" in capsys.readouterr().err
     with pytest.raises(InputError, match="precision must be fp32 or fp16 on a GPU, got bf16"):
-        checks.check_precision(TrainConfig(precision="bf16"), [SimpleNamespace(device_type="gpu")])
+        checks.check_precision("bf16", [SimpleNamespace(device_type="gpu")])
 
 
 def test_bf16_with_mxnet_operators_is_refused(command, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import encode, prepare, scale, train
 from conftest import ROOT, skip_without_compiled_operators, small_text, untrained_run
 
+from gluon_bert import ops
 from gluon_bert.data.loader import load_pretraining_data
 from gluon_bert.errors import InputError
 from gluon_bert.export.evaluation_texts import validation_texts
@@ -52,7 +53,7 @@ def test_encode_baselines_take_turns(monkeypatch):
     assert fast.rates == [16, 16, 2]
     assert fast.ratios == [2, 4, 1]
     assert (fast.rate, fast.ratio) == (16, 2)
-    assert "fast                16.0    2.00   1.00 .. 4.00" in encode.table("", [slow, fast])
+    assert "fast                    16.0    2.00   1.00 .. 4.00" in encode.table("", [slow, fast])
 
 
 def test_encode_refuses_different_vectors():
@@ -82,14 +83,19 @@ def test_encode_reads_a_text_file(run_folder, tmp_path, capsys):
     assert "5 texts of 4 to 7 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["exported", "onnxruntime", "transformers"])
+@pytest.mark.parametrize(
+    "name", ["exported", "onnxruntime", "transformers", "transformers-bf16", "encode-bf16"]
+)
 def test_encode_baselines_compute_the_same_vectors(run_folder, tmp_path, name):
+    if name == "encode-bf16" and ops.bf16_unsupported_reason():
+        pytest.skip(ops.bf16_unsupported_reason())
     if encode.missing(name):
         pytest.skip(f"{' and '.join(encode.missing(name))} not installed")
     run = load_run(run_folder)
     texts = validation_texts(run, 12)
     expected = encode.plain(run, tmp_path, None)(texts)
-    np.testing.assert_allclose(encode.ENCODERS[name][0](run, tmp_path, None)(texts), expected, atol=1e-4)
+    atol = 0.1 if name.endswith("bf16") else 1e-4
+    np.testing.assert_allclose(encode.ENCODERS[name][0](run, tmp_path, None)(texts), expected, atol=atol)
 
 
 @pytest.fixture

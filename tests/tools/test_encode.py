@@ -59,6 +59,24 @@ def test_vectors_of_d2l_sentences_as_json(run_folder, predictor, capsys):
     np.testing.assert_allclose(pair["pooled"], expected.pooled, atol=1e-5)
 
 
+def test_bf16_vectors_are_near_those_of_fp32(run_folder, predictor, capsys):
+    if ops.bf16_unsupported_reason():
+        pytest.skip(ops.bf16_unsupported_reason())
+    assert encode.main([str(run_folder), "a crane", "--json", "--precision", "bf16"]) == 0
+    (content,) = lines_of(capsys)
+    distance = np.abs(np.array(content["mean"]) - answer(predictor, "a crane").mean).max()
+    assert 0 < distance < 0.05
+
+
+def test_bf16_is_refused_where_it_cannot_be(run_folder, tmp_path, monkeypatch, capsys):
+    export_mxnet(load_run(run_folder), tmp_path / "export")
+    assert encode.main([str(tmp_path / "export"), "a crane", "--precision", "bf16"]) == 2
+    assert "--precision bf16 needs a run, got" in capsys.readouterr().err
+    monkeypatch.setattr(ops, "bf16_unsupported_reason", lambda: "this processor cannot")
+    assert encode.main([str(run_folder), "a crane", "--precision", "bf16"]) == 2
+    assert "precision must be fp32 here, got bf16: this processor cannot" in capsys.readouterr().err
+
+
 def test_token_vectors_are_printed(run_folder, predictor, capsys):
     assert encode.main([str(run_folder), "a crane", "--json", "--token-vectors"]) == 0
     (content,) = lines_of(capsys)

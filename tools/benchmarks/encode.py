@@ -25,8 +25,10 @@ from gluon_bert.data.tokenizer import EncodedText, PaddedBatch, pad
 from gluon_bert.errors import InputError
 from gluon_bert.fileio import write_json
 from gluon_bert.inference.predictor import GluonNetwork, Outputs, Predictor
-from gluon_bert.model.parameters import weights_of
+from gluon_bert.model.bert import BERTModel
+from gluon_bert.model.parameters import set_weights, weights_of
 from gluon_bert.run import Run
+from gluon_bert.training.checks import check_precision
 
 # Rows per batch without sorting by length.
 PLAIN_BATCH = 64
@@ -64,6 +66,17 @@ def _vectors_by(predictor: Predictor) -> Vectors:
 def by_length(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     """Batch texts of similar length, as tools/encode.py does."""
     return _vectors_by(Predictor.of(run))
+
+
+def by_length_bf16(run: Run, folder: Path, stack: ExitStack) -> Vectors:
+    """The same with matrix products in bfloat16, on a copy of the network."""
+    check_precision("bf16", run.net.encoder.embeddings.tokens.weight.list_ctx())
+    net = BERTModel(run.net.vocab_size, run.net.config)
+    net.initialize(ctx=run.net.encoder.embeddings.tokens.weight.list_ctx())
+    set_weights(net, weights_of(run.net), "the run")
+    net.hybridize()
+    net.set_matmul_precision("bf16")
+    return _vectors_by(Predictor(GluonNetwork(net), run.reader))
 
 
 def exported(run: Run, folder: Path, stack: ExitStack) -> Vectors:
@@ -113,10 +126,15 @@ def transformers(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     return _vectors_by(Predictor(TransformersNetwork(run.net), run.reader))
 
 
+def transformers_bf16(run: Run, folder: Path, stack: ExitStack) -> Vectors:
+    """The same with weights and activations in bfloat16."""
+    return _vectors_by(Predictor(TransformersNetwork(run.net, bf16=True), run.reader))
+
+
 class TransformersNetwork:
     """A backend of transformers.BertModel, without masked words and next sentences."""
 
-    def __init__(self, net: Any) -> None:
+    def __init__(self, net: Any, bf16: bool = False) -> None:
         import torch
         from transformers import BertConfig, BertModel
 
@@ -137,6 +155,8 @@ class TransformersNetwork:
             if name.startswith(BERT_PREFIX)
         }
         self._model.load_state_dict(weights, strict=True)
+        if bf16:
+            self._model = self._model.to(torch.bfloat16)
 
     def __call__(self, texts: PaddedBatch) -> Outputs:
         """Return the outputs as arrays."""
@@ -145,23 +165,25 @@ class TransformersNetwork:
         real = torch.arange(tokens.shape[1]) < torch.from_numpy(texts.valid_length)[:, None]
         with torch.inference_mode():
             found = self._model(input_ids=tokens, token_type_ids=segments, attention_mask=real)
-        return Outputs(found.last_hidden_state.numpy(), found.pooler_output.numpy())
+        return Outputs(found.last_hidden_state.float().numpy(), found.pooler_output.float().numpy())
 
 
 # Baselines in the order of their turns, with the packages that they need.
 ENCODERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "plain": (plain, ()),
     "encode": (by_length, ()),
+    "encode-bf16": (by_length_bf16, ()),
     "exported": (exported, ()),
     "served": (served, ("mms", "model_archiver")),
     "onnxruntime": (onnxruntime, ("onnx", "onnxruntime")),
     "transformers": (transformers, ("torch", "transformers")),
+    "transformers-bf16": (transformers_bf16, ("torch", "transformers")),
 }
 
 
 def installed() -> list[str]:
-    """Return the baselines whose packages are installed."""
-    return [name for name in ENCODERS if not missing(name)]
+    """Return the baselines in float32 whose packages are installed."""
+    return [name for name in ENCODERS if not missing(name) and not name.endswith("bf16")]
 
 
 def missing(name: str) -> list[str]:
@@ -169,8 +191,9 @@ def missing(name: str) -> list[str]:
     return [package for package in ENCODERS[name][1] if importlib.util.find_spec(package) is None]
 
 
-# The largest difference between correct vectors in single precision.
-TOLERANCE = 1e-3
+# The largest difference between correct vectors in single precision, and in bfloat16, whose factors are rounded to
+# 2^-9 of their size. Vectors have numbers of about 1.
+TOLERANCE, BF16_TOLERANCE = 1e-3, 0.1
 
 
 class Result(NamedTuple):
@@ -258,7 +281,7 @@ def check_same_results(vectors_by_name: Mapping[str, np.ndarray]) -> None:
     (first, expected), *others = vectors_by_name.items()
     for name, vectors in others:
         difference = float(np.abs(vectors - expected).max())
-        if not difference <= TOLERANCE:
+        if not difference <= (BF16_TOLERANCE if name.endswith("bf16") else TOLERANCE):
             raise InputError(f"the vectors of {name} differ by {difference:.1e} from those of {first}")
 
 
@@ -276,8 +299,8 @@ def in_rounds(works: Mapping[str, Callable[[], Any]], rounds: int, units: int) -
 
 def table(summary: str, results: Sequence[Result]) -> str:
     """Return the results as text."""
-    lines = [summary, f"{'':14}{'texts/s':>10}{'ratio':>8}   from .. to"]
+    lines = [summary, f"{'':18}{'texts/s':>10}{'ratio':>8}   from .. to"]
     for each in results:
         spread = f"{min(each.ratios):.2f} .. {max(each.ratios):.2f}"
-        lines.append(f"{each.name:14}{each.rate:10.1f}{each.ratio:8.2f}   {spread}")
+        lines.append(f"{each.name:18}{each.rate:10.1f}{each.ratio:8.2f}   {spread}")
     return "\n".join(lines)
