@@ -17,11 +17,11 @@ void product(int rows, int columns, int depth, const float* left, bool left_tran
                                            : pack(right, columns, depth, columns, room.data());
   const Left<float> a = left_transposed ? Left<float>{left, 1, rows} : Left<float>{left, depth, 1};
   if (add)
-    multiply<Start::kAdd>(rows, columns, depth, a, packed, out, columns);
+    multiply(rows, columns, depth, a, packed, kAdd, out, columns);
   else if (bias)
-    multiply<Start::kBias>(rows, columns, depth, a, packed, out, columns, bias);
+    multiply(rows, columns, depth, a, packed, with_bias(bias), out, columns);
   else
-    multiply<Start::kZero>(rows, columns, depth, a, packed, out, columns);
+    multiply(rows, columns, depth, a, packed, kZero, out, columns);
 }
 
 }  // namespace

@@ -229,7 +229,7 @@ class EncoderLayer {
                                                      const ChunkActivations& a, Scratch& s) const {
     const int c = n_.units, f = n_.ffn_units, tokens = chunk.tokens;
     const float* input = normalized_input(chunk, s.input);
-    multiply<Start::kZero>(tokens, 3 * c, c, {input, call_.ld, 1}, weights.qkv, a.qkv, call_.ld_qkv);
+    multiply(tokens, 3 * c, c, {input, call_.ld, 1}, weights.qkv, kZero, a.qkv, call_.ld_qkv);
     for (int i = 0; i < tokens; ++i) {
       add(layer_.query.bias, c, a.qkv + i * call_.ld_qkv);
       add(layer_.key.bias, c, a.qkv + i * call_.ld_qkv + c);
@@ -237,13 +237,13 @@ class EncoderLayer {
     }
     for (int row = chunk.first_row; row < chunk.last_row; ++row)
       for (int head = 0; head < n_.heads; ++head) attention_forward(row, head, chunk, a, s);
-    multiply<Start::kBias>(tokens, c, c, {a.context, call_.ld, 1}, weights.output, s.after, call_.ld,
-                           layer_.output.bias);
+    multiply(tokens, c, c, {a.context, call_.ld, 1}, weights.output, with_bias(layer_.output.bias), s.after,
+             call_.ld);
     const float* residual = n_.pre ? in_.values + chunk.first * call_.ld : input;
     add_residual(chunk, call_.dropout(l_, 1), s.after, residual, a.middle, a.middle_statistics);
     normalize_middle(chunk, a, s.gradient);
-    multiply<Start::kBias>(tokens, f, c, {s.gradient, call_.ld, 1}, weights.expand, a.hidden, call_.ld_ffn,
-                           layer_.expand.bias);
+    multiply(tokens, f, c, {s.gradient, call_.ld, 1}, weights.expand, with_bias(layer_.expand.bias), a.hidden,
+             call_.ld_ffn);
   }
 
   // Stream `out`, from the activations that `compute_activations` left; s.gradient still holds the normalized middle.
@@ -251,8 +251,8 @@ class EncoderLayer {
     const int c = n_.units, f = n_.ffn_units, tokens = chunk.tokens;
     for (int i = 0; i < tokens; ++i)
       activate(n_.activation, a.hidden + i * call_.ld_ffn, f, s.wide + i * call_.ld_ffn);
-    multiply<Start::kBias>(tokens, c, f, {s.wide, call_.ld_ffn, 1}, weights.project, s.after, call_.ld,
-                           layer_.project.bias);
+    multiply(tokens, c, f, {s.wide, call_.ld_ffn, 1}, weights.project, with_bias(layer_.project.bias), s.after,
+             call_.ld);
     add_residual(chunk, call_.dropout(l_, 2), s.after, n_.pre ? a.middle : s.gradient.get(),
                  out_.values + chunk.first * call_.ld, out_.statistics + chunk.first);
   }
@@ -306,7 +306,7 @@ class EncoderLayer {
     const int d = n_.head_size(), padded = panels(t) * kCols;
     const long ld = stride(padded);
     const Right<T> keys = pack_transposed(query + n_.units, call_.ld_qkv, d, t, panels_of(s));
-    multiply<Start::kZero>(t, padded, d, {query, call_.ld_qkv, 1}, keys, s.scores, ld);
+    multiply(t, padded, d, {query, call_.ld_qkv, 1}, keys, kZero, s.scores, ld);
     if (n_.relative)
       add_relative_bias(layer_.relative_bias, n_.heads, head, t, attention_scale(), s.scores, ld, s.distances);
     for (int i = 0; i < t; ++i) softmax(s.scores + i * ld, t, attention_scale());
@@ -324,8 +324,8 @@ class EncoderLayer {
     const Dropout drop = call_.dropout(l_, 0);
     for (int i = 0; i < t; ++i)
       drop.apply(s.scores + i * ld, t, call_.weight_element(row, head, i), s.scores + i * ld);
-    multiply<Start::kZero>(t, d, t, {s.scores, ld, 1}, right_side(value, call_.ld_qkv, t, d, panels_of(s)),
-                           a.context + local * call_.ld + head * d, call_.ld);
+    multiply(t, d, t, {s.scores, ld, 1}, right_side(value, call_.ld_qkv, t, d, panels_of(s)), kZero,
+             a.context + local * call_.ld + head * d, call_.ld);
   }
 
   // The gradients of query, key and value, into s.qkv, from those of the context, in s.after.
@@ -342,10 +342,10 @@ class EncoderLayer {
     const Dropout drop = call_.dropout(l_, 0);
     for (int i = 0; i < t; ++i)
       drop.apply(s.scores + i * ld, t, call_.weight_element(row, head, i), s.dropped + i * ld);
-    multiply<Start::kZero>(t, d, t, {s.dropped, 1, ld}, right_side(gradient, call_.ld, t, d, panels_of(s)),
-                           d_query + 2 * n_.units, ld_qkv);
+    multiply(t, d, t, {s.dropped, 1, ld}, right_side(gradient, call_.ld, t, d, panels_of(s)), kZero,
+             d_query + 2 * n_.units, ld_qkv);
     const Right<T> values = pack_transposed(value, ld_qkv, d, t, panels_of(s));
-    multiply<Start::kZero>(t, padded, d, {gradient, call_.ld, 1}, values, s.d_scores, ld);
+    multiply(t, padded, d, {gradient, call_.ld, 1}, values, kZero, s.d_scores, ld);
     for (int i = 0; i < t; ++i) {
       float* row_gradient = s.d_scores + i * ld;
       drop.apply(row_gradient, t, call_.weight_element(row, head, i), row_gradient);
@@ -353,9 +353,9 @@ class EncoderLayer {
     }
     if (n_.relative)
       relative_bias_backward(s.d_scores, ld, n_.heads, head, t, attention_scale(), sums.relative_bias, s.distances);
-    multiply<Start::kZero>(t, d, t, {s.d_scores, ld, 1}, right_side(key, ld_qkv, t, d, panels_of(s)), d_query, ld_qkv);
-    multiply<Start::kZero>(t, d, t, {s.d_scores, 1, ld}, right_side(query, ld_qkv, t, d, panels_of(s)),
-                           d_query + n_.units, ld_qkv);
+    multiply(t, d, t, {s.d_scores, ld, 1}, right_side(key, ld_qkv, t, d, panels_of(s)), kZero, d_query, ld_qkv);
+    multiply(t, d, t, {s.d_scores, 1, ld}, right_side(query, ld_qkv, t, d, panels_of(s)), kZero,
+             d_query + n_.units, ld_qkv);
   }
 
   // The gradient of the feed-forward network's input, into s.after.
@@ -366,11 +366,11 @@ class EncoderLayer {
     call_.drop_rows(chunk, call_.dropout(l_, 2), gradient, s.after);
     for (int i = 0; i < tokens; ++i) activate(n_.activation, a.hidden + i * ld_ffn, f, s.wide + i * ld_ffn);
     add_weight_gradient(tokens, c, f, s.after, ld, s.wide, ld_ffn, sums.project, sums.project_bias, panels_of(s));
-    multiply<Start::kZero>(tokens, f, c, {s.after, ld, 1}, weights.project, s.wide, ld_ffn);
+    multiply(tokens, f, c, {s.after, ld, 1}, weights.project, kZero, s.wide, ld_ffn);
     for (int i = 0; i < tokens; ++i) activate_backward(n_.activation, a.hidden + i * ld_ffn, f, s.wide + i * ld_ffn);
     normalize_middle(chunk, a, s.input);
     add_weight_gradient(tokens, f, c, s.wide, ld_ffn, s.input, ld, sums.expand, sums.expand_bias, panels_of(s));
-    multiply<Start::kZero>(tokens, c, f, {s.wide, ld_ffn, 1}, weights.expand, s.after, ld);
+    multiply(tokens, c, f, {s.wide, ld_ffn, 1}, weights.expand, kZero, s.after, ld);
   }
 
   // The gradient of self-attention's input, into s.after.
@@ -380,12 +380,12 @@ class EncoderLayer {
     const long ld = call_.ld, ld_qkv = call_.ld_qkv;
     call_.drop_rows(chunk, call_.dropout(l_, 1), gradient, s.gradient);
     add_weight_gradient(tokens, c, c, s.gradient, ld, a.context, ld, sums.output, sums.output_bias, panels_of(s));
-    multiply<Start::kZero>(tokens, c, c, {s.gradient, ld, 1}, weights.output, s.after, ld);
+    multiply(tokens, c, c, {s.gradient, ld, 1}, weights.output, kZero, s.after, ld);
     for (int row = chunk.first_row; row < chunk.last_row; ++row)
       for (int head = 0; head < n_.heads; ++head) attention_backward(row, head, chunk, a, sums, s);
     const float* input = normalized_input(chunk, s.input);
     add_weight_gradient(tokens, 3 * c, c, s.qkv, ld_qkv, input, ld, sums.qkv, sums.qkv_bias, panels_of(s));
-    multiply<Start::kZero>(tokens, c, 3 * c, {s.qkv, ld_qkv, 1}, weights.qkv, s.after, ld);
+    multiply(tokens, c, 3 * c, {s.qkv, ld_qkv, 1}, weights.qkv, kZero, s.after, ld);
   }
 
   // From the gradient of a sub-layer's input, in s.after, through the norm to that of the values x before it. The
@@ -408,8 +408,8 @@ class EncoderLayer {
   // ld_x apart.
   static void add_weight_gradient(int tokens, int outputs, int inputs, const float* gradient, long ld_gradient,
                                   const float* x, long ld_x, float* weight, float* bias, T* room) {
-    multiply<Start::kAdd>(outputs, inputs, tokens, {gradient, 1, ld_gradient},
-                          right_side(x, ld_x, tokens, inputs, room), weight, ld_x);
+    multiply(outputs, inputs, tokens, {gradient, 1, ld_gradient}, right_side(x, ld_x, tokens, inputs, room),
+             kAdd, weight, ld_x);
     for (int i = 0; i < tokens; ++i) add(gradient + i * ld_gradient, outputs, bias);
   }
 

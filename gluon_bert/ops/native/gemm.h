@@ -74,9 +74,6 @@ struct Right {
   long row, panel;
 };
 
-// The result begins with zero, with a bias for each column, or with what it holds already.
-enum class Start { kZero, kBias, kAdd };
-
 constexpr int panels(int columns) { return (columns + kCols - 1) / kCols; }
 
 // Returns the distance between two rows of this many floats, an odd number of cache lines. With an even number a
@@ -85,10 +82,19 @@ constexpr long stride(long columns) { return ((columns + 15) / 16 | 1) * 16; }
 
 inline __attribute__((always_inline)) Vector add_products(Vector sum, Vector x, Vector y) { return sum + x * y; }
 
+// How the result begins: with zero, with `bias` for each column, or with what it holds already.
+struct Start {
+  bool add;
+  const float* bias;
+  Start of_columns(int first) const { return {add, bias ? bias + first : nullptr}; }
+};
+constexpr Start kZero{false, nullptr}, kAdd{true, nullptr};
+constexpr Start with_bias(const float* bias) { return {false, bias}; }
+
 // A tile of R x kCols sums. While it is computed, its part of the result comes into the cache.
-template <int R, Start S, class T>
-inline __attribute__((always_inline)) void kernel(
-    int depth, const T* a, long row, long col, const T* b, long b_row, float* c, long ldc, const float* bias) {
+template <int R, class T>
+__attribute__((noinline)) void kernel(
+    int depth, const T* a, long row, long col, const T* b, long b_row, Start start, float* c, long ldc) {
   typedef typename Lanes<T>::Vector Elements;
   typedef typename Lanes<T>::Unaligned Loaded;
   Vector sums[R][2];
@@ -107,59 +113,56 @@ inline __attribute__((always_inline)) void kernel(
       sums[r][1] = add_products(sums[r][1], x, b1);
     }
   }
+  if (start.add || start.bias) {
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      Unaligned* out = (Unaligned*)(c + r * ldc + half * kLanes);
-      if (S == Start::kBias) sums[r][half] += *(const Unaligned*)(bias + half * kLanes);
-      if (S == Start::kAdd) sums[r][half] += *out;
-      *out = sums[r][half];
+    for (int r = 0; r < R; ++r) {
+      const float* from = start.add ? c + r * ldc : start.bias;
+      sums[r][0] += *(const Unaligned*)from;
+      sums[r][1] += *(const Unaligned*)(from + kLanes);
     }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    *(Unaligned*)(c + r * ldc) = sums[r][0];
+    *(Unaligned*)(c + r * ldc + kLanes) = sums[r][1];
+  }
 }
 
-// The kernel for the last rows, fewer than kRows.
-template <int R, Start S, class T>
-inline void last_rows(int rows, int depth, Left<T> a, const T* b, long b_row, float* c, long ldc, const float* bias) {
+// The kernel for R rows or fewer.
+template <int R, class T>
+inline void tile_of_rows(int rows, int depth, Left<T> a, const T* b, long b_row, Start start, float* c, long ldc) {
   if (rows == R)
-    kernel<R, S>(depth, a.data, a.row, a.col, b, b_row, c, ldc, bias);
+    kernel<R>(depth, a.data, a.row, a.col, b, b_row, start, c, ldc);
   else if constexpr (R > 1)
-    last_rows<R - 1, S>(rows, depth, a, b, b_row, c, ldc, bias);
-}
-
-// A panel of the result that has all its columns.
-template <Start S, class T>
-void whole_panel(int rows, int depth, Left<T> a, const T* b, long b_row, float* c, long ldc, const float* bias) {
-  for (; rows >= kRows; rows -= kRows, a.data += a.tile, c += kRows * ldc)
-    kernel<kRows, S>(depth, a.data, a.row, a.col, b, b_row, c, ldc, bias);
-  if (rows) last_rows<kRows - 1, S>(rows, depth, a, b, b_row, c, ldc, bias);
+    tile_of_rows<R - 1>(rows, depth, a, b, b_row, start, c, ldc);
 }
 
 // A panel of the result that has only some columns. Tiles are computed in a buffer and copied.
-template <Start S, class T>
+template <class T>
 void part_of_panel(
-    int rows, int columns, int depth, Left<T> a, const T* b, long b_row, float* c, long ldc, const float* bias) {
+    int rows, int columns, int depth, Left<T> a, const T* b, long b_row, Start start, float* c, long ldc) {
   float tile[kRows * kCols] = {};
   for (; rows > 0; rows -= kRows, a.data += a.tile, c += kRows * ldc) {
     const int some = std::min(kRows, rows);
     for (int r = 0; r < some; ++r)
       for (int j = 0; j < columns; ++j)
-        tile[r * kCols + j] = S == Start::kZero ? 0 : S == Start::kBias ? bias[j] : c[r * ldc + j];
-    last_rows<kRows, Start::kAdd>(some, depth, a, b, b_row, tile, kCols, nullptr);
+        tile[r * kCols + j] = start.add ? c[r * ldc + j] : start.bias ? start.bias[j] : 0;
+    tile_of_rows<kRows>(some, depth, a, b, b_row, kAdd, tile, kCols);
     for (int r = 0; r < some; ++r) std::copy_n(tile + r * kCols, columns, c + r * ldc);
   }
 }
 
 // All panels of the result of a block.
-template <Start S, class T>
-void add_block(
-    int rows, int columns, int depth, Left<T> a, Right<T> b, float* c, long ldc, const float* bias) {
-  for (int j = 0; j < columns; j += kCols, b.data += b.panel, c += kCols) {
-    const float* panel_bias = S == Start::kBias ? bias + j : nullptr;
-    if (columns - j >= kCols)
-      whole_panel<S>(rows, depth, a, b.data, b.row, c, ldc, panel_bias);
+template <class T>
+void multiply_block(int rows, int columns, int depth, Left<T> a, Right<T> b, Start start, float* c, long ldc) {
+  for (int j = 0; j < columns; j += kCols, b.data += b.panel) {
+    const Start here = start.of_columns(j);
+    if (columns - j < kCols)
+      part_of_panel(rows, columns - j, depth, a, b.data, b.row, here, c + j, ldc);
     else
-      part_of_panel<S>(rows, columns - j, depth, a, b.data, b.row, c, ldc, panel_bias);
+      for (int i = 0; i < rows; i += kRows)
+        tile_of_rows<kRows>(std::min(kRows, rows - i), depth, Left<T>{a.data + i / kRows * a.tile, a.row, a.col},
+                            b.data, b.row, here, c + i * ldc + j, ldc);
   }
 }
 
@@ -205,9 +208,8 @@ inline Left<float> pack_left(int rows, int depth, Left<float> a, float* packed) 
 // c (rows x columns, row-major) = start + a (rows x depth) * b (depth x columns). The rows or the columns of a are
 // contiguous. A block of the left side stays in the second cache, while panel after panel of the right side passes
 // through the first one.
-template <Start S, class T>
-void multiply(int rows, int columns, int depth, Left<float> a, Right<T> b, float* c, long ldc,
-              const float* bias = nullptr) {
+template <class T>
+void multiply(int rows, int columns, int depth, Left<float> a, Right<T> b, Start start, float* c, long ldc) {
   alignas(64) PackedBlock<T> room;
   const int most = block_terms<T>(depth);
   for (int i = 0; i < rows; i += kBlockRows)
@@ -215,10 +217,7 @@ void multiply(int rows, int columns, int depth, Left<float> a, Right<T> b, float
       const int some = std::min(kBlockRows, rows - i), deep = std::min(most, depth - k);
       const Left<T> left = pack_left(some, deep, {a.data + i * a.row + k * a.col, a.row, a.col}, room);
       const Right<T> right{b.data + elements<T>(k) * b.row, b.row, b.panel};
-      if (k == 0)
-        add_block<S>(some, columns, elements<T>(deep), left, right, c + i * ldc, ldc, bias);
-      else
-        add_block<Start::kAdd>(some, columns, elements<T>(deep), left, right, c + i * ldc, ldc, nullptr);
+      multiply_block(some, columns, elements<T>(deep), left, right, k ? kAdd : start, c + i * ldc, ldc);
     }
 }
 

@@ -119,8 +119,8 @@ class MaskedLoss {
       const int first = first_of(p_.count, thread, threads), some = first_of(p_.count, thread + 1, threads) - first;
       for (int m = first; m < first + some; ++m)
         std::copy_n(p_.encoded + token_of(m) * c, c, gathered_ + m * ld_);
-      multiply<Start::kBias>(some, c, c, {gathered_ + first * ld_, ld_, 1}, packed, before_ + first * ld_, ld_,
-                             h_.transform.bias);
+      multiply(some, c, c, {gathered_ + first * ld_, ld_, 1}, packed, with_bias(h_.transform.bias),
+               before_ + first * ld_, ld_);
       for (int m = first; m < first + some; ++m) {
         activate(h_.activation, before_ + m * ld_, c, after_ + m * ld_);
         statistics_[m] = statistics(after_ + m * ld_, c, h_.epsilon);
@@ -184,7 +184,7 @@ class MaskedLoss {
     for (int begin = words.first, number = 0; begin < words.last; begin += kTile, ++number) {
       const int width = std::min(kTile, words.last - begin);
       float* tile = room.tiles + number * kTileSize;
-      multiply<Start::kZero>(width, some, c, {h_.decoder.weight + (long)begin * c, c, 1}, vectors, tile, kTileStride);
+      multiply(width, some, c, {h_.decoder.weight + (long)begin * c, c, 1}, vectors, kZero, tile, kTileStride);
       for (int i = 0; i < some; ++i) {
         const int at = target(first + i) - begin;
         if (at >= 0 && at < width) room.target_score[i] = tile[at * kTileStride + i] + h_.decoder.bias[begin + at];
@@ -234,14 +234,14 @@ class MaskedLoss {
       const Right<T> weight = pack(h_.decoder.weight + (long)begin * c, c, width, c, room.packed.template as<T>());
       const Left<float> by_word{tile, kTileStride, 1}, by_position{tile, 1, kTileStride};
       if (begin == words.first)
-        multiply<Start::kZero>(some, c, width, by_position, weight, d_ready, ld_);
+        multiply(some, c, width, by_position, weight, kZero, d_ready, ld_);
       else
-        multiply<Start::kAdd>(some, c, width, by_position, weight, d_ready, ld_);
+        multiply(some, c, width, by_position, weight, kAdd, d_ready, ld_);
       float* d_weight = d_decoder_ + (long)begin * c;
       if (first == 0)
-        multiply<Start::kZero>(width, c, some, by_word, vectors, d_weight, c);
+        multiply(width, c, some, by_word, vectors, kZero, d_weight, c);
       else
-        multiply<Start::kAdd>(width, c, some, by_word, vectors, d_weight, c);
+        multiply(width, c, some, by_word, vectors, kAdd, d_weight, c);
     }
   }
 
@@ -293,8 +293,8 @@ class MaskedLoss {
       }
       PooledBuffer room(room_size<T>(c, some));
       const Right<T> vectors = right_side(gathered_ + first * ld_, ld_, some, c, room.as<T>());
-      multiply<Start::kAdd>(c, c, some, {d, 1, ld_}, vectors, own, c);
-      multiply<Start::kZero>(some, c, c, {d, ld_, 1}, packed, gathered_ + first * ld_, ld_);
+      multiply(c, c, some, {d, 1, ld_}, vectors, kAdd, own, c);
+      multiply(some, c, c, {d, ld_, 1}, packed, kZero, gathered_ + first * ld_, ld_);
 #pragma omp barrier
 #pragma omp for schedule(static)
       for (long i = 0; i < (long)size; ++i) {

@@ -326,8 +326,8 @@ double peak_matmul_flops(int repeats) {
     std::vector<T> left(kSize * ld), right(kDeep * kWide);
     std::vector<float> out(kSize * stride(kWide));
     for (int i = 0; i < repeats; ++i)
-      add_block<Start::kZero>(kSize, kWide, kDeep, Left<T>{left.data(), ld, 1},
-                              Right<T>{right.data(), kCols, kDeep * (long)kCols}, out.data(), stride(kWide), nullptr);
+      multiply_block(kSize, kWide, kDeep, Left<T>{left.data(), ld, 1},
+                     Right<T>{right.data(), kCols, kDeep * (long)kCols}, kZero, out.data(), stride(kWide));
   }
   return 2.0 * kSize * terms<T>(kDeep) * kWide * repeats * threads;
 }
