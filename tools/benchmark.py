@@ -1,4 +1,4 @@
-"""Measures speed side by side: training steps, encoding, text preparation, scaling."""
+"""Measures speed side by side: training steps, encoding, text preparation, scaling, matrix products."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ examples:
   python tools/benchmark.py encode runs/d2l-1 --against onnxruntime,transformers
   python tools/benchmark.py prepare --against cached,d2l
   python tools/benchmark.py scale --json scale.json
+  python tools/benchmark.py products --preset bert-base --tokens 512
 
 All baselines do the same work in turns, round by round (A B C, A B C, ...), so other load on the machine
 slows them equally. Reports are medians over all rounds. A ratio is the median of each round's ratio to the
@@ -67,6 +68,11 @@ matrix products measured in this run, and the peak memory of all processes of a 
 the time of one more step into parts: losses and gradients, their sum over contexts and workers, the update.
 """
 
+PRODUCTS = """\
+baselines: the compiled operators; NumPy (OpenBLAS); MXNet (oneDNN); PyTorch, if it is installed here.
+bf16 is measured where the processor has AVX512_BF16. Weights of the compiled operators are packed before.
+"""
+
 # Flags with comma-separated numbers, in the order of a row of scale.
 COUNTS = ("lengths", "batch_sizes", "contexts", "workers")
 
@@ -75,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's flags."""
     p = parser_of(
         "benchmark",
-        "{train,encode RUN,prepare,scale} [flags]",
+        "{train,encode RUN,prepare,scale,products} [flags]",
         "Measure speed in rounds, side by side with baselines.",
         EXAMPLES,
     )
@@ -83,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
         dest="benchmark",
         required=True,
         prog="python tools/benchmark.py",
-        metavar="{train,encode,prepare,scale}",
+        metavar="{train,encode,prepare,scale,products}",
     )
 
     def add(name: str, description: str, epilog: str, rounds: int) -> argparse.ArgumentParser:
@@ -105,6 +111,9 @@ def parser() -> argparse.ArgumentParser:
     encode = add("encode", "vectors of texts of mixed lengths", ENCODE, 5)
     prepare = add("prepare", "the way from text files to the first batch of the preset d2l", PREPARE, 5)
     scale = add("scale", "steps over networks, lengths, batch sizes, contexts and workers", SCALE, 3)
+    products = add("products", "matrix products of a layer and of the decoder", PRODUCTS, 5)
+    products.add_argument("--preset", default="bert-base", metavar="NAME", help="network (bert-base)")
+    products.add_argument("--tokens", type=int, default=512, metavar="N", help="rows of a product (512)")
     add_train_flags(train)
     add_encode_flags(encode)
     add_prepare_flags(prepare)
@@ -210,7 +219,7 @@ def check(arguments: argparse.Namespace) -> None:
     given, name = vars(arguments), arguments.benchmark
     problems = [
         f"--{flag.replace('_', '-')} must be at least 1, got {given[flag]}"
-        for flag in ("rounds", "texts", "steps", "batch_size")
+        for flag in ("rounds", "texts", "steps", "batch_size", "tokens")
         if (1 if given.get(flag) is None else given[flag]) < 1
     ]
     least = int(name in ("scale", "train"))
@@ -224,7 +233,7 @@ def check(arguments: argparse.Namespace) -> None:
     if name == "scale":
         problems += unknown_names("--presets", arguments.presets, tuple(PRESETS))
         problems += unknown_names("--kvstore", arguments.kvstore, ("dist_sync", "horovod"))
-    if name == "train":
+    if name in ("train", "products"):
         problems += unknown_names("--preset", arguments.preset, tuple(PRESETS))
     if name == "prepare":
         if arguments.megabytes < 0:

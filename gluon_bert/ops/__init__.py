@@ -153,6 +153,17 @@ def peak_matmul_flops(repeats: int, bf16: bool = False) -> float:
     return float(function(repeats, int(bf16)))
 
 
+def multiply_repeatedly(
+    rows: int, columns: int, depth: int, transposed: bool = False, bf16: bool = False, repeats: int = 1
+) -> None:
+    """Multiply a matrix (rows, depth) by a packed one (depth, columns) several times, for benchmarks.
+
+    transposed: the first matrix is the transpose of a row-major one, as in gradients of weights. The compiled
+    operators must be available.
+    """
+    _library().gluon_bert_multiply_repeatedly(rows, columns, depth, int(transposed), int(bf16), repeats)
+
+
 def bf16_unsupported_reason() -> str:
     """Return why bfloat16 products are not faster than float32 here, or an empty string.
 

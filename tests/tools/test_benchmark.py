@@ -7,7 +7,7 @@ import time
 import benchmark
 import numpy as np
 import pytest
-from benchmarks import encode, prepare, scale, train
+from benchmarks import encode, prepare, products, scale, train
 from conftest import ROOT, skip_without_compiled_operators, small_text, untrained_run
 
 from gluon_bert import ops
@@ -200,7 +200,7 @@ def test_train_refuses_bad_flags(run_folder, capsys):
     )
     assert "unrecognized arguments" in printed("train", str(run_folder))
     assert "required: RUN" in printed("encode")
-    assert "required: {train,encode,prepare,scale}" in printed()
+    assert "required: {train,encode,prepare,scale,products}" in printed()
 
 
 def test_encode_refuses_bad_flags(run_folder, monkeypatch, capsys):
@@ -283,6 +283,23 @@ def test_scale_cases_differ_from_the_first_in_one_value():
         ("bert-small", 128, 16, 1, 2, "dist_sync"),
         ("bert-small", 128, 16, 1, 2, "horovod"),
     ]
+
+
+def test_products_measures_each_shape(tmp_path, monkeypatch, capsys):
+    skip_without_compiled_operators()
+    monkeypatch.setattr(products, "FLOP", 1.0)
+    command = ["products", "--preset", "bert-tiny", "--tokens", "24", "--rounds", "1"]
+    assert benchmark.main([*command, "--json", str(tmp_path / "products.json")]) == 0
+    rows = json.loads((tmp_path / "products.json").read_text("utf-8"))["rows"]
+    assert [row["rows"] for row in rows[:3]] == [24, 24, 24] and rows[2]["columns"] == 512
+    assert all(rate > 0 for row in rows for found in row["gflops"].values() for rate in found)
+    assert "gradient of expand       512 x   24 x  128" in capsys.readouterr().out
+
+
+def test_products_matrices_have_the_shape():
+    for shape in products.shapes("bert-tiny", 24):
+        left, right = products.matrices(shape)
+        assert (left @ right).shape == (shape.rows, shape.columns)
 
 
 SCALE = ["scale", "--presets", "bert-tiny", "--lengths", "24", "--batch-sizes", "8"]

@@ -337,6 +337,30 @@ extern "C" double gluon_bert_peak_matmul_flops(int repeats, int bf16) {
   return bf16 ? peak_matmul_flops<Bf16x2>(repeats) : peak_matmul_flops<float>(repeats);
 }
 
+// Multiplies x (rows, depth), or its transpose in memory, by a packed matrix (depth, columns) `repeats` times. The
+// threads divide the rows.
+template <class T>
+void multiply_repeatedly(int rows, int columns, int depth, bool transposed, int repeats) {
+  const long ld = stride(transposed ? rows : depth), ldc = stride(columns);
+  PooledBuffer x((transposed ? depth : rows) * ld), out(rows * ldc), packed(packed_size<T>(columns, depth));
+  std::fill_n(x.get(), (transposed ? depth : rows) * ld, 0.5f);
+  std::fill_n(packed.get(), packed_size<T>(columns, depth), 0.f);
+  const Right<T> right{packed.template as<T>(), kCols, packed_size<T>(kCols, depth)};
+#pragma omp parallel
+  {
+    const long threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const long first = rows * thread / threads, some = rows * (thread + 1) / threads - first;
+    const Left<float> left = transposed ? Left<float>{x + first, 1, ld} : Left<float>{x + first * ld, ld, 1};
+    for (int i = 0; i < repeats; ++i)
+      multiply((int)some, columns, depth, left, right, kZero, out + first * ldc, ldc);
+  }
+}
+
+extern "C" void gluon_bert_multiply_repeatedly(int rows, int columns, int depth, int transposed, int bf16,
+                                               int repeats) {
+  (bf16 ? multiply_repeatedly<Bf16x2> : multiply_repeatedly<float>)(rows, columns, depth, transposed, repeats);
+}
+
 // Returns why bfloat16 is not faster than float32 here, or an empty string. It needs an instruction for it.
 extern "C" const char* gluon_bert_bf16_unsupported_reason() {
 #if defined(GLUON_BERT_HAS_BF16_DOT)
