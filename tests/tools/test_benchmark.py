@@ -158,8 +158,8 @@ def report(seconds, loss):
 
 def test_train_table_has_medians_and_ratios():
     rounds = {"compiled": [report(1, 5.0), report(4, 4.0)], "d2l": [report(2, 5.0), report(16, 4.1)]}
-    facts = {name: {"ready_seconds": 1.5, "software": "this"} for name in rounds}
-    table = train.table("", rounds, facts)
+    details = {name: {"ready_seconds": 1.5, "software": "this"} for name in rounds}
+    table = train.table("", rounds, details)
     assert (
         "d2l                       2.2   0.38   0.25 .. 0.50          1.1   0.38     0.50      1.5     4.100"
         in table

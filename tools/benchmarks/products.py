@@ -24,7 +24,7 @@ WORDS = 2048
 
 
 class Shape(NamedTuple):
-    """A product (rows, depth) by (depth, columns). transposed: the left matrix is the transpose of what is stored."""
+    """A product (rows, depth) by (depth, columns). transposed: the left matrix is stored as its transpose."""
 
     name: str
     rows: int
@@ -42,7 +42,7 @@ class Shape(NamedTuple):
 
 
 def shapes(name: str, tokens: int) -> list[Shape]:
-    """Return the products of a layer of a preset for so many tokens, and those of the decoder for 240 masked words."""
+    """Return the products of a preset's layer for so many tokens, and the decoder's for 240 masked words."""
     model = preset(name).model
     c, f = model.units, model.ffn_units
     return [

@@ -46,8 +46,8 @@ class BaselineSpec(NamedTuple):
     operators: str | None = None
 
 
-# CORPUS, BATCHES, FP32 and BF16 stand for the corpus, for a file of prepared batches, and for the configuration
-# in a precision.
+# CORPUS, BATCHES, FP32 and BF16 stand for the corpus, a file of prepared batches, and the configuration in a
+# precision.
 BASELINES = {
     "compiled": BaselineSpec("gluon_bert_train.py", ("FP32",), operators="compiled"),
     "compiled-bf16": BaselineSpec("gluon_bert_train.py", ("BF16",), operators="compiled"),
@@ -65,8 +65,8 @@ BASELINES = {
 def case_config(name: str, corpus: Path, length: int | None, pairs: int | None) -> Config:
     """Return the configuration of a preset on texts of `length` tokens and steps of so many pairs.
 
-    d2l is the book's. The others get their learning rate from the first step on, by AdamW, which all baselines
-    have. So their losses can be compared after a few steps.
+    d2l is the book's. The others have AdamW, as all baselines do, and a constant learning rate. So their losses
+    can be compared after a few steps.
     """
     config = preset(name).replace(corpus=(str(corpus),))
     if name != "d2l":
@@ -182,8 +182,8 @@ def run(arguments: argparse.Namespace) -> int:
         config = case_config(arguments.preset, corpus, length, arguments.batch_size)
         rounds, details = measure(names, config, arguments.rounds, arguments.steps, threads)
         summary = (
-            f"{arguments.preset}, {config.train.batch_size} pairs of at most {config.data.max_seq_length} tokens, "
-            f"{arguments.rounds} rounds of {arguments.steps} steps, {threads} threads, {machine()}"
+            f"{arguments.preset}, {config.train.batch_size} pairs of at most "
+            f"{config.data.max_seq_length} tokens, {arguments.rounds} rounds of {arguments.steps} steps, {threads} threads, {machine()}"
         )
         print(table(summary, rounds, details), flush=True)
         cases.append({"work": summary, "baselines": details, "rounds": rounds})
