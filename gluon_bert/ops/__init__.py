@@ -133,8 +133,8 @@ def adam_step(
 ) -> None:
     """Take Adam's step of one parameter in place, in one pass.
 
-    weight, gradient, mean, variance: of one shape. scale (1,): the gradient's factor. skip: do nothing if it is
-    not finite. step: rate, correction, beta1, beta2, epsilon and decay, as native/adam.h describes.
+    weight, gradient, mean, variance: of one shape. scale (1,): the gradient's factor. skip: do nothing if it
+    is not finite. step: rate, correction, beta1, beta2, epsilon and decay, as native/adam.h describes.
     """
     values = {name: repr(float(value)) for name, value in step.items()}
     mx.nd.gluon_bert_adam(weight, gradient, mean, variance, scale, skip=int(skip), **values)

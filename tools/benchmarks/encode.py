@@ -191,8 +191,8 @@ def missing(name: str) -> list[str]:
     return [package for package in ENCODERS[name][1] if importlib.util.find_spec(package) is None]
 
 
-# The largest difference between correct vectors in single precision, and in bfloat16, whose factors are rounded
-# to 2^-9 of their size. Vectors have numbers of about 1.
+# The largest difference between correct vectors in single precision, and in bfloat16, whose factors are
+# rounded to 2^-9 of their size. Vectors have numbers of about 1.
 TOLERANCE, BF16_TOLERANCE = 1e-3, 0.1
 
 

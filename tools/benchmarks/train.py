@@ -65,8 +65,8 @@ BASELINES = {
 def case_config(name: str, corpus: Path, length: int | None, pairs: int | None) -> Config:
     """Return the configuration of a preset on texts of `length` tokens and steps of so many pairs.
 
-    d2l is the book's. The others have AdamW, as all baselines do, and a constant learning rate. So their losses
-    can be compared after a few steps.
+    d2l is the book's. The others have AdamW, as all baselines do, and a constant learning rate. So their
+    losses can be compared after a few steps.
     """
     config = preset(name).replace(corpus=(str(corpus),))
     if name != "d2l":
@@ -183,7 +183,8 @@ def run(arguments: argparse.Namespace) -> int:
         rounds, details = measure(names, config, arguments.rounds, arguments.steps, threads)
         summary = (
             f"{arguments.preset}, {config.train.batch_size} pairs of at most "
-            f"{config.data.max_seq_length} tokens, {arguments.rounds} rounds of {arguments.steps} steps, {threads} threads, {machine()}"
+            f"{config.data.max_seq_length} tokens, {arguments.rounds} rounds of {arguments.steps} steps, "
+            f"{threads} threads, {machine()}"
         )
         print(table(summary, rounds, details), flush=True)
         cases.append({"work": summary, "baselines": details, "rounds": rounds})

@@ -1,7 +1,7 @@
-"""The baselines transformers and transformers-bf16 of `benchmark.py train`: BertForPreTraining as users run it.
+"""The baselines transformers and transformers-bf16 of `benchmark.py train`: BertForPreTraining, plainly.
 
-Arguments: the file of prepared batches, fp32 or bf16. The network scores all positions; labels of -100 leave
-out those that are not masked. Attention is PyTorch's scaled_dot_product_attention, AdamW is fused.
+Arguments: the file of prepared batches, fp32 or bf16. The network scores all positions; labels of -100
+leave out those that are not masked. Attention is PyTorch's scaled_dot_product_attention, AdamW is fused.
 """
 
 from __future__ import annotations
