@@ -54,7 +54,7 @@ def test_notebook_runs_as_it_is(tmp_path, monkeypatch):
     assert_outputs_are_complete(executed(read(), tmp_path, monkeypatch))
 
 
-def test_notebook_has_small_outputs_and_no_paths_of_a_machine():
+def test_notebook_has_small_outputs_and_no_local_paths():
     text = NOTEBOOK.read_text("utf-8")
     cells = json.loads(text)["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]

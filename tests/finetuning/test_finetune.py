@@ -142,7 +142,7 @@ def some_rows(*labels, texts=("a",)):
     return [TableRow(f"t.tsv, line {i + 2}", texts, label) for i, label in enumerate(labels)]
 
 
-def test_the_task_is_told_by_the_labels():
+def test_infer_task_follows_the_labels():
     assert infer_task(some_rows("no", "yes", "no")) == Task("classification", False, ("no", "yes"))
     assert infer_task(some_rows("0", "1", texts=("a", "b"))) == Task("classification", True, ("0", "1"))
     assert infer_task(some_rows("1", "2.5", "1")).kind == "regression"
@@ -193,7 +193,7 @@ def test_examples_test_file_with_foreign_labels_has_none(before):
         examples(some_rows("-1", "-1"), task, reader, "--dev")
 
 
-def test_a_label_that_is_unseen_in_training_is_told(before):
+def test_label_unseen_in_training_is_refused(before):
     reader, task = load_run(before).reader, Task("classification", False, ("no", "yes"))
     with pytest.raises(
         InputError, match=r"line 3: label 'maybe' does not occur in the training file, .* no, yes"
@@ -290,7 +290,7 @@ def test_classes_are_learnt_kept_and_told(command, kind, capsys):
     assert f"accuracy {np.mean(right):.4f}" in shown.out
 
 
-def test_a_score_is_learnt_in_its_own_unit(command, tmp_path, capsys):
+def test_score_is_learned_in_its_own_unit(command, tmp_path, capsys):
     test = table(tmp_path / "test.jsonl", [{"text": "the crane rises"}, {"text": "the crane falls"}])
     status, folder = command("score", "--epochs", "8", "--test", str(test), "--best-metric", "mse")
     assert status == 0
@@ -308,7 +308,7 @@ def test_a_score_is_learnt_in_its_own_unit(command, tmp_path, capsys):
     assert "2 predictions for --test" in capsys.readouterr().out
 
 
-def test_the_same_seed_gives_the_same_network(command):
+def test_same_seed_gives_the_same_network(command):
     folders = [command("classes", "--epochs", "1", "--seed", seed, name=name)[1] for seed, name in
                (("5", "one"), ("5", "two"), ("6", "three"))]  # fmt: skip
     one, two, three = (load_run(folder).net._collect_params_with_prefix() for folder in folders)
@@ -318,7 +318,7 @@ def test_the_same_seed_gives_the_same_network(command):
 
 
 @pytest.mark.parametrize("format", ["mxnet", "onnx"])
-def test_it_is_exported_and_answers_as_the_run_does(command, format, capsys):
+def test_export_of_a_tuned_run_gives_its_answers(command, format, capsys):
     _, folder = command("classes", "--epochs", "2")
     assert export.main([str(folder), "--checkpoint", "best", "--format", format]) == 0
     run, exported = load_run(folder, checkpoint="best"), load_exported(folder / "export" / format)
@@ -338,7 +338,7 @@ def test_it_is_exported_and_answers_as_the_run_does(command, format, capsys):
     assert "error" in no_head
 
 
-def test_an_encoder_alone_has_no_labels(command, capsys):
+def test_export_of_the_encoder_has_no_labels(command, capsys):
     _, folder = command("classes", "--epochs", "1")
     assert export.main([str(folder), "--outputs", "encoder"]) == 0
     capsys.readouterr()
@@ -381,13 +381,13 @@ def test_encode_tells_labels_and_scores(command, tmp_path, capsys):
         (["--checkpoint", "99"], "--checkpoint must be one of latest, "),
     ],
 )
-def test_what_cannot_be_done_is_told(command, flags, told, capsys):
+def test_impossible_flags_are_refused(command, flags, told, capsys):
     status, _ = command("classes", *flags)
     assert status == 2
     assert told in capsys.readouterr().err
 
 
-def test_a_fine_tuned_run_is_no_pretrained_one(command, before, tmp_path, capsys):
+def test_tuned_run_is_refused_as_a_pretrained_one(command, before, tmp_path, capsys):
     _, folder = command("classes", "--epochs", "1")
     tables = ["--train", str(tmp_path / "train.jsonl"), "--dev", str(tmp_path / "dev.jsonl")]
     assert finetune.main([str(folder), *tables]) == 2
@@ -401,7 +401,7 @@ def test_a_fine_tuned_run_is_no_pretrained_one(command, before, tmp_path, capsys
         load_run(folder)
 
 
-def test_the_command_in_a_process_of_its_own(before, tmp_path):
+def test_command_runs_in_a_process(before, tmp_path):
     bad = tmp_path / "train.tsv"
     bad.write_text("text\tlabel\nthe crane\tup\nbroken\n")
     command = [sys.executable, str(ROOT / "tools" / "finetune.py"), str(before), "--train", str(bad)]

@@ -75,7 +75,7 @@ def test_the_table_marks_the_right_word(text):
     assert shown.endswith("the right word is among the three: before in 0 of 1, after in 1")
 
 
-def test_markdown_samples_escapes_words_and_marks_the_right_one():
+def test_markdown_samples_escape_words_and_mark_the_right():
     vocab = Vocabulary(["in", "*star*", "a|b", "fog"])
     star, bar, fog = vocab.to_indices(["*star*", "a|b", "fog"])
     sentence = MaskedSentence(np.array([vocab.cls, star, vocab.mask, bar, vocab.sep]), 2, fog)

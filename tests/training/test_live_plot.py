@@ -69,7 +69,7 @@ def test_nothing_is_drawn_without_losses(display):
     assert display.outputs == []
 
 
-def test_a_screen_of_ones_own_gets_lines_in_a_notebook(display, tmp_path):
+def test_own_screen_gets_lines_in_a_notebook(display, tmp_path):
     screen = io.StringIO()
     train(ProgressLogger(tmp_path, screen=screen), [5.0])
     assert display.outputs == [] and "step 1/9" in screen.getvalue()

@@ -107,7 +107,7 @@ def test_rollback_removes_the_steps_after_the_checkpoint(tmp_path):
     assert curve(events_of(tmp_path / TRAIN), "loss/mlm") == [(1, 5.0), (2, 4.5)]
 
 
-def test_sentences_are_written_at_the_start_and_each_evaluation(tmp_path):
+def test_sentences_are_written_at_start_and_evaluations(tmp_path):
     pytest.importorskip("tensorboardX", reason=REASON)
     logger = TensorBoardLogger(tmp_path, iter(["| first |", "| second |"]).__next__)
     trainer = SimpleNamespace(state=TrainState())
