@@ -1,6 +1,6 @@
 """gluon_bert pretrains BERT on Apache MXNet Gluon, on one device or many.
 
-The names of the package are looked up when they are used, so that what needs no MXNet does without it.
+Public names are imported when they are used, so that the others do not need MXNet.
 """
 
 from importlib import import_module
@@ -39,10 +39,14 @@ _PUBLIC = {
     "save_checkpoint": "checkpoint",
 }
 
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605 - a list of strings, which ruff cannot see
+_MODULES = {"losses": "training.losses"}
+
+__all__ = sorted([*_PUBLIC, *_MODULES])  # noqa: PLE0605 - a list of strings, which ruff cannot see
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{_MODULES[name]}")
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
@@ -51,4 +55,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> List[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted([*globals(), *_PUBLIC, *_MODULES])
