@@ -28,7 +28,8 @@ WORDPIECE = [
     "tokenizers>=0.20; python_version >= '3.9'",
 ]
 # MXNet's converter imports onnx.mapping, which is gone from 1.19; older than 1.13 was not tried.
-ONNX = ["onnx>=1.13,<1.19", "onnxruntime>=1.12"]
+# onnxruntime's quantizer imports ml_dtypes without asking for it.
+ONNX = ["onnx>=1.13,<1.19", "onnxruntime>=1.12", "ml_dtypes; python_version >= '3.9'"]
 # Reads and writes the weights of transformers; 0.3 has NumPy alone as its need.
 CONVERT = ["safetensors>=0.3.2"]
 # The module of Python 3.14 for the Pythons before it.

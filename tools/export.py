@@ -19,6 +19,7 @@ formats:
   mxnet   bert-symbol.json and bert-0000.params, for gluon.SymbolBlock.imports and mx.mod.Module
   mar     bert.mar, an archive for multi-model-server that holds all it needs (extra serve)
   onnx    for onnxruntime and others (extra onnx)
+  onnx-int8   as onnx, with matrix products in 8 bits, but for layers that suffer
   int8    as mxnet, with matrix products in 8 bits, for CPUs
   bf16    as mxnet, with matrix products in bfloat16, for CPUs that have it
 
@@ -35,7 +36,10 @@ def parser() -> argparse.ArgumentParser:
     p = parser_of("export", "RUN [flags]", "Write a pretrained network in a form that others run.", EXAMPLES)
     p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     p.add_argument(
-        "--format", choices=("mxnet", "mar", "onnx", "int8", "bf16"), default="mxnet", help="(mxnet)"
+        "--format",
+        choices=("mxnet", "mar", "onnx", "onnx-int8", "int8", "bf16"),
+        default="mxnet",
+        help="(mxnet)",
     )
     p.add_argument(
         "--outputs",
@@ -45,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output", type=Path, metavar="FOLDER", help="a new folder (RUN/export/FORMAT)")
     add_checkpoint_flag(p)
-    validation = p.add_argument_group("onnx, int8 and bf16 are compared on text")
+    validation = p.add_argument_group("onnx, onnx-int8, int8 and bf16 are compared on text")
     validation.add_argument(
         "--text", type=Path, metavar="FILE", help="a text a line (the validation text of the run's corpus)"
     )
@@ -76,7 +80,12 @@ def export(arguments: argparse.Namespace) -> int:
     if arguments.format == "mxnet":
         manifest = formats.export_mxnet(run, folder, arguments.outputs)
     else:
-        write = {"onnx": formats.export_onnx, "int8": formats.export_int8, "bf16": formats.export_bf16}
+        write = {
+            "onnx": formats.export_onnx,
+            "onnx-int8": formats.export_onnx_int8,
+            "int8": formats.export_int8,
+            "bf16": formats.export_bf16,
+        }
         texts = texts_of(run, arguments.text)
         manifest = write[arguments.format](run, folder, arguments.outputs, texts, arguments.max_error)
     print(f"{folder}: {', '.join(manifest.files)}, manifest.json")

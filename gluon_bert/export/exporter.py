@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
@@ -22,7 +23,10 @@ from .low_precision import check_bf16, check_int8, to_bf16, to_int8
 from .manifest import MANIFEST, OUTPUTS, Manifest, hashes
 from .mxnet_symbol import BlockNetwork, ModuleNetwork, save_graph, trace
 from .onnx_graph import OnnxNetwork, onnx_versions, package, save_onnx
-from .verify import NUM_GROUPS, batches, compare, differences, random_texts
+from .onnx_int8 import quantize
+from .verify import NUM_GROUPS, batches, compare, differences, random_texts, relative_distances
+
+log = logging.getLogger(__name__)
 
 # The operators and numbers are the same; sums may differ in their order where shapes differ.
 FP32_TOLERANCE = 1e-5
@@ -35,6 +39,8 @@ ONNX_ERROR = 1e-5
 INT8_ERROR = 0.1
 BF16_ERROR = 0.02
 
+# Formats that onnxruntime reads.
+ONNX_FORMATS = ("onnx", "onnx-int8")
 # Formats that not every CPU can compute in.
 CPU_CHECKS = {"int8": check_int8, "bf16": check_bf16}
 
@@ -112,23 +118,60 @@ def export_onnx(
         return _compared(aside, run, "onnx", outputs, texts, limit)
 
 
-def export_int8(
+def export_onnx_int8(
     run: Run, folder: Path, outputs: str, texts: Sequence[EncodedText], max_error: float | None = None
 ) -> Manifest:
-    """Write a run's network with dense layers in int8, as an MXNet symbol with its vocabulary and manifest.
+    """Write a run's network as ONNX with dense layers in int8, with its vocabulary and manifest.
 
-    Every other text, by length, calibrates it. The rest are compared: none of their thirds may differ by
-    more than max_error on average. Raise InputError, and leaves nothing, if one does, where the folder is
-    taken, or where the CPU cannot compute in int8.
+    Every other text, by length, decides which layers stay in float32: those that suffer most, until the
+    mean difference on these texts is within max_error. The rest are compared, as in `export_int8`. Raises
+    InputError, and leaves nothing, where they differ too much, where the folder is taken, or where the extra
+    `onnx` is missing.
     """
-    check_int8()
+    for name in ("onnx", "onnxruntime"):
+        package(name)
+    calibration, compared = _halves(texts)
+    outputs = outputs_of_run(run, outputs)
+    limit = ErrorLimit("mean", INT8_ERROR if max_error is None else max_error)
+    asked = _calibrating(run, calibration, outputs)
+    reference = GluonNetwork(run.net)
+    expected = [reference(each) for each in asked]
+    with _new_export(folder) as aside:
+        save_onnx(aside, trace(run.net, outputs, run.config.data.max_seq_length), outputs)
+        manifest = describe(aside, run, "onnx-int8", outputs)
+
+        def is_close() -> bool:
+            other = OnnxNetwork(aside, manifest)
+            found = (relative_distances(one, other(each), each) for one, each in zip(expected, asked))
+            return all(distances.mean() <= limit.value for each in found for distances in each.values())
+
+        num_kept = quantize(aside, OUTPUTS[outputs], asked, is_close)
+        log.info("%d dense layers stay in float32", num_kept)
+        return _compared(aside, run, "onnx-int8", outputs, compared, limit)
+
+
+def _halves(texts: Sequence[EncodedText]) -> tuple[Sequence[EncodedText], Sequence[EncodedText]]:
+    """Return every other text, by length, and the rest: to calibrate int8 and to compare it."""
     if len(texts) < 2 * NUM_GROUPS:
         raise InputError(
             f"text must have at least {2 * NUM_GROUPS} texts for int8, half of them for calibration, "
             f"got {len(texts)}."
         )
     ordered = sorted(texts, key=len)
-    calibration, compared = ordered[::2], ordered[1::2]
+    return ordered[::2], ordered[1::2]
+
+
+def export_int8(
+    run: Run, folder: Path, outputs: str, texts: Sequence[EncodedText], max_error: float | None = None
+) -> Manifest:
+    """Write a run's network with dense layers in int8, as an MXNet symbol with its vocabulary and manifest.
+
+    Every other text, by length, calibrates it. The rest are compared: none of their thirds may differ by
+    more than max_error on average. Raises InputError, and leaves nothing, where one does, where the folder is
+    taken, or where the CPU cannot compute in int8.
+    """
+    check_int8()
+    calibration, compared = _halves(texts)
     outputs = outputs_of_run(run, outputs)
     limit = ErrorLimit("mean", INT8_ERROR if max_error is None else max_error)
     with _new_export(folder) as aside:
@@ -192,7 +235,7 @@ def _compared(
 ) -> Manifest:
     """Read an export's files back and compare them; write and return the manifest with the result."""
     manifest = describe(folder, run, format, outputs)
-    if format == "onnx":
+    if format in ONNX_FORMATS:
         manifest = dataclasses.replace(manifest, versions={**manifest.versions, **onnx_versions()})
     with_masks = "mask_scores" in OUTPUTS[outputs]
     other = _network(folder, manifest)
@@ -205,7 +248,7 @@ def _compared(
 
 
 def _network(folder: Path, manifest: Manifest, context: Any | None = None) -> Backend:
-    if manifest.format == "onnx":
+    if manifest.format in ONNX_FORMATS:
         return OnnxNetwork(folder, manifest)
     if manifest.format in CPU_CHECKS:
         CPU_CHECKS[manifest.format]()

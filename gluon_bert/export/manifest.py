@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 # Increased when an older gluon_bert could not read what is written now.
 VERSION = 1
 
-FORMATS = ("mxnet", "onnx", "int8", "bf16")
+FORMATS = ("mxnet", "onnx", "onnx-int8", "int8", "bf16")
 TOKENIZERS = ("words", "wordpiece")
 
 # The outputs that an export may have: the encoder's vectors, or also what the heads compute.

@@ -135,19 +135,13 @@ class OnnxNetwork:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._manifest = manifest
-        onnx, runtime = package("onnx"), package("onnxruntime")
-        options = runtime.SessionOptions()
-        # As many as MXNet has. By default onnxruntime takes all cores, in each of a server's workers.
-        options.intra_op_num_threads = _threads()
+        onnx = package("onnx")
         path, without_masks = folder / FILE, tuple(n for n in manifest.output_names if n != "mask_scores")
         try:
             graphs: dict[tuple[str, ...], Any] = {manifest.output_names: str(path)}
             if without_masks not in graphs:
                 graphs[without_masks] = _part(onnx.load(str(path)), without_masks)
-            self._sessions = {
-                outputs: runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-                for outputs, graph in graphs.items()
-            }
+            self._sessions = {outputs: session(graph) for outputs, graph in graphs.items()}
         # The errors of protobuf and onnxruntime have no other class in common.
         except Exception as error:
             raise InputError(f"{path}: cannot be read as ONNX ({_first_line(error)})") from error
@@ -157,6 +151,16 @@ class OnnxNetwork:
         outputs = outputs_needed(self._manifest, texts)
         results = self._sessions[outputs].run(list(outputs), model_inputs(texts, outputs))
         return outputs_of(dict(zip(outputs, results)), texts)
+
+
+def session(model: Any) -> Any:
+    """Return what runs a model, its path or its bytes, on the CPU."""
+    runtime = package("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # errors; its warnings are about its own work on the graph
+    # As many as MXNet has. By default onnxruntime takes all cores, in each of a server's workers.
+    options.intra_op_num_threads = _threads()
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _part(model: Any, outputs: tuple[str, ...]) -> bytes:

@@ -181,17 +181,31 @@ def _compared(reference: Backend, other: Backend, asked: Sequence[Asked]) -> dic
     return result
 
 
-def _measured(expected: Outputs, found: Outputs, asked: Asked) -> dict[str, np.ndarray]:
-    """Return a number for each vector, text or mask, by the name of the measure."""
-    valid_length = asked.texts.valid_length
-    real = np.arange(asked.texts.tokens.shape[1]) < valid_length[:, None]
-    numbers = {}
+def relative_distances(expected: Outputs, found: Outputs, texts: PaddedBatch) -> dict[str, np.ndarray]:
+    """Return the distance of each vector from the expected one, by output, in units of that one's length.
+
+    The unit is 1 where it is shorter. There is a vector for each token, text or mask.
+    """
+    real = _real(texts)
+    distances = {}
     for name, array in found._asdict().items():
         if array is not None:
             a, b = (each[real] if each.ndim == 3 else each for each in (getattr(expected, name), array))
             distance = np.linalg.norm(a - b, axis=-1) / np.maximum(1.0, np.linalg.norm(a, axis=-1))
             # NaN becomes infinite: every comparison with NaN is false, so it would pass as no difference.
-            numbers[name] = np.nan_to_num(distance, nan=np.inf)
+            distances[name] = np.nan_to_num(distance, nan=np.inf)
+    return distances
+
+
+def _real(texts: PaddedBatch) -> np.ndarray:
+    """Return which positions are not padding, (B, T)."""
+    return np.arange(texts.tokens.shape[1]) < texts.valid_length[:, None]
+
+
+def _measured(expected: Outputs, found: Outputs, asked: Asked) -> dict[str, np.ndarray]:
+    """Return a number for each vector, text or mask, by the name of the measure."""
+    valid_length, real = asked.texts.valid_length, _real(asked.texts)
+    numbers = relative_distances(expected, found, asked.texts)
     both = [each.encoded for each in (expected, found)]
     numbers["cosine cls"] = _cosine(*(encoded[:, 0] for encoded in both))
     numbers["cosine mean"] = _cosine(
