@@ -43,7 +43,7 @@ def counted():
 trainer._update = counted
 for _ in range(3):
     trainer.step(batch)
-found = {"update": found[-1], "parameters": len(trainer._trained_names)}
+found = {"update": found[-1], "parameters": len(trainer._trained())}
 
 # Inside a step the main thread waits for nothing.
 waits = []
