@@ -35,7 +35,8 @@ def run(code: str, driver: Path) -> Dict[str, Any]:
 
 
 REFUSAL = """
-from gluon_bert.runtime import InputError, contexts
+from gluon_bert.devices import contexts
+from gluon_bert.errors import InputError
 for gpus in None, [0]:
     try:
         found[str(gpus)] = str(contexts(gpus=gpus))
@@ -54,7 +55,7 @@ def test_cuda_wheel_without_gpu_gives_cpu_refuses_gpu(tmp_path: Path) -> None:
 
 def test_cuda_wheel_without_gpu_counts_none(tmp_path: Path) -> None:
     code = """
-from gluon_bert import runtime
+from gluon_bert import devices, runtime
 found.update(gpus=runtime.mx.context.num_gpus(), cuda=devices.built_with_cuda())
 found.update(mxnet=runtime.versions()["mxnet"])
 """
@@ -90,7 +91,7 @@ def test_cuda_failure_is_one_sentence_not_cpu(tmp_path: Path) -> None:
 def test_missing_driver_is_refused(tmp_path: Path) -> None:
     (tmp_path / "libcuda.so.1").write_bytes(b"no driver")  # stands before the machine's own, if it has one
     code = """
-from gluon_bert.runtime import InputError
+from gluon_bert.errors import InputError
 try:
     from gluon_bert.runtime import mx
 except InputError as refusal:
@@ -102,7 +103,8 @@ except InputError as refusal:
 
 def test_cuda_wheel_trains_on_the_cpu(tmp_path: Path) -> None:
     code = """
-from gluon_bert.runtime import contexts, mx
+from gluon_bert.devices import contexts
+from gluon_bert.runtime import mx
 context, = contexts()
 mx.random.seed(0)
 net = mx.gluon.nn.HybridSequential()

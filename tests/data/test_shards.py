@@ -418,9 +418,9 @@ def proportional_size(pid):
 PREPARING = """
 import pathlib, sys
 from gluon_bert.config import DataConfig
-from gluon_bert.data import preparation
+from gluon_bert.data import build_shards
 from gluon_bert.data.prepared import prepare
-preparation._SHARD_WORDS = 1 << 20  # so that a small text has many
+build_shards._SHARD_WORDS = 1 << 20  # so that a small text has many
 config = DataConfig(corpus=({path!r},), text_format="wikitext", preprocessing_workers=2)
 prepare(config, pathlib.Path({cache!r}))
 """

@@ -40,13 +40,30 @@ def skip_reason() -> str:
 class Result(NamedTuple):
     """What a command on simulated GPUs left behind.
 
-    counts: of the process that launched the most. logs: of each process, one line for each call.
+    processes: the counts of each process that used CUDA, that with the most launches first. logs: of each
+    process, one line for each call.
     """
 
     status: int
     output: str
-    counts: dict[str, Any]
+    processes: list[dict[str, Any]]
     logs: list[list[str]]
+
+    @property
+    def launches(self) -> int:
+        """The launches on all GPUs of the process that launched the most."""
+        return launches(self.processes[0])
+
+    def assert_valid(self, num_gpus: int, num_processes: int = 1) -> None:
+        """Fail unless every call was right and simulated, and so many GPUs of each process worked.
+
+        The main thread must not wait for a device or copy from one; MXNet's threads do that.
+        """
+        assert all((p["faults"], p["missing"]) == (0, 0) for p in self.processes), self.output
+        working = [[d for d in p["devices"] if d["launches"]] for p in self.processes]
+        assert [len(devices) for devices in working if devices] == [num_gpus] * num_processes
+        for device in sum(working, []):
+            assert device["main_syncs"] == device["main_d2h"] == 0
 
     def lines(self, *events: str) -> list[str]:
         """The lines of the log for these events, each without the thread's name."""
@@ -56,6 +73,11 @@ class Result(NamedTuple):
     def by_process(self) -> list[Result]:
         """One result for each process, with its log alone."""
         return [self._replace(logs=[log]) for log in self.logs]
+
+
+def launches(counts: dict[str, Any]) -> int:
+    """The launches of a process on all its GPUs."""
+    return sum(device["launches"] for device in counts["devices"])
 
 
 class SimulatedGPUs:
@@ -112,8 +134,7 @@ class SimulatedGPUs:
             [line.split(" ", 1)[1] for line in file.read_text().splitlines()]
             for file in reports.glob("log.*")
         ]
-        largest = max(counts, key=lambda count: sum(d["launches"] for d in count["devices"]), default={})
-        return Result(done.returncode, done.stdout, largest, logs)
+        return Result(done.returncode, done.stdout, sorted(counts, key=launches, reverse=True), logs)
 
 
 @pytest.fixture(scope="session")
@@ -151,3 +172,22 @@ def pretrain(gpus: SimulatedGPUs, corpus: Path, tmp_path: Path) -> Any:
         return gpus.tool("pretrain", *given, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def gpu_run(simulated_cuda: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 2 steps on two GPUs. Tests only read it."""
+    folder = tmp_path_factory.mktemp("gpu_run")
+    given = ("--preset", "bert-tiny", "--corpus", corpus, "--output", folder / "run")
+    flags = ("--gpus", "0,1", "--batch-size", "8", "--num-steps", "2")
+    SimulatedGPUs(simulated_cuda, folder).tool("pretrain", *given, *flags).assert_valid(2)
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of 24 labelled texts, which holds their words."""
+    path = tmp_path_factory.mktemp("table") / "texts.tsv"
+    rows = [f"w{i} w{7 * i % 97} w3\t{i % 2}\n" for i in range(24)]
+    path.write_text("text\tlabel\n" + "".join(rows))
+    return path

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+
+from .conftest import SimulatedGPUs
 
 RUN = ("--gpus", "0,1", "--batch-size", "8", "--num-steps", "8")
 SENTENCE = "the GPU failed: an illegal memory access was encountered."
@@ -13,15 +17,53 @@ def assert_plain(output: str) -> None:
     assert not any(word in output for word in ("Traceback", "MXNetError", "diverged", "Exception")), output
 
 
-@pytest.mark.parametrize("kernels", [300, 4000, 5200, 7000])
-def test_failing_gpu_ends_the_run_with_its_reason(pretrain, kernels):
-    result = pretrain(*RUN, status=1, GPUSIM_FAIL_AFTER=str(kernels))
+@pytest.fixture(scope="module")
+def launches(simulated_cuda, corpus, tmp_path_factory):
+    """The launches of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    given = ("--preset", "bert-tiny", "--corpus", corpus, "--output", folder / "run", *RUN)
+    return SimulatedGPUs(simulated_cuda, folder).tool("pretrain", *given).launches
+
+
+@pytest.mark.parametrize("share", [0.05, 0.6, 0.8, 0.98])
+def test_failing_gpu_ends_the_run_with_its_reason(pretrain, launches, share):
+    result = pretrain(*RUN, status=1, GPUSIM_FAIL_AFTER=str(int(share * launches)))
     assert f"pretrain: {SENTENCE}" in result.output
     assert_plain(result.output)
 
 
 @pytest.mark.parametrize("flags", [("--on-nonfinite", "skip"), ("--precision", "fp16")])
-def test_failing_gpu_is_no_bad_step(pretrain, flags):
-    result = pretrain(*RUN, *flags, status=1, GPUSIM_FAIL_AFTER="4500")
+def test_failing_gpu_is_no_bad_step(pretrain, launches, flags):
+    result = pretrain(*RUN, *flags, status=1, GPUSIM_FAIL_AFTER=str(int(0.7 * launches)))
     assert SENTENCE in result.output
+    assert_plain(result.output)
+
+
+def test_launcher_restarts_the_job_after_a_gpu_failure(gpus, corpus, tmp_path, launches):
+    # Each start computes for so long that a checkpoint comes before the failure, until the run is complete.
+    command = [sys.executable, "tools/pretrain.py", "--preset", "bert-tiny", "--corpus", corpus, *RUN]
+    command += ["--output", tmp_path / "run", "--checkpoint-every", "2", "--resume", "auto"]
+    result = gpus.tool(
+        "launch", "-n", "1", "--max-restarts", "5", "--", *command, GPUSIM_FAIL_AFTER=str(int(0.7 * launches))
+    )
+    assert SENTENCE in result.output and "launch: restart 1 of 5" in result.output
+    assert "resuming after step" in result.output
+    assert_plain(result.output)
+
+
+def test_failing_gpu_ends_a_fine_tuning_with_its_reason(gpus, gpu_run, table, tmp_path):
+    given = ("--train", table, "--dev", table, "--output", tmp_path / "tuned", "--gpus", "0,1")
+    result = gpus.tool("finetune", gpu_run, *given, status=1, GPUSIM_FAIL_AFTER="1500")
+    assert f"finetune: {SENTENCE}" in result.output
+    assert_plain(result.output)
+
+
+@pytest.mark.parametrize("command", ["finetune", "encode"])
+def test_command_out_of_gpu_memory_says_so(gpus, gpu_run, table, tmp_path, command):
+    given = {
+        "finetune": ("--train", table, "--dev", table, "--output", tmp_path / "tuned"),
+        "encode": ("w1 w2",),
+    }[command]
+    result = gpus.tool(command, gpu_run, *given, "--gpus", "0", status=1, GPUSIM_MEMORY="4e6")
+    assert f"{command}: the GPU is out of memory." in result.output
     assert_plain(result.output)

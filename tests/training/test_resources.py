@@ -121,11 +121,11 @@ import numpy as np
 sys.path.insert(0, "tests")
 from support import reference_bert as reference
 from gluon_bert import ops
-from gluon_bert.config import preset
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
 from gluon_bert.system import peak_memory
-from gluon_bert.training.resources import plan
+from gluon_bert.training.resources import estimate_resources
 from gluon_bert.training.trainer import Trainer
 
 config = preset("bert-mini").replace(batch_size=16, micro_batch=8, max_seq_length=128, recompute={recompute})
@@ -137,7 +137,7 @@ trainer = Trainer(net, config.train, [mx.cpu()])
 for seed in range(3):
     trainer.step(reference.random_batch([128] * 16, 128, 30522, seed))
     mx.nd.waitall()
-expected = plan(config, 30522, 1, ops.compiled([mx.cpu()]))
+expected = estimate_resources(config, 30522, 1, ops.compiled([mx.cpu()]))
 print(peak_memory() - before, expected.model + expected.activations)
 """
 

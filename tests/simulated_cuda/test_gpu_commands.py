@@ -1,0 +1,57 @@
+"""The other commands on simulated GPUs, with a run that was trained on two of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+SERVE = """
+import sys
+from gluon_bert.serving import handler
+
+class Context:
+    request_ids = {0: "a", 1: "b"}
+    system_properties = {"model_dir": sys.argv[1], "gpu_id": 1}
+
+    def set_response_status(self, status, phrase, i):
+        print(status)
+
+bodies = [b'{"text": "w1 w2"}', b'{"text": "w1", "other": "w2 <mask>"}']
+for reply in handler.handle([{"body": body} for body in bodies], Context()):
+    print(reply.decode().strip())
+"""
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--precision", "fp16"), ("--recompute", "yes", "--micro-batch", "4")], ids="-".join
+)
+def test_finetune_two_gpus_makes_valid_calls(gpus, gpu_run, table, tmp_path, flags):
+    given = ("--train", table, "--dev", table, "--epochs", "1", "--batch-size", "7", "--gpus", "0,1")
+    result = gpus.tool("finetune", gpu_run, *given, "--output", tmp_path / "tuned", *flags)
+    result.assert_valid(2)
+    assert len((tmp_path / "tuned" / "predictions.jsonl").read_text().splitlines()) == 24
+    gpus.tool("encode", tmp_path / "tuned", "w1 w2", "--gpus", "1").assert_valid(1)
+
+
+def test_finetuning_resumes_on_another_number_of_gpus(gpus, gpu_run, table, tmp_path):
+    tuned = tmp_path / "tuned"
+    given = ("--train", table, "--dev", table, "--epochs", "1", "--gpus", "0,1", "--output", tuned)
+    gpus.tool("finetune", gpu_run, *given)
+    gpus.tool("finetune", "--resume", tuned, "--gpus", "1").assert_valid(1)
+
+
+@pytest.mark.parametrize(
+    "ask", [(), ("--fill-mask",), ("--next",), ("--score",), ("--similarity",)], ids=lambda ask: "".join(ask)
+)
+def test_encode_on_a_gpu_makes_valid_calls(gpus, gpu_run, ask):
+    text = "w1 <mask>" if ask == ("--fill-mask",) else "w1 w2 || w3"
+    gpus.tool("encode", gpu_run, "--gpus", "1", *ask, text).assert_valid(1)
+
+
+def test_export_of_a_gpu_run_is_served_on_a_gpu(gpus, gpu_run, tmp_path):
+    gpus.tool("export", gpu_run, "--output", tmp_path / "export").assert_valid(0, num_processes=0)
+    result = gpus.code(SERVE, tmp_path / "export")
+    result.assert_valid(1)
+    assert result.output.split("\n")[:2] == ["200", "200"]
+    assert [json.loads(line) for line in result.output.splitlines()[2:]]
