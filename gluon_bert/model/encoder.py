@@ -129,18 +129,25 @@ class Encoder(MixedPrecisionBlock):
             return ops.encode(
                 self._config, parameters, tokens, token_types, valid_length, recompute, bf16=bf16
             )
-        if self._checkpointed is not None and mx.autograd.is_recording():
-            return self._layer_by_layer(self._checkpointed, tokens, token_types, valid_length)
+        if mx.autograd.is_recording() and (self._checkpointed is not None or self.precision == "fp16"):
+            return self._layer_by_layer(tokens, token_types, valid_length)
         return super().forward(tokens, token_types, valid_length)
 
-    def _layer_by_layer(
-        self, passes: CheckpointedForward, tokens: Any, token_types: Any, valid_length: Any
-    ) -> Any:
-        """Return the same, keeping only the input of each layer for the backward pass."""
+    def _layer_by_layer(self, tokens: Any, token_types: Any, valid_length: Any) -> Any:
+        """Compute the same with a graph for each layer, which may be computed again.
+
+        In float16 one graph for all layers would keep the float16 gradients of all weights to its end.
+        """
         positions = self._positions(mx.nd, tokens, valid_length)
         blocks: list[tuple[Any, tuple[Any, ...]]] = [(self.embeddings, (tokens, token_types))]
         blocks += [(layer, positions) for layer in self.layers]
-        return passes.forward(blocks + ([(self.norm, ())] if self.norm else []))
+        blocks += [(self.norm, ())] if self.norm else []
+        if self._checkpointed is not None:
+            return self._checkpointed.forward(blocks)
+        x: tuple[Any, ...] = ()
+        for block, inputs in blocks:
+            x = (block(*x, *inputs),)
+        return x[0]
 
     def hybridize(self, active: bool = True, **kwargs: Any) -> None:
         """Hybridize. Only the encoder as a whole keeps its memory, not a layer that is called alone."""

@@ -13,35 +13,43 @@ from ..runtime import mx
 class Float16Matmul:
     """mx.nd or mx.sym, with matrix products in float16 and sums in float32.
 
-    Inputs and outputs of the methods are float32. MXNet computes these products on GPUs only.
+    Inputs and outputs of the methods are float32, unless they say otherwise. MXNet computes these products on
+    GPUs only. half_dense: leave the results of dense layers in float16.
     """
 
-    def __init__(self, F: Any) -> None:
-        self._F = F
+    def __init__(self, F: Any, half_dense: bool = False) -> None:
+        self._F, self._half_dense = F, half_dense
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._F, name)
 
     def FullyConnected(self, x: Any, weight: Any, bias: Any, **others: Any) -> Any:
         """Multiply x by the transposed weight and add the bias."""
-        return self._whole(self._F.FullyConnected(*map(self._half, (x, weight, bias)), **others))
+        product = self._F.FullyConnected(*map(self._half, (x, weight, bias)), **others)
+        return product if self._half_dense else self._whole(product)
 
     def LeakyReLU(self, x: Any, **others: Any) -> Any:
         """Compute GELU of float16; inside, MXNet computes in float32."""
         return self._whole(self._F.LeakyReLU(self._half(x), **others))
 
     def interleave(self, query: Any, key: Any, value: Any, num_heads: int) -> Any:
-        """Put the three vectors of each head side by side: three times (B, T, C) -> (T, B, 3 C)."""
-        heads = [self._half(x).reshape(shape=(0, 0, num_heads, -1)) for x in (query, key, value)]
+        """Put the float16 vectors of each head side by side: three times (B, T, C) -> (T, B, 3 C)."""
+        heads = [x.reshape(shape=(0, 0, num_heads, -1)) for x in (query, key, value)]
         return self._F.stack(*heads, axis=3).reshape(shape=(0, 0, -1)).swapaxes(0, 1)
 
     def attention_scores(self, interleaved: Any, num_heads: int) -> Any:
         """Multiply queries by keys, divided by the root of their size: (T, B, 3 C) -> (B * H, T, T)."""
         return self._whole(self._F.contrib.interleaved_matmul_selfatt_qk(interleaved, heads=num_heads))
 
+    def softmax(self, x: Any, **others: Any) -> Any:
+        """Compute in float32, and round the result to float16, as it is a factor of a product.
+
+        With the operator's own dtype MXNet would take a slower kernel.
+        """
+        return self._half(self._F.softmax(x, **others))
+
     def attention_values(self, interleaved: Any, weights: Any, num_heads: int) -> Any:
-        """Add up values by their weights: (T, B, 3 C), (B * H, T, T) -> (T, B, C)."""
-        weights = self._half(weights)
+        """Add up values by their float16 weights: (T, B, 3 C), (B * H, T, T) -> (T, B, C)."""
         return self._whole(
             self._F.contrib.interleaved_matmul_selfatt_valatt(interleaved, weights, heads=num_heads)
         )
@@ -71,7 +79,14 @@ class GELU(MixedPrecisionBlock, mx.gluon.nn.GELU):
 
 
 class Dense(MixedPrecisionBlock, mx.gluon.nn.Dense):
-    """MXNet's dense layer; its product may be in float16."""
+    """MXNet's dense layer; its product may be in float16, and so may its result if `half` is set."""
+
+    def __init__(self, *args: Any, half: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._half = half
+
+    def ops_for(self, F: Any) -> Any:
+        return Float16Matmul(F, self._half) if self.precision == "fp16" else F
 
     def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any = None) -> Any:
         return super().hybrid_forward(self.ops_for(F), x, weight, bias)

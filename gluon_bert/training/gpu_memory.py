@@ -122,10 +122,11 @@ def _activations(sizes: ActivationSizes, recompute: bool, half: bool) -> float:
         activation = {"relu": 1.5, "gelu": 1.5, "gelu_tanh": 6.5}[model.activation]
         layer = (2.4 + 2 * drops) * full + 3 * short + _block(3 * HALF * stream)
         layer += activation * _block(FLOAT * hidden)
-        layer += (1 + drops) * _block(FLOAT * scores) + _block(HALF * scores)
-        # A float16 copy of the weights, and of their gradients.
-        layer += 2 * HALF * (4 * model.units**2 + 2 * model.units * model.ffn_units)
-        passing = 8 * full + 5 * _block(FLOAT * scores) + 3 * _block(3 * HALF * stream)
+        layer += _block(FLOAT * scores) + (1 + drops) * _block(HALF * scores)
+        # A float16 copy of the weights; and of their gradients, those of one layer at a time.
+        copy = 4 * _block(HALF * model.units**2) + 2 * _block(HALF * model.units * model.ffn_units)
+        layer += copy
+        passing = copy + 8 * full + 4 * _block(FLOAT * scores) + 3 * _block(3 * HALF * stream)
     else:
         activation = {"relu": 1.0, "gelu": 2.0, "gelu_tanh": 7.0}[model.activation]
         layer = (8.25 + 2 * drops) * full + activation * _block(FLOAT * hidden)

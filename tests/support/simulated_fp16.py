@@ -23,6 +23,17 @@ def simulate(patch):
     def rounded(self, array):
         return self._F.cast(self._F.cast(array, dtype="float16"), dtype="float32")
 
+    def dense(self, *factors, **others):
+        return rounded(self, self._F.FullyConnected(*(rounded(self, each) for each in factors), **others))
+
+    values = Float16Matmul.attention_values
+
+    def attention_values(self, interleaved, weights, num_heads):
+        # Dropout has scaled the weights in float16.
+        return values(self, interleaved, rounded(self, weights), num_heads)
+
+    patch.setattr(Float16Matmul, "FullyConnected", dense)
+    patch.setattr(Float16Matmul, "attention_values", attention_values)
     patch.setattr(Float16Matmul, "_half", rounded)
     patch.setattr(Float16Matmul, "_whole", rounded)
     patch.setattr(ops, "use_compiled", lambda *_: False)
