@@ -230,11 +230,17 @@ def _place(config: Config, how: Execution, recorded: Mapping[str, Any]) -> _Plac
     rank, num_workers = rank_and_size(how.kvstore)
     check_sharing(config, num_workers)
     checks.check_micro_batch(config.train, len(devices))
-    ops.select(how.operators or ops.parse_description(recorded.get("operators", "")))
+    ops.select(how.operators or _recorded_operators(recorded), devices)
     checks.check_precision(config.train.precision, devices)
     placement = _Placement(rank, num_workers, devices, ops.describe(devices))
     _check_memory(config, placement, how)
     return placement
+
+
+def _recorded_operators(recorded: Mapping[str, Any]) -> str | None:
+    """Return the operators that a run was started with on CPUs; None for a run on GPUs, which has no choice."""
+    on_cpus = all(name.startswith("cpu") for name in recorded.get("contexts", ()))
+    return ops.parse_description(recorded.get("operators", "")) if on_cpus else None
 
 
 def _check_memory(config: Config, placement: _Placement, how: Execution, vocab_size: int = 1) -> None:

@@ -25,17 +25,17 @@ CHOICES = ("auto", "compiled", "mxnet")
 log = logging.getLogger(__name__)
 
 
-def select(name: str | None = None) -> str:
+def select(name: str | None = None, contexts: Sequence[Any] = ()) -> str:
     """Choose the operators of this process, build them if necessary, and return their description.
 
-    name: one of CHOICES; None takes the variable GLUON_BERT_OPERATORS, or auto. Raise InputError if
-    `compiled` is not possible.
+    name: one of CHOICES; None takes the variable GLUON_BERT_OPERATORS, or auto. contexts: where they compute
+    (default: a CPU); nothing is built for GPUs. Raise InputError if `compiled` is not possible.
     """
     if name is not None:
         _check_choice(name, "operators")
         os.environ[VARIABLE] = name  # for the processes that this one starts, too
     _unavailable_reason.cache_clear()
-    return describe()
+    return describe(contexts)
 
 
 def describe(contexts: Sequence[Any] = ()) -> str:

@@ -36,6 +36,11 @@ def test_pretrain_preset_makes_valid_calls(pretrain, preset):
     pretrain("--gpus", "0,1", "--batch-size", "4", "--num-steps", "1", preset=preset).assert_valid(2)
 
 
+def test_gpu_run_needs_no_compiler(pretrain):
+    result = pretrain(*SMALL, GLUON_BERT_OPERATORS="auto", CXX="/no/compiler")
+    assert "operators: MXNet's own, " in result.output and "compiler" not in result.output
+
+
 @pytest.mark.parametrize(
     ("preset", "flags", "variables"),
     [
