@@ -15,9 +15,9 @@ class Context:
     system_properties = {"model_dir": sys.argv[1], "gpu_id": 1}
 
     def set_response_status(self, status, phrase, i):
-        print(status)
+        print(int(status))
 
-bodies = [b'{"text": "w1 w2"}', b'{"text": "w1", "other": "w2 <mask>"}']
+bodies = [b'{"text": "w1 w2"}', b'{"text": "w1", "pair": "w2 <mask>"}']
 for reply in handler.handle([{"body": body} for body in bodies], Context()):
     print(reply.decode().strip())
 """

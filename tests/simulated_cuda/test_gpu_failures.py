@@ -42,7 +42,16 @@ def test_failing_gpu_is_no_bad_step(pretrain, launches, flags):
 def test_launcher_restarts_the_job_after_a_gpu_failure(gpus, corpus, tmp_path, launches):
     # Each start computes for so long that a checkpoint comes before the failure, until the run is complete.
     command = [sys.executable, "tools/pretrain.py", "--preset", "bert-tiny", "--corpus", corpus, *RUN]
-    command += ["--output", tmp_path / "run", "--checkpoint-every", "2", "--resume", "auto"]
+    command += [
+        "--output",
+        tmp_path / "run",
+        "--checkpoint-every",
+        "2",
+        "--resume",
+        "auto",
+        "--kvstore",
+        "dist_sync",
+    ]
     result = gpus.tool(
         "launch", "-n", "1", "--max-restarts", "5", "--", *command, GPUSIM_FAIL_AFTER=str(int(0.7 * launches))
     )
