@@ -24,7 +24,7 @@ for reply in handler.handle([{"body": body} for body in bodies], Context()):
 
 
 @pytest.mark.parametrize(
-    "flags", [(), ("--precision", "fp16"), ("--recompute", "yes", "--micro-batch", "4")], ids="-".join
+    "flags", [(), ("--precision", "fp16"), ("--recompute", "--micro-batch", "4")], ids="-".join
 )
 def test_finetune_two_gpus_makes_valid_calls(gpus, gpu_run, table, tmp_path, flags):
     given = ("--train", table, "--dev", table, "--epochs", "1", "--batch-size", "7", "--gpus", "0,1")

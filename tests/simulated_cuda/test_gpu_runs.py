@@ -21,7 +21,7 @@ LARGE = {"GPUSIM_MEMORY": "400e9", "GPUSIM_MEMSET": "0"}
         ("--optimizer", "lamb", "--clip-norm", "1"),
         ("--norm", "pre", "--activation", "gelu_tanh", "--precision", "fp16", "--micro-batch", "4"),
         ("--position", "relative-bias", "--objective", "mlm"),
-        ("--position", "relative-bias", "--precision", "fp16", "--recompute", "yes"),
+        ("--position", "relative-bias", "--precision", "fp16", "--recompute"),
     ],
     ids=lambda flags: "-".join(flags) or "plain",
 )
