@@ -238,7 +238,7 @@ def _place(config: Config, how: Execution, recorded: Mapping[str, Any]) -> _Plac
 
 
 def _recorded_operators(recorded: Mapping[str, Any]) -> str | None:
-    """Return the operators that a run was started with on CPUs; None for a run on GPUs, which has no choice."""
+    """Return the operators of a run that was started on CPUs; None for one on GPUs, which has no choice."""
     on_cpus = all(name.startswith("cpu") for name in recorded.get("contexts", ()))
     return ops.parse_description(recorded.get("operators", "")) if on_cpus else None
 
