@@ -373,7 +373,8 @@ def test_resume_keeps_the_precision(command, half, data, capsys):
     status, folder = command(*half, "--num-steps", "2")
     assert status == 0
     assert pretrain.main(["--resume", str(folder), "--num-steps", "4", "--precision", "fp32"]) == 2
-    assert "--precision fp32: " in capsys.readouterr().err
+    told = f"{folder} was started with --precision fp16, got --precision fp32."
+    assert told in capsys.readouterr().err
     snapshot = checkpoint.read_checkpoint(folder, 2)
     assert snapshot.state["loss_scale"] == {"value": FIRST, "good": 2}
     ours, plain = trainer_on(1, data, **HALF), trainer_on(1, data)

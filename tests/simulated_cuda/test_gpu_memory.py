@@ -72,9 +72,14 @@ def test_memory_estimate_knows_other_networks(gpus, changes):
     assert estimate == pytest.approx(peak, rel=0.15)
 
 
-def test_fp16_takes_no_more_memory_than_fp32(gpus):
-    peaks = [peak_and_estimate(gpus, "bert-base", 1, batch_size=32, precision=p)[0] for p in ("fp16", "fp32")]
-    assert peaks[0] <= peaks[1]
+@pytest.mark.parametrize(("changes", "most"), [({}, 1.0), ({"micro_batch": 8}, 1.05)], ids=["", "weights"])
+def test_fp16_takes_no_more_memory_than_fp32(gpus, changes, most):
+    # Where the weights dominate, their float16 copies do not quite fit into what the activations save.
+    half, whole = (
+        peak_and_estimate(gpus, "bert-base", 1, batch_size=32, precision=precision, **changes)[0]
+        for precision in ("fp16", "fp32")
+    )
+    assert half <= most * whole
 
 
 def test_run_too_large_for_the_gpu_is_rejected(pretrain, tmp_path):

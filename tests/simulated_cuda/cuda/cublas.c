@@ -82,7 +82,7 @@ static int product(const char *who, Handle *h, int ta, int tb, int m, int n, int
   if (!good) return EXECUTION_FAILED;
   gpusim_event("gemm %d %s %d%d %d %d %d x%d types %d %d %d compute %d math %d", device, who, ta, tb, m, n, k, batch,
                type_a, type_b, type_c, compute, h->math_mode);
-  gpusim_launched(who, h->stream, 0);
+  gpusim_launched(who, h->stream);
   return OK;
 }
 
@@ -143,6 +143,6 @@ int cublasSdot_v2(Handle *h, int n, const float *x, int step_x, const float *y, 
   gpusim_event("dot %d result on the %s", n, h->pointer_mode ? "device" : "host");
   /* The host makes decisions from norms, so this result is finite whatever the arrays contain. */
   *result = 1e-6f * n;
-  gpusim_launched("cublasSdot", h->stream, 0);
+  gpusim_launched("cublasSdot", h->stream);
   return OK;
 }

@@ -25,9 +25,7 @@ typedef struct {
 } Block;
 
 typedef struct {
-  long launches, gemms, mallocs, frees, out_of_memory, memsets, stream_syncs, device_syncs, events, stream_waits;
-  long h2d, d2h, d2d, p2p, main_syncs, main_d2h;
-  double h2d_bytes, d2h_bytes, d2d_bytes, p2p_bytes;
+  long launches, h2d, d2h, d2d, p2p, main_syncs, main_d2h;
 } Counts;
 
 typedef struct {
@@ -42,23 +40,20 @@ typedef struct {
 
 struct Stream {
   int device;
-  double busy_until; /* seconds of the clock */
 };
 
 typedef struct Kernel {
   const void *host;
   const char *name;
-  long launches[MAX_DEVICES];
   int parsed, num_pointers, pointers[32];
   void (*computes)(void **arguments, Dim3 grid); /* of the few that run */
   enum { NOT_RANDOM, SEEDS, DRAWS } random;
-  struct Kernel *next, *next_used;
+  struct Kernel *next;
 } Kernel;
 
 static Device devices[MAX_DEVICES];
 static int num_devices = -1, driver_version = 11080;
-static size_t capacity, host_live, host_peak;
-static double seconds_per_kernel;
+static size_t capacity;
 static long fail_after, num_launched; /* 0: never */
 static int broken;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER, log_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -66,8 +61,7 @@ static FILE *log_file;
 static __thread int current_device, last_error;
 static long num_faults, num_missing;
 #define BUCKETS (1 << 16)
-static Kernel *kernels[BUCKETS], *used_kernels, *named_kernels[BUCKETS];
-static long num_registered;
+static Kernel *kernels[BUCKETS];
 
 static double now(void) {
   struct timespec t;
@@ -97,7 +91,6 @@ static void begin(void) {
       free(copy);
     }
     capacity = (size_t)gpusim_number("GPUSIM_MEMORY", 4e9);
-    seconds_per_kernel = gpusim_number("GPUSIM_KERNEL_US", 0) * 1e-6;
     fail_after = (long)gpusim_number("GPUSIM_FAIL_AFTER", 0);
     driver_version = (int)gpusim_number("GPUSIM_DRIVER", 11080);
     const char *name = getenv("GPUSIM_LOG");
@@ -218,9 +211,7 @@ int cudaMalloc(void **result, size_t size) {
   if (!size) return OK;
   size_t whole = ROUND(size, PAGE);
   pthread_mutex_lock(&lock);
-  device->counts.mallocs++;
   if (device->used + whole > capacity) {
-    device->counts.out_of_memory++;
     pthread_mutex_unlock(&lock);
     gpusim_event("oom %d %zu of %zu used", current_device, size, device->used);
     return failed(OUT_OF_MEMORY);
@@ -264,7 +255,6 @@ int cudaFree(void *p) {
     size_t whole = ROUND(block->size, PAGE);
     block->live = 0;
     devices[owner].used -= whole;
-    devices[owner].counts.frees++;
     madvise(p, whole, MADV_DONTNEED);
     mprotect(p, whole, PROT_NONE); /* a later use kills the process */
   }
@@ -286,44 +276,13 @@ int cudaMemGetInfo(size_t *available, size_t *total) {
 
 int cudaHostAlloc(void **result, size_t size, unsigned flags) {
   (void)flags;
-  size_t *p = aligned_alloc(PAGE, ROUND(size, PAGE) + PAGE);
-  if (!p) return failed(OUT_OF_MEMORY);
-  *p = size;
-  pthread_mutex_lock(&lock);
-  host_live += size;
-  if (host_live > host_peak) host_peak = host_live;
-  pthread_mutex_unlock(&lock);
-  *result = (char *)p + PAGE;
-  return OK;
+  *result = aligned_alloc(PAGE, ROUND(size, PAGE));
+  return *result ? OK : failed(OUT_OF_MEMORY);
 }
 
 int cudaFreeHost(void *p) {
-  if (!p) return OK;
-  size_t *start = (size_t *)((char *)p - PAGE);
-  pthread_mutex_lock(&lock);
-  host_live -= *start;
-  pthread_mutex_unlock(&lock);
-  free(start);
+  free(p);
   return OK;
-}
-
-/* ---- time ---- */
-
-static void takes(Stream *s, double seconds) {
-  if (!seconds) return;
-  pthread_mutex_lock(&lock);
-  double start = now();
-  if (s->busy_until > start) start = s->busy_until;
-  s->busy_until = start + seconds;
-  pthread_mutex_unlock(&lock);
-}
-
-static void wait_for(double until) {
-  double left = until - now();
-  if (left > 0) {
-    struct timespec t = {(time_t)left, (long)((left - (time_t)left) * 1e9)};
-    nanosleep(&t, NULL);
-  }
 }
 
 /* ---- copies ---- */
@@ -343,19 +302,14 @@ static int copy(const char *who, void *to, const void *from, size_t size, int ki
   if (source >= 0 && !gpusim_check(who, "the source", from, size, source)) return failed(ILLEGAL_ADDRESS);
   Counts *counts = &devices[target >= 0 ? target : source >= 0 ? source : 0].counts;
   pthread_mutex_lock(&lock);
-  if (found == HOST_TO_DEVICE) counts->h2d++, counts->h2d_bytes += size;
-  if (found == DEVICE_TO_HOST) {
-    counts->d2h++, counts->d2h_bytes += size;
-    counts->main_d2h += is_main_thread();
-  }
-  if (found == DEVICE_TO_DEVICE && source == target) counts->d2d++, counts->d2d_bytes += size;
-  if (found == DEVICE_TO_DEVICE && source != target) counts->p2p++, counts->p2p_bytes += size;
+  counts->h2d += found == HOST_TO_DEVICE;
+  counts->d2h += found == DEVICE_TO_HOST;
+  counts->main_d2h += found == DEVICE_TO_HOST && is_main_thread();
+  counts->d2d += found == DEVICE_TO_DEVICE && source == target;
+  counts->p2p += found == DEVICE_TO_DEVICE && source != target;
   pthread_mutex_unlock(&lock);
   static const char *names[] = {"h2h", "h2d", "d2h", "d2d"};
   gpusim_event("%s %d->%d %zu", names[found], source, target, size);
-  takes(s, seconds_per_kernel);
-  /* With memory that is not pinned the caller waits. */
-  if (found == DEVICE_TO_HOST || found == HOST_TO_DEVICE) wait_for(s->busy_until);
   if (is_broken()) return failed(ILLEGAL_ADDRESS);
   memmove(to, from, size);
   return OK;
@@ -393,8 +347,6 @@ int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_p
 int cudaMemsetAsync(void *p, int value, size_t size, Stream *s) {
   int device = gpusim_stream_device(s);
   if (!gpusim_check("cudaMemsetAsync", "the memory", p, size, device)) return failed(ILLEGAL_ADDRESS);
-  devices[device].counts.memsets++;
-  takes(stream_of(s), seconds_per_kernel);
   if (gpusim_number("GPUSIM_MEMSET", 1)) memset(p, value, size);
   return OK;
 }
@@ -521,7 +473,6 @@ int cudaDeviceGetP2PAttribute(int *value, int attribute, int source, int target)
 
 int cudaDeviceSynchronize(void) {
   if (!gpusim_device_count()) return failed(NO_DEVICE);
-  devices[current_device].counts.device_syncs++;
   devices[current_device].counts.main_syncs += is_main_thread();
   return OK;
 }
@@ -543,41 +494,30 @@ int cudaStreamDestroy(Stream *s) {
 int cudaStreamSynchronize(Stream *s) {
   if (!gpusim_device_count()) return failed(NO_DEVICE);
   s = stream_of(s);
-  Counts *counts = &devices[s->device].counts;
-  __atomic_add_fetch(&counts->stream_syncs, 1, __ATOMIC_RELAXED);
-  if (is_main_thread()) __atomic_add_fetch(&counts->main_syncs, 1, __ATOMIC_RELAXED);
+  if (is_main_thread()) __atomic_add_fetch(&devices[s->device].counts.main_syncs, 1, __ATOMIC_RELAXED);
   gpusim_event("sync %d", s->device);
-  wait_for(s->busy_until);
   return is_broken() ? failed(ILLEGAL_ADDRESS) : OK;
 }
 
-typedef struct {
-  double time;
-} Event;
-
-int cudaEventCreateWithFlags(Event **event, unsigned flags) {
+/* Everything is computed at once, so nobody waits for an event. */
+int cudaEventCreateWithFlags(void **event, unsigned flags) {
   (void)flags;
-  *event = calloc(1, sizeof(Event));
+  *event = calloc(1, 1);
   return OK;
 }
 
-int cudaEventDestroy(Event *event) {
+int cudaEventDestroy(void *event) {
   free(event);
   return OK;
 }
 
-int cudaEventRecord(Event *event, Stream *s) {
-  s = stream_of(s);
-  __atomic_add_fetch(&devices[s->device].counts.events, 1, __ATOMIC_RELAXED);
-  event->time = s->busy_until;
+int cudaEventRecord(void *event, Stream *s) {
+  (void)event, (void)s;
   return OK;
 }
 
-int cudaStreamWaitEvent(Stream *s, Event *event, unsigned flags) {
-  (void)flags;
-  s = stream_of(s);
-  __atomic_add_fetch(&devices[s->device].counts.stream_waits, 1, __ATOMIC_RELAXED);
-  if (event->time > s->busy_until) s->busy_until = event->time;
+int cudaStreamWaitEvent(Stream *s, void *event, unsigned flags) {
+  (void)s, (void)event, (void)flags;
   return OK;
 }
 
@@ -637,7 +577,6 @@ void __cudaRegisterFunction(void **handle, const char *host, char *device, const
   pthread_mutex_lock(&lock);
   kernel->next = kernels[hash(host)];
   kernels[hash(host)] = kernel;
-  num_registered++;
   pthread_mutex_unlock(&lock);
 }
 
@@ -674,40 +613,15 @@ static Kernel *kernel_of(const void *host) {
   return NULL;
 }
 
-static void count(Kernel *kernel, Stream *s) {
-  pthread_mutex_lock(&lock);
-  long total = 0;
-  for (int d = 0; d < MAX_DEVICES; d++) total += kernel->launches[d];
-  if (!total) {
-    kernel->next_used = used_kernels;
-    used_kernels = kernel;
-  }
-  kernel->launches[s->device]++;
-  num_launched++;
-  devices[s->device].counts.launches++;
-  pthread_mutex_unlock(&lock);
+static void count(const char *name, Stream *s) {
+  __atomic_add_fetch(&num_launched, 1, __ATOMIC_RELAXED);
+  __atomic_add_fetch(&devices[s->device].counts.launches, 1, __ATOMIC_RELAXED);
+  gpusim_event("launch %d %s", s->device, name);
 }
 
 /* Kernels without a host function: of the other libraries, and of NVRTC. */
-void gpusim_launched(const char *name, Stream *s, double microseconds) {
-  if (!gpusim_device_count()) return;
-  size_t at = 5381;
-  for (const char *c = name; *c; c++) at = at * 33 + (unsigned char)*c;
-  at %= BUCKETS;
-  pthread_mutex_lock(&lock);
-  Kernel *kernel = named_kernels[at];
-  while (kernel && strcmp(kernel->name, name)) kernel = kernel->next;
-  if (!kernel) {
-    kernel = calloc(1, sizeof(Kernel));
-    kernel->name = strdup(name);
-    kernel->next = named_kernels[at];
-    named_kernels[at] = kernel;
-  }
-  pthread_mutex_unlock(&lock);
-  s = stream_of(s);
-  count(kernel, s);
-  gpusim_event("launch %d %s", s->device, name);
-  takes(s, microseconds ? microseconds * 1e-6 : seconds_per_kernel);
+void gpusim_launched(const char *name, Stream *s) {
+  if (gpusim_device_count()) count(name, stream_of(s));
 }
 
 /* Kernels that are computed, for small arrays. The host reads their results and makes decisions from them: the
@@ -900,9 +814,7 @@ int cudaLaunchKernel(const void *host, Dim3 grid, Dim3 block, void **arguments, 
   }
   if (kernel->computes && !bad) kernel->computes(arguments, grid);
   if (kernel->random && log_file) tell_random(kernel, arguments, s->device);
-  count(kernel, s);
-  gpusim_event("launch %d %s", s->device, kernel->name);
-  takes(s, seconds_per_kernel);
+  count(kernel->name, s);
   return OK;
 }
 
@@ -928,28 +840,15 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const vo
 /* ---- counts for tests ---- */
 
 static void write_counts(FILE *f) {
-  fprintf(f, "{\"faults\": %ld, \"missing\": %ld, \"registered_kernels\": %ld, \"pinned_peak\": %zu, \"devices\": [",
-          num_faults, num_missing, num_registered, host_peak);
+  fprintf(f, "{\"faults\": %ld, \"missing\": %ld, \"devices\": [", num_faults, num_missing);
   for (int d = 0; d < num_devices; d++) {
     Counts *c = &devices[d].counts;
     fprintf(f,
-            "%s{\"peak\": %zu, \"live\": %zu, \"launches\": %ld, \"mallocs\": %ld, \"frees\": %ld, \"oom\": %ld, "
-            "\"h2d\": %ld, \"h2d_bytes\": %.0f, \"d2h\": %ld, \"d2h_bytes\": %.0f, \"d2d\": %ld, \"d2d_bytes\": %.0f, "
-            "\"p2p\": %ld, \"p2p_bytes\": %.0f, \"memsets\": %ld, \"stream_syncs\": %ld, \"device_syncs\": %ld, "
-            "\"main_syncs\": %ld, \"main_d2h\": %ld, \"events\": %ld, \"stream_waits\": %ld}",
-            d ? ", " : "", devices[d].peak, devices[d].used, c->launches, c->mallocs, c->frees, c->out_of_memory,
-            c->h2d, c->h2d_bytes, c->d2h, c->d2h_bytes, c->d2d, c->d2d_bytes, c->p2p, c->p2p_bytes, c->memsets,
-            c->stream_syncs, c->device_syncs, c->main_syncs, c->main_d2h, c->events, c->stream_waits);
+            "%s{\"peak\": %zu, \"launches\": %ld, \"h2d\": %ld, \"d2h\": %ld, \"d2d\": %ld, \"p2p\": %ld, "
+            "\"main_syncs\": %ld, \"main_d2h\": %ld}",
+            d ? ", " : "", devices[d].peak, c->launches, c->h2d, c->d2h, c->d2d, c->p2p, c->main_syncs, c->main_d2h);
   }
-  fprintf(f, "], \"kernels\": {");
-  int first = 1;
-  for (Kernel *k = used_kernels; k; k = k->next_used) {
-    fprintf(f, "%s\"%s\": [", first ? "" : ", ", k->name);
-    for (int d = 0; d < num_devices; d++) fprintf(f, "%s%ld", d ? ", " : "", k->launches[d]);
-    fprintf(f, "]");
-    first = 0;
-  }
-  fprintf(f, "}}\n");
+  fprintf(f, "]}\n");
 }
 
 /* All counts so far as JSON, in a buffer that stays ours. */
@@ -964,8 +863,6 @@ const char *gpusim_counts(void) {
   pthread_mutex_unlock(&lock);
   return text;
 }
-
-void gpusim_mark(const char *text) { gpusim_event("MARK %s", text); }
 
 __attribute__((destructor)) static void end(void) {
   const char *folder = getenv("GPUSIM_REPORT");

@@ -84,12 +84,12 @@ int cudnnActivationForward(Handle *h, void *activation, const float *alpha, cons
   int device = gpusim_stream_device(h->stream);
   gpusim_check("cudnnActivationForward", "x", x, bytes_of(dx), device);
   gpusim_check("cudnnActivationForward", "y", y, bytes_of(dy), device);
-  gpusim_launched("cudnnActivationForward", h->stream, 0);
+  gpusim_launched("cudnnActivationForward", h->stream);
   return OK;
 }
 
 int cudnnActivationBackward(Handle *h) {
-  gpusim_launched("cudnnActivationBackward", h->stream, 0);
+  gpusim_launched("cudnnActivationBackward", h->stream);
   return OK;
 }
 
@@ -112,7 +112,7 @@ int cudnnSetDropoutDescriptor(Dropout *dropout, Handle *h, float rate, State *st
   dropout->state = states;
   *states = (State){seed, 0};
   gpusim_event("dropout-set %d seed %llu state %p", device, seed, (void *)states);
-  gpusim_launched("cudnnSetDropoutDescriptor", h->stream, 0);
+  gpusim_launched("cudnnSetDropoutDescriptor", h->stream);
   return OK;
 }
 
@@ -136,20 +136,20 @@ int cudnnDropoutForward(Handle *h, Dropout *dropout, const Tensor *dx, const voi
   gpusim_event("dropout-forward %d state %p seed %llu from %llu count %zu", device, (void *)dropout->state,
                (unsigned long long)dropout->state->seed, (unsigned long long)dropout->state->drawn, dx->count);
   dropout->state->drawn += dx->count;
-  gpusim_launched("cudnnDropoutForward", h->stream, 0);
+  gpusim_launched("cudnnDropoutForward", h->stream);
   return OK;
 }
 
 int cudnnDropoutBackward(Handle *h) {
-  gpusim_launched("cudnnDropoutBackward", h->stream, 0);
+  gpusim_launched("cudnnDropoutBackward", h->stream);
   return OK;
 }
 
 int cudnnSoftmaxForward(Handle *h) {
-  gpusim_launched("cudnnSoftmaxForward", h->stream, 0);
+  gpusim_launched("cudnnSoftmaxForward", h->stream);
   return OK;
 }
 int cudnnSoftmaxBackward(Handle *h) {
-  gpusim_launched("cudnnSoftmaxBackward", h->stream, 0);
+  gpusim_launched("cudnnSoftmaxBackward", h->stream);
   return OK;
 }

@@ -33,7 +33,7 @@ static int generate(const char *who, Generator *generator, void *to, size_t byte
   int device = gpusim_stream_device(generator->stream);
   if (!gpusim_check(who, "the result", to, bytes, device)) return 201;
   gpusim_event("curand-draw %d %s %zu", device, who, bytes);
-  gpusim_launched(who, generator->stream, 0);
+  gpusim_launched(who, generator->stream);
   return OK;
 }
 

@@ -76,6 +76,6 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
   }
   if (gpusim_stream_device(s) != gpusim_device())
     gpusim_fault("%s: launched on a stream of another device than the current one", (char *)function);
-  gpusim_launched(function, s, 0);
+  gpusim_launched(function, s);
   return OK;
 }

@@ -42,7 +42,7 @@ int gpusim_logging(void);
 /* Whether `size` bytes from `p` lie in one live allocation of this device. It is a fault if they do not. */
 int gpusim_check(const char *who, const char *what, const void *p, size_t size, int device);
 /* Count a kernel, or a function of a library, on a stream. */
-void gpusim_launched(const char *name, Stream *, double microseconds);
+void gpusim_launched(const char *name, Stream *);
 int gpusim_missing(const char *name, int code); /* called by the generated stubs */
 int gpusim_is_device(const void *p);            /* the device of a pointer, or -1 for the host */
 double gpusim_number(const char *variable, double otherwise);
