@@ -207,7 +207,7 @@ def compiled_floats(shard: ActivationSizes, recompute: bool, accumulates: bool, 
         + table
         + 2 * table * (shard.model.tied_decoder and not accumulates)
     )
-    tiles = shard.words * 240
+    tiles = shard.words * 304
     return float(stream + inner + passing + packed + head + tiles)
 
 

@@ -19,8 +19,8 @@ from gluon_bert.runtime import mx
 
 # A measurement repeats a product until it takes about so many floating-point operations.
 FLOP = 4e9
-# Words of the decoder that are multiplied together.
-WORDS = 2048
+# Words of the decoder, and masked words, that are multiplied together (ops/native/masked_loss.h).
+WORDS, MASKED = 2400, 288
 
 
 class Shape(NamedTuple):
@@ -42,7 +42,7 @@ class Shape(NamedTuple):
 
 
 def shapes(name: str, tokens: int) -> list[Shape]:
-    """Return the products of a preset's layer for so many tokens, and the decoder's for 240 masked words."""
+    """Return the products of a preset's layer for so many tokens, and the decoder's for 288 masked words."""
     model = preset(name).model
     c, f = model.units, model.ffn_units
     return [
@@ -53,8 +53,8 @@ def shapes(name: str, tokens: int) -> list[Shape]:
         Shape("gradient of output", c, c, tokens, True),
         Shape("gradient of expand", f, c, tokens, True),
         Shape("gradient of project", c, f, tokens, True),
-        Shape("decoder", WORDS, 240, c),
-        Shape("gradient of decoder", WORDS, c, 240),
+        Shape("decoder", WORDS, MASKED, c),
+        Shape("gradient of decoder", WORDS, c, MASKED),
     ]
 
 

@@ -49,11 +49,10 @@ constexpr int terms(int elements) {
   return std::is_same<T, Bf16x2>::value ? 2 * elements : elements;
 }
 
-// Returns the terms of a block: all blocks of a sum get about as many.
-template <class T>
-constexpr int block_terms(int depth) {
-  const int all = std::max(1, elements<T>(depth)), blocks = (all + kBlockDepth - 1) / kBlockDepth;
-  return terms<T>((all + blocks - 1) / blocks);
+// Returns how many of `all` a part gets if they are divided evenly into parts of at most `most`.
+constexpr int even_part(int all, int most) {
+  const int parts = std::max(1, (all + most - 1) / most);
+  return std::max(1, (all + parts - 1) / parts);
 }
 
 // The left side, in tiles of kRows rows: element (i, k) is data[i / kRows * tile + i % kRows * row + k * col].
@@ -211,10 +210,11 @@ inline Left<float> pack_left(int rows, int depth, Left<float> a, float* packed) 
 template <class T>
 void multiply(int rows, int columns, int depth, Left<float> a, Right<T> b, Start start, float* c, long ldc) {
   alignas(64) PackedBlock<T> room;
-  const int most = block_terms<T>(depth);
-  for (int i = 0; i < rows; i += kBlockRows)
-    for (int k = 0; k == 0 || k < depth; k += most) {
-      const int some = std::min(kBlockRows, rows - i), deep = std::min(most, depth - k);
+  const int most_terms = terms<T>(even_part(elements<T>(depth), kBlockDepth));
+  const int most_rows = kRows * even_part((rows + kRows - 1) / kRows, kBlockRows / kRows);
+  for (int i = 0; i < rows; i += most_rows)
+    for (int k = 0; k == 0 || k < depth; k += most_terms) {
+      const int some = std::min(most_rows, rows - i), deep = std::min(most_terms, depth - k);
       const Left<T> left = pack_left(some, deep, {a.data + i * a.row + k * a.col, a.row, a.col}, room);
       const Right<T> right{b.data + elements<T>(k) * b.row, b.row, b.panel};
       multiply_block(some, columns, elements<T>(deep), left, right, k ? kAdd : start, c + i * ldc, ldc);

@@ -82,9 +82,9 @@ class MaskedLoss {
   }
 
  private:
-  // Masked positions and words per tile of scores. The slice's vectors, a tile of scores and the tile's rows of
-  // the decoder fit a second cache.
-  static constexpr int kSlice = 240, kTile = 256;
+  // Masked positions and words per tile of scores: both fill whole tiles and panels of products. The slice's
+  // vectors, a tile of scores and the tile's rows of the decoder fit a second cache.
+  static constexpr int kSlice = 288, kTile = 240;
   static constexpr long kTileStride = stride(kSlice), kTileSize = kTile * kTileStride;
 
   // A softmax's sum over one thread's words: the highest score, and the sum of e^(score - highest).
