@@ -155,13 +155,15 @@ def peak_matmul_flops(repeats: int, bf16: bool = False) -> float:
 
 def multiply_repeatedly(
     rows: int, columns: int, depth: int, transposed: bool = False, bf16: bool = False, repeats: int = 1
-) -> None:
-    """Multiply a matrix (rows, depth) by a packed one (depth, columns) several times, for benchmarks.
+) -> float:
+    """Multiply a matrix (rows, depth) by a packed one (depth, columns) several times; return the CPU seconds.
 
     transposed: the first matrix is the transpose of a row-major one, as in gradients of weights. The compiled
     operators must be available.
     """
-    _library().gluon_bert_multiply_repeatedly(rows, columns, depth, int(transposed), int(bf16), repeats)
+    function = _library().gluon_bert_multiply_repeatedly
+    function.restype = ctypes.c_double
+    return float(function(rows, columns, depth, int(transposed), int(bf16), repeats))
 
 
 def bf16_unsupported_reason() -> str:

@@ -58,13 +58,28 @@ def shapes(name: str, tokens: int) -> list[Shape]:
     ]
 
 
-def compiled(shape: Shape, bf16: bool) -> Callable[[], None]:
+# Multiplies, and returns the CPU seconds.
+Work = Callable[[], float]
+
+
+def timed(work: Callable[[], None]) -> Work:
+    """Return the work with its CPU seconds."""
+
+    def seconds() -> float:
+        before = time.process_time()
+        work()
+        return time.process_time() - before
+
+    return seconds
+
+
+def compiled(shape: Shape, bf16: bool) -> Work:
     """Return the product by the compiled operators; the right matrix is packed before, as in a step."""
     repeats = repeats_of(shape)
     return lambda: ops.multiply_repeatedly(*shape[1:], bf16=bf16, repeats=repeats)
 
 
-def by_numpy(shape: Shape) -> Callable[[], None]:
+def by_numpy(shape: Shape) -> Work:
     """Return the product by NumPy, which calls OpenBLAS."""
     left, right = matrices(shape)
     out = np.empty((shape.rows, shape.columns), np.float32)
@@ -73,10 +88,10 @@ def by_numpy(shape: Shape) -> Callable[[], None]:
         for _ in range(repeats_of(shape)):
             np.matmul(left, right, out=out)
 
-    return work
+    return timed(work)
 
 
-def by_mxnet(shape: Shape) -> Callable[[], None]:
+def by_mxnet(shape: Shape) -> Work:
     """Return the product by MXNet's FullyConnected, which calls oneDNN, or by its dot for gradients."""
     left, right = (mx.nd.array(np.ascontiguousarray(x)) for x in matrices(shape))
     weight = right.T.copy()
@@ -90,10 +105,10 @@ def by_mxnet(shape: Shape) -> Callable[[], None]:
                 mx.nd.FullyConnected(left, weight, num_hidden=shape.columns, no_bias=True)
         mx.nd.waitall()
 
-    return work
+    return timed(work)
 
 
-def by_torch(shape: Shape, bf16: bool) -> Callable[[], None]:
+def by_torch(shape: Shape, bf16: bool) -> Work:
     """Return the product by PyTorch."""
     import torch
 
@@ -103,13 +118,14 @@ def by_torch(shape: Shape, bf16: bool) -> Callable[[], None]:
     weight = torch.from_numpy(np.ascontiguousarray(right.T)).to(dtype)
     left = torch.from_numpy(np.ascontiguousarray(stored.T if shape.transposed else stored)).to(dtype)
     left = left.T if shape.transposed else left
+    out = torch.empty(shape.rows, shape.columns, dtype=dtype)
 
     def work() -> None:
         with torch.inference_mode():
             for _ in range(repeats_of(shape)):
-                torch.mm(left, weight.T)
+                torch.mm(left, weight.T, out=out)
 
-    return work
+    return timed(work)
 
 
 def matrices(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
@@ -125,11 +141,11 @@ def repeats_of(shape: Shape) -> int:
     return max(1, round(FLOP / shape.flop))
 
 
-def makers() -> dict[str, Callable[[Shape], Callable[[], None]]]:
+def makers() -> dict[str, Callable[[Shape], Work]]:
     """Return what makes each baseline's work, by name. bf16 and PyTorch only where they are available."""
     torch = importlib.util.find_spec("torch") is not None
     bf16 = not ops.bf16_unsupported_reason()
-    found: dict[str, Callable[[Shape], Callable[[], None]]] = {"compiled": lambda s: compiled(s, False)}
+    found: dict[str, Callable[[Shape], Work]] = {"compiled": lambda s: compiled(s, False)}
     found.update({"OpenBLAS": by_numpy, "MXNet": by_mxnet})
     if torch:
         found["PyTorch"] = lambda s: by_torch(s, False)
@@ -162,10 +178,9 @@ def measure(shape: Shape, rounds: int) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
-            before = time.process_time()
-            work()
+            seconds = work()
             if number:
-                rates[name].append(shape.flop * repeats_of(shape) / (time.process_time() - before) / 1e9)
+                rates[name].append(shape.flop * repeats_of(shape) / max(seconds, 1e-9) / 1e9)
     return rates
 
 

@@ -8,6 +8,7 @@
 //
 // Gradients overwrite MXNet's arrays, whatever request type MXNet has for them. With the attribute `add` the
 // parameters' gradients are added to the arrays instead.
+#include <ctime>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -338,14 +339,16 @@ extern "C" double gluon_bert_peak_matmul_flops(int repeats, int bf16) {
 }
 
 // Multiplies x (rows, depth), or its transpose in memory, by a packed matrix (depth, columns) `repeats` times. The
-// threads divide the rows.
+// threads divide the rows. Returns the CPU seconds.
 template <class T>
-void multiply_repeatedly(int rows, int columns, int depth, bool transposed, int repeats) {
+double multiply_repeatedly(int rows, int columns, int depth, bool transposed, int repeats) {
   const long ld = stride(transposed ? rows : depth), ldc = stride(columns);
   PooledBuffer x((transposed ? depth : rows) * ld), out(rows * ldc), packed(packed_size<T>(columns, depth));
   std::fill_n(x.get(), (transposed ? depth : rows) * ld, 0.5f);
   std::fill_n(packed.get(), packed_size<T>(columns, depth), 0.f);
+  std::fill_n(out.get(), rows * ldc, 0.f);
   const Right<T> right{packed.template as<T>(), kCols, packed_size<T>(kCols, depth)};
+  const std::clock_t before = std::clock();
 #pragma omp parallel
   {
     const long threads = omp_get_num_threads(), thread = omp_get_thread_num();
@@ -354,11 +357,12 @@ void multiply_repeatedly(int rows, int columns, int depth, bool transposed, int 
     for (int i = 0; i < repeats; ++i)
       multiply((int)some, columns, depth, left, right, kZero, out + first * ldc, ldc);
   }
+  return (double)(std::clock() - before) / CLOCKS_PER_SEC;
 }
 
-extern "C" void gluon_bert_multiply_repeatedly(int rows, int columns, int depth, int transposed, int bf16,
-                                               int repeats) {
-  (bf16 ? multiply_repeatedly<Bf16x2> : multiply_repeatedly<float>)(rows, columns, depth, transposed, repeats);
+extern "C" double gluon_bert_multiply_repeatedly(int rows, int columns, int depth, int transposed, int bf16,
+                                                 int repeats) {
+  return (bf16 ? multiply_repeatedly<Bf16x2> : multiply_repeatedly<float>)(rows, columns, depth, transposed, repeats);
 }
 
 // Returns why bfloat16 is not faster than float32 here, or an empty string. It needs an instruction for it.
