@@ -57,8 +57,14 @@ print(json.dumps({**found, "waits": waits}))
 
 @pytest.mark.parametrize(
     ("changes", "launches_per_parameter"),
-    [({}, 2), ({"on_nonfinite": "skip"}, 2), ({"precision": "fp16"}, 3.2), ({"optimizer": "lamb"}, 4)],
-    ids=["bertadam", "skip", "fp16", "lamb"],
+    [
+        ({}, 2),
+        ({"on_nonfinite": "skip"}, 2),
+        ({"precision": "fp16"}, 3.2),
+        ({"optimizer": "lamb"}, 4),
+        ({"optimizer": "muon"}, 7),
+    ],
+    ids=["bertadam", "skip", "fp16", "lamb", "muon"],
 )
 def test_optimizer_takes_few_launches_and_no_wait(gpus, changes, launches_per_parameter):
     found = json.loads(gpus.code(COUNT, json.dumps(changes)).output.splitlines()[-1])

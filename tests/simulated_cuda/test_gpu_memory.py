@@ -66,8 +66,10 @@ def test_memory_estimate_is_near_the_peak(gpus, name, num_gpus, changes, precisi
     assert estimate == pytest.approx(peak, rel=0.15)
 
 
-@pytest.mark.parametrize("changes", [{"dropout": 0.0}, {"activation": "relu"}, {"norm": "pre"}])
-def test_memory_estimate_knows_other_networks(gpus, changes):
+@pytest.mark.parametrize(
+    "changes", [{"dropout": 0.0}, {"activation": "relu"}, {"norm": "pre"}, {"optimizer": "muon"}]
+)
+def test_memory_estimate_knows_other_settings(gpus, changes):
     peak, estimate = peak_and_estimate(gpus, "bert-small", 1, batch_size=64, **changes)
     assert estimate == pytest.approx(peak, rel=0.15)
 
