@@ -224,7 +224,7 @@ def test_damaged_checkpoint_falls_back_to_the_previous(damaged_run, capsys, tmp_
         path.symlink_to(tmp_path / "elsewhere")
     assert pretrain.main(["--resume", str(folder)]) == 0
     err = capsys.readouterr().err
-    assert f"{path}: " in err and "the checkpoint before it is used" in err
+    assert f"{path}: " in err and "the previous checkpoint is used" in err
     assert "resuming after step 10" in err
     assert_same_run(undisturbed, folder)
 
@@ -304,7 +304,7 @@ def test_resume_with_another_text_is_refused(damaged_run, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text(small_text(seed=1), "utf-8")
     assert pretrain.main(["--resume", str(folder), "--corpus", str(other)]) == 2
-    told = f"the text or its preparation has changed since {folder} was started"
+    told = f"--corpus must be the text that {folder} was started with"
     assert told in capsys.readouterr().err
 
 

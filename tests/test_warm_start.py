@@ -136,7 +136,7 @@ def test_init_from_a_run_with_vectors_of_the_text(before, tmp_path, capsys):
         np.testing.assert_allclose(new[name], array, atol=1e-7)
     flags = ["--init-embeddings", "cooccurrence", "--output", str(tmp_path / "third")]
     assert pretrain.main([*init, *flags]) == 2
-    assert "--init-embeddings cooccurrence: has no effect" in capsys.readouterr().err
+    assert "--init-embeddings has no effect with --init RUN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_encode_score_refuses_bad_input(run_folder, tmp_path, capsys):
     assert encode.main([str(run_folder), "--score", "a <mask>"]) == 2
     assert "text 1: a text to score must not contain <mask>" in capsys.readouterr().err
     assert encode.main([str(run_folder), "--score", "a", "--output", str(tmp_path / "x.npz")]) == 2
-    assert "an .npz holds vectors only" in capsys.readouterr().err
+    assert "must be a .jsonl file for results other than vectors" in capsys.readouterr().err
 
 
 def test_server_answers_with_scores(predictor):

@@ -164,7 +164,7 @@ print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"
         manifest = export_mxnet(load_run(run_folder), tmp_path / "export")
         other = json.loads((tmp_path / "export" / "manifest.json").read_text("utf-8"))
         (tmp_path / "export" / "manifest.json").write_text(json.dumps({**other, "format": "onnx"}), "utf-8")
-        with pytest.raises(InputError, match="is an export as onnx"):
+        with pytest.raises(InputError, match="must be an export with format=mar or format=mxnet, got onnx"):
             pack(tmp_path / "export", tmp_path)
         manifest.save(tmp_path / "export")
         check_archive(pack(tmp_path / "export", tmp_path))

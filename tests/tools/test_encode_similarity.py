@@ -116,7 +116,10 @@ def test_nearest_in_blocks_equals_nearest_at_once(monkeypatch):
     [
         (["--similar", "0", "a"], "--similar must be at least 1, got 0"),
         (["--similarity", "a"], "text 1: must be a pair"),
-        (["--fill-mask", "a <mask>", "--pooling", "mean"], "--pooling and --normalize: are for vectors"),
+        (
+            ["--fill-mask", "a <mask>", "--pooling", "mean"],
+            "--pooling and --normalize have an effect on vectors",
+        ),
     ],
 )
 def test_encode_similarity_wrong_flags_are_refused(flags, told, run_folder, capsys):
