@@ -76,5 +76,5 @@ def test_converted_run_predicts_and_has_no_corpus(tmp_path):
     run = load_run(tmp_path / "run")
     (answer,) = Predictor.of(run).predict([run.reader.text("w3 [MASK]")])
     assert len(answer.fill_masks(run.vocab)[0]) == 5
-    with pytest.raises(InputError, match="the run has no corpus. Name a file"):
+    with pytest.raises(InputError, match="the run has no corpus"):
         validation_texts(run)

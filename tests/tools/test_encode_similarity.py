@@ -118,7 +118,7 @@ def test_nearest_in_blocks_equals_nearest_at_once(monkeypatch):
         (["--similarity", "a"], "text 1: must be a pair"),
         (
             ["--fill-mask", "a <mask>", "--pooling", "mean"],
-            "--pooling and --normalize have an effect on vectors",
+            "--pooling and --normalize have an effect",
         ),
     ],
 )
