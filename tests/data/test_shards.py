@@ -189,11 +189,11 @@ def test_repetitions_across_shards_are_found_or_estimated(tmp_path, monkeypatch)
 
 
 def test_progress_without_terminal_is_logged(text_file, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(preparation, "_TOLD_EVERY", 0.0)
+    monkeypatch.setattr(preparation, "_LOG_EVERY", 0.0)
     monkeypatch.setattr("gluon_bert.data.corpora.text_file.BLOCK_BYTES", 500)
     with caplog.at_level(logging.INFO):
         prepare(config_of(text_file), tmp_path / "cache")
-    assert caplog.text.count("MB of text are read") > 5
+    assert caplog.text.count("MB of text") > 5
 
 
 # Interruptions

@@ -258,9 +258,9 @@ def test_documents_of_one_sentence_are_counted():
 def test_all_missing_paths_are_reported(tmp_path):
     with pytest.raises(InputError) as told:
         Corpus(DataConfig(corpus=("/no/where", "pydoc", "/not/there")))
-    assert [line.split(":")[0] for line in str(told.value).splitlines()] == [
-        "corpus /no/where",
-        "corpus /not/there",
+    assert [line.split("got ")[1] for line in str(told.value).splitlines()] == [
+        "/no/where, which does not exist.",
+        "/not/there, which does not exist.",
     ]
 
 

@@ -216,6 +216,6 @@ def test_utf16_text_is_refused_with_command(tmp_path):
 def test_one_document_is_refused_with_its_guess(tmp_path):
     path = write(tmp_path / "t.txt", "The crane flies.\nIt is large.\n")
     with pytest.raises(
-        InputError, match=r"got 1, .*\(read as sentences\)\. Put blank lines between documents"
+        InputError, match=r"got 1 in .*\(read as sentences\).*\. Put blank lines between documents"
     ):
         prepare(DataConfig(corpus=(str(path),), validation_fraction=0.0), tmp_path / "cache")
