@@ -19,7 +19,15 @@ import pytest
 import requests
 import serve
 from conftest import ROOT, small_text
-from dev import blimp, compare_recipes, downstream, fuzz, pretraining_vs_scratch, soak
+from dev import (
+    blimp,
+    compare_recipes,
+    downstream,
+    finetune_transformers,
+    fuzz,
+    pretraining_vs_scratch,
+    soak,
+)
 
 from gluon_bert.presets import PRESETS
 from gluon_bert.serving.server import free_ports
@@ -42,6 +50,7 @@ TOOLS = {
     "pretraining_vs_scratch": pretraining_vs_scratch,
     "compare_recipes": compare_recipes,
     "downstream": downstream,
+    "finetune_transformers": finetune_transformers,
     "soak": soak,
     "blimp": blimp,
     "fuzz": fuzz,
