@@ -206,7 +206,7 @@ def show_results(
 
 
 def task_input_of(predictor: Any, line: Any) -> Any:
-    """Return a line as the task reads it; InputError says where it was found."""
+    """Return a line as the task reads it. Raise InputError, which says where it was found."""
     from gluon_bert.inference.task_inputs import task_input
 
     try:

@@ -30,16 +30,16 @@ def classification_metrics(labels: np.ndarray, predicted: np.ndarray, num_classe
     """
     table = np.zeros((num_classes, num_classes))
     np.add.at(table, (labels, predicted), 1)
-    hits, true, said = table.diagonal(), table.sum(axis=1), table.sum(axis=0)
+    num_correct, true, said = table.diagonal(), table.sum(axis=1), table.sum(axis=0)
     occurs = true + said > 0
-    scores = 2 * hits[occurs] / (true + said)[occurs]
+    scores = 2 * num_correct[occurs] / (true + said)[occurs]
     f1 = scores.mean()
     if num_classes == 2:
-        f1 = 2 * hits[1] / (true + said)[1] if occurs[1] else 0.0
+        f1 = 2 * num_correct[1] / (true + said)[1] if occurs[1] else 0.0
     count = len(labels)
     product = (count**2 - (said**2).sum()) * (count**2 - (true**2).sum())
-    matthews = (count * hits.sum() - (true * said).sum()) / np.sqrt(product) if product else 0.0
-    return {"accuracy": float(hits.sum() / count), "f1": float(f1), "matthews": float(matthews)}
+    matthews = (count * num_correct.sum() - (true * said).sum()) / np.sqrt(product) if product else 0.0
+    return {"accuracy": float(num_correct.sum() / count), "f1": float(f1), "matthews": float(matthews)}
 
 
 def regression_metrics(expected: np.ndarray, predicted: np.ndarray) -> dict[str, float]:

@@ -42,13 +42,14 @@ class QuestionRow(NamedTuple):
 
     @property
     def is_labelled(self) -> bool:
-        """Whether the file has the answer, or says that there is none."""
+        """Return whether the file has the answer, or says that there is none."""
         return bool(self.answers) or self.is_impossible
 
 
 def read_squad(path: Path, flag: str, labels_needed: bool = True) -> list[QuestionRow]:
-    """Read the questions of a SQuAD file, version 1.1 or 2.0; InputError names the ids that are wrong.
+    """Read the questions of a SQuAD file, version 1.1 or 2.0.
 
+    Raise InputError, which names the ids that are wrong.
     Every answer must stand in the context at its `answer_start`. labels_needed: every question must have an
     answer or `is_impossible`.
     """

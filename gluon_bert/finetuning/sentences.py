@@ -120,9 +120,9 @@ def _log_classes(counts: Mapping[str, int]) -> None:
 
 
 def examples(rows: Sequence[TableRow], task: Task, reader: Tokenizer, what: str) -> SentenceExamples:
-    """The rows as the network reads them; how many texts were cut is told.
+    """Return the rows as inputs of the network, and log how many texts were truncated.
 
-    what: the flag that named their file. Raises InputError for labels that do not occur in training.
+    what: the flag that named their file. Raise InputError for labels that do not occur in training.
     """
     texts = [_read(row, reader) for row in rows]
     cut = sum(text.truncated > 0 for text in texts)
@@ -167,7 +167,7 @@ def _read(row: TableRow, reader: Tokenizer) -> EncodedText:
 
 
 def _inferred_kind(rows: Sequence[TableRow]) -> str:
-    """Classification or regression, by the labels; InputError where they may be either."""
+    """Classification or regression, by the labels. Raise InputError if they may be either."""
     labels = [str(row.label) for row in rows]
     numbers = [_number(label) for label in labels]
     num_numbers = sum(number is not None for number in numbers)
@@ -204,13 +204,13 @@ def _scores(rows: Sequence[TableRow]) -> np.ndarray:
 
 
 def _not_numbers(rows: Sequence[TableRow], numbers: Sequence[float | None]) -> list[str]:
-    """What is wrong with the labels that are not numbers, where most are."""
+    """Return what is wrong with the labels that are not numbers, where most are."""
     wrong = [row for row, number in zip(rows, numbers) if number is None]
     return first_lines([f"{row.where}: label {row.label!r} must be a number" for row in wrong], "labels")
 
 
 def _number(label: str, decimal_comma: bool = False) -> float | None:
-    """The label as a finite number, or None."""
+    """Return the label as a finite number, or None."""
     if decimal_comma and _DECIMAL_COMMA.fullmatch(label):
         label = label.replace(",", ".")
     return float(label) if _NUMBER.fullmatch(label) and np.isfinite(float(label)) else None

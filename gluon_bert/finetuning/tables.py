@@ -131,7 +131,7 @@ def read_table(
 
 
 def text_lines(path: Path, flag: str) -> list[str]:
-    """Read the lines of a UTF-8 file without blank ones at its end; InputError where there is none."""
+    """Read the lines of a UTF-8 file without blank ones at its end. Raise InputError if there is none."""
     try:
         text = decode_utf8(path.read_bytes(), str(path))
     except OSError as error:

@@ -38,7 +38,7 @@ class TaggedRow(NamedTuple):
 
 
 def read_tagged(path: Path, flag: str, labels_needed: bool = True) -> list[TaggedRow]:
-    """Read sentences of tagged tokens; InputError names the lines that are wrong, ten at most.
+    """Read sentences of tagged tokens. Raise InputError, which names the lines that are wrong, ten at most.
 
     A CoNLL file has a token a line, with its tag in the last column, and a blank line between sentences. A
     JSONL file has an object a line, with `tokens` and `labels`. The tags are BIO: O, B-TYPE and I-TYPE, where
@@ -146,7 +146,7 @@ class TaggingBatch(TaskBatch):
 
     @property
     def num_labels(self) -> int:
-        """The number of tokens with a tag."""
+        """Return the number of tokens with a tag."""
         return int((self.targets >= 0).sum())
 
 

@@ -53,7 +53,7 @@ def attention_of(net: Any, text: EncodedText) -> Attention:
 
 
 def check_picture(path: Path, flag: str = "path") -> None:
-    """Raise InputError where no picture can be written to this file."""
+    """Raise InputError if no picture can be written to this file."""
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"{flag} must end in {', '.join(FORMATS)}, got {path}.")
     if path.is_dir() or not path.absolute().parent.is_dir():

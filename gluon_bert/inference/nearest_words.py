@@ -16,7 +16,7 @@ def nearest_words(
     embeddings: (V, C), those of the vocabulary. word: one token, or what the reader makes one token of.
     Special tokens and the word itself are left out.
 
-    Raises InputError for a word that is not in the vocabulary or that has several tokens.
+    Raise InputError for a word that is not in the vocabulary or that has several tokens.
     """
     if top < 1:
         raise InputError(f"top must be at least 1, got {top}.")

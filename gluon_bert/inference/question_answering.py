@@ -34,12 +34,12 @@ class Answer:
 
     @property
     def has_answer(self) -> bool:
-        """Whether the answer scores at least as high as "no answer"."""
+        """Return whether the answer scores at least as high as "no answer"."""
         return self.no_answer_score is None or self.score >= self.no_answer_score
 
     @property
     def text(self) -> str:
-        """The answer, as it stands in the context; "" for no answer."""
+        """Return the answer, as it stands in the context; "" for no answer."""
         return self.context[self.start : self.end] if self.has_answer else ""
 
     def to_json(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class TaskRequest(NamedTuple):
 
     @property
     def texts(self) -> Sequence[EncodedText]:
-        """All texts that the network reads for this request."""
+        """Return all texts that the network reads for this request."""
         return self.input.texts
 
 

@@ -53,8 +53,8 @@ def estimate_gpu_memory(config: Config, vocab_size: int, num_gpus: int, num_work
     """Estimate what each of a worker's GPUs takes."""
     train, length = config.train, config.data.max_seq_length
     share = -(-train.batch_size // num_workers)
-    at_once = min(train.micro_batch or share, share)
-    rows = -(-at_once // num_gpus)
+    micro_batch_size = min(train.micro_batch or share, share)
+    rows = -(-micro_batch_size // num_gpus)
     sizes = ActivationSizes(config.model, vocab_size, rows * length, length, rows * max_masked(config))
     half = train.precision == "fp16"
     # The weights, their gradients and two states of the optimizer. With several GPUs the kvstore spreads its
@@ -67,7 +67,7 @@ def estimate_gpu_memory(config: Config, vocab_size: int, num_gpus: int, num_work
     return GPUEstimate(
         model,
         _activations(sizes, train.recompute, half) + _heads(sizes, half),
-        at_once,
+        micro_batch_size,
     )
 
 

@@ -204,7 +204,7 @@ class BERTAdam(_WithMoments):
         )
 
     def _compiled_step(self, index: int, weight: Any, gradient: Any, state: Any) -> None:
-        """The same by the compiled operator, with the gradient's factor."""
+        """Return the same by the compiled operator, with the gradient's factor."""
         mean, variance = state
         correction, epsilon = self._factors(self._index_update_count[index])
         is_finite = self.is_finite.get(weight.context)
@@ -251,7 +251,7 @@ class BERTAdam(_WithMoments):
         )
 
     def _rescale(self, context: Any) -> Any:
-        """What gradients are multiplied by, (1,), in an array that stays on its context."""
+        """Return what gradients are multiplied by, (1,), in an array that stays on its context."""
         return self.is_finite[context] if context in self.is_finite else self._one(context)
 
     def _one(self, context: Any) -> Any:

@@ -69,7 +69,7 @@ def by_length(run: Run, folder: Path, stack: ExitStack) -> Vectors:
 
 
 def by_length_bf16(run: Run, folder: Path, stack: ExitStack) -> Vectors:
-    """The same with matrix products in bfloat16, on a copy of the network."""
+    """Return the same with matrix products in bfloat16, on a copy of the network."""
     check_precision("bf16", run.net.encoder.embeddings.tokens.weight.list_ctx())
     net = BERTModel(run.net.vocab_size, run.net.config)
     net.initialize(ctx=run.net.encoder.embeddings.tokens.weight.list_ctx())
@@ -127,7 +127,7 @@ def transformers(run: Run, folder: Path, stack: ExitStack) -> Vectors:
 
 
 def transformers_bf16(run: Run, folder: Path, stack: ExitStack) -> Vectors:
-    """The same with weights and activations in bfloat16."""
+    """Return the same with weights and activations in bfloat16."""
     return _vectors_by(Predictor(TransformersNetwork(run.net, bf16=True), run.reader))
 
 
