@@ -35,8 +35,8 @@ def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
     net.hybridize()
     trainer = Trainer(net, config.train, contexts)
     details = {
-        "software": f"{runtime.versions()['mxnet']}, operators: {ops.describe(contexts)}, precision "
-        "{precision}",
+        "software": f"{runtime.versions()['mxnet']}, operators: {ops.describe(contexts)}, "
+        f"precision {precision}",
         "flop_per_pair": flop(next(data.train.epoch(0)), config.model, len(data.vocab))
         / config.train.batch_size,
         "peak_matmul": peak_matmul(precision),
