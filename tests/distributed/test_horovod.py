@@ -127,7 +127,7 @@ def test_sigterm_stops_all_workers_after_one_step(one_process, folder, launch_jo
 @pytest.mark.workers
 def test_workers_with_different_options_are_refused(folder, launch_job):
     flags = f"--output {folder}/different --corpus {folder}/text.txt --lr 0.00${{HOROVOD_RANK}}1"
-    command = f"exec {sys.executable} tools/pretrain.py --kvstore horovod {flags}"
+    command = f"exec {sys.executable} tools/pretrain.py --preset d2l --kvstore horovod {flags}"
     status, printed = launch_job("-n", "2", "--max-restarts", "3", "--", "sh", "-c", command).wait()
     assert status == 2 and "restart" not in printed
     assert "--lr must be the same on all workers, and worker 1 has others than worker 0." in printed
