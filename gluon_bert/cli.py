@@ -252,6 +252,7 @@ _OPTIONS = (
     *("step_timeout", "profile", "ignore_memory_estimate", "kvstore", "operators", "resume", "output"),
     *("gpus", "cpus", "preset", "checkpoint", "input", "text", "label", "header", "quoting", "task"),
     *("train", "test", "max_error", "format", "management_port", "port", "tensorboard"),
+    *("workers", "max_batch_delay", "threads"),
 )
 
 

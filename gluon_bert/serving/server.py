@@ -94,7 +94,7 @@ class Settings:
         for name in ("workers", "batch_size", "max_batch_delay", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}.")
         if self.port == self.management_port:
             raise InputError(f"management_port must differ from port={self.port}.")
         for name, port in (("port", self.port), ("management_port", self.management_port)):
@@ -292,16 +292,18 @@ def _is_alive(process: subprocess.Popen[bytes]) -> bool:
     return True
 
 
-def _check_port(flag: str, port: int) -> None:
+def _check_port(name: str, port: int) -> None:
     if not 1 <= port <= HIGHEST_PORT:
-        raise InputError(f"{flag} {port}: from 1 to {HIGHEST_PORT}, as the model server takes no higher one")
+        raise InputError(f"{name} must be between 1 and {HIGHEST_PORT}, got {port}.")
     with socket.socket() as probe:
         # As the server does, which may take a port whose last connections are not forgotten yet.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise InputError(f"{flag} {port}: cannot be taken ({error.strerror}); choose another") from error
+            raise InputError(
+                f"{name} must be free, got {port} ({error.strerror}). Choose another."
+            ) from error
 
 
 def _last_lines(path: Path, count: int = 15) -> list[str]:

@@ -449,7 +449,7 @@ def test_run_keeps_its_vocabulary(text_file, vocab_file, tmp_path, made):
     size = ["--vocab-size", "90"] if made else ["--vocab-file", str(vocab_file)]
     flags = [
         *("--tokenizer", "wordpiece", *size, "--pairs", "packed"),
-        *("--preparation", "bert", "--masking", "ngrams", "--max-seq-length", "32"),
+        *("--preset", "d2l", "--preparation", "bert", "--masking", "ngrams", "--max-seq-length", "32"),
         *("--corpus", str(text_file), "--output", str(tmp_path / "run"), "--num-steps", "2"),
         *("--batch-size", "16", "--units", "16", "--ffn-units", "16", "--cpus", "1"),
     ]

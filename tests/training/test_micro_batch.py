@@ -244,7 +244,7 @@ def test_micro_batch_out_of_range_is_refused(data, micro_batch, num_contexts, to
 def test_command_refuses_before_reading_or_writing(tmp_path, capsys):
     flags = ["--corpus", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--micro-batch", "1000"]
     assert pretrain.main(flags) == 2
-    assert "must be 0 or between 1 and 512 (--batch-size 512, 1 device), got 1000" in capsys.readouterr().err
+    assert "must be 0 or between 1 and 64 (--batch-size 64, 1 device), got 1000" in capsys.readouterr().err
     assert pretrain.main([*flags[:-1], "-1"]) == 2
     assert "--micro-batch must be at least 0, got -1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
