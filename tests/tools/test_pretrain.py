@@ -346,9 +346,9 @@ def test_steps_replace_minutes_that_are_not_given():
     assert half_hour.replace(num_steps=0).train.max_minutes == 30
 
 
-def test_run_without_flags_has_a_limit_in_minutes():
+def test_run_without_flags_is_demo_with_steps_alone():
     config = pretrain.init_run(pretrain.parser().parse_args([]))
-    assert config == preset("demo") and 0 < config.train.max_minutes < 2
+    assert config == preset("demo") and config.train.max_minutes == 0
 
 
 @pytest.mark.parametrize(
