@@ -37,7 +37,7 @@ def assert_outputs_are_complete(outputs):
     text = "".join(output.text for output in outputs if output.output_type == "stream")
     assert "MLM loss" in text and "sentence pairs/sec on" in text
     assert "step 1/" not in text  # the picture takes the place of the lines
-    assert "'crane', 'is', 'flying'" in text and "on the dev file" in text
+    assert "'crane', 'is', 'flying'" in text and "on the validation file" in text
 
 
 def test_notebook_runs_with_few_steps(tmp_path, monkeypatch):

@@ -24,12 +24,12 @@ from gluon_bert.model.task import KINDS
 
 EXAMPLES = """\
 examples:
-  python tools/finetune.py runs/base --train train.tsv --dev dev.tsv
-  python tools/finetune.py runs/base --train train.csv --dev dev.csv --text question answer --label right
-  python tools/finetune.py runs/base --train train.jsonl --dev dev.jsonl --test test.jsonl --task regression
-  python tools/finetune.py runs/base --train train.conll --dev dev.conll
-  python tools/finetune.py runs/base --train squad/train.json --dev squad/dev.json
-  python tools/finetune.py runs/small --train cola/train.tsv --dev cola/dev.tsv --no-header --text 4 --label 2
+  python tools/finetune.py runs/base --train train.tsv --validation dev.tsv
+  python tools/finetune.py runs/base --train train.csv --validation dev.csv --text question answer
+  python tools/finetune.py runs/base --train train.jsonl --validation dev.jsonl --task regression
+  python tools/finetune.py runs/base --train train.conll --validation dev.conll
+  python tools/finetune.py runs/base --train squad/train.json --validation squad/dev.json
+  python tools/finetune.py runs/small --train cola.tsv --validation dev.tsv --no-header --text 4 --label 2
   python tools/encode.py runs/base-finetuned-1 "a text to be judged" --checkpoint best
   python tools/export.py runs/base-finetuned-1 --checkpoint best --format mar
 
@@ -45,12 +45,23 @@ may be a semicolon) or .jsonl (one object per line). The first line names the co
 columns are numbered from 1.
 
 The new run's folder has config.json, the vocabulary, log.jsonl, losses.png, checkpoints/ with the last and
-the best epoch, and predictions.jsonl: the best network's predictions for --test, or for --dev without --test.
+the best epoch, and predictions.jsonl: the best network's predictions for --test, or for --validation
+without --test.
 """
 
 
 BASIC = (
-    *("--train", "--dev", "--test", "--output", "--resume", "--text", "--label", "--task", "--checkpoint"),
+    *(
+        "--train",
+        "--validation",
+        "--test",
+        "--output",
+        "--resume",
+        "--text",
+        "--label",
+        "--task",
+        "--checkpoint",
+    ),
     *("--gpus", "--epochs", "--batch-size", "--lr", "--max-seq-length"),
 )
 
@@ -59,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's flags."""
     p = parser_of(
         "finetune",
-        "RUN --train FILE --dev FILE [flags]\n--resume RUN",
+        "RUN --train FILE --validation FILE [flags]\n--resume RUN",
         "Fine-tune a pretrained network: for classes or scores of texts, tags of words, or answers.",
         EXAMPLES,
         BASIC,
@@ -71,7 +82,9 @@ def parser() -> argparse.ArgumentParser:
     )
     rows = p.add_argument_group("tables")
     rows.add_argument("--train", type=Path, metavar="FILE", help="labelled rows to learn from")
-    rows.add_argument("--dev", type=Path, metavar="FILE", help="labelled rows that choose the best epoch")
+    rows.add_argument(
+        "--validation", type=Path, metavar="FILE", help="labelled rows that choose the best epoch"
+    )
     rows.add_argument(
         "--test", type=Path, metavar="FILE", help="rows to predict at the end; labels are optional"
     )
@@ -123,8 +136,8 @@ def finetune(arguments: argparse.Namespace) -> int:
             raise InputError("RUN must be omitted with --resume, which names the run.")
         finetuning.resume_finetuning(arguments.resume, devices=devices_of(arguments))
         return 0
-    if None in (arguments.run, arguments.train, arguments.dev):
-        raise InputError("RUN, --train and --dev must be given, or --resume.")
+    if None in (arguments.run, arguments.train, arguments.validation):
+        raise InputError("RUN, --train and --validation must be given, or --resume.")
     if len(arguments.text) > 2:
         raise InputError(f"--text must be one column, or two for pairs, got {len(arguments.text)}.")
     names = {field.name for field in dataclasses.fields(FineTuneConfig)}
@@ -133,7 +146,7 @@ def finetune(arguments: argparse.Namespace) -> int:
     finetuning.finetune(
         arguments.run,
         arguments.train,
-        arguments.dev,
+        arguments.validation,
         arguments.output or free_folder(arguments.run),
         test=arguments.test or "",
         text=arguments.text,

@@ -146,7 +146,7 @@ class TaskFiles:
     @property
     def by_flag(self) -> dict[str, str]:
         """Return the files by the flags of tools/finetune.py that name them."""
-        paths = {"--train": self.train, "--dev": self.validation, "--test": self.test}
+        paths = {"--train": self.train, "--validation": self.validation, "--test": self.test}
         return {flag: path for flag, path in paths.items() if path}
 
 

@@ -227,9 +227,9 @@ def _train(
     """Train to the end, and write the predictions of the best network."""
     print(f"{describe(trainer.net.task, data)}\nrun folder: {output}", file=sys.stderr)
     batches = ExampleLoader(data["--train"], config.batch_size, config.seed, reader.max_seq_length)
-    flag = "--test" if "--test" in data else "--dev"
+    flag = "--test" if "--test" in data else "--validation"
     with exclusive_lock(output, "output"):
-        trainer.fit(batches, validation=lambda: evaluate(trainer.net, reader, data["--dev"]))
+        trainer.fit(batches, validation=lambda: evaluate(trainer.net, reader, data["--validation"]))
         tuned = load_run(output, trainer.devices[:1], "best")
         results = data[flag].results(Predictor.of(tuned))
         with atomic_write(output / "predictions.jsonl") as file:
@@ -237,7 +237,9 @@ def _train(
     best = trainer.state.best
     assert best is not None
     epoch = best.step * config.epochs // trainer.config.num_steps
-    print(f"best of {config.epochs} epochs: {epoch}, {format_metrics(best.validation)} on the dev file")
+    print(
+        f"best of {config.epochs} epochs: {epoch}, {format_metrics(best.validation)} on the validation file"
+    )
     line = f"{output / 'predictions.jsonl'}: {len(results)} predictions for {flag}"
     if data[flag].targets is not None:
         if flag == "--test":

@@ -91,7 +91,15 @@ def command(before, tmp_path):
     def run(kind, *flags, name="tuned"):
         train = table(tmp_path / "train.jsonl", rows(96, 1, kind))
         dev = table(tmp_path / "dev.jsonl", rows(40, 2, kind))
-        arguments = [str(before), "--train", str(train), "--dev", str(dev), "--output", str(tmp_path / name)]
+        arguments = [
+            str(before),
+            "--train",
+            str(train),
+            "--validation",
+            str(dev),
+            "--output",
+            str(tmp_path / name),
+        ]
         return finetune.main([*arguments, "--lr", "0.003", "--batch-size", "16", *flags]), tmp_path / name
 
     return run
@@ -190,7 +198,7 @@ def test_examples_test_file_with_foreign_labels_has_none(before):
     reader, task = load_run(before).reader, Task("classification", False, ("no", "yes"))
     assert examples(some_rows("-1", "-1"), task, reader, "--test").targets is None
     with pytest.raises(InputError, match="label '-1' does not occur"):
-        examples(some_rows("-1", "-1"), task, reader, "--dev")
+        examples(some_rows("-1", "-1"), task, reader, "--validation")
 
 
 def test_label_unseen_in_training_is_refused(before):
@@ -198,7 +206,7 @@ def test_label_unseen_in_training_is_refused(before):
     with pytest.raises(
         InputError, match=r"line 3: label 'maybe' does not occur in the training file, .* no, yes"
     ):
-        examples(some_rows("no", "maybe"), task, reader, "--dev")
+        examples(some_rows("no", "maybe"), task, reader, "--validation")
 
 
 def test_epoch_has_every_example_once_in_own_order(before):
@@ -389,7 +397,7 @@ def test_impossible_flags_are_refused(command, flags, told, capsys):
 
 def test_tuned_run_is_refused_as_a_pretrained_one(command, before, tmp_path, capsys):
     _, folder = command("classes", "--epochs", "1")
-    tables = ["--train", str(tmp_path / "train.jsonl"), "--dev", str(tmp_path / "dev.jsonl")]
+    tables = ["--train", str(tmp_path / "train.jsonl"), "--validation", str(tmp_path / "dev.jsonl")]
     assert finetune.main([str(folder), *tables]) == 2
     assert "was fine-tuned already" in capsys.readouterr().err
     assert pretrain.main(["--init", str(folder), "--output", str(tmp_path / "x")]) == 2
@@ -405,7 +413,7 @@ def test_command_runs_in_a_process(before, tmp_path):
     bad = tmp_path / "train.tsv"
     bad.write_text("text\tlabel\nthe crane\tup\nbroken\n")
     command = [sys.executable, str(ROOT / "tools" / "finetune.py"), str(before), "--train", str(bad)]
-    done = subprocess.run([*command, "--dev", str(bad)], capture_output=True, text=True)
+    done = subprocess.run([*command, "--validation", str(bad)], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"finetune: {bad}, line 3: has 1 columns, where the header has 2\n"
 
@@ -458,7 +466,7 @@ def test_resume_of_finetuning_refuses_other_runs_and_rows(command, before, tmp_p
     assert finetune.main(["--resume", str(folder)]) == 2
     assert "must have the rows that" in capsys.readouterr().err
     assert finetune.main([]) == 2
-    assert "RUN, --train and --dev must be given" in capsys.readouterr().err
+    assert "RUN, --train and --validation must be given" in capsys.readouterr().err
 
 
 def test_finetune_function_returns_the_best_run(before, tmp_path):

@@ -322,7 +322,12 @@ def command(before, written, tmp_path):
 
     def run(*flags, name="tuned", impossible=False):
         train = written(questions(96, 1, impossible), "train.json")
-        files = ["--train", str(train), "--dev", str(written(questions(24, 2, impossible), "dev.json"))]
+        files = [
+            "--train",
+            str(train),
+            "--validation",
+            str(written(questions(24, 2, impossible), "dev.json")),
+        ]
         options = ["--lr", "0.003", "--batch-size", "16", "--output", str(tmp_path / name), *flags]
         return finetune.main([str(before), *files, *options]), tmp_path / name
 
@@ -334,7 +339,7 @@ def test_finetuning_answers_learns_and_reports(command, impossible, capsys):
     status, folder = command("--epochs", "10", impossible=impossible)
     assert status == 0
     shown = capsys.readouterr()
-    assert "answers in contexts: 96 questions in --train, 24 questions in --dev" in shown.err
+    assert "answers in contexts: 96 questions in --train, 24 questions in --validation" in shown.err
     assert "windows of up to 16 tokens" in shown.err
     assert ("without answer" in shown.out) == impossible
     run = gb.load_run(folder, checkpoint="best")

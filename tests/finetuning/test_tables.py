@@ -79,9 +79,9 @@ def test_read_table_for_prediction_needs_no_label(tmp_path):
     path = write(tmp_path / "test.tsv", "text\tother\na\tb\n")
     assert read_table(path, "--test", True, columns, labels_needed=False)[0].label is None
     with pytest.raises(
-        InputError, match=r"--dev .*test\.tsv: has no column 'label', as the training file has"
+        InputError, match=r"--validation .*test\.tsv: has no column 'label', as the training file has"
     ):
-        read_table(path, "--dev", True, columns)
+        read_table(path, "--validation", True, columns)
 
 
 @pytest.mark.parametrize(

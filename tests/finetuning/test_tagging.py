@@ -163,7 +163,9 @@ def test_batch_pads_tags_and_counts_them():
     assert batch.num_labels == 9
     assert sum(batch.rows(i, i + 1).num_labels for i in range(3)) == 9
     with pytest.raises(InputError, match=r"line 1: tag 'B-x' must occur in the training file, .* place"):
-        TaggingFormat().examples([TaggedRow(("line 1",), ("a",), ("B-x",))], TASK, tokenizer(), "--dev")
+        TaggingFormat().examples(
+            [TaggedRow(("line 1",), ("a",), ("B-x",))], TASK, tokenizer(), "--validation"
+        )
 
 
 # Entities and metrics
@@ -249,7 +251,7 @@ def command(before, tmp_path):
     (tmp_path / "dev.conll").write_text(conll(16, 2), "utf-8")
 
     def run(*flags, name="tuned"):
-        files = ["--train", str(tmp_path / "train.conll"), "--dev", str(tmp_path / "dev.conll")]
+        files = ["--train", str(tmp_path / "train.conll"), "--validation", str(tmp_path / "dev.conll")]
         options = ["--lr", "0.003", "--batch-size", "16", "--output", str(tmp_path / name), *flags]
         return finetune.main([str(before), *files, *options]), tmp_path / name
 
@@ -260,7 +262,7 @@ def test_finetuning_tags_learns_and_reports_entities(command, capsys):
     status, folder = command("--epochs", "8")
     assert status == 0
     shown = capsys.readouterr()
-    assert "tags of 1 types of entities: 64 sentences in --train, 16 sentences in --dev" in shown.err
+    assert "tags of 1 types of entities: 64 sentences in --train, 16 sentences in --validation" in shown.err
     assert "entity  precision  recall      f1  number\nanimal" in shown.out
     run = gb.load_run(folder, checkpoint="best")
     assert run.metrics["validation"]["f1"] > 0.9

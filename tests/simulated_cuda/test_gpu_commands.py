@@ -27,7 +27,7 @@ for reply in handler.handle([{"body": body} for body in bodies], Context()):
     "flags", [(), ("--precision", "fp16"), ("--recompute", "--micro-batch", "4")], ids="-".join
 )
 def test_finetune_two_gpus_makes_valid_calls(gpus, gpu_run, table, tmp_path, flags):
-    given = ("--train", table, "--dev", table, "--epochs", "1", "--batch-size", "7", "--gpus", "0,1")
+    given = ("--train", table, "--validation", table, "--epochs", "1", "--batch-size", "7", "--gpus", "0,1")
     result = gpus.tool("finetune", gpu_run, *given, "--output", tmp_path / "tuned", *flags)
     result.assert_valid(2)
     assert len((tmp_path / "tuned" / "predictions.jsonl").read_text().splitlines()) == 24
@@ -36,7 +36,7 @@ def test_finetune_two_gpus_makes_valid_calls(gpus, gpu_run, table, tmp_path, fla
 
 def test_finetuning_resumes_on_another_number_of_gpus(gpus, gpu_run, table, tmp_path):
     tuned = tmp_path / "tuned"
-    given = ("--train", table, "--dev", table, "--epochs", "1", "--gpus", "0,1", "--output", tuned)
+    given = ("--train", table, "--validation", table, "--epochs", "1", "--gpus", "0,1", "--output", tuned)
     gpus.tool("finetune", gpu_run, *given)
     gpus.tool("finetune", "--resume", tuned, "--gpus", "1").assert_valid(1)
 

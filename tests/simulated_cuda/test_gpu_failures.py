@@ -61,7 +61,7 @@ def test_launcher_restarts_the_job_after_a_gpu_failure(gpus, corpus, tmp_path, l
 
 
 def test_failing_gpu_ends_a_fine_tuning_with_its_reason(gpus, gpu_run, table, tmp_path):
-    given = ("--train", table, "--dev", table, "--output", tmp_path / "tuned", "--gpus", "0,1")
+    given = ("--train", table, "--validation", table, "--output", tmp_path / "tuned", "--gpus", "0,1")
     result = gpus.tool("finetune", gpu_run, *given, status=1, GPUSIM_FAIL_AFTER="1500")
     assert f"finetune: {SENTENCE}" in result.output
     assert_plain(result.output)
@@ -70,7 +70,7 @@ def test_failing_gpu_ends_a_fine_tuning_with_its_reason(gpus, gpu_run, table, tm
 @pytest.mark.parametrize("command", ["finetune", "encode"])
 def test_command_out_of_gpu_memory_says_so(gpus, gpu_run, table, tmp_path, command):
     given = {
-        "finetune": ("--train", table, "--dev", table, "--output", tmp_path / "tuned"),
+        "finetune": ("--train", table, "--validation", table, "--output", tmp_path / "tuned"),
         "encode": ("w1 w2",),
     }[command]
     result = gpus.tool(command, gpu_run, *given, "--gpus", "0", status=1, GPUSIM_MEMORY="4e6")

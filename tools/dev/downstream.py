@@ -23,7 +23,8 @@ examples:
 
 The folder of the tasks has sst2, cola, stsb and subj, each with train.tsv and dev.tsv. Every network gets
 the same examples in the same order. "From scratch" is the network of the first RUN with random weights. The
-command prints a table of the best epochs' metrics on the dev files: the mean over the seeds, with the range.
+command prints a table of the best epochs' metrics on the validation files: the mean over the seeds, with
+the range.
 A stopped comparison continues.
 """
 
@@ -134,7 +135,7 @@ def earlier_results(path: Path, expected: dict[str, Any]) -> dict[str, float]:
 
 
 def fine_tuned(folder: Path, scratch: bool, task: str, seed: int, arguments: argparse.Namespace) -> float:
-    """Fine-tune one network; return the best epoch's metric on the dev file."""
+    """Fine-tune one network; return the best epoch's metric on the validation file."""
     from gluon_bert.finetuning.finetune import finetune
     from gluon_bert.run import load_run
 

@@ -27,10 +27,12 @@ epoch.
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's flags."""
-    p = parser_of("dev/finetune_transformers", "RUN --train FILE --dev FILE [flags]", DESCRIPTION)
+    p = parser_of("dev/finetune_transformers", "RUN --train FILE --validation FILE [flags]", DESCRIPTION)
     p.add_argument("run", type=Path, metavar="RUN", help="the run whose encoder is fine-tuned")
     p.add_argument("--train", required=True, metavar="FILE", help="a CoNLL or SQuAD file to learn from")
-    p.add_argument("--dev", required=True, metavar="FILE", help="a file to evaluate on after each epoch")
+    p.add_argument(
+        "--validation", required=True, metavar="FILE", help="a file to evaluate on after each epoch"
+    )
     add_checkpoint_flag(p)
     default = FineTuneConfig()
     add_field_flags(p.add_argument_group("how"), FineTuneConfig, lambda name: shown(getattr(default, name)))
@@ -56,7 +58,7 @@ def compare(arguments: argparse.Namespace) -> int:
     config = FineTuneConfig(**{name: value for name, value in vars(arguments).items() if name in names})
     check_group(config)
     before = load_run(arguments.run, checkpoint=arguments.checkpoint)
-    files = TaskFiles(arguments.train, arguments.dev)
+    files = TaskFiles(arguments.train, arguments.validation)
     format_ = task_format(files, "auto")
     rows = format_.read(files)
     task = format_.infer_task(rows["--train"])
@@ -78,7 +80,7 @@ def compare(arguments: argparse.Namespace) -> int:
         ]
         seconds = time.perf_counter() - started
         predictor = Predictor(TransformersNetwork(model), reader, task)
-        found = data["--dev"].metrics(data["--dev"].results(predictor))
+        found = data["--validation"].metrics(data["--validation"].results(predictor))
         loss = f"loss {np.mean(losses):.4f}"
         print(f"epoch {epoch + 1}: {loss}, {format_metrics(found)}, {seconds:.1f} s of training", flush=True)
     return 0
