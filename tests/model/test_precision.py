@@ -312,7 +312,8 @@ def test_two_workers_skip_the_same_steps_as_one(command, half, text_file, tmp_pa
     (one, one_scale), (two, two_scale) = everything(alone), everything(tmp_path / "two")
     assert one_scale == two_scale and one_scale["value"] < LARGEST
     assert log_of(alone, "overflowed") == log_of(tmp_path / "two", "overflowed")
-    assert_near(two, one, 1e-4)
+    # Half of float16's rounding, 2^-11: the workers' sums are rounded in another order.
+    assert_near(two, one, 2.4e-4)
 
 
 @pytest.mark.parametrize(("precision", "with_it"), [("fp16", "half"), ("bf16", "brain")])
