@@ -158,8 +158,6 @@ ARCHITECTURES = {
     "BertForMaskedLM": ("pooler", "nsp"),
     "BertForPreTraining": (),
     "BertForNextSentencePrediction": ("mlm",),
-    "BertForTokenClassification": ("pooler", "mlm", "nsp"),
-    "BertForQuestionAnswering": ("pooler", "mlm", "nsp"),
 }
 
 
