@@ -5,12 +5,12 @@ import random
 
 import encode
 import finetune
-import numpy as np
 import pretrain
 import pytest
 from conftest import ROOT, small_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.finetuning import DIVISIONS, assert_matches, assert_resumes
 
 import gluon_bert as gb
 from gluon_bert.data.tokenizer import Tokenizer
@@ -292,39 +292,13 @@ def test_finetuning_tags_with_unknown_tag_fails(command, tmp_path, capsys):
     assert "must be f1, precision, recall, accuracy for tagging" in capsys.readouterr().err
 
 
-def weights(folder):
-    parameters = gb.load_run(folder).net._collect_params_with_prefix()
-    return {name: parameter.data().asnumpy() for name, parameter in parameters.items()}
-
-
-@pytest.mark.parametrize("flags", [["--cpus", "2"], ["--micro-batch", "5"], ["--recompute"]])
+@pytest.mark.parametrize("flags", DIVISIONS)
 def test_finetuning_tags_matches_over_devices_and_parts(command, flags):
-    once = ["--epochs", "1", "--dropout", "0", "--lr", "0.0003"]
-    _, one = command(*once, name="one")
-    status, other = command(*once, *flags, name="other")
-    assert status == 0
-    ours, theirs = weights(one), weights(other)
-    for name, value in ours.items():
-        if not name.endswith("key.bias"):  # its gradient is rounding, which Adam enlarges
-            np.testing.assert_allclose(theirs[name], value, rtol=0, atol=2e-4, err_msg=name)
+    assert_matches(command, flags)
 
 
 def test_finetuning_tags_resumes(command, monkeypatch):
-    _, whole = command("--epochs", "2", name="whole")
-    step = gb.Trainer.step
-
-    def stopping(self, batch, count_correct=False):
-        if self.state.step == 6:
-            raise KeyboardInterrupt
-        return step(self, batch, count_correct)
-
-    monkeypatch.setattr(gb.Trainer, "step", stopping)
-    status, parts = command("--epochs", "2", name="parts")
-    assert status == 130
-    monkeypatch.undo()
-    assert finetune.main(["--resume", str(parts)]) == 0
-    for name, value in weights(whole).items():
-        np.testing.assert_array_equal(weights(parts)[name], value, err_msg=name)
+    whole, parts = assert_resumes(command, monkeypatch, stop_at=6)
     assert (parts / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
 
 
