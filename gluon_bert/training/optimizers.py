@@ -381,8 +381,9 @@ class Muon(AdamW):
         is_finite = self.is_finite.get(weights[0].context)
         directions = []
         for gradient, (momentum,) in zip(gradients, states):
-            new = self.momentum * momentum + self.rescale_grad * gradient
-            directions.append(self.rescale_grad * gradient + self.momentum * new)
+            scaled = self.rescale_grad * gradient
+            new = self.momentum * momentum + scaled
+            directions.append(scaled + self.momentum * new)
             _set_where(is_finite, momentum, new)
         rows, columns = weights[0].shape
         scale = 0.2 * math.sqrt(max(rows, columns))
@@ -451,7 +452,7 @@ OPTIMIZERS = {"adam": Adam, "adamw": AdamW, "bertadam": BERTAdam, "lamb": LAMB, 
 def clip_factors(squared: Any, largest: float, contexts: Sequence[Any]) -> dict[Any, Any]:
     """Return by context what shortens the gradient with these squared norms to the norm `largest`; (1,).
 
-    Does not wait. A norm that is infinite or no number gives NaN, for all to see.
+    Does not wait. A non-finite norm gives NaN factors.
     """
     norm = squared.sum(keepdims=True).sqrt()
     factor = largest / mx.nd.maximum(norm, largest) + 0 * norm  # infinity * 0 is NaN
