@@ -3,22 +3,12 @@
 import numpy as np
 import pretrain
 import pytest
+from support.runs import SMALL_SIZES
 
 from gluon_bert.checkpoint import read_checkpoint
 from gluon_bert.presets import PRESETS
 
-SMALL = [
-    "--preset",
-    "d2l",
-    "--units",
-    "16",
-    "--ffn-units",
-    "32",
-    "--max-seq-length",
-    "16",
-    "--batch-size",
-    "16",
-]
+SMALL = [*SMALL_SIZES, "--batch-size", "16"]
 SMALL += ["--position", "relative-bias", "--checkpoint-every", "3", "--lr", "0.01"]
 BIAS = "encoder.layers.1.attend.relative.bias"
 

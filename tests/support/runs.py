@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-SMALL_NETWORK = (
-    *("--preset", "d2l", "--units", "16", "--ffn-units", "32", "--max-seq-length", "16"),
-    *("--batch-size", "64", "--dropout", "0.3"),
-)
+SMALL_SIZES = ("--preset", "d2l", "--units", "16", "--ffn-units", "32", "--max-seq-length", "16")
+SMALL_NETWORK = (*SMALL_SIZES, "--batch-size", "64", "--dropout", "0.3")
 
 
 def log_of(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:

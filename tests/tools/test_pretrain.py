@@ -14,7 +14,7 @@ import numpy as np
 import pretrain
 import pytest
 from conftest import ROOT
-from support.runs import log_of
+from support.runs import SMALL_SIZES, log_of
 from support.token_vectors import encode
 
 from gluon_bert import checkpoint, ops
@@ -27,18 +27,7 @@ from gluon_bert.training.progress import ProgressLogger
 
 MXNetError = mx.MXNetError
 
-SMALL = [
-    "--preset",
-    "d2l",
-    "--units",
-    "16",
-    "--ffn-units",
-    "32",
-    "--max-seq-length",
-    "16",
-    "--batch-size",
-    "16",
-]
+SMALL = [*SMALL_SIZES, "--batch-size", "16"]
 SMALL += ["--num-steps", "6", "--log-every", "2"]
 
 

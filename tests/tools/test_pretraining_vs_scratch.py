@@ -6,6 +6,7 @@ import pretrain
 import pytest
 from dev import pretraining_vs_scratch
 from dev.wikitext_sections import KINDS, sample, section_rows
+from support.runs import SMALL_SIZES
 
 from gluon_bert.errors import InputError
 
@@ -75,20 +76,7 @@ def test_wikitext_has_all_kinds_in_both_files(wikitext):
 
 @pytest.mark.slow
 def test_study_prints_and_writes_its_results(corpus, tmp_path, capsys):
-    small = [
-        "--preset",
-        "d2l",
-        "--units",
-        "16",
-        "--ffn-units",
-        "32",
-        "--max-seq-length",
-        "16",
-        "--batch-size",
-        "16",
-        "--num-steps",
-        "2",
-    ]
+    small = [*SMALL_SIZES, "--batch-size", "16", "--num-steps", "2"]
     flags = ["--corpus", str(corpus / "wiki.train.tokens"), "--min-freq", "1"]
     assert pretrain.main([*small, *flags, "--output", str(tmp_path / "run")]) == 0
     command = [str(tmp_path / "run"), "--corpus", str(corpus), "--sizes", "16", "48", "--seeds", "2"]

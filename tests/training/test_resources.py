@@ -13,6 +13,7 @@ import pretrain
 import pytest
 from conftest import ROOT
 from support.compiled_operators import VARIANTS
+from support.runs import SMALL_SIZES
 
 from gluon_bert import checkpoint, run, system
 from gluon_bert.data.loader import load_pretraining_data
@@ -23,20 +24,7 @@ from gluon_bert.system import machine_memory
 from gluon_bert.training import resources as plans
 from gluon_bert.training.resources import check_memory, estimate_resources, flops_per_pair, max_masked
 
-SMALL = [
-    "--preset",
-    "d2l",
-    "--units",
-    "16",
-    "--ffn-units",
-    "32",
-    "--max-seq-length",
-    "16",
-    "--batch-size",
-    "64",
-    "--num-steps",
-    "2",
-]
+SMALL = [*SMALL_SIZES, "--batch-size", "64", "--num-steps", "2"]
 LARGE = preset("bert-large").replace(max_seq_length=512)
 CPU = [SimpleNamespace(device_type="cpu")]
 
