@@ -62,7 +62,7 @@ class Communicator:
 
     def sum_values(self, values: np.ndarray) -> np.ndarray:
         """Return the sum of float64 values over all workers, added in rank order. Waits for all workers."""
-        values = np.ascontiguousarray(values, dtype=np.float64)
+        values = np.asarray(values, dtype=np.float64, order="C")
         rows = [np.frombuffer(row).reshape(values.shape) for row in self.all_gather(values.tobytes())]
         return np.sum(rows, axis=0)
 

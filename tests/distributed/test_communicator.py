@@ -118,3 +118,8 @@ def test_ranks_differing_from_root_are_returned():
     assert RecordingCommunicator(root).ranks_differing_from_root("a") == []
     assert RecordingCommunicator(root).ranks_differing_from_root("b") == [1]
     assert Communicator().ranks_differing_from_root("a") == []
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)])
+def test_sum_values_keeps_the_shape(shape):
+    assert np.shape(Communicator().sum_values(np.ones(shape))) == shape
