@@ -388,8 +388,8 @@ class FineTuneConfig:
     max_seq_length: int = option(0, "maximum length of a text in tokens; 0: as in pretraining", at_least=0)
     best_metric: str = option(
         "auto",
-        "metric that chooses the best epoch; auto: accuracy of classes, Pearson correlation of scores, F1 of "
-        "entities and answers",
+        "metric that chooses the best epoch; auto: accuracy of classes and plain tags, Pearson correlation "
+        "of scores, F1 of entities and answers",
         choices=(
             *("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse"),
             *("precision", "recall", "exact_match"),

@@ -112,8 +112,8 @@ class Run:
     def predict(self, texts: Iterable[Text]) -> list[dict[str, Any]]:
         """Return what a fine-tuned network predicts of each text, as its task's result has it in JSON.
 
-        {"label", "probabilities"} of classes, {"score"}, {"words", "tags", "entities"}, or {"answer",
-        "start", "end", "score"} of a pair of a question and its context.
+        {"label", "probabilities"} of classes, {"score"}, {"words", "tags", "entities"} of words, or
+        {"answer", "start", "end", "score"} of a pair of a question and its context.
         """
         inputs = (task_input(self.task, self.reader, *_pair(each)) for each in texts)
         return [result.to_json() for result in predict_tasks(Predictor.of(self), inputs)]

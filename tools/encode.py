@@ -221,6 +221,10 @@ def result_lines(line: Any, content: dict[str, Any]) -> str:
     if "answer" in content:
         place = f"({content['start']} to {content['end']})" if content["answer"] else ""
         shown.append(f"  {content['score']:8.4f}  {content['answer'] or 'no answer'} {place}")
+    if "tags" in content and "entities" not in content:
+        text, names = line.given[0], ("probabilities", "tags", "starts", "ends")
+        for probability, tag, start, end in zip(*(content[name] for name in names)):
+            shown.append(f"  {probability:8.4f}  {tag}  {text[start:end]}")
     for entity in content.get("entities", []):
         place = f"({entity['start']} to {entity['end']})"
         shown.append(f"  {entity['probability']:8.4f}  {entity['type']}  {entity['text']} {place}")

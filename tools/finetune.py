@@ -36,7 +36,7 @@ examples:
 RUN is the folder of a pretraining run or of converted weights. The training file defines the task:
 
   .tsv, .csv, .jsonl    a table of texts, or of pairs, with classes or scores
-  .conll, .bio, .iob2   one token per line with its BIO tag, a blank line between sentences
+  .conll, .bio, .iob2   one token per line with its tag, a blank line between sentences
   .jsonl                the same as one object per line with "tokens" and "labels"
   .json                 a SQuAD file, version 1.1 or 2.0: questions, contexts and answers
 

@@ -14,7 +14,7 @@ from ..data.wordpiece import WordPieceVocabulary
 from ..errors import InputError
 from ..fileio import atomic_folder, atomic_write, read_json, write_json
 from ..model.parameters import weights_of
-from ..model.task import BIO_TAG, Task
+from ..model.task import Task
 from ..run import Run
 from .converter import ConvertedModel, to_foreign_names, to_own_names, untrained_note
 from .sentence_transformers import SentenceFolder, pooling_files, read_sentence_folder
@@ -281,7 +281,7 @@ def _task(
     named = architectures if isinstance(architectures, list) else []
     if named != ["BertForSequenceClassification"] or _CLASSIFIER not in arrays:
         if pairs is None and named == ["BertForTokenClassification"] and _CLASSIFIER in arrays:
-            return _tagging_task(settings, len(arrays[_CLASSIFIER]), path)
+            return _tagging_task(settings, len(arrays[_CLASSIFIER]), path, notes)
         if pairs is None and named == ["BertForQuestionAnswering"] and _SPANS in arrays:
             return Task("question-answering", pairs=True, no_answer=_may_lack_answers(settings))
         if pairs is not None:
@@ -311,14 +311,14 @@ def _labels(settings: Mapping[str, Any], outputs: int, path: Path) -> tuple[str,
     return tuple(str(labels[str(i)]) for i in range(outputs))
 
 
-def _tagging_task(settings: Mapping[str, Any], outputs: int, path: Path) -> Task:
+def _tagging_task(settings: Mapping[str, Any], outputs: int, path: Path, notes: list[str]) -> Task:
     labels = _labels(settings, outputs, path)
-    wrong = [label for label in labels if not BIO_TAG.fullmatch(label)]
-    if wrong or outputs < 2:
-        raise InputError(
-            f"{path}: id2label must have BIO tags: O, B-TYPE and I-TYPE, got {' '.join(wrong or labels)}"
-        )
-    return Task("tagging", pairs=False, labels=labels)
+    if outputs < 2:
+        raise InputError(f"{path}: id2label must have two labels at least, got {' '.join(labels)}")
+    task = Task("tagging", pairs=False, labels=labels)
+    if not task.has_entities:
+        notes.append("the labels are not BIO tags: every word gets one of them, without entities")
+    return task
 
 
 def _may_lack_answers(settings: Mapping[str, Any]) -> bool:

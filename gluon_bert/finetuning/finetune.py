@@ -150,7 +150,7 @@ def _check_run(before: Run, config: FineTuneConfig) -> None:
 
 def check_metric(config: FineTuneConfig, task: Task) -> None:
     """Raise InputError if `best_metric` is not a metric of this kind of task."""
-    allowed = metrics.METRICS_BY_TASK[task.kind]
+    allowed = metrics.metrics_of(task)
     if config.best_metric not in ("auto", *allowed):
         raise InputError(
             f"best_metric must be {', '.join(allowed)} for {task.kind}, got {config.best_metric}"
@@ -216,7 +216,7 @@ def task_trainer(
     callbacks: Iterable[Callback] = (),
 ) -> Trainer:
     """Return a trainer with the loss and the best metric of the network's task."""
-    best = config.best_metric if config.best_metric != "auto" else metrics.METRICS_BY_TASK[net.task.kind][0]
+    best = config.best_metric if config.best_metric != "auto" else metrics.metrics_of(net.task)[0]
     mode = "min" if best in metrics.SMALLER else "max"
     return Trainer(net, recipe, devices, loss=task_loss, callbacks=callbacks, monitor=best, mode=mode)
 
@@ -254,7 +254,9 @@ def describe(task: Task, data: Mapping[str, Examples]) -> str:
     what = {
         "classification": f"{len(task.labels)} classes",
         "regression": "a score",
-        "tagging": f"tags of {len(task.labels) // 2} types of entities",
+        "tagging": f"tags of {len(task.labels) // 2} types of entities"
+        if task.has_entities
+        else f"{len(task.labels)} tags",
         "question-answering": "answers in contexts",
     }[task.kind]
     texts = "" if task.scores_tokens else " of pairs of texts" if task.pairs else " of single texts"

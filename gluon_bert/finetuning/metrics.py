@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from typing import Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 
-from ..inference.tagging import entities
+from ..inference.tagging import Entity, entities
+from ..model.task import Task
 
 # Which of them fit a task, the first deciding which checkpoint is the best unless another is asked for.
 METRICS_BY_TASK = {
@@ -18,8 +19,16 @@ METRICS_BY_TASK = {
     "tagging": ("f1", "precision", "recall", "accuracy"),
     "question-answering": ("f1", "exact_match"),
 }
+# Those of plain tags, which make no entities.
+_PLAIN_TAGS = ("accuracy", "f1")
 # Of these the smaller is the better.
 SMALLER = ("mse",)
+
+
+def metrics_of(task: Task) -> tuple[str, ...]:
+    """Return the metrics of a task, the first of which decides by default."""
+    plain = task.kind == "tagging" and not task.has_entities
+    return _PLAIN_TAGS if plain else METRICS_BY_TASK[task.kind]
 
 
 def classification_metrics(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, float]:
@@ -60,29 +69,52 @@ def entity_metrics(expected: Sequence[Sequence[str]], predicted: Sequence[Sequen
     expected, predicted: tags of each sentence. An entity is right if its type and all its words are. These
     are seqeval's micro averages; 0 where it is 0 divided by 0.
     """
-    by_type = _counted(expected, predicted)
+    by_type = _counted(expected, predicted, entities)
     found = _ratios(*np.sum(list(by_type.values()), axis=0)) if by_type else _ratios(0, 0, 0)
-    pairs = [pair for sentence in zip(expected, predicted) for pair in zip(*sentence)]
-    accuracy = sum(one == other for one, other in pairs) / len(pairs)
+    accuracy = _accuracy(expected, predicted)
     return {**{name: found[name] for name in ("f1", "precision", "recall")}, "accuracy": accuracy}
 
 
-def entity_metrics_by_type(
+def plain_tag_metrics(
     expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Return the accuracy of plain tags, and the mean of F1 over the tags that occur in either."""
+    by_tag = tag_metrics_by_type(expected, predicted, has_entities=False)
+    f1 = float(np.mean([its["f1"] for its in by_tag.values()]))
+    return {"accuracy": _accuracy(expected, predicted), "f1": f1}
+
+
+def _accuracy(expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> float:
+    pairs = [pair for sentence in zip(expected, predicted) for pair in zip(*sentence)]
+    return sum(one == other for one, other in pairs) / len(pairs)
+
+
+def tag_metrics_by_type(
+    expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], has_entities: bool = True
 ) -> dict[str, dict[str, float]]:
-    """Return precision, recall and F1 of each type, and the number of expected entities."""
-    return {type_: _ratios(*counts) for type_, counts in sorted(_counted(expected, predicted).items())}
+    """Return precision, recall and F1 of each type of entity or plain tag, and the number expected."""
+    counted = _counted(expected, predicted, entities if has_entities else _words)
+    return {type_: _ratios(*counts) for type_, counts in sorted(counted.items())}
+
+
+def _words(tags: Sequence[str]) -> list[Entity]:
+    return [Entity(tag, place, place + 1) for place, tag in enumerate(tags)]
 
 
 def _counted(
-    expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+    expected: Sequence[Sequence[str]],
+    predicted: Sequence[Sequence[str]],
+    found_in: Callable[[Sequence[str]], list[Entity]],
 ) -> dict[str, tuple[int, int, int]]:
-    """Return for each type how many entities were right, predicted and expected."""
+    """Return for each type how many entities were right, predicted and expected.
+
+    found_in: returns the entities of a sentence's tags.
+    """
     right: Counter[str] = Counter()
     said: Counter[str] = Counter()
     true: Counter[str] = Counter()
     for tags, predicted_tags in zip(expected, predicted):
-        ours, theirs = set(entities(tags)), set(entities(predicted_tags))
+        ours, theirs = set(found_in(tags)), set(found_in(predicted_tags))
         right.update(entity.type for entity in ours & theirs)
         said.update(entity.type for entity in theirs)
         true.update(entity.type for entity in ours)

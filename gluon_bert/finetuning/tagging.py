@@ -15,9 +15,9 @@ from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..fileio import SURROGATE
 from ..inference.tagging import OUTSIDE, TaggedText, TextToTag, entities
-from ..model.task import BIO_TAG, Task
+from ..model.task import BIO_TAG, Task, are_bio_tags
 from .dataset import Examples, TaskBatch, TaskFiles
-from .metrics import entity_metrics, entity_metrics_by_type
+from .metrics import entity_metrics, plain_tag_metrics, tag_metrics_by_type
 from .tables import first_lines, text_lines
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,9 @@ def read_tagged(path: Path, flag: str, labels_needed: bool = True) -> list[Tagge
     """Read sentences of tagged tokens. Raise InputError, which names the lines that are wrong, ten at most.
 
     A CoNLL file has a token a line, with its tag in the last column, and a blank line between sentences. A
-    JSONL file has an object a line, with `tokens` and `labels`. The tags are BIO: O, B-TYPE and I-TYPE, where
-    I-TYPE follows B-TYPE or I-TYPE. labels_needed: False takes a file without tags as well.
+    JSONL file has an object a line, with `tokens` and `labels`. If a tag begins with B- or I-, the tags are
+    BIO: O, B-TYPE and I-TYPE, where I-TYPE follows B-TYPE or I-TYPE. Else they are plain labels.
+    labels_needed: False takes a file without tags as well.
     """
     if path.suffix.lower() not in (*CONLL_ENDINGS, ".jsonl"):
         raise InputError(f"{flag} {path}: must end in {', '.join(CONLL_ENDINGS)} or .jsonl for tagging")
@@ -55,7 +56,9 @@ def read_tagged(path: Path, flag: str, labels_needed: bool = True) -> list[Tagge
             problems.append(row)
         else:
             rows.append(row)
-            problems += _problems(row, labels_needed)
+    is_bio = any(tag.startswith(("B-", "I-")) for row in rows for tag in row.tags or ())
+    for row in rows:
+        problems += _problems(row, labels_needed, is_bio)
     if problems:
         raise InputError("\n".join(first_lines(problems, str(path))))
     if not rows:
@@ -111,14 +114,14 @@ def _json_rows(path: Path, lines: Sequence[str]) -> Iterator[TaggedRow | str]:
             yield f"{where}: must have a token at least, got none"
         else:
             places = tuple(f"{where}, token {place}" for place in range(1, len(tokens) + 1))
-            yield TaggedRow(places, tuple(tokens), None if tags is None else tuple(tags))
+            yield TaggedRow(places, tuple(tokens), None if tags is None else tuple(map(str.strip, tags)))
 
 
 def _are_strings(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
-def _problems(row: TaggedRow, labels_needed: bool) -> Iterator[str]:
+def _problems(row: TaggedRow, labels_needed: bool, is_bio: bool) -> Iterator[str]:
     """Yield a sentence for every token or tag of a row that is wrong."""
     for where, token in zip(row.where, row.tokens):
         if not token.strip():
@@ -132,9 +135,13 @@ def _problems(row: TaggedRow, labels_needed: bool) -> Iterator[str]:
     before = ""
     for where, tag in zip(row.where, row.tags):
         type_ = tag[2:]
-        if not BIO_TAG.fullmatch(tag):
-            yield f"{where}: the tag must be O, B-TYPE or I-TYPE, got {tag!r}"
-        elif tag[0] == "I" and before not in (f"B-{type_}", tag):
+        if not tag:
+            yield f"{where}: the tag must not be empty"
+        elif SURROGATE.search(tag):
+            yield f"{where}: the tag holds half a surrogate pair, which is not a character"
+        elif is_bio and not BIO_TAG.fullmatch(tag):
+            yield f"{where}: the tag must be O, B-TYPE or I-TYPE, as others of the file are, got {tag!r}"
+        elif is_bio and tag[0] == "I" and before not in (f"B-{type_}", tag):
             behind = f"got it behind {before!r}" if before else "got it first"
             yield f"{where}: {tag!r} must follow 'B-{type_}' or {tag!r}, {behind}. Write 'B-{type_}'."
         before = tag
@@ -162,12 +169,15 @@ class TaggedExamples(Examples):
         return padded
 
     def metrics(self, results: Sequence[TaggedText]) -> dict[str, float]:
-        return entity_metrics([row.tags for row in self.rows], [result.tags for result in results])
+        of_tags = entity_metrics if self.task.has_entities else plain_tag_metrics
+        return of_tags([row.tags for row in self.rows], [result.tags for result in results])
 
     def details(self, results: Sequence[TaggedText]) -> list[str]:
-        found = entity_metrics_by_type([row.tags for row in self.rows], [result.tags for result in results])
-        width = max(map(len, [*found, "entity"]))
-        lines = [f"{'entity':{width}}  precision  recall      f1  number"]
+        has_entities, name = self.task.has_entities, "entity" if self.task.has_entities else "tag"
+        expected, predicted = [row.tags for row in self.rows], [result.tags for result in results]
+        found = tag_metrics_by_type(expected, predicted, has_entities)
+        width = max(map(len, [*found, name]))
+        lines = [f"{name:{width}}  precision  recall      f1  number"]
         for type_, its in found.items():
             figures = f"{its['precision']:9.4f}  {its['recall']:6.4f}  {its['f1']:6.4f}"
             lines.append(f"{type_:{width}}  {figures}  {its['number']:6.0f}")
@@ -194,10 +204,11 @@ class TaggingFormat:
         }
 
     def infer_task(self, rows: Sequence[TaggedRow]) -> Task:
-        """Return the task: the tags B-TYPE and I-TYPE of every type of entity, and O."""
+        """Return the task: the tags B-TYPE and I-TYPE of every type of entity, and O; or the plain tags."""
+        tag_counts = Counter(tag for row in rows for tag in row.tags or ())
+        if not are_bio_tags(tag_counts):
+            return _plain_task(tag_counts)
         counts = Counter(entity.type for row in rows for entity in entities(row.tags or ()))
-        if not counts:
-            raise InputError(f"--train: all tags are {OUTSIDE}: there is nothing to learn")
         log.info("entities: %s", ", ".join(f"{type_} {count:,}" for type_, count in counts.most_common()))
         tags = [f"{prefix}-{type_}" for type_ in sorted(counts) for prefix in "BI"]
         return Task("tagging", pairs=False, labels=(OUTSIDE, *tags))
@@ -218,8 +229,7 @@ class TaggingFormat:
             return TaggedExamples(task, rows, inputs, None)
         numbers = {tag: number for number, tag in enumerate(task.labels)}
         unknown = [
-            f"{where}: tag {tag!r} must occur in the training file, which has the types "
-            + ", ".join(tag[2:] for tag in task.labels if tag[0] == "B")
+            f"{where}: tag {tag!r} must occur in the training file, which has {_named(task)}"
             for row in rows
             for where, tag in zip(row.where, row.tags or ())
             if tag not in numbers
@@ -232,3 +242,19 @@ class TaggingFormat:
             for target in each.targets([numbers[tag] for tag in row.tags or ()])
         ]
         return TaggedExamples(task, rows, inputs, targets)
+
+
+def _plain_task(counts: Counter[str]) -> Task:
+    """Return the task of plain tags, from how often each occurs."""
+    if len(counts) < 2:
+        (only,) = counts
+        raise InputError(f"--train: all tags are {only}: there is nothing to learn")
+    log.info("plain tags: %s", ", ".join(f"{tag} {count:,}" for tag, count in counts.most_common()))
+    return Task("tagging", pairs=False, labels=tuple(sorted(counts)))
+
+
+def _named(task: Task) -> str:
+    """Return what a training file has, for a message."""
+    if task.has_entities:
+        return "the types " + ", ".join(tag[2:] for tag in task.labels if tag[0] == "B")
+    return "the tags " + ", ".join(task.labels)

@@ -1,4 +1,4 @@
-"""Tags of words, and the entities that they make. Trains nothing."""
+"""Tags of words, and the entities that BIO tags make. Trains nothing."""
 
 from __future__ import annotations
 
@@ -48,22 +48,33 @@ def entities(tags: Iterable[str]) -> list[Entity]:
 class TaggedText:
     """A text with a tag for each of its N words.
 
-    words: (N,). tags: (N,). probabilities: (N,) float64 of the tags. text, spans: the running text and where
+    words: (N,). tags: (N,). probabilities: (N,) float64 of the tags. has_entities: whether the tags are BIO
+    tags. text, spans: the running text and where
     the words stand in it; None where the words were given.
     """
 
     words: Sequence[str]
     tags: Sequence[str]
     probabilities: np.ndarray
+    has_entities: bool
     text: str | None = None
     spans: Sequence[Span] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values: `words`, `tags`, and `entities` with the mean of their words' probabilities.
+        """Return plain values: `words`, `tags`, and `entities` or, of plain tags, their `probabilities`.
 
-        An entity has its place in characters, `start` and `end`, and its `text`. Where words were given, the
-        place is counted in words.
+        An entity has its place in characters, `start` and `end`, its `text`, and the mean of its words'
+        probabilities. Where words were given, the place is counted in words. Plain tags of running text have
+        the places of the words, `starts` and `ends`.
         """
+        content: dict[str, Any] = {"words": list(self.words), "tags": list(self.tags)}
+        if self.has_entities:
+            return {**content, "entities": self._entities()}
+        if self.spans is not None:
+            content.update(starts=[span.start for span in self.spans], ends=[span.end for span in self.spans])
+        return {**content, "probabilities": self.probabilities.tolist()}
+
+    def _entities(self) -> list[dict[str, Any]]:
         found = []
         for type_, start, end in entities(self.tags):
             entity = {"type": type_, "start": start, "end": end, "text": " ".join(self.words[start:end])}
@@ -71,7 +82,7 @@ class TaggedText:
                 span = Span(self.spans[start].start, self.spans[end - 1].end)
                 entity.update(start=span.start, end=span.end, text=self.text[span.start : span.end])
             found.append({**entity, "probability": float(self.probabilities[start:end].mean())})
-        return {"words": list(self.words), "tags": list(self.tags), "entities": found}
+        return found
 
 
 class TextToTag:
@@ -135,7 +146,7 @@ class TextToTag:
         best = scores.argmax(axis=-1)
         probabilities = softmax(scores)[np.arange(len(best)), best]
         tags = [self.task.labels[i] for i in best]
-        return TaggedText(self.words, tags, probabilities, self.text, self.spans)
+        return TaggedText(self.words, tags, probabilities, self.task.has_entities, self.text, self.spans)
 
 
 def _pieces(reader: Tokenizer, word: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Mapping
+from typing import Any, Collection, Mapping
 
 from ..errors import InputError
 
@@ -15,13 +15,23 @@ TOKEN_KINDS = ("tagging", "question-answering")
 BIO_TAG = re.compile(r"O|[BI]-\S+")
 
 
+def are_bio_tags(labels: Collection[str]) -> bool:
+    """Return whether labels are BIO tags, which make entities. Plain labels, such as NOUN, do not.
+
+    >>> are_bio_tags(["O", "B-place"]), are_bio_tags(["NOUN", "VERB"]), are_bio_tags(["O", "X"])
+    (True, False, False)
+    """
+    return any(label != "O" for label in labels) and all(map(BIO_TAG.fullmatch, labels))
+
+
 @dataclass(frozen=True)
 class Task:
     """A task: its kind, whether its texts are pairs, and what the network's scores mean.
 
     pairs: None where no file says it; single texts and pairs are then both taken. A pair of question
     answering is a question and its context.
-    labels: a classification's or a tagging's, in the order of its scores. mean, scale: a regression's; its
+    labels: a classification's or a tagging's, in the order of its scores. A tagging's are BIO tags, or plain
+    labels such as parts of speech. mean, scale: a regression's; its
     score is mean + scale * the network's output. no_answer: of question answering, whether a context may have
     no answer.
 
@@ -45,6 +55,11 @@ class Task:
     def scores_tokens(self) -> bool:
         """Whether the network scores every token."""
         return self.kind in TOKEN_KINDS
+
+    @property
+    def has_entities(self) -> bool:
+        """Whether the tags of words make entities."""
+        return self.kind == "tagging" and are_bio_tags(self.labels)
 
     @property
     def texts(self) -> int:
@@ -72,8 +87,6 @@ class Task:
             type(content["no_answer"]) is bool,
         ]
         if not all(sound) or (kind in ("classification", "tagging")) != (len(labels) >= 2):
-            raise refusal
-        if kind == "tagging" and not all(map(BIO_TAG.fullmatch, labels)):
             raise refusal
         pairs, no_answer = content["pairs"], content["no_answer"]
         return cls(kind, pairs, tuple(labels), float(mean), float(scale), no_answer)

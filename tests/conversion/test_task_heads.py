@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import convert
 import numpy as np
 import pytest
 from support.conversion import VOCAB_SIZE, WORDS, assert_bits, configured, converted
@@ -164,11 +163,31 @@ def test_task_run_is_read_by_transformers(kind, run_of, tmp_path):
     assert own_loss == pytest.approx(loss, rel=1e-5)
 
 
-def test_tagger_without_bio_tags_is_refused(run_of, tmp_path):
-    run_of("tagging")
-    converted("--from", tmp_path / "run", "--to", "huggingface", tmp_path / "theirs")
-    path = tmp_path / "theirs" / "config.json"
-    path.write_text(path.read_text().replace('"B-a"', '"NOUN"'))
-    with pytest.raises(InputError, match="id2label must have BIO tags: O, B-TYPE and I-TYPE, got NOUN"):
-        read_huggingface(tmp_path / "theirs")
-    assert convert.main(["--from", "huggingface", str(path.parent), "--to", str(tmp_path / "x")]) == 2
+@pytest.mark.parametrize("labels", [["DET", "NOUN", "VERB", "O", "B-x"], None], ids=["named", "LABEL_i"])
+def test_tagger_with_plain_labels_equals_transformers(labels, run_of, tmp_path, capsys):
+    torch, model = transformers_model("tagging", configured("small"))
+    labels = labels or [f"LABEL_{i}" for i in range(5)]
+    model.config.id2label = dict(enumerate(labels))
+    model.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, *WORDS]) + "\n")
+    converted("--from", "huggingface", tmp_path / "theirs", "--to", tmp_path / "run")
+    assert "the labels are not BIO tags" in capsys.readouterr().out
+    run = load_run(tmp_path / "run")
+    words = WORDS[:6]
+    inputs = torch.tensor([run.reader.text(" ".join(words)).ids])
+    scores = model(input_ids=inputs).logits[0, 1:-1].softmax(-1)
+    (found,) = run.predict([" ".join(words)])
+    assert found["tags"] == [labels[i] for i in scores.argmax(-1)]
+    assert found["probabilities"] == pytest.approx(scores.max(-1).values.tolist(), abs=1e-5)
+    converted("--from", tmp_path / "run", "--to", "huggingface", tmp_path / "back")
+    settings = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert list(settings["id2label"].values()) == labels
+
+
+def test_tagger_with_one_label_is_refused(run_of, tmp_path):
+    torch, model = transformers_model("tagging", configured("small"))
+    model.config.id2label = {0: "O"}
+    model.classifier = torch.nn.Linear(model.config.hidden_size, 1)
+    model.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(InputError, match="id2label must have two labels at least, got O"):
+        read_huggingface(tmp_path / "theirs", lowercase=True)

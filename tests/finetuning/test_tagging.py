@@ -18,7 +18,7 @@ from gluon_bert.data.vocab import Normalization, Vocabulary
 from gluon_bert.errors import InputError
 from gluon_bert.finetuning.dataset import ExampleLoader, TaskFiles
 from gluon_bert.finetuning.formats import task_format
-from gluon_bert.finetuning.metrics import entity_metrics, entity_metrics_by_type
+from gluon_bert.finetuning.metrics import entity_metrics, plain_tag_metrics, tag_metrics_by_type
 from gluon_bert.finetuning.tagging import TaggedRow, TaggingFormat, read_tagged
 from gluon_bert.inference.tagging import TextToTag, entities
 from gluon_bert.model.task import Task
@@ -73,7 +73,9 @@ def test_read_tagged_without_tags_is_for_test_files(written):
     [
         ("a.conll", "in\tO\nYork\n", "line 2: must have 2 columns as line 1, got 1"),
         ("a.conll", "\tO\n", "line 1: must have a token first"),
-        ("a.conll", "in\tNN\n", "line 1: the tag must be O, B-TYPE or I-TYPE, got 'NN'"),
+        ("a.conll", "in\tNN\nNew\tB-x\n", "line 1: the tag must be O, B-TYPE or I-TYPE, .*got 'NN'"),
+        ("a.jsonl", '{"tokens": ["a"], "labels": [" "]}', "line 1, token 1: the tag must not be empty"),
+        ("a.jsonl", r'{"tokens": ["a"], "labels": ["N\ud800"]}', "token 1: the tag holds half a surrogate"),
         (
             "a.conll",
             "in\tO\nYork\tI-place\n",
@@ -132,6 +134,13 @@ def test_infer_task_has_both_tags_of_each_type():
         TaggingFormat().infer_task([TaggedRow(("",), ("a",), ("O",))])
 
 
+def test_infer_task_of_plain_tags_has_each_once(written):
+    task = TaggingFormat().infer_task(read_tagged(written("a.conll", "a\tNN\nb\tVB\n\nc\tNN\n"), "--train"))
+    assert (task.labels, task.has_entities) == (("NN", "VB"), False)
+    with pytest.raises(InputError, match="'B-x' must occur in the training file, which has the tags NN, VB"):
+        TaggingFormat().examples([TaggedRow(("",), ("a",), ("B-x",))], task, tokenizer(), "--validation")
+
+
 # What the network reads
 
 
@@ -186,10 +195,21 @@ def test_entity_metrics_equal_seqeval(sentences):
         value = getattr(seqeval, function)(expected, predicted, **options)
         assert found[name] == pytest.approx(value), name
     report = seqeval.classification_report(expected, predicted, output_dict=True, zero_division=0)
-    for type_, its in entity_metrics_by_type(expected, predicted).items():
+    for type_, its in tag_metrics_by_type(expected, predicted).items():
         for ours, theirs in {"precision": "precision", "recall": "recall", "f1": "f1-score"}.items():
             assert its[ours] == pytest.approx(report[type_][theirs])
         assert its["number"] == report[type_]["support"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(sentences=SENTENCES)
+def test_plain_tag_metrics_equal_scikit_learn(sentences):
+    metrics = pytest.importorskip("sklearn.metrics", reason="needs the extra test-others")
+    expected, predicted = ([[pair[i] for pair in pairs] for pairs in sentences] for i in range(2))
+    found = plain_tag_metrics(expected, predicted)
+    flat = [[tag for tags in sentences for tag in tags] for sentences in (expected, predicted)]
+    assert found["accuracy"] == pytest.approx(metrics.accuracy_score(*flat))
+    assert found["f1"] == pytest.approx(metrics.f1_score(*flat, average="macro", zero_division=0))
 
 
 def test_entity_metrics_by_hand():
@@ -280,6 +300,28 @@ def test_finetuning_tags_learns_and_reports_entities(command, capsys):
     assert (entity["type"], text[entity["start"] : entity["end"]]) == ("animal", "The CRANE")
     assert entity["text"] == "The CRANE"
     assert 0.5 < entity["probability"] <= 1
+
+
+def test_finetuning_plain_tags_learns_and_reports_tags(command, tmp_path, capsys):
+    for name, seed in (("train", 1), ("dev", 2)):
+        text = conll(64, seed).replace("B-animal", "DET").replace("I-animal", "NOUN").replace("\tO", "\tX")
+        (tmp_path / f"{name}.conll").write_text(text, "utf-8")
+    status, folder = command("--epochs", "8", "--train", str(tmp_path / "train.conll"))
+    assert status == 0
+    shown = capsys.readouterr()
+    assert "3 tags: 64 sentences in --train" in shown.err
+    assert "tag   precision  recall      f1  number\nDET " in shown.out
+    run = gb.load_run(folder, checkpoint="best")
+    assert run.metrics["validation"]["accuracy"] > 0.9
+    text = "the CRANE"
+    (found,) = run.predict([text])
+    assert found["tags"] == ["DET", "NOUN"]
+    assert [text[i:j] for i, j in zip(found["starts"], found["ends"])] == ["the", "CRANE"]
+    assert "entities" not in found and all(0.5 < p <= 1 for p in found["probabilities"])
+    assert encode.main([str(folder), text, "--checkpoint", "best"]) == 0
+    assert "NOUN  CRANE" in capsys.readouterr().out
+    assert command("--best-metric", "recall", name="other")[0] == 2
+    assert "must be accuracy, f1 for tagging, got recall" in capsys.readouterr().err
 
 
 def test_finetuning_tags_with_unknown_tag_fails(command, tmp_path, capsys):
