@@ -41,7 +41,7 @@ def gluon_trainer(
     )
     if config.optimizer == "muon":
         optimizer.momentum = config.momentum
-    elif any(context.device_type == "gpu" for p in parameters.values() for context in p.list_ctx()):
+    elif any(_takes_lists(context) for p in parameters.values() for context in p.list_ctx()):
         optimizer.aggregate_num = MOST_AT_ONCE
     trainer = mx.gluon.Trainer(parameters, optimizer, kvstore=kvstore, update_on_kvstore=False)
     if config.optimizer == "muon":
@@ -122,11 +122,13 @@ def mark_undecayed(parameters: Mapping[str, Any]) -> None:
         parameter.wd_mult = 0.0 if name.endswith(UNDECAYED) else 1.0
 
 
-class _WithMoments(mx.optimizer.Optimizer):
-    """Optimizers with running means m of the gradient and v of its square, which begin at zero.
+def _takes_lists(context: Any) -> bool:
+    """Return whether an operator for many parameters is faster here than one for each."""
+    return context.device_type == "gpu"
 
-    `update` gets one parameter, or lists of up to `aggregate_num` parameters.
-    """
+
+class _WithMoments(mx.optimizer.Optimizer):
+    """Optimizers with running means m of the gradient and v of its square, which begin at zero."""
 
     def __init__(self, beta1: float, beta2: float, epsilon: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -150,6 +152,17 @@ class _WithMoments(mx.optimizer.Optimizer):
         """Return whether `update` multiplies gradients by `factor`. Else the caller must."""
         return False
 
+    def update(self, index: Any, weight: Any, gradient: Any, state: Any) -> None:
+        """Make one step of one parameter, or of lists of up to `aggregate_num` parameters."""
+        self._update_count(index)
+        if not isinstance(index, (list, tuple)):
+            index, weight, gradient, state = [index], [weight], [gradient], [state]
+        self._step_all(index, weight, gradient, state)
+
+    def _step_all(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
+        """Make one step of parameters of one context, whose updates are counted already."""
+        raise NotImplementedError
+
 
 class BERTAdam(_WithMoments):
     """The optimizer of Devlin et al.'s code (optimization.py), and gluonnlp's of the same name.
@@ -162,19 +175,17 @@ class BERTAdam(_WithMoments):
         """Return whether `update` multiplies gradients by `factor`: the compiled operator does."""
         return ops.compiled(contexts)
 
-    def update(self, index: Any, weight: Any, gradient: Any, state: Any) -> None:
-        """Make one step of one parameter, or of lists of them."""
-        self._update_count(index)
-        several = isinstance(index, (list, tuple))
-        if ops.compiled([(weight[0] if several else weight).context]):
-            for each in (
-                zip(index, weight, gradient, state) if several else [(index, weight, gradient, state)]
-            ):
-                self._compiled_step(*each)
-        elif several:
-            self._step_together(index, weight, gradient, state)
+    def _step_all(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
+        """Step parameters by the operators that take the least time on their context."""
+        context = weights[0].context
+        if _takes_lists(context):
+            for start in range(0, len(indices), MOST_AT_ONCE):
+                some = slice(start, start + MOST_AT_ONCE)
+                self._step_together(indices[some], weights[some], gradients[some], states[some])
         else:
-            self._step(index, weight, gradient, state)
+            step = self._compiled_step if ops.compiled([context]) else self._step
+            for each in zip(indices, weights, gradients, states):
+                step(*each)
 
     def _factors(self, count: int) -> tuple[float, float]:
         """Return the factor of m and the epsilon of a step."""
@@ -292,18 +303,15 @@ class LAMB(_WithMoments):
     step of BERT-base's embedding 11 % too long.
     """
 
-    def update(self, index: Any, weight: Any, gradient: Any, state: Any) -> None:
-        """Make one step of one parameter, or of lists of them."""
-        self._update_count(index)
-        if not isinstance(index, (list, tuple)):
-            index, weight, gradient, state = [index], [weight], [gradient], [state]
-        is_finite = self.is_finite.get(weight[0].context)
+    def _step_all(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
+        """Make one step of these parameters."""
+        is_finite = self.is_finite.get(weights[0].context)
         made = None if is_finite is None else is_finite == is_finite  # NaN is not
-        directions = [self._direction(*each, made) for each in zip(index, weight, gradient, state)]
-        norms, lengths = squared_norms(weight).sqrt(), squared_norms(directions).sqrt()
-        for i, (array, direction) in enumerate(zip(weight, directions)):
+        directions = [self._direction(*each, made) for each in zip(indices, weights, gradients, states)]
+        norms, lengths = squared_norms(weights).sqrt(), squared_norms(directions).sqrt()
+        for i, (array, direction) in enumerate(zip(weights, directions)):
             ratio = norms[i : i + 1], lengths[i : i + 1]
-            mx.nd.lamb_update_phase2(array, direction, *ratio, lr=self._get_lr(index[i]), out=array)
+            mx.nd.lamb_update_phase2(array, direction, *ratio, lr=self._get_lr(indices[i]), out=array)
 
     def _direction(self, index: int, weight: Any, gradient: Any, state: Any, made: Any) -> Any:
         """r of one parameter, and its new means; zero, and the old means, where `made` is 0."""
@@ -347,41 +355,32 @@ class Muon(AdamW):
         # `update` gets all parameters at once, so that matrices of one shape are multiplied together.
         self.aggregate_num = 1_000_000
 
-    def scales(self, contexts: Sequence[Any]) -> bool:
-        """Return whether `update` multiplies gradients by `factor`: not those of matrices."""
-        return False
-
     def state_names(self, index: int) -> tuple[str, ...]:
         """Return the names of what is kept of one parameter, in the order of its state."""
         return ("momentum",) if index in self.matrices else super().state_names(index)
 
-    def update(self, index: Any, weight: Any, gradient: Any, state: Any) -> None:
-        """Make one step of one parameter, or of lists of them."""
-        self._update_count(index)
-        if not isinstance(index, (list, tuple)):
-            index, weight, gradient, state = [index], [weight], [gradient], [state]
+    def _step_all(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
+        """Step the matrices of each shape together, and all other parameters as AdamW does."""
         by_shape: dict[tuple[int, ...], list[Any]] = {}
         others = []
-        for each in zip(index, weight, gradient, state):
+        for each in zip(indices, weights, gradients, states):
             if each[0] in self.matrices:
                 by_shape.setdefault(each[1].shape, []).append(each)
             else:
                 others.append(each)
         for matrices in by_shape.values():
             self._step_matrices(*zip(*matrices))
-        if weight[0].context.device_type == "gpu":
-            for start in range(0, len(others), MOST_AT_ONCE):
-                self._step_together(*zip(*others[start : start + MOST_AT_ONCE]))
-        else:
-            for each in others:
-                self._step(*each)
+        if others:
+            super()._step_all(*zip(*others))
 
     def _step_matrices(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
         """Make one step of matrices of one shape."""
-        is_finite = self.is_finite.get(weights[0].context)
+        context = weights[0].context
+        is_finite = self.is_finite.get(context)
+        factor = self.factor.get(context, self._one(context)).reshape((1, 1))
         directions = []
         for gradient, (momentum,) in zip(gradients, states):
-            scaled = self.rescale_grad * gradient
+            scaled = mx.nd.broadcast_mul(gradient, factor)
             new = self.momentum * momentum + scaled
             directions.append(scaled + self.momentum * new)
             _set_where(is_finite, momentum, new)

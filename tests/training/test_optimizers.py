@@ -14,6 +14,7 @@ from gluon_bert.model.parameters import named_parameters
 from gluon_bert.model.relative_position import RelativeBias
 from gluon_bert.presets import PRESETS
 from gluon_bert.runtime import mx
+from gluon_bert.training import optimizers
 from gluon_bert.training.optimizers import (
     OPTIMIZERS,
     clip_factors,
@@ -352,7 +353,7 @@ def test_clip_norm_nonfinite_marks_all_gradients(value):
 
 
 @pytest.mark.parametrize("usable", [None, 1.0, math.nan])
-@pytest.mark.parametrize("name", ["adam", "adamw", "bertadam"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "bertadam", "muon"])
 def test_compiled_step_equals_mxnets(name, usable, monkeypatch):
     if not ops.compiled([mx.cpu()]):
         pytest.skip(f"the operators are {ops.describe()}")
@@ -362,6 +363,8 @@ def test_compiled_step_equals_mxnets(name, usable, monkeypatch):
     for compiled in (True, False):
         monkeypatch.setattr(ops, "compiled", lambda _, compiled=compiled: compiled)
         optimizer = OPTIMIZERS[name](learning_rate=0.1, wd=0.01, beta1=0.9, beta2=0.99, epsilon=1e-6)
+        if name == "muon":
+            optimizer.matrices = frozenset({0})
         if usable is not None:
             optimizer.is_finite = {mx.cpu(0): mx.nd.array([usable])}
         updater, weight = mx.optimizer.get_updater(optimizer), mx.nd.array(start)
@@ -403,12 +406,13 @@ def weight_after_a_step(updater):
     return weight.asnumpy()
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "bertadam", "lamb"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "bertadam", "lamb", "muon"])
 @pytest.mark.parametrize("usable", [None, 1.0, math.nan])
 def test_optimizer_lists_equal_single_parameters(name, usable, monkeypatch):
     monkeypatch.setattr(ops, "compiled", lambda _: False)  # which takes one at a time
     found = []
     for at_once in (0, 2):
+        monkeypatch.setattr(optimizers, "_takes_lists", lambda _, lists=at_once > 0: lists)
         rng = np.random.default_rng(0)
         optimizer = OPTIMIZERS[name](learning_rate=0.1, wd=0.01, beta1=0.9, beta2=0.99, epsilon=1e-6)
         optimizer.aggregate_num = at_once
