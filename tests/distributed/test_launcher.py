@@ -47,6 +47,17 @@ def test_two_workers_match_one_process(one_process, two):
 
 
 @pytest.mark.workers
+def test_two_workers_with_muon_match_one_process(folder, launch_job, pretrain_command):
+    # A key's bias has no gradient but rounding errors, of which AdamW makes steps with a smaller epsilon.
+    muon = ["--optimizer", "muon", "--weight-decay", "0.1", "--epsilon", "1e-6"]
+    alone = ["--corpus", str(folder / "text.txt"), "--output", str(folder / "muon-alone")]
+    assert pretrain.main([*SMALL, *muon, *alone]) == 0
+    status, printed = launch_job("-n", "2", "-s", "1", *pretrain_command("muon", *muon)).wait()
+    assert status == 0 and "are not those of worker 0" not in printed
+    assert_close(folder / "muon", folder / "muon-alone", 1e-4)
+
+
+@pytest.mark.workers
 def test_two_workers_over_ssh_match_one_process(one_process, folder, launch_job, pretrain_command, tmp_path):
     """Each worker has two contexts; there are two servers."""
     (tmp_path / "hosts").write_text("localhost  # twice\n\nme@localhost\n")

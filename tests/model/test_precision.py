@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import sys
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -245,6 +246,22 @@ def test_fp16_clipped_steps_match_one_context_and_fp32(data, half, num_contexts,
     assert_near(one, exact, 0.05)
     assert_near(many, exact, 0.05)
     assert_near(many, one, 0.05)
+
+
+def test_fp16_skipped_muon_steps_match_one_context(data, half):
+    def after(num_contexts, **changes):
+        recipe = {"optimizer": "muon", "clip_norm": 0.1, "weight_decay": 0.01, **HALF, **changes}
+        made = scaled(trainer_on(num_contexts, data, BERT, **recipe), LARGEST)
+        for batch in islice(data.train.batches(), 20):
+            made.step(batch)
+        return made
+
+    # In parts, since the gradients that float16 must hold are those of as many pairs as a context has.
+    one, two = after(1, micro_batch=4), after(2)
+    scale = one.state.scale.to_json()
+    assert scale["value"] < LARGEST and scale["good"] > 0
+    assert two.state.scale.to_json() == scale
+    assert_near(state_of(two), state_of(one), 1e-3)
 
 
 @pytest.mark.parametrize("model", [MODEL, BERT], ids=["d2l", "bert"])

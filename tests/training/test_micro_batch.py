@@ -85,8 +85,9 @@ def test_gradient_of_micro_batches_is_that_of_batch(data, operators, model, micr
 
 
 @pytest.mark.parametrize("num_contexts", [1, 2])
-def test_clipped_micro_batch_steps_give_same_weights(data, operators, num_contexts):
-    recipe = {"optimizer": "bertadam", "clip_norm": 0.1, "weight_decay": 0.01, "warmup_ratio": 0.3}
+@pytest.mark.parametrize("optimizer", ["bertadam", "muon"])
+def test_clipped_micro_batch_steps_give_same_weights(data, operators, optimizer, num_contexts):
+    recipe = {"optimizer": optimizer, "clip_norm": 0.1, "weight_decay": 0.01, "warmup_ratio": 0.3}
     whole = weights_after(data, 6, **recipe)
     parts = weights_after(data, 6, num_contexts, micro_batch=3, recompute=True, **recipe)
     for name, value in parts.items():
