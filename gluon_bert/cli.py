@@ -220,7 +220,9 @@ def run_command(body: Callable[[], int], name: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files and texts may hold what UTF-8 cannot
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_FlagsFormatter())
     try:
         with _terminated_by_exception():
             return body()
@@ -250,17 +252,39 @@ def run_command(body: Callable[[], int], name: str) -> int:
 # Options of the library that are not fields of a configuration.
 _OPTIONS = (
     *("step_timeout", "profile", "ignore_memory_estimate", "kvstore", "operators", "resume", "output"),
-    *("gpus", "cpus", "preset", "checkpoint", "input", "text", "label", "header", "quoting", "task"),
-    *("train", "test", "max_error", "format", "management_port", "port", "tensorboard"),
-    *("workers", "max_batch_delay", "threads"),
+    *(
+        "gpus",
+        "cpus",
+        "preset",
+        "checkpoint",
+        "input",
+        "text_columns",
+        "text_file",
+        "label",
+        "header",
+        "quoting",
+        "task",
+    ),
+    *("train", "validation", "test", "max_error", "format", "management_port", "port", "tensorboard"),
+    *("workers", "server_workers", "max_batch_delay", "threads"),
 )
+
+# Those that name a file, whose errors read `name PATH: ...`.
+_FILES = ("train", "validation", "test", "hostfile")
+
+
+class _FlagsFormatter(logging.Formatter):
+    """Formats a message of the library with flags in place of the names of options."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return with_flags(super().format(record))
 
 
 def with_flags(message: str) -> str:
     """Return an error message of the library with flags in place of the names of options.
 
     A name becomes a flag in `name=value`, in a list of names, if it has an underscore, and at the beginning
-    of a line. Lines about a JSON file stay as they are.
+    of a line: before a verb, or if it names a file. Lines about a JSON file stay as they are.
 
     >>> with_flags('lr must be above 0, got -1. Or use recompute=True and tokenizer="wordpiece".')
     '--lr must be above 0, got -1. Or use --recompute and --tokenizer wordpiece.'
@@ -276,6 +300,7 @@ def _with_flags(line: str) -> str:
     line = re.sub(rf"\b({names})={value}", lambda m: _flag_with(m[1], m[2].strip("\"'")), line)
     subjects = rf"^(?:(?:{names})(?:, | and ))*(?:{names})(?= (?:must|has|have|cannot|and) )"
     line = re.sub(subjects, lambda m: re.sub(r"\b(?!and\b)\w+", lambda n: flag_name(n[0]), m[0]), line)
+    line = re.sub(rf"^({'|'.join(_FILES)})(?=: | .*: )", lambda m: flag_name(m[1]), line)
     listed = rf"(?<![\w.-])(?:{names})(?:, (?:{names}))+\b"
     line = re.sub(listed, lambda m: ", ".join(map(flag_name, m[0].split(", "))), line)
     spaced = "|".join(name for name in names.split("|") if "_" in name)

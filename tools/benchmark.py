@@ -53,7 +53,7 @@ baselines:
 
 PREPARE = """\
 baselines (a new process each time):
-  workers-N     this package with --preprocessing-workers N, for each N of --workers
+  workers-N     this package with N processes, for each N of --preprocessing-workers
   cached        this package with its cache of an earlier run
   d2l           the code of Dive into Deep Learning
 The table shows seconds without the start of Python, MB per second, and the peak memory of a process.
@@ -153,7 +153,9 @@ def add_encode_flags(p: argparse.ArgumentParser) -> None:
 def add_prepare_flags(p: argparse.ArgumentParser) -> None:
     """Add the flags of `prepare`."""
     add_corpus_flag(p)
-    p.add_argument("--workers", default="0", metavar="N[,N...]", help="numbers of processes to measure (0)")
+    p.add_argument(
+        "--preprocessing-workers", default="0", metavar="N[,N...]", help="numbers of processes to measure (0)"
+    )
     p.add_argument(
         "--megabytes",
         type=int,

@@ -13,7 +13,7 @@ EXAMPLES = """\
 examples:
   python tools/export.py runs/d2l-1 --format mxnet --outputs encoder
   python tools/export.py runs/d2l-1 --format mar && python tools/serve.py runs/d2l-1/export/mar
-  python tools/export.py runs/d2l-1 --format onnx --text my_sentences.txt
+  python tools/export.py runs/d2l-1 --format onnx --text-file my_sentences.txt
 
 formats:
   mxnet   bert-symbol.json and bert-0000.params, for gluon.SymbolBlock.imports and mx.mod.Module
@@ -51,7 +51,10 @@ def parser() -> argparse.ArgumentParser:
     add_checkpoint_flag(p)
     validation = p.add_argument_group("onnx, onnx-int8, int8 and bf16 are compared on text")
     validation.add_argument(
-        "--text", type=Path, metavar="FILE", help="a text a line (the validation text of the run's corpus)"
+        "--text-file",
+        type=Path,
+        metavar="FILE",
+        help="one text per line (the run's validation text)",
     )
     validation.add_argument("--max-error", type=float, metavar="X", help="fail above this error (by format)")
     return p
@@ -86,7 +89,7 @@ def export(arguments: argparse.Namespace) -> int:
             "int8": formats.export_int8,
             "bf16": formats.export_bf16,
         }
-        texts = texts_of(run, arguments.text)
+        texts = texts_of(run, arguments.text_file)
         manifest = write[arguments.format](run, folder, arguments.outputs, texts, arguments.max_error)
     print(f"{folder}: {', '.join(manifest.files)}, manifest.json")
     print(summary(manifest))
@@ -112,7 +115,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.format in ("mxnet", "mar"):
         problems += [
             f"{flag} must be omitted with --format {arguments.format}, which is not compared on text."
-            for flag, value in (("--text", arguments.text), ("--max-error", arguments.max_error))
+            for flag, value in (("--text-file", arguments.text_file), ("--max-error", arguments.max_error))
             if value is not None
         ]
     if arguments.max_error is not None and not arguments.max_error > 0:
@@ -128,8 +131,8 @@ def texts_of(run: Any, path: Path | None) -> Sequence[Any]:
 
     if path is None:
         return validation_texts(run)
-    count_lines(path, "text")
-    return [run.reader.text(*line.given, truncate=True) for line in read_lines(path, "text")]
+    count_lines(path, "text_file")
+    return [run.reader.text(*line.given, truncate=True) for line in read_lines(path, "text_file")]
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from gluon_bert.model.task import KINDS
 EXAMPLES = """\
 examples:
   python tools/finetune.py runs/base --train train.tsv --validation dev.tsv
-  python tools/finetune.py runs/base --train train.csv --validation dev.csv --text question answer
+  python tools/finetune.py runs/base --train train.csv --validation dev.csv --text-columns question answer
   python tools/finetune.py runs/base --train train.jsonl --validation dev.jsonl --task regression
   python tools/finetune.py runs/base --train train.conll --validation dev.conll
   python tools/finetune.py runs/base --train squad/train.json --validation squad/dev.json
-  python tools/finetune.py runs/small --train cola.tsv --validation dev.tsv --no-header --text 4 --label 2
+  python tools/finetune.py runs/base --train t.tsv --validation dev.tsv --no-header --text-columns 4 --label 2
   python tools/encode.py runs/base-finetuned-1 "a text to be judged" --checkpoint best
   python tools/export.py runs/base-finetuned-1 --checkpoint best --format mar
 
@@ -57,7 +57,7 @@ BASIC = (
         "--test",
         "--output",
         "--resume",
-        "--text",
+        "--text-columns",
         "--label",
         "--task",
         "--checkpoint",
@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
         "--test", type=Path, metavar="FILE", help="rows to predict at the end; labels are optional"
     )
     rows.add_argument(
-        "--text",
+        "--text-columns",
         nargs="+",
         metavar="COLUMN",
         default=[],
@@ -138,8 +138,10 @@ def finetune(arguments: argparse.Namespace) -> int:
         return 0
     if None in (arguments.run, arguments.train, arguments.validation):
         raise InputError("RUN, --train and --validation must be given, or --resume.")
-    if len(arguments.text) > 2:
-        raise InputError(f"--text must be one column, or two for pairs, got {len(arguments.text)}.")
+    if len(arguments.text_columns) > 2:
+        raise InputError(
+            f"--text-columns must be one column, or two for pairs, got {len(arguments.text_columns)}."
+        )
     names = {field.name for field in dataclasses.fields(FineTuneConfig)}
     options = {name: value for name, value in vars(arguments).items() if name in names}
     check_group(FineTuneConfig(**options))
@@ -149,7 +151,7 @@ def finetune(arguments: argparse.Namespace) -> int:
         arguments.validation,
         arguments.output or free_folder(arguments.run),
         test=arguments.test or "",
-        text=arguments.text,
+        text_columns=arguments.text_columns,
         label=arguments.label or "",
         header=arguments.header,
         quoting=arguments.quoting,

@@ -55,7 +55,10 @@ def parser() -> argparse.ArgumentParser:
             default.management_port,
             "where the server is managed, without a password",
         ),
-        "--workers": (default.workers, "processes that answer, each with a copy of the network"),
+        "--server-workers": (
+            default.server_workers,
+            "processes that answer, each with a copy of the network",
+        ),
         "--batch-size": (default.batch_size, "requests that are answered together at most"),
         "--max-batch-delay": (
             default.max_batch_delay,

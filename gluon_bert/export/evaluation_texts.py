@@ -29,7 +29,7 @@ def validation_texts(run: Run, count: int = NUM_TEXTS) -> list[EncodedText]:
     tokens, starts = prepared.validation.tokens, prepared.validation.sentences[:-1]
     if len(tokens) < 2:
         raise InputError(
-            "the run's corpus has no validation text. Name a file of texts to compare on with text=FILE."
+            "the run's corpus has no validation text. Name a file of texts to compare on with text_file=FILE."
         )
     max_seq_length = run.config.data.max_seq_length
     rng = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def validation_texts(run: Run, count: int = NUM_TEXTS) -> list[EncodedText]:
 
 
 def _prepared(run: Run) -> PreparedCorpus:
-    remedy = "Name a file of similar texts to compare on with text=FILE."
+    remedy = "Name a file of similar texts to compare on with text_file=FILE."
     if not run.config.data.corpus:
         raise InputError(f"the run has no corpus. {remedy}")
     try:

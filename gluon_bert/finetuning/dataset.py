@@ -131,33 +131,33 @@ class ExampleLoader:
 class TaskFiles:
     """The files of a task, and how to read them.
 
-    text: the columns of the texts, one or two; label: that of the labels. Empty: the usual names. They,
-    header and quoting are for tables; see `tables.read_table`.
+    text_columns: the columns of the texts, one or two. label: the column of the labels. Empty: the usual
+    names. text_columns, label, header and quoting are for tables; see `tables.read_table`.
     """
 
     train: str
     validation: str
     test: str = ""
-    text: Sequence[str] = ()
+    text_columns: Sequence[str] = ()
     label: str = ""
     header: bool = True
     quoting: str = "auto"
 
     @property
-    def by_flag(self) -> dict[str, str]:
-        """Return the files by the flags of tools/finetune.py that name them."""
-        paths = {"--train": self.train, "--validation": self.validation, "--test": self.test}
-        return {flag: path for flag, path in paths.items() if path}
+    def by_role(self) -> dict[str, str]:
+        """Return the files that are given, by what they are for: train, validation, test."""
+        paths = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {role: path for role, path in paths.items() if path}
 
 
 class TaskFormat(Protocol):
     """Reads the files of a kind of task. `formats.FORMATS` has them by kind."""
 
     def read(self, files: TaskFiles) -> Mapping[str, Sequence[Any]]:
-        """Return the rows of each file, by its flag; raise InputError for what is wrong in them."""
+        """Return the rows of each file, by its role; raise InputError for what is wrong in them."""
 
     def infer_task(self, rows: Sequence[Any]) -> Task:
         """Return the task of labelled rows; raise InputError where they are none."""
 
-    def examples(self, rows: Sequence[Any], task: Task, reader: Tokenizer, flag: str) -> Examples:
+    def examples(self, rows: Sequence[Any], task: Task, reader: Tokenizer, role: str) -> Examples:
         """Return the rows as the network reads them; raise InputError for labels unknown in training."""

@@ -38,7 +38,7 @@ def finetune(
     output: Path | str,
     *,
     test: Path | str = "",
-    text: Sequence[str] = (),
+    text_columns: Sequence[str] = (),
     label: str = "",
     header: bool = True,
     quoting: str = "auto",
@@ -60,18 +60,18 @@ def finetune(
     config = _config_of(options)
     output, devices = Path(output), list(devices or [mx.cpu()])
     check_new_run(output)
-    files = TaskFiles(str(train), str(validation), str(test), tuple(text), label, header, quoting)
+    files = TaskFiles(str(train), str(validation), str(test), tuple(text_columns), label, header, quoting)
     format_ = task_format(files, task)
     rows = format_.read(files)
     before = run if isinstance(run, Run) else load_run(Path(run), devices[:1], checkpoint)
     _check_run(before, config)
-    target = format_.infer_task(rows["--train"])
+    target = format_.infer_task(rows["train"])
     check_metric(config, target)
     net = init_from_pretrained(before.net, target, config, devices)
     length = config.max_seq_length or before.config.data.max_seq_length
     reader = Tokenizer(before.vocab, length, Normalization.from_config(before.config.data))
-    data = {flag: format_.examples(its_rows, target, reader, flag) for flag, its_rows in rows.items()}
-    recipe = train_config(config, len(data["--train"]))
+    data = {role: format_.examples(its_rows, target, reader, role) for role, its_rows in rows.items()}
+    recipe = train_config(config, len(data["train"]))
     trainer = task_trainer(net, config, recipe, devices, [*_callbacks(output), *callbacks])
     about = {
         "run": "" if isinstance(run, Run) else str(run),
@@ -105,8 +105,8 @@ def resume_finetuning(
     reader = load_run(folder).reader
     format_ = task_format(files, task.kind)
     rows = format_.read(files)
-    data = {flag: format_.examples(its_rows, task, reader, flag) for flag, its_rows in rows.items()}
-    if train_config(config, len(data["--train"])) != whole.train:
+    data = {role: format_.examples(its_rows, task, reader, role) for role, its_rows in rows.items()}
+    if train_config(config, len(data["train"])) != whole.train:
         raise InputError(f"{files.train} must have the rows that {folder} began with. It has others now")
     net = _network(len(reader.vocab), whole, task, config.seed, devices)
     trainer = task_trainer(net, config, whole.train, devices, [*_callbacks(folder), *callbacks])
@@ -226,25 +226,25 @@ def _train(
 ) -> Run:
     """Train to the end, and write the predictions of the best network."""
     print(f"{describe(trainer.net.task, data)}\nrun folder: {output}", file=sys.stderr)
-    batches = ExampleLoader(data["--train"], config.batch_size, config.seed, reader.max_seq_length)
-    flag = "--test" if "--test" in data else "--validation"
+    batches = ExampleLoader(data["train"], config.batch_size, config.seed, reader.max_seq_length)
+    role = "test" if "test" in data else "validation"
     with exclusive_lock(output, "output"):
-        trainer.fit(batches, validation=lambda: evaluate(trainer.net, reader, data["--validation"]))
+        trainer.fit(batches, validation=lambda: evaluate(trainer.net, reader, data["validation"]))
         tuned = load_run(output, trainer.devices[:1], "best")
-        results = data[flag].results(Predictor.of(tuned))
+        results = data[role].results(Predictor.of(tuned))
         with atomic_write(output / "predictions.jsonl") as file:
-            file.writelines(json_text(record) + "\n" for record in data[flag].records(results))
+            file.writelines(json_text(record) + "\n" for record in data[role].records(results))
     best = trainer.state.best
     assert best is not None
     epoch = best.step * config.epochs // trainer.config.num_steps
     print(
         f"best of {config.epochs} epochs: {epoch}, {format_metrics(best.validation)} on the validation file"
     )
-    line = f"{output / 'predictions.jsonl'}: {len(results)} predictions for {flag}"
-    if data[flag].targets is not None:
-        if flag == "--test":
-            line += f", {format_metrics(data[flag].metrics(results))}"
-        line = "\n".join([line, *data[flag].details(results)])
+    line = f"{output / 'predictions.jsonl'}: {len(results)} predictions for the {role} file"
+    if data[role].targets is not None:
+        if role == "test":
+            line += f", {format_metrics(data[role].metrics(results))}"
+        line = "\n".join([line, *data[role].details(results)])
     print(f"{line}\nits network: {output} --checkpoint best")
     return tuned
 
@@ -260,7 +260,7 @@ def describe(task: Task, data: Mapping[str, Examples]) -> str:
         "question-answering": "answers in contexts",
     }[task.kind]
     texts = "" if task.scores_tokens else " of pairs of texts" if task.pairs else " of single texts"
-    files = ", ".join(f"{its.described()} in {flag}" for flag, its in data.items())
+    files = ", ".join(f"{its.described()} in {role}" for role, its in data.items())
     return f"{what}{texts}: {files}"
 
 

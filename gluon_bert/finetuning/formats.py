@@ -37,9 +37,9 @@ def task_format(files: TaskFiles, kind: str) -> TaskFormat:
     if kind == "auto":
         kind = _kind_of(Path(files.train))
     is_table = kind not in ("tagging", "question-answering")
-    if not is_table and (files.text or files.label or not files.header or files.quoting != "auto"):
+    if not is_table and (files.text_columns or files.label or not files.header or files.quoting != "auto"):
         raise InputError(
-            f"text, label, header and quoting must be left out: they are for tables, not for {kind}"
+            f"text_columns, label, header and quoting must be omitted: they are for tables, not for {kind}"
         )
     return FORMATS[kind]()
 
@@ -53,7 +53,7 @@ def _kind_of(path: Path) -> str:
         return "question-answering"
     if ending not in TABLE_ENDINGS:
         known = [*TABLE_ENDINGS, *CONLL_ENDINGS, *SQUAD_ENDINGS]
-        raise InputError(f"--train {path}: must end in {', '.join(known)}, got {ending or 'no ending'!r}")
+        raise InputError(f"train {path}: must end in {', '.join(known)}, got {ending or 'no ending'!r}")
     return "auto"
 
 

@@ -46,7 +46,7 @@ class QuestionRow(NamedTuple):
         return bool(self.answers) or self.is_impossible
 
 
-def read_squad(path: Path, flag: str, labels_needed: bool = True) -> list[QuestionRow]:
+def read_squad(path: Path, role: str, labels_needed: bool = True) -> list[QuestionRow]:
     """Read the questions of a SQuAD file, version 1.1 or 2.0.
 
     Raise InputError, which names the ids that are wrong.
@@ -54,10 +54,10 @@ def read_squad(path: Path, flag: str, labels_needed: bool = True) -> list[Questi
     answer or `is_impossible`.
     """
     if path.suffix.lower() not in ENDINGS:
-        raise InputError(f"{flag} {path}: must end in {' or '.join(ENDINGS)} for question answering")
+        raise InputError(f"{role} {path}: must end in {' or '.join(ENDINGS)} for question answering")
     rows = list(_rows(path))
     if not rows:
-        raise InputError(f"{flag} {path}: must have a question, got none")
+        raise InputError(f"{role} {path}: must have a question, got none")
     problems = [f"{row.where}: {problem}" for row in rows for problem in _problems(row)]
     places: dict[str, str] = {}
     for row in rows:
@@ -162,10 +162,10 @@ class QuestionFormat:
     """Reads SQuAD files."""
 
     def read(self, files: TaskFiles) -> dict[str, list[QuestionRow]]:
-        """Return the questions of each file, by its flag."""
+        """Return the questions of each file, by its role."""
         return {
-            flag: read_squad(Path(path), flag, labels_needed=flag != "--test")
-            for flag, path in files.by_flag.items()
+            role: read_squad(Path(path), role, labels_needed=role != "test")
+            for role, path in files.by_role.items()
         }
 
     def infer_task(self, rows: Sequence[QuestionRow]) -> Task:
@@ -176,7 +176,7 @@ class QuestionFormat:
         return Task("question-answering", pairs=True, no_answer=impossible > 0)
 
     def examples(
-        self, rows: Sequence[QuestionRow], task: Task, reader: Tokenizer, flag: str
+        self, rows: Sequence[QuestionRow], task: Task, reader: Tokenizer, role: str
     ) -> QuestionExamples:
         """Return the questions as the network reads them, long contexts in windows."""
         without = next((row for row in rows if row.is_impossible), None)
@@ -189,7 +189,7 @@ class QuestionFormat:
         if windows > len(rows):
             log.info(
                 "%s: %d questions are read in %d windows of up to %d tokens",
-                flag,
+                role,
                 len(rows),
                 windows,
                 reader.max_seq_length,

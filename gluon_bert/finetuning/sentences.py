@@ -56,13 +56,18 @@ class SentenceFormat:
         self.kind = kind
 
     def read(self, files: TaskFiles) -> dict[str, list[TableRow]]:
-        """Return the rows of each file, by its flag."""
+        """Return the rows of each file, by its role."""
         columns = choose_columns(
-            Path(files.train), "--train", files.header, list(files.text), files.label or None, files.quoting
+            Path(files.train),
+            "train",
+            files.header,
+            list(files.text_columns),
+            files.label or None,
+            files.quoting,
         )
         return {
-            flag: read_table(Path(path), flag, files.header, columns, flag != "--test", quoting=files.quoting)
-            for flag, path in files.by_flag.items()
+            role: read_table(Path(path), role, files.header, columns, role != "test", quoting=files.quoting)
+            for role, path in files.by_role.items()
         }
 
     def infer_task(self, rows: Sequence[TableRow]) -> Task:
@@ -70,10 +75,10 @@ class SentenceFormat:
         return infer_task(rows, self.kind)
 
     def examples(
-        self, rows: Sequence[TableRow], task: Task, reader: Tokenizer, flag: str
+        self, rows: Sequence[TableRow], task: Task, reader: Tokenizer, role: str
     ) -> SentenceExamples:
         """Return the rows as the network reads them."""
-        return examples(rows, task, reader, flag)
+        return examples(rows, task, reader, role)
 
 
 def infer_task(rows: Sequence[TableRow], kind: str = "auto") -> Task:
@@ -86,15 +91,15 @@ def infer_task(rows: Sequence[TableRow], kind: str = "auto") -> Task:
     labels = [str(row.label) for row in rows]
     if kind == "auto":
         kind = _inferred_kind(rows)
-        log.info("task: %s of %s (--task changes that)", kind, "pairs" if pairs else "single texts")
+        log.info("task: %s of %s, by the labels", kind, "pairs" if pairs else "single texts")
     if kind == "regression":
         scores = _scores(rows)
         if scores.std() == 0:
-            raise InputError(f"--train: all {len(rows)} scores are {labels[0]}: there is nothing to learn")
+            raise InputError(f"train: all {len(rows)} scores are {labels[0]}: there is nothing to learn")
         return Task(kind, pairs, mean=float(scores.mean()), scale=float(scores.std()))
     counts = Counter(labels)
     if len(counts) < 2:
-        raise InputError(f"--train: all {len(rows)} labels are {labels[0]!r}: there is nothing to learn")
+        raise InputError(f"train: all {len(rows)} labels are {labels[0]!r}: there is nothing to learn")
     _log_classes(counts)
     return Task(kind, pairs, labels=tuple(sorted(counts)))
 
@@ -122,7 +127,7 @@ def _log_classes(counts: Mapping[str, int]) -> None:
 def examples(rows: Sequence[TableRow], task: Task, reader: Tokenizer, what: str) -> SentenceExamples:
     """Return the rows as inputs of the network, and log how many texts were truncated.
 
-    what: the flag that named their file. Raise InputError for labels that do not occur in training.
+    what: train, validation or test. Raise InputError for labels that do not occur in training.
     """
     texts = [_read(row, reader) for row in rows]
     cut = sum(text.truncated > 0 for text in texts)
@@ -145,7 +150,7 @@ def _targets(rows: Sequence[TableRow], task: Task, what: str) -> Sequence[Any] |
         return _scores(rows).tolist()
     number = {label: i for i, label in enumerate(task.labels)}
     unseen = [row for row in rows if row.label not in number]
-    if what == "--test" and len(unseen) == len(rows):
+    if what == "test" and len(unseen) == len(rows):
         log.info("%s: no label occurs in training, as %r: read as texts without labels", what, rows[0].label)
         return None
     if unseen:
@@ -175,13 +180,13 @@ def _inferred_kind(rows: Sequence[TableRow]) -> str:
     if commas and num_numbers + len(commas) > len(rows) / 2:
         raise InputError(
             f"{commas[0].where}: label {commas[0].label!r} may be a score with a decimal comma or a class; "
-            "add --task regression or --task classification"
+            "choose task=regression or task=classification"
         )
     if num_numbers < len(rows):
         if num_numbers > len(rows) / 2:
             raise InputError(
                 "\n".join(
-                    [*_not_numbers(rows, numbers), "if the labels are classes, add --task classification"]
+                    [*_not_numbers(rows, numbers), "if the labels are classes, choose task=classification"]
                 )
             )
         return "classification"
@@ -189,8 +194,8 @@ def _inferred_kind(rows: Sequence[TableRow]) -> str:
         return "regression"
     if len(set(labels)) > _MAX_CLASSES:
         raise InputError(
-            f"--task: {len(set(labels))} different whole numbers may be classes or a score; say "
-            "classification or regression"
+            f"train: {len(set(labels))} different whole numbers may be classes or a score; "
+            "choose task=classification or task=regression"
         )
     return "classification"
 

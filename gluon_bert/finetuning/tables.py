@@ -58,7 +58,7 @@ class Columns(NamedTuple):
 
 def choose_columns(
     path: Path,
-    flag: str,
+    role: str,
     header: bool,
     texts: Sequence[str] = (),
     label: str | None = None,
@@ -69,20 +69,20 @@ def choose_columns(
     Raise InputError, which lists the columns.
     header: the first line names the columns; else they are numbered from 1. quoting: see `read_table`.
     """
-    names = _Table(path, flag, header, quoting).names
+    names = _Table(path, role, header, quoting).names
     there = f"it has the columns {', '.join(map(repr, names))}"
     named = [*texts, label] if label else texts
-    problems = [f"{flag} {path}: has no column {name!r}; {there}" for name in named if name not in names]
+    problems = [f"{role} {path}: has no column {name!r}; {there}" for name in named if name not in names]
     if not texts:
         texts = next((known for known in TEXT_COLUMNS if set(known) <= set(names)), ())
         if not texts:
             problems.append(
-                f"{flag} {path}: name with --text the column with the texts, or both of pairs; {there}"
+                f"{role} {path}: text_columns must name the column with the texts, or both of pairs; {there}"
             )
     if label is None:
         label = next((known for known in LABEL_COLUMNS if known in names and known not in texts), None)
         if label is None:
-            problems.append(f"{flag} {path}: name with --label the column with the labels; {there}")
+            problems.append(f"{role} {path}: label must name the column with the labels; {there}")
     if problems:
         raise InputError("\n".join(problems))
     return Columns(tuple(texts), label)
@@ -90,7 +90,7 @@ def choose_columns(
 
 def read_table(
     path: Path,
-    flag: str,
+    role: str,
     header: bool,
     columns: Columns,
     labels_needed: bool = True,
@@ -103,7 +103,7 @@ def read_table(
     else a file without that column has none. quoting: of a TSV; minimal reads fields in quotation marks as
     pandas writes them, none keeps all quotation marks, auto finds out.
     """
-    table = _Table(path, flag, header, quoting)
+    table = _Table(path, role, header, quoting)
     table.log_reading()
     label = columns.label
     if not labels_needed and label not in table.names:
@@ -112,7 +112,7 @@ def read_table(
     missing = [name for name in wanted if name not in table.names]
     if missing:
         raise InputError(
-            f"{flag} {path}: has no column {' and '.join(map(repr, missing))}, as the training file has; it "
+            f"{role} {path}: has no column {' and '.join(map(repr, missing))}, as the training file has; it "
             f"has the columns {', '.join(map(repr, table.names))}"
         )
     rows, problems = [], []
@@ -126,22 +126,22 @@ def read_table(
     if problems:
         raise InputError("\n".join(first_lines(problems, str(path))))
     if not rows:
-        raise InputError(f"{flag} {path}: must have a line for each text, got none")
+        raise InputError(f"{role} {path}: must have a line for each text, got none")
     return rows
 
 
-def text_lines(path: Path, flag: str) -> list[str]:
+def text_lines(path: Path, role: str) -> list[str]:
     """Read the lines of a UTF-8 file without blank ones at its end. Raise InputError if there is none."""
     try:
         text = decode_utf8(path.read_bytes(), str(path))
     except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
+        raise InputError(f"{role} {path}: cannot be read ({error.strerror or error})") from error
     # Not splitlines, which also splits at characters such as U+2028. NUL characters carry no text.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:
-        raise InputError(f"{flag} {path}: is empty")
+        raise InputError(f"{role} {path}: is empty")
     return lines
 
 
@@ -176,14 +176,14 @@ def _problem(fields: Mapping[str, str], wanted: Sequence[str]) -> str:
 class _Table:
     """A file's column names and rows. Reads the file once."""
 
-    def __init__(self, path: Path, flag: str, header: bool, quoting: str) -> None:
+    def __init__(self, path: Path, role: str, header: bool, quoting: str) -> None:
         self._path, self._ending = path, path.suffix.lower()
         if self._ending not in ENDINGS:
             raise InputError(
-                f"{flag} {path}: must end in {', '.join(ENDINGS)}, which tells how it is read; got "
+                f"{role} {path}: must end in {', '.join(ENDINGS)}, which tells how it is read; got "
                 f"{path.suffix or 'no ending'!r}"
             )
-        lines = text_lines(path, flag)
+        lines = text_lines(path, role)
         self._lines, self._separator = lines, _separator(lines[0], self._ending)
         self._notes: list[str] = []
         self._quoted = self._ending == ".csv" or (self._ending == ".tsv" and self._is_quoted(quoting))
@@ -249,12 +249,12 @@ class _Table:
         sound = len({len(fields) if isinstance(fields, list) else -1 for _, fields in found}) == 1
         multi_line = sound and any("\n" in field or "\t" in field for _, fields in found for field in fields)
         if sound and (suspects or multi_line):
-            self._notes.append("fields in quotation marks are read as quoted (--quoting none changes that)")
+            self._notes.append("fields in quotation marks are read as quoted (quoting=none changes that)")
             return True
         if suspects:
             self._notes.append(
                 f"line {suspects[0]}: a field looks quoted, but not all fields are; quotation marks are kept "
-                "(--quoting minimal changes that)"
+                "(quoting=minimal changes that)"
             )
         return False
 

@@ -37,7 +37,7 @@ class TaggedRow(NamedTuple):
     tags: tuple[str, ...] | None
 
 
-def read_tagged(path: Path, flag: str, labels_needed: bool = True) -> list[TaggedRow]:
+def read_tagged(path: Path, role: str, labels_needed: bool = True) -> list[TaggedRow]:
     """Read sentences of tagged tokens. Raise InputError, which names the lines that are wrong, ten at most.
 
     A CoNLL file has a token a line, with its tag in the last column, and a blank line between sentences. A
@@ -46,8 +46,8 @@ def read_tagged(path: Path, flag: str, labels_needed: bool = True) -> list[Tagge
     labels_needed: False takes a file without tags as well.
     """
     if path.suffix.lower() not in (*CONLL_ENDINGS, ".jsonl"):
-        raise InputError(f"{flag} {path}: must end in {', '.join(CONLL_ENDINGS)} or .jsonl for tagging")
-    lines = text_lines(path, flag)
+        raise InputError(f"{role} {path}: must end in {', '.join(CONLL_ENDINGS)} or .jsonl for tagging")
+    lines = text_lines(path, role)
     read = _json_rows if path.suffix.lower() == ".jsonl" else _conll_rows
     rows: list[TaggedRow] = []
     problems: list[str] = []
@@ -62,7 +62,7 @@ def read_tagged(path: Path, flag: str, labels_needed: bool = True) -> list[Tagge
     if problems:
         raise InputError("\n".join(first_lines(problems, str(path))))
     if not rows:
-        raise InputError(f"{flag} {path}: must have a line for each token, got none")
+        raise InputError(f"{role} {path}: must have a line for each token, got none")
     without = next((row for row in rows if row.tags is None), None)
     if without and any(row.tags for row in rows):
         raise InputError(f"{without.where[0]}: must have tags, as the other sentences of the file have")
@@ -197,10 +197,10 @@ class TaggingFormat:
     """Reads CoNLL and JSONL files of tagged tokens."""
 
     def read(self, files: TaskFiles) -> dict[str, list[TaggedRow]]:
-        """Return the sentences of each file, by its flag."""
+        """Return the sentences of each file, by its role."""
         return {
-            flag: read_tagged(Path(path), flag, labels_needed=flag != "--test")
-            for flag, path in files.by_flag.items()
+            role: read_tagged(Path(path), role, labels_needed=role != "test")
+            for role, path in files.by_role.items()
         }
 
     def infer_task(self, rows: Sequence[TaggedRow]) -> Task:
@@ -213,14 +213,14 @@ class TaggingFormat:
         tags = [f"{prefix}-{type_}" for type_ in sorted(counts) for prefix in "BI"]
         return Task("tagging", pairs=False, labels=(OUTSIDE, *tags))
 
-    def examples(self, rows: Sequence[TaggedRow], task: Task, reader: Tokenizer, flag: str) -> TaggedExamples:
+    def examples(self, rows: Sequence[TaggedRow], task: Task, reader: Tokenizer, role: str) -> TaggedExamples:
         """Return the sentences as the network reads them, long ones in parts."""
         inputs = [TextToTag(reader, task, row.tokens) for row in rows]
         parted = sum(len(each.texts) > 1 for each in inputs)
         if parted:
             log.info(
                 "%s: %d of %d sentences are longer than %d tokens and read in parts",
-                flag,
+                role,
                 parted,
                 len(rows),
                 reader.max_seq_length,
@@ -235,7 +235,7 @@ class TaggingFormat:
             if tag not in numbers
         ]
         if unknown:
-            raise InputError("\n".join(first_lines(unknown, flag)))
+            raise InputError("\n".join(first_lines(unknown, role)))
         targets = [
             target
             for each, row in zip(inputs, rows)

@@ -84,14 +84,14 @@ class Settings:
 
     port: int = 8080
     management_port: int = 8081
-    workers: int = 1
+    server_workers: int = 1
     batch_size: int = 8
     max_batch_delay: int = 5
     threads: int | None = None
 
     def check(self) -> None:
         """Raise InputError, which names the field, for impossible values."""
-        for name in ("workers", "batch_size", "max_batch_delay", "threads"):
+        for name in ("server_workers", "batch_size", "max_batch_delay", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}.")
@@ -128,7 +128,7 @@ class Server:
             "url": ARCHIVE,
             "batch_size": settings.batch_size,
             "max_batch_delay": settings.max_batch_delay,
-            "initial_workers": settings.workers,
+            "initial_workers": settings.server_workers,
             "synchronous": "true",
         }
         try:
@@ -258,7 +258,7 @@ def _environment(folder: Path, settings: Settings) -> dict[str, str]:
     # Each would undo a part of the configuration; PYTHONPATH comes before the archive's own code.
     unwanted = ("MMS_", "PYTHONPATH", "MODEL_SERVER_HOME", "LOG_LOCATION", "METRICS_LOCATION")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
-    threads = settings.threads or max(1, usable_cores() // settings.workers)
+    threads = settings.threads or max(1, usable_cores() // settings.server_workers)
     return {
         **environment,
         # Where the launcher and Java put their files, sockets among them.

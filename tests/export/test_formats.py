@@ -367,16 +367,16 @@ def test_validation_texts_of_another_corpus_are_refused(run, tmp_path):
     path = tmp_path / "other.txt"
     path.write_text(small_text().replace("crane", "heron"), "utf-8")
     other = dataclasses.replace(run, config=run.config.replace(corpus=(str(path),)))
-    with pytest.raises(InputError, match=r"corpus must be the text that the run was trained on, .*text=FILE"):
+    with pytest.raises(InputError, match=r"corpus must be the text that the run was .*text_file=FILE"):
         validation_texts(other)
     path.unlink()
-    with pytest.raises(InputError, match=r"other\.txt.* Name a file of similar texts .*text=FILE"):
+    with pytest.raises(InputError, match=r"other\.txt.* Name a file of similar texts .*text_file=FILE"):
         validation_texts(other)
 
 
 def test_validation_texts_missing_name_the_remedy(corpus):
     run = run_of(corpus, validation_fraction=0.0)
-    with pytest.raises(InputError, match=r"no validation text\. Name .*text=FILE"):
+    with pytest.raises(InputError, match=r"no validation text\. Name .*text_file=FILE"):
         validation_texts(run)
 
 

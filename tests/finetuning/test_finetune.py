@@ -166,14 +166,18 @@ def test_infer_task_follows_the_labels():
         (["2.5", "2.5"], "auto", "all 2 scores are 2.5"),
         (["1.5", "x"], "regression", "t.tsv, line 3: label 'x' must be a number"),
         (["nan", "1"], "regression", "t.tsv, line 2: label 'nan' must be a number"),
-        (["0.4", "3.1", "None"], "auto", "t.tsv, line 4: label 'None' must be a number\nif .* --task class"),
+        (["0.4", "3.1", "None"], "auto", "t.tsv, line 4: label 'None' must be a number\nif .* task=class"),
         (["0.4", "nan", "1", "1_0"], "regression", "line 3: label 'nan' .*\n.*line 5: label '1_0' must"),
         (
             ["0,42", "3,78", "1"],
             "auto",
             "line 2: label '0,42' may be a score with a decimal comma or a class",
         ),
-        ([str(i) for i in range(21)], "auto", "--task: 21 different whole numbers may be classes or a score"),
+        (
+            [str(i) for i in range(21)],
+            "auto",
+            "train: 21 different whole numbers may be classes or a score",
+        ),
     ],
 )
 def test_labels_that_make_no_task_are_refused(labels, kind, told):
@@ -196,9 +200,9 @@ def test_infer_task_regression_reads_decimal_comma():
 
 def test_examples_test_file_with_foreign_labels_has_none(before):
     reader, task = load_run(before).reader, Task("classification", False, ("no", "yes"))
-    assert examples(some_rows("-1", "-1"), task, reader, "--test").targets is None
+    assert examples(some_rows("-1", "-1"), task, reader, "test").targets is None
     with pytest.raises(InputError, match="label '-1' does not occur"):
-        examples(some_rows("-1", "-1"), task, reader, "--validation")
+        examples(some_rows("-1", "-1"), task, reader, "validation")
 
 
 def test_label_unseen_in_training_is_refused(before):
@@ -206,7 +210,7 @@ def test_label_unseen_in_training_is_refused(before):
     with pytest.raises(
         InputError, match=r"line 3: label 'maybe' does not occur in the training file, .* no, yes"
     ):
-        examples(some_rows("no", "maybe"), task, reader, "--validation")
+        examples(some_rows("no", "maybe"), task, reader, "validation")
 
 
 def test_epoch_has_every_example_once_in_own_order(before):
@@ -313,7 +317,7 @@ def test_score_is_learned_in_its_own_unit(command, tmp_path, capsys):
     assert [each["given"] for each in predictions] == [{}, {}]
     rises, falls = (each["predicted"]["score"] for each in predictions)
     assert rises > 2 > 0 > falls
-    assert "2 predictions for --test" in capsys.readouterr().out
+    assert "2 predictions for the test file" in capsys.readouterr().out
 
 
 def test_same_seed_gives_the_same_network(command):
@@ -377,8 +381,8 @@ def test_encode_tells_labels_and_scores(command, tmp_path, capsys):
     [
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--lr", "0"], "--lr must be above 0, got 0.0"),
-        (["--text", "a", "b", "c"], "--text must be one column, or two for pairs, got 3"),
-        (["--text", "words"], "has no column 'words'; it has the columns 'text', 'label'"),
+        (["--text-columns", "a", "b", "c"], "--text-columns must be one column, or two for pairs, got 3"),
+        (["--text-columns", "words"], "has no column 'words'; it has the columns 'text', 'label'"),
         (["--max-seq-length", "4"], "from 8 to the run's 1000 positions, got 4"),
         (
             ["--best-metric", "pearson"],

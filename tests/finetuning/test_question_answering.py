@@ -69,7 +69,7 @@ def test_read_squad_reads_answers_and_impossible_questions(written):
         asked("1", "Who sees?", ("crane", 2), ("A crane", 0)),
         asked("2", "Who lifts?", is_impossible=True, plausible_answers=[]),
     )
-    one, two = read_squad(written(content), "--train")
+    one, two = read_squad(written(content), "train")
     assert [context[start : start + len(text)] for text, start in one.answers] == ["crane", "A crane"]
     assert (two.answers, two.is_impossible) == ((), True)
     assert QuestionFormat().infer_task([one]) == TASK
@@ -105,7 +105,7 @@ def test_read_squad_reads_answers_and_impossible_questions(written):
 )
 def test_read_squad_bad_file_raises(written, content, message):
     with pytest.raises(InputError, match=message):
-        read_squad(written(content), "--train")
+        read_squad(written(content), "train")
 
 
 ANY_JSON = st.recursive(
@@ -136,7 +136,7 @@ def test_read_squad_of_damaged_file_reads_or_refuses(tmp_path_factory, place, va
     path = tmp_path_factory.mktemp("damaged") / "a.json"
     path.write_text(json.dumps(with_changed_node(content, place, value)))
     try:
-        rows = read_squad(path, "--train")
+        rows = read_squad(path, "train")
     except InputError as problem:
         assert str(path) in str(problem)
         return
@@ -340,7 +340,7 @@ def test_finetuning_answers_learns_and_reports(command, impossible, capsys):
     status, folder = command("--epochs", "10", impossible=impossible)
     assert status == 0
     shown = capsys.readouterr()
-    assert "answers in contexts: 96 questions in --train, 24 questions in --validation" in shown.err
+    assert "answers in contexts: 96 questions in train, 24 questions in validation" in shown.err
     assert "windows of up to 16 tokens" in shown.err
     assert ("without answer" in shown.out) == impossible
     run = gb.load_run(folder, checkpoint="best")
@@ -393,10 +393,10 @@ def test_encode_answers_a_question(command, capsys):
 
 @pytest.mark.skipif(not XQUAD.is_dir(), reason="needs ../shared/tasks")
 def test_xquad_answers_are_found_again():
-    rows = read_squad(XQUAD / "train.json", "--train")
+    rows = read_squad(XQUAD / "train.json", "train")
     vocab = Vocabulary([])
     reader = Tokenizer(vocab, 64, Normalization(lowercase=True))
-    data = QuestionFormat().examples(rows, TASK, reader, "--train")
+    data = QuestionFormat().examples(rows, TASK, reader, "train")
     batches = list(ExampleLoader(data, 16, seed=0, max_seq_length=64))
     assert sum(map(len, batches)) == len(data.texts) > len(rows)
     assert sum((batch.targets[:, 0] > 0).sum() for batch in batches) >= len(rows)

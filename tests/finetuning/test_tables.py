@@ -32,9 +32,7 @@ def table(request, tmp_path):
 
 
 def read(path, header=True, texts=(), label=None, **options):
-    return read_table(
-        path, "--train", header, choose_columns(path, "--train", header, texts, label), **options
-    )
+    return read_table(path, "train", header, choose_columns(path, "train", header, texts, label), **options)
 
 
 def test_read_table_any_format_gives_same_rows(table):
@@ -45,8 +43,8 @@ def test_read_table_any_format_gives_same_rows(table):
 
 
 def test_choose_columns_takes_known_and_given_names(table):
-    assert choose_columns(table, "--train", True) == Columns(("text", "pair"), "label")
-    assert choose_columns(table, "--train", True, ["pair"], "text") == Columns(("pair",), "text")
+    assert choose_columns(table, "train", True) == Columns(("text", "pair"), "label")
+    assert choose_columns(table, "train", True, ["pair"], "text") == Columns(("pair",), "text")
     assert read(table, texts=["pair"])[1].texts == ("she left",)
 
 
@@ -77,11 +75,11 @@ def test_jsonl_numbers_and_booleans_become_labels(tmp_path):
 def test_read_table_for_prediction_needs_no_label(tmp_path):
     columns = Columns(("text",), "label")
     path = write(tmp_path / "test.tsv", "text\tother\na\tb\n")
-    assert read_table(path, "--test", True, columns, labels_needed=False)[0].label is None
+    assert read_table(path, "test", True, columns, labels_needed=False)[0].label is None
     with pytest.raises(
-        InputError, match=r"--validation .*test\.tsv: has no column 'label', as the training file has"
+        InputError, match=r"validation .*test\.tsv: has no column 'label', as the training file has"
     ):
-        read_table(path, "--validation", True, columns)
+        read_table(path, "validation", True, columns)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +95,8 @@ def test_read_table_for_prediction_needs_no_label(tmp_path):
         '{"text": "a", "label": "b"}\n{"text": \n[1]\n{"text": null, "label": "x"}\n', [
             "line 2: is not JSON", "line 3: must be a JSON object", "line 4: has no 'text'"]),
         ("t.tsv", "text\ttext\na\tb\n", ["line 1: names the column 'text' twice"]),
-        ("t.tsv", "words\tlabel\na\tb\n", ["name with --text the column with the texts, or both of pairs"]),
-        ("t.tsv", "text\tclass\na\tb\n", ["name with --label the column with the labels; it has"]),
+        ("t.tsv", "words\tlabel\na\tb\n", ["text_columns must name the column with the texts, or both"]),
+        ("t.tsv", "text\tclass\na\tb\n", ["label must name the column with the labels; it has"]),
         ("t.tsv", "text\tlabel\n", ["must have a line for each text, got none"]),
         ("t.tsv", "", ["t.tsv: is empty"]),
         ("t.txt", "a", ["must end in .tsv, .csv, .jsonl, which tells how it is read; got '.txt'"]),
@@ -130,7 +128,7 @@ def test_unreadable_table_is_refused(tmp_path):
     path.write_bytes(b"text\tlabel\na\t\xff\n")
     with pytest.raises(InputError, match="line 2: byte 0xff is not UTF-8"):
         read(path)
-    with pytest.raises(InputError, match=r"--train .*gone\.tsv: cannot be read"):
+    with pytest.raises(InputError, match=r"train .*gone\.tsv: cannot be read"):
         read(tmp_path / "gone.tsv")
 
 
@@ -183,7 +181,7 @@ def test_tsv_quoted_fields_follow_quoting(tmp_path):
     path = write(tmp_path / "t.tsv", 'text\tlabel\n"He said ""hi"""\ta\n"so"\tb\n')
     assert [row.texts[0] for row in read(path)] == ['He said "hi"', "so"]
     columns = Columns(("text",), "label")
-    kept = read_table(path, "--train", True, columns, quoting="none")
+    kept = read_table(path, "train", True, columns, quoting="none")
     assert [row.texts[0] for row in kept] == ['"He said ""hi"""', '"so"']
 
 
@@ -196,7 +194,7 @@ def test_tsv_plain_quotation_marks_are_kept(tmp_path, text):
 def test_tsv_quoted_in_part_keeps_marks_and_warns(tmp_path, caplog):
     path = write(tmp_path / "t.tsv", 'text\tlabel\n"He ""hi"""\ta\n"he said\tb\n')
     assert [row.texts[0] for row in read(path)] == ['"He ""hi"""', '"he said']
-    assert "t.tsv: line 2: a field looks quoted" in caplog.text and "--quoting minimal" in caplog.text
+    assert "t.tsv: line 2: a field looks quoted" in caplog.text and "quoting=minimal" in caplog.text
 
 
 def test_csv_separator_and_long_field_are_read(tmp_path):
@@ -232,4 +230,4 @@ def test_utf16_table_is_refused_with_command(tmp_path):
 
 def test_glue_columns_have_known_names(tmp_path):
     path = write(tmp_path / "qqp.tsv", "id\tquestion1\tquestion2\tis_duplicate\n0\ta\tb\t1\n")
-    assert choose_columns(path, "--train", True) == Columns(("question1", "question2"), "is_duplicate")
+    assert choose_columns(path, "train", True) == Columns(("question1", "question2"), "is_duplicate")

@@ -55,17 +55,17 @@ def test_read_tagged_reads_conll_and_jsonl_alike(written):
         written("e.jsonl", "".join(json.dumps(line) + "\n" for line in lines).replace("labels", "ner_tags")),
     ]
     for path in files:
-        one, two = read_tagged(path, "--train")
+        one, two = read_tagged(path, "train")
         assert (one.tokens, one.tags) == (("in", "New", "York"), ("O", "B-place", "I-place"))
         assert (two.tokens, two.tags) == (("here",), ("O",))
 
 
 def test_read_tagged_without_tags_is_for_test_files(written):
     path = written("a.conll", "in\nYork\n")
-    (row,) = read_tagged(path, "--test", labels_needed=False)
+    (row,) = read_tagged(path, "test", labels_needed=False)
     assert row.tags is None
     with pytest.raises(InputError, match="line 1: must have a tag for each token, got none"):
-        read_tagged(path, "--train")
+        read_tagged(path, "train")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_read_tagged_without_tags_is_for_test_files(written):
 )
 def test_read_tagged_bad_file_raises(written, name, text, message):
     with pytest.raises(InputError, match=message):
-        read_tagged(written(name, text), "--train")
+        read_tagged(written(name, text), "train")
 
 
 @settings(max_examples=150, deadline=None)
@@ -108,7 +108,7 @@ def test_read_tagged_of_any_text_reads_or_refuses(tmp_path_factory, text, ending
     path = tmp_path_factory.mktemp("any") / f"a.{ending}"
     path.write_text(text, "utf-8")
     try:
-        rows = read_tagged(path, "--train")
+        rows = read_tagged(path, "train")
     except InputError as problem:
         assert str(path) in str(problem)
         return
@@ -121,7 +121,7 @@ def test_task_format_is_chosen_by_the_file(written):
         assert isinstance(task_format(TaskFiles(str(path), ""), "auto"), TaggingFormat)
     table = written("b.jsonl", '{"text": "a", "label": "b"}')
     assert not isinstance(task_format(TaskFiles(str(table), ""), "auto"), TaggingFormat)
-    with pytest.raises(InputError, match="text, label, header and quoting must be left out"):
+    with pytest.raises(InputError, match="text_columns, label, header and quoting must be omitted"):
         task_format(TaskFiles(str(tokens), "", label="x"), "auto")
     with pytest.raises(InputError, match=r"must end in .tsv, .csv, .jsonl, .conll"):
         task_format(TaskFiles("a.xml", ""), "auto")
@@ -166,15 +166,13 @@ def test_long_sentence_is_read_in_parts_of_whole_words():
 
 def test_batch_pads_tags_and_counts_them():
     rows = [TaggedRow(("",) * n, ("new",) * n, ("O",) * n) for n in (3, 1, 5)]
-    data = TaggingFormat().examples(rows, TASK, tokenizer(), "--train")
+    data = TaggingFormat().examples(rows, TASK, tokenizer(), "train")
     (batch,) = ExampleLoader(data, 3, seed=0, max_seq_length=8)
     assert batch.targets.shape == batch.tokens.shape
     assert batch.num_labels == 9
     assert sum(batch.rows(i, i + 1).num_labels for i in range(3)) == 9
     with pytest.raises(InputError, match=r"line 1: tag 'B-x' must occur in the training file, .* place"):
-        TaggingFormat().examples(
-            [TaggedRow(("line 1",), ("a",), ("B-x",))], TASK, tokenizer(), "--validation"
-        )
+        TaggingFormat().examples([TaggedRow(("line 1",), ("a",), ("B-x",))], TASK, tokenizer(), "validation")
 
 
 # Entities and metrics
@@ -282,7 +280,7 @@ def test_finetuning_tags_learns_and_reports_entities(command, capsys):
     status, folder = command("--epochs", "8")
     assert status == 0
     shown = capsys.readouterr()
-    assert "tags of 1 types of entities: 64 sentences in --train, 16 sentences in --validation" in shown.err
+    assert "tags of 1 types of entities: 64 sentences in train, 16 sentences in validation" in shown.err
     assert "entity  precision  recall      f1  number\nanimal" in shown.out
     run = gb.load_run(folder, checkpoint="best")
     assert run.metrics["validation"]["f1"] > 0.9
@@ -329,7 +327,7 @@ def test_finetuning_tags_with_unknown_tag_fails(command, tmp_path, capsys):
     assert command("--test", str(tmp_path / "test.conll"))[0] == 2
     assert "test.conll, line 1: tag 'B-plant' must occur in the training file" in capsys.readouterr().err
     assert command("--label", "x", name="other")[0] == 2
-    assert "must be left out" in capsys.readouterr().err
+    assert "must be omitted" in capsys.readouterr().err
     assert command("--best-metric", "pearson", name="third")[0] == 2
     assert "must be f1, precision, recall, accuracy for tagging" in capsys.readouterr().err
 
@@ -359,7 +357,7 @@ def test_encode_shows_entities_with_offsets(command, capsys):
 
 @pytest.mark.skipif(not (SHARED / "tasks").is_dir(), reason="needs ../shared/tasks")
 def test_wnut17_is_read():
-    rows = read_tagged(SHARED / "tasks" / "wnut17" / "train.conll", "--train")
+    rows = read_tagged(SHARED / "tasks" / "wnut17" / "train.conll", "train")
     assert len(rows) == 3394
     task = TaggingFormat().infer_task(rows)
     assert len(task.labels) == 13

@@ -86,7 +86,7 @@ def test_served_task_is_the_task_of_the_run(kind, folder_of):
 def test_exported_task_is_the_task_of_the_run(kind, format, folder_of, tmp_path, capsys):
     folder = folder_of(kind)
     (tmp_path / "texts.txt").write_text("".join(f"w{i} " * (1 + i % 9) + "\n" for i in range(12)))
-    texts = [] if format == "mxnet" else ["--text", str(tmp_path / "texts.txt")]
+    texts = [] if format == "mxnet" else ["--text-file", str(tmp_path / "texts.txt")]
     assert export.main([str(folder), "--format", format, *texts]) == 0
     exported = load_exported(folder / "export" / format)
     assert exported.manifest.output_names == ("encoded", "token_scores")

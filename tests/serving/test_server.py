@@ -210,7 +210,7 @@ class TestBadInput:
             ("--port 0", "--port must be between 1 and 32766, got 0."),
             ("--port 8081", "--management-port must differ from --port 8081"),
             ("--management-port 70000", "--management-port must be between 1 and"),
-            ("--workers 0", "--workers must be at least 1, got 0"),
+            ("--server-workers 0", "--server-workers must be at least 1, got 0"),
             ("--batch-size -1", "--batch-size must be at least 1, got -1"),
             ("--max-batch-delay 0", "--max-batch-delay must be at least 1, got 0"),
             ("--threads 0", "--threads must be at least 1, got 0"),

@@ -220,8 +220,8 @@ def test_encode_refuses_bad_flags(run_folder, monkeypatch, capsys):
 
 def test_prepare_makes_the_same_batch_each_time(corpus, tmp_path, capsys):
     figures = tmp_path / "speed.json"
-    command = ["prepare", "--corpus", str(corpus), "--workers", "0,2", "--against", "cached", "--rounds", "2"]
-    assert benchmark.main([*command, "--json", str(figures)]) == 0
+    command = ["prepare", "--corpus", str(corpus), "--preprocessing-workers", "0,2", "--against", "cached"]
+    assert benchmark.main([*command, "--rounds", "2", "--json", str(figures)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["workers-0", "workers-2", "cached"]
     rounds = json.loads(figures.read_text("utf-8"))["rounds"]
@@ -260,11 +260,11 @@ def test_enlarged_text_repeats_the_paragraphs(corpus, tmp_path):
 
 
 def test_prepare_refuses_bad_flags(tmp_path, capsys):
-    flags = ["--against", "jax", "--workers", "1,x", "--megabytes", "-1"]
+    flags = ["--against", "jax", "--preprocessing-workers", "1,x", "--megabytes", "-1"]
     assert benchmark.main(["prepare", *flags]) == 2
     printed = capsys.readouterr().err
     assert "--against must be some of cached, d2l, got jax" in printed
-    assert "--workers must be numbers of at least 0 with commas, such as 1,2, got 1,x" in printed
+    assert "--preprocessing-workers must be numbers of at least 0 with commas, such as 1,2," in printed
     assert "--megabytes must be at least 0, got -1" in printed
     assert benchmark.main(["prepare", "--corpus", str(tmp_path)]) == 2
     assert "lacks wiki.train.tokens and wiki.valid.tokens" in capsys.readouterr().err

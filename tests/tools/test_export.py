@@ -68,7 +68,7 @@ def test_export_text_file_is_compared_on(run_folder, tmp_path, capsys):
     skip_without("onnx")
     texts = tmp_path / "texts.txt"
     texts.write_text("the crane\n" + "the bird || sees it\n" + "the river " * 30 + "\n", "utf-8")
-    arguments = [str(run_folder), "--format", "onnx", "--text", str(texts)]
+    arguments = [str(run_folder), "--format", "onnx", "--text-file", str(texts)]
     assert export.main(arguments) == 0
     content = json.loads((run_folder / "export" / "onnx" / "manifest.json").read_text("utf-8"))
     assert [group["tokens"] for group in content["comparison"]["groups"]] == [[4, 4], [7, 7], [16, 16]]
@@ -83,12 +83,12 @@ def test_export_above_max_error_leaves_nothing(run_folder, capsys):
 
 def test_export_wrong_flags_are_refused(run_folder, tmp_path, capsys):
     assert "must be the folder of a run" in told(capsys, tmp_path / "nothing")
-    shown = told(capsys, run_folder, "--text", "x.txt", "--max-error", "0")
-    assert "--text must be omitted with --format " in shown
+    shown = told(capsys, run_folder, "--text-file", "x.txt", "--max-error", "0")
+    assert "--text-file must be omitted with --format " in shown
     assert "--max-error must be omitted with --format " in shown
     assert "--max-error must be above 0, got 0.0" in shown
-    missing = told(capsys, run_folder, "--format", "bf16", "--text", tmp_path / "x.txt")
-    assert "--text" in missing and "must be a file that can be read, got " in missing
+    missing = told(capsys, run_folder, "--format", "bf16", "--text-file", tmp_path / "x.txt")
+    assert "--text-file" in missing and "must be a file that can be read, got " in missing
     (tmp_path / "file").write_text("mine")
     assert f"Writing to {tmp_path / 'file'} is not allowed" in told(
         capsys, run_folder, "--output", tmp_path / "file" / "x"
@@ -99,7 +99,7 @@ def test_export_without_its_corpus_names_the_remedy(run_folder, text_file, capsy
     text_file.unlink()
     shown = told(capsys, run_folder, "--format", "bf16")
     assert "the run's corpus cannot be read" in shown
-    assert "--text FILE" in shown
+    assert "--text-file FILE" in shown
 
 
 def test_export_checkpoint_flag_chooses_the_step(run_folder, capsys):

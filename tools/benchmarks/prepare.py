@@ -86,7 +86,7 @@ def check_same_batches(rounds: dict[str, list[dict[str, Any]]]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prepare a text with all baselines in turns."""
-    names = [f"workers-{number}" for number in arguments.workers.split(",")]
+    names = [f"workers-{number}" for number in arguments.preprocessing_workers.split(",")]
     names += arguments.against.split(",") if arguments.against else []
     corpus = corpus_folder(arguments.corpus)
     with TemporaryDirectory(prefix="gluon_bert-benchmark-") as folder:

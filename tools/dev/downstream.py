@@ -34,7 +34,7 @@ class TaskFile(NamedTuple):
 
     title: str
     metric: str
-    text: tuple[str, ...] = ("text",)
+    text_columns: tuple[str, ...] = ("text",)
 
 
 TASKS = {
@@ -147,7 +147,7 @@ def fine_tuned(folder: Path, scratch: bool, task: str, seed: int, arguments: arg
             train,
             arguments.data / task / "dev.tsv",
             Path(temporary, "run"),
-            text=about.text,
+            text_columns=about.text_columns,
             quoting="none",
             epochs=arguments.epochs,
             lr=arguments.lr,
