@@ -252,21 +252,9 @@ def run_command(body: Callable[[], int], name: str) -> int:
 # Options of the library that are not fields of a configuration.
 _OPTIONS = (
     *("step_timeout", "profile", "ignore_memory_estimate", "kvstore", "operators", "resume", "output"),
-    *(
-        "gpus",
-        "cpus",
-        "preset",
-        "checkpoint",
-        "input",
-        "text_columns",
-        "text_file",
-        "label",
-        "header",
-        "quoting",
-        "task",
-    ),
-    *("train", "validation", "test", "max_error", "format", "management_port", "port", "tensorboard"),
-    *("workers", "server_workers", "max_batch_delay", "threads"),
+    *("gpus", "cpus", "preset", "checkpoint", "input", "text_columns", "text_file", "step", "gelu"),
+    *("label", "header", "quoting", "task", "train", "validation", "test", "max_error", "format"),
+    *("management_port", "port", "tensorboard", "workers", "server_workers", "max_batch_delay", "threads"),
 )
 
 # Those that name a file, whose errors read `name PATH: ...`.

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gluon_bert.cli import OnOff, add_checkpoint_flag, main_with_exit_status, parser_of, run
+from gluon_bert.cli import OnOff, add_checkpoint_flag, main_with_exit_status, parser_of, run, with_flags
+from gluon_bert.config import flag_name
 from gluon_bert.errors import InputError
 
 EXAMPLES = """\
@@ -114,7 +115,7 @@ def convert(arguments: argparse.Namespace) -> int:
     check(arguments, source, target)
     notes = write(arguments, source, target) if source.kind == "run" else read(arguments, source, target)
     for note in notes:
-        print(note)
+        print(with_flags(note))
     return 0
 
 
@@ -142,11 +143,11 @@ def check(arguments: argparse.Namespace, source: Format, target: Format) -> None
         problems.append(f"--from and --to: {what}. Name a run and a format.")
     for name, kinds in READING_FLAGS.items():
         if getattr(arguments, name) is not None and source.kind not in kinds:
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_name(name)
             what = "a run has its own" if source.kind == "run" else f"{source.kind} does not need it"
-            problems.append(f"{flag}: is for --from {' and '.join(kinds)}; {what}")
+            problems.append(f"{flag} must be omitted unless --from is {' or '.join(kinds)}: {what}.")
     if source.kind != "run" and arguments.checkpoint != "latest":
-        problems.append(f"--checkpoint {arguments.checkpoint}: is for --from a run")
+        problems.append(f"--checkpoint must be omitted unless --from is a run, got {arguments.checkpoint}.")
     if problems:
         raise InputError("\n".join(problems))
 
@@ -220,7 +221,7 @@ def write(arguments: argparse.Namespace, source: Format, target: Format) -> list
     check_new_folder(folder, "--to")
     loaded = load_run(source.paths[0], checkpoint=arguments.checkpoint)
     if loaded.task and target.kind != "huggingface":
-        raise InputError(f"--from {source.paths[0]}: was fine-tuned. Name the run that it began with.")
+        raise InputError(f"--from must be a pretraining run, got {source.paths[0]}, which was fine-tuned.")
     if target.kind == "huggingface":
         notes = write_huggingface(loaded, folder)
     else:

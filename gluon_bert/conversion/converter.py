@@ -35,12 +35,12 @@ class OwnWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """A network from elsewhere in our terms.
+    """A network of another package in our terms.
 
     weights: float32 arrays by our names. tokenizer: fields of DataConfig that say how text is split.
-    max_seq_length: the longest text that the files allow, None where they do not say it. untrained: heads
-    without weights. pooling: how a text gets one vector. task: what a fine-tuned network answers. notes: what
-    a user should know of the conversion, a sentence each.
+    max_seq_length: the longest text that the files allow, None if they give no limit. untrained: heads
+    without weights. pooling: how a text gets one vector. task: what a fine-tuned network answers. notes:
+    sentences for the user about the conversion.
     """
 
     weights: Mapping[str, np.ndarray]
@@ -117,7 +117,7 @@ def to_own_names(
     if problems:
         raise InputError("\n".join(f"{where}: {problem}" for problem in problems))
     if left_out:
-        notes.append(f"left out, as no part of BERT's encoder and heads: {_shortened(left_out)}")
+        notes.append(f"left out, because they are not in BERT's encoder and heads: {_shortened(left_out)}")
     return OwnWeights(weights, untrained)
 
 
@@ -153,8 +153,8 @@ def save_run(
 ) -> Config:
     """Write a converted network as a run whose only checkpoint is step 0, whole or not at all.
 
-    source: where it came from, for config.json. Settings that the network does not fix are those of the
-    preset that is like it; the run has no corpus.
+    source: the origin, for config.json. The network leaves some settings open. A similar preset gives these.
+    The run has no corpus.
     """
     check_new_run(folder)
     config = _config(converted, max_seq_length)
@@ -191,7 +191,7 @@ def _config(converted: ConvertedModel, max_seq_length: int) -> Config:
 
 
 def untrained_note(untrained: Iterable[str]) -> list[str]:
-    """Return the sentence about heads that a file did not have, none where it had all."""
+    """Return the sentence about heads that a file did not have, empty if it had all."""
     names = [HEADS[head] for head in untrained]
     if not names:
         return []

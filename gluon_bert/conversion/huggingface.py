@@ -40,7 +40,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-# What its BertConfig has where config.json says nothing.
+# Defaults of its BertConfig.
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 30522,
     "hidden_size": 768,
@@ -55,7 +55,7 @@ _DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-12,
     "tie_word_embeddings": True,
 }
-# What this network has one value of, and what other values would mean.
+# Settings for which this network allows one value, and the meaning of other values.
 _FIXED = {
     "model_type": ("bert", "another network"),
     "type_vocab_size": (2, "another number of segments"),
@@ -75,7 +75,7 @@ _SIZES = (
 _BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
 _BIAS, _BIAS_COPY = "cls.predictions.bias", "cls.predictions.decoder.bias"
 _DECODER, _EMBEDDING = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
-# The parts of a BertModel, whatever stands before them.
+# How the names of a BertModel's parts begin, after any prefix.
 _PARTS = ("embeddings.", "encoder.", "pooler.")
 _WORDS = "embeddings.word_embeddings.weight"
 _CLASSIFIER, _SPANS = "classifier.weight", "qa_outputs.weight"
@@ -89,9 +89,9 @@ def read_huggingface(
 ) -> ConvertedModel:
     """Return the network in a folder with config.json, a tokenizer's files and weights.
 
-    The folder may also be one of sentence-transformers. lowercase: whether text is lower-cased, where no file
-    says it. pairs: whether a classifier takes pairs of texts, None for either. Raise InputError for
-    everything that cannot be used.
+    The folder may also be one of sentence-transformers. lowercase: whether text is lower-cased, if no file
+    says so. pairs: whether a classifier takes pairs of texts; None: both. Raise InputError for everything
+    that cannot be used.
     """
     sentences = read_sentence_folder(Path(folder))
     folder = sentences.bert
@@ -159,15 +159,15 @@ def _lowercase(
 ) -> bool:
     if asked is not None:
         if said is not None and said != asked:
-            flag = "--lowercase" if asked else "--no-lowercase"
-            raise InputError(f"{flag}: the tokenizer in {folder} says the contrary. Leave the flag out.")
+            raise InputError(
+                f"lowercase must be {said} or omitted, as the tokenizer in {folder}, got {asked}."
+            )
         return asked
     if said is not None:
         return said
     found = not looks_cased(vocab)
-    flag = "--no-lowercase" if found else "--lowercase"
     kind = "lower-cased" if found else "cased"
-    notes.append(f"no file says whether text is lower-cased; the vocabulary looks {kind} ({flag} if not)")
+    notes.append(f"the vocabulary looks {kind}, which no file says (lowercase={not found} changes that)")
     return found
 
 
@@ -251,7 +251,7 @@ def _renamed(
 
 
 def _prefix(arrays: Mapping[str, np.ndarray], folder: Path) -> str:
-    """Return what stands before the names of the BertModel; raise InputError unless there is exactly one."""
+    """Return the prefix of the BertModel's names; raise InputError unless there is exactly one."""
     found = sorted(name[: -len(_WORDS)] for name in arrays if name.endswith(_WORDS))
     if len(found) == 1:
         return found[0]
@@ -286,7 +286,8 @@ def _task(
             return Task("question-answering", pairs=True, no_answer=_may_lack_answers(settings))
         if pairs is not None:
             raise InputError(
-                f"--pairs: is for BertForSequenceClassification, got {' '.join(map(str, named))}"
+                f"pairs must be omitted for other networks than BertForSequenceClassification, got "
+                f"{' '.join(map(str, named)) or 'none'}."
             )
         return None
     kind = settings.get("problem_type")
@@ -332,10 +333,10 @@ def _layout(task: Task | None) -> WeightNames:
 
 
 def write_huggingface(run: Run, folder: Path) -> list[str]:
-    """Write a run for transformers, the inverse of `read_huggingface`; return what a user should know.
+    """Write a run for transformers, the inverse of `read_huggingface`; return notes for the user.
 
-    Untrained heads are left out. Raise InputError if its BERT has no place for the network, or where the
-    folder is taken.
+    Untrained heads are left out. Raise InputError if its BERT cannot represent the network, or if the folder
+    is not empty.
     """
     safetensors = safetensors_package()
     config = run.net.config
@@ -387,7 +388,7 @@ _ARCHITECTURES = {
 
 
 def _architecture(run: Run) -> str:
-    """Return the class of transformers that has a run's trained heads and no other ones."""
+    """Return the class of transformers with exactly the trained heads of a run."""
     if run.task:
         return _ARCHITECTURES[run.task.kind]
     heads = "mlm" in run.untrained, "nsp" in run.untrained
@@ -455,7 +456,7 @@ _SPECIALS = ("unk", "pad", "mask", "cls", "sep")
 def bert_config(
     config: ModelConfig, vocab_size: int, pad: int = 0, architecture: str = "BertForPreTraining"
 ) -> dict[str, Any]:
-    """Return the arguments of transformers.BertConfig for a network, as they stand in config.json."""
+    """Return the arguments of transformers.BertConfig for a network, as in config.json."""
     activations = {ours: theirs for theirs, ours in reversed(list(_ACTIVATIONS.items()))}
     return {
         "architectures": [architecture],
@@ -479,10 +480,14 @@ def bert_config(
 def _check_has_place(config: ModelConfig) -> None:
     problems = []
     if config.norm != "post":
-        problems.append("norm must be 'post', as its BERT has, got 'pre'")
+        problems.append("huggingface needs a run trained with norm=post, got norm=pre.")
     if not config.embedding_norm:
-        problems.append("embedding_norm must be true, as its BERT has, got false (the preset d2l has that)")
+        problems.append(
+            "huggingface needs a run trained with embedding_norm=True, got embedding_norm=False, as in d2l."
+        )
     if config.position != "absolute":
-        problems.append(f"position must be 'absolute', as its BERT has, got {config.position!r}")
+        problems.append(
+            f"huggingface needs a run trained with position=absolute, got position={config.position}."
+        )
     if problems:
-        raise InputError("\n".join(f"--to huggingface: {problem}" for problem in problems))
+        raise InputError("\n".join(problems))

@@ -26,7 +26,7 @@ _TIED = "mlm.decoder.weight"
 
 
 class PackageFormat(NamedTuple):
-    """One of the two packages: how its parameters are laid out, and what no file says of its network."""
+    """One of the two packages: the layout of its parameters, and settings that its files lack."""
 
     layout: WeightNames
     preset: str  # which has the same network, apart from the sizes
@@ -49,8 +49,8 @@ def read_parameters(
 ) -> ConvertedModel:
     """Return the network in a file that `save_parameters` of the other package's BERTModel wrote.
 
-    kind: a key of KINDS. The sizes are those of the arrays; the number of attention heads must be given. All
-    else, such as dropout, is what the published models have. Raise InputError as `to_own_names` does.
+    kind: a key of KINDS. The arrays give the sizes. The number of attention heads must be given. Other
+    settings, such as dropout, are those of the published models. Raise InputError as `to_own_names` does.
     """
     layout, like, heads, default_case = KINDS[kind]
     if num_heads is None:
@@ -82,18 +82,19 @@ def read_parameters(
 def write_parameters(kind: str, run: Run, folder: Path) -> list[str]:
     """Write bert.params and the vocabulary for the other package, the inverse of `read_parameters`.
 
-    Untrained heads are left out. Returns what a user should know. Raise InputError if its BERTModel has
-    no place for the network, or where the folder is taken.
+    Untrained heads are left out. Return notes for the user. Raise InputError if its BERTModel cannot
+    represent the network, or if the folder is not empty.
     """
     layout, like, _, _ = KINDS[kind]
     config, published = run.net.config, preset(like).model
     fixed = ["position", "activation", "norm", "embedding_norm", "tied_decoder"]
     # GluonNLP's encoder takes an epsilon; D2L's LayerNorm has MXNet's own.
     fixed += ["norm_epsilon"] if kind == "d2l" else []
+    values = [(name, getattr(config, name), getattr(published, name)) for name in fixed]
     problems = [
-        f"--to {kind}: {name} must be {getattr(published, name)}, as in its BERT, got {getattr(config, name)}"
-        for name in fixed
-        if getattr(config, name) != getattr(published, name)
+        f"{kind} needs a run trained with {name}={theirs}, got {name}={ours}."
+        for name, ours, theirs in values
+        if ours != theirs
     ]
     if problems:
         raise InputError("\n".join(problems))
@@ -126,7 +127,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
 
 
 def _load_either(path: Path) -> Any:
-    """Return the content of a file; MXNet reads one that was written with NumPy's shapes only with them."""
+    """Return the content of a file. A file written with NumPy's shapes can be read only with them."""
     try:
         return mx.nd.load(str(path))
     except mx.MXNetError as error:

@@ -25,10 +25,10 @@ _SWITCHES = {
 
 
 class SentenceFolder(NamedTuple):
-    """What a folder says: where its BERT is, how a text gets one vector, and the longest text.
+    """The settings of a folder: the place of its BERT, the pooling, and the longest text.
 
-    pooling: None where the folder is a BERT alone. lowercase: whether texts are lower-cased before the
-    tokenizer sees them. prompts: texts that a user of sentence-transformers may have put before a text.
+    pooling: None for a BERT alone. lowercase: whether texts are lower-cased before the
+    tokenizer sees them. prompts: texts that sentence-transformers can put before a text.
     """
 
     bert: Path
@@ -39,7 +39,7 @@ class SentenceFolder(NamedTuple):
 
 
 def read_sentence_folder(folder: Path) -> SentenceFolder:
-    """Return what the files of sentence-transformers in a folder say; raise InputError for what we lack."""
+    """Return the settings of a sentence-transformers folder; raise InputError for unsupported ones."""
     if not (folder / MODULES).is_file():
         return SentenceFolder(folder)
     modules = _modules(folder / MODULES)
@@ -124,7 +124,7 @@ def _length(value: Any, path: Path) -> int | None:
 
 def pooling_files(pooling: Pooling, units: int, max_seq_length: int) -> dict[str, Any]:
     """Return the JSON files that make a folder with a BERT a model of sentence-transformers, by path."""
-    # The spelling of version 2, which every later version reads.
+    # The spelling of version 2. All later versions read it.
     library = "sentence_transformers.models"
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     modules += [("2_Normalize", "Normalize")] if pooling.normalize else []

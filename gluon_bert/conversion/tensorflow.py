@@ -18,8 +18,8 @@ from .huggingface import model_config
 from .vocabularies import looks_cased, read_vocabulary
 from .weight_names import TENSORFLOW
 
-# What training saves beside the weights: the optimizer's means, under a weight's name and such an ending, and
-# its counters and loss scale.
+# Variables that training saves beside the weights: the optimizer's means, under a weight's name and one of
+# these endings, and its counters and loss scale.
 _OPTIMIZER_ENDINGS = (
     *("/adam_m", "/adam_v", "/Adam", "/Adam_1", "/AdamWeightDecayOptimizer", "/AdamWeightDecayOptimizer_1"),
     *("/LAMBOptimizer", "/LAMBOptimizer_1", "/lamb_m", "/lamb_v", "/Momentum", "/ExponentialMovingAverage"),
@@ -35,9 +35,9 @@ def read_tensorflow(
 ) -> ConvertedModel:
     """Return the network in a folder with bert_config.json, vocab.txt and a checkpoint.
 
-    gelu: which one "gelu" stands for: that of google-research/bert's code today, or `gelu`, the exact one of
-    its first version and of transformers. step: of several checkpoints the one after this step. Raises
-    InputError as `to_own_names` does, and where TensorFlow is not installed.
+    gelu: the meaning of "gelu": `gelu_tanh`, as in google-research/bert's code today, or `gelu`, the exact
+    form of its first version and of transformers. step: chooses the checkpoint after this step. Raise
+    InputError as `to_own_names` does, and if TensorFlow is not installed.
     """
     folder = Path(folder)
     notes: list[str] = []
@@ -48,7 +48,7 @@ def read_tensorflow(
     model = model_config({**settings, "layer_norm_eps": 1e-12}, path, notes)
     if model.activation == "gelu":
         model = dataclasses.replace(model, activation=gelu)
-        notes.append(f'"gelu" is read as {gelu} (--gelu)')
+        notes.append(f'"gelu" is read as {gelu} (gelu={"tanh" if gelu == "gelu" else "exact"} changes that)')
     vocab_size = settings["vocab_size"]
     checkpoint = checkpoint_in(folder, step)
     if checkpoint.name != _NAME:
@@ -57,7 +57,8 @@ def read_tensorflow(
     vocab = read_vocabulary(folder / "vocab.txt", vocab_size, notes)
     if lowercase is None:
         lowercase = not looks_cased(vocab)
-        notes.append(f"the vocabulary looks {'lower-cased' if lowercase else 'cased'} (--lowercase)")
+        kind = "lower-cased" if lowercase else "cased"
+        notes.append(f"the vocabulary looks {kind} (lowercase={not lowercase} changes that)")
     notes += untrained_note(untrained)
     return ConvertedModel(weights, model, vocab, {"lowercase": lowercase}, untrained=untrained, notes=notes)
 
@@ -75,16 +76,16 @@ def checkpoint_in(folder: Path, step: int | None = None) -> Path:
     if step is not None:
         if step not in by_step:
             found = ", ".join(map(str, sorted(by_step))) or "none"
-            raise InputError(f"--step {step}: {folder} has no checkpoint of that step; its steps are {found}")
+            raise InputError(f"step must be one of {found} for {folder}, got {step}")
         return folder / by_step[step]
     for name in (_NAME, _latest(folder), names[0] if len(names) == 1 else ""):
         if name in names:
             return folder / name
-    raise InputError(f"{folder}: holds several checkpoints, {', '.join(names)}. Choose one with --step.")
+    raise InputError(f"{folder}: holds several checkpoints, {', '.join(names)}. Choose one with step=N.")
 
 
 def _latest(folder: Path) -> str:
-    """Return the name in TensorFlow's own file `checkpoint`, "" where there is none."""
+    """Return the name in TensorFlow's own file `checkpoint`, "" without one."""
     path = folder / "checkpoint"
     text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
     found = re.search(r'^model_checkpoint_path: "([^"]+)"', text, re.M)
@@ -126,13 +127,13 @@ def _read_objects(reader: Any, names: list[str], checkpoint: Path) -> dict[str, 
         raise InputError(
             f"{checkpoint}: is an object-based checkpoint of TensorFlow 2 with other names than "
             f"google-research/bert has, such as {shown}. Load it in the program that saved it and save it "
-            "for transformers, then use --from huggingface."
+            "for transformers, then convert it from huggingface."
         )
     return {name.split(":")[0]: np.asarray(reader.get_tensor(key)) for name, key in found.items()}
 
 
 def _tensorflow() -> Any:
-    # Or it logs what it misses on this machine, and that it computes with oneDNN, which reading does not.
+    # Silences TensorFlow's messages about missing GPUs and oneDNN. Reading a checkpoint needs neither.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:

@@ -14,7 +14,7 @@ from .weight_files import check_downloaded
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 ADDED_TOKENS, SPECIAL_TOKENS_MAP = "added_tokens.json", "special_tokens_map.json"
 
-# Classes that cut text as BERT's does. Those that take all from tokenizer.json are marked True.
+# Classes that split text as BERT's does. True: the class takes all settings from tokenizer.json.
 _CLASSES = {
     "BertTokenizer": False,
     "BertTokenizerFast": False,
@@ -25,7 +25,7 @@ _CLASSES = {
     "PreTrainedTokenizerFast": True,
     "TokenizersBackend": True,
 }
-# What BERT's tokenizer has where a part of tokenizer.json does not say it.
+# Defaults of BERT's tokenizer for parts of tokenizer.json.
 _BERT_MODEL = {
     "type": "WordPiece",
     "unk_token": "[UNK]",
@@ -40,8 +40,8 @@ _NO_LIMIT = 1_000_000
 class AddedToken(NamedTuple):
     """A token that is cut out of the text before the rest is split.
 
-    id: its row, None where no file says it. normalized: look for it in the normalized text, not in the text
-    as it stands. single_word: only between blanks and punctuation. lstrip, rstrip: with the blanks beside it.
+    id: its row, None if no file has it. normalized: search it in the normalized text instead of the original
+    text. single_word: only between spaces and punctuation. lstrip, rstrip: with the spaces beside it.
     """
 
     content: str
@@ -54,7 +54,7 @@ class AddedToken(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The settings of a BERT tokenizer; None where no file says it."""
+    """The settings of a BERT tokenizer; None: no file has the setting."""
 
     lowercase: bool | None = None
     strip_accents: bool | None = None
@@ -65,12 +65,12 @@ class TokenizerFiles:
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """Return what the tokenizer's files in a folder say; raise InputError for everything that is not BERT's.
+    """Return the settings of the tokenizer's files in a folder; raise InputError for another tokenizer.
 
-    tokenizer_config.json counts before tokenizer.json, as in transformers.
+    tokenizer_config.json overrides tokenizer.json, as in transformers.
     """
     config, tokenizer = (_optional(folder / name) for name in (TOKENIZER_CONFIG, TOKENIZER))
-    # A nameless class is BERT's, as config.json says it is BERT.
+    # Without a class it is BERT's, because config.json says that the model is a BERT.
     name = config.get("tokenizer_class") or "BertTokenizer"
     problems = _config_problems(config, folder / TOKENIZER_CONFIG)
     all_in_tokenizer = _CLASSES.get(name, False)
@@ -101,7 +101,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _first(sources: list[dict[str, Any]], names: tuple[str, ...], folder: Path) -> bool | None:
-    """Return the first value that is said, under any of its names; null is a value, too."""
+    """Return the first value that is set, under any of its names. null is a value, too."""
     for source in sources:
         for name in names:
             if name in source:
@@ -149,7 +149,7 @@ def _content(token: Any) -> Any:
 def _tokenizer_problems(tokenizer: Mapping[str, Any], path: Path, strict: bool) -> list[str]:
     """Return a sentence for each part of a tokenizer.json that is not BERT's.
 
-    strict: its normalizer counts even where it is not BERT's own; else transformers builds a new one.
+    strict: check the normalizer too. Otherwise transformers ignores it and builds a new one.
     """
     problems = []
     model = tokenizer.get("model")

@@ -1,7 +1,7 @@
-"""The tensors in a file of torch.save, read without PyTorch and without running what the file says.
+"""Reads the tensors of a torch.save file without PyTorch, and without running code from the file.
 
-Such a file holds a pickle, which may name any function to be called. Here the few that make tensors are
-known. Every other one is refused before anything is called.
+Such a file contains a pickle, which may call any function. Only the few functions that make tensors are
+allowed. Any other name is an error, before anything is called.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STORAGES: dict[str, np.dtype] = {
     "ByteStorage": np.dtype("<u1"),
     "BoolStorage": np.dtype("?"),
 }
-# Where training scripts put the weights beside the optimizer's state.
+# Keys under which training scripts save the weights, beside the optimizer's state.
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
 # How a file before PyTorch 1.6 begins: a number and the version of the format, a pickle each.
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -49,7 +49,7 @@ class _Storage:
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays by name, bfloat16 as float32; raise InputError where the file holds anything else."""
+    """Return the arrays by name, bfloat16 as float32; raise InputError for any other content."""
     try:
         content = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
     except (
@@ -88,7 +88,7 @@ def _read_legacy(path: Path) -> Any:
             raise ValueError("it does not begin as torch.save begins")
         _Reader(file, _no_storage).load()  # of the system that saved it
         start = file.tell()
-        # Which storages there are stands in the tensors, and the tensors stand before them: read twice.
+        # The tensors name the storages and come before them, so the file is read twice.
         dtypes: dict[str, np.dtype] = {}
 
         def note(key: str, dtype: np.dtype, count: int) -> np.ndarray:
@@ -111,18 +111,18 @@ def _numbers(file: IO[bytes], dtype: np.dtype) -> np.ndarray:
 
 
 def _no_storage(key: str, dtype: np.dtype, count: int) -> np.ndarray:
-    raise pickle.UnpicklingError("a tensor stands where none belongs")
+    raise pickle.UnpicklingError("a tensor is in the wrong place")
 
 
 class _Reader(pickle.Unpickler):
-    """Builds tensors from the storages that a function gives, and nothing else but plain values."""
+    """Builds tensors from storages, and plain values. Refuses everything else."""
 
     def __init__(self, file: IO[bytes], storages: _Storages, with_tensors: bool = True) -> None:
         super().__init__(file)
         self._storages, self._with_tensors = storages, with_tensors
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what a name in the pickle stands for, of those that tensors need; pickle calls this."""
+        """Return the object for a name in the pickle. Refuse names that tensors do not need."""
         known: dict[tuple[str, str], Callable[..., Any]] = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): _tensor if self._with_tensors else lambda *_: None,
@@ -131,12 +131,12 @@ class _Reader(pickle.Unpickler):
         if module == "torch" and name in _STORAGES:
             return _Storage(name)
         if (module, name) not in known:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which weights do not need")
+            raise pickle.UnpicklingError(f"it needs {module}.{name}, which weights never need")
         return known[module, name]
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         """Return the numbers of a storage, one after the other; pickle calls this."""
-        # Older files have a sixth part: a view of another storage, which no network's weights are.
+        # Older files have a sixth part: a view of another storage. Weights are never such views.
         kind, storage, key, _, count, *view = pid
         if kind != "storage" or not isinstance(storage, _Storage) or any(view):
             raise pickle.UnpicklingError(f"{kind!r} must be a storage of numbers")

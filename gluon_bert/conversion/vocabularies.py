@@ -15,7 +15,7 @@ from .weight_files import check_downloaded
 
 VOCAB = "vocab.txt"
 
-# Above this share of tokens that lower-casing would change a vocabulary is a cased one.
+# A vocabulary is cased if lower-casing would change more than this share of its tokens.
 _CASED_SHARE = 0.1
 
 # A row of the embeddings without a token of its own.
@@ -28,8 +28,8 @@ def read_vocabulary(
     """Return a vocabulary for embeddings of this many rows, from a file with a token a line or from JSON.
 
     The JSON is gluonnlp.Vocab's, or a tokenizer.json. added: further tokens and their rows, None for the next
-    free one. Rows without a token get the names [unused...] of published vocabularies; a note says so. Raises
-    Raise InputError if the vocabulary cannot be read or does not fit.
+    free one. Rows without a token get the names [unused...] of published vocabularies; a note says so. Raise
+    InputError if the vocabulary cannot be read or does not fit.
     """
     check_downloaded(path)
     tokens = _tokens_in_json(path) if path.suffix == ".json" else _lines(path)
@@ -46,10 +46,9 @@ def read_vocabulary(
 
 
 def looks_cased(vocab: Vocabulary) -> bool:
-    """Return whether a vocabulary was made of text that was not lower-cased, as far as its tokens show.
+    """Return whether a vocabulary seems to come from text that was not lower-cased.
 
-    Lower-casing removes accents, too, and takes Hangul apart. In vocabularies of such text the tokens that
-    this would change are strays.
+    Lower-casing also removes accents and decomposes Hangul. Few tokens of an uncased vocabulary would change.
     """
     tokens = [vocab.tokens[i] for i in vocab.ordinary_ids]
     if not isinstance(vocab, WordPieceVocabulary):
@@ -64,7 +63,7 @@ def _lowered(token: str) -> str:
 
 
 def vocabulary_file(folder: Path) -> Path:
-    """Return the vocabulary of a folder; raise InputError where there is none, or two that differ."""
+    """Return a folder's vocabulary file; raise InputError if it has none, or two that differ."""
     paths = [folder / name for name in (VOCAB, TOKENIZER) if (folder / name).is_file()]
     if not paths:
         raise InputError(f"{folder}: must hold {VOCAB} or {TOKENIZER}")
@@ -123,7 +122,7 @@ def _with_added(path: Path, tokens: list[Any], added: Mapping[str, int | None]) 
     for token, row in added.items():
         if row is None:
             row = tokens.index(token) if token in tokens else len(tokens)
-        # Far rows are refused for their number, not made.
+        # A huge row number is an error; the rows before it are not created.
         tokens += [_NAMELESS] * max(0, min(row, 10_000_000) + 1 - len(tokens))
         if tokens[min(row, len(tokens) - 1)] not in (_NAMELESS, token):
             raise InputError(
@@ -134,9 +133,9 @@ def _with_added(path: Path, tokens: list[Any], added: Mapping[str, int | None]) 
 
 
 def _lines(path: Path) -> list[Any]:
-    """Return a token a line; nameless are blank lines and tokens that stand there again further down.
+    """Return one token per line; nameless for blank lines and for tokens that a later line repeats.
 
-    Blanks behind a token are no part of it, as in transformers, which finds the later of two equal tokens.
+    Spaces after a token are not part of it. transformers also takes the later of two equal tokens.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -145,7 +144,7 @@ def _lines(path: Path) -> list[Any]:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: must be UTF-8, a token a line") from error
-    # Not splitlines: published vocabularies have tokens that it takes for ends of lines.
+    # Not splitlines: published vocabularies have tokens that splitlines would treat as line ends.
     tokens = [line.rstrip(" \t\r") for line in text.split("\n")]
     while tokens and not tokens[-1]:
         tokens.pop()

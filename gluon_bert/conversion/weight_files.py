@@ -15,7 +15,7 @@ from .torch_pickle import read_tensors
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 _INDEX = ".index.json"
 
-# What git leaves in place of a large file that was not downloaded.
+# How a git-lfs pointer begins. Git leaves it in place of a large file that was not downloaded.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 # safetensors' names of types -> how their bytes are read.
@@ -23,7 +23,7 @@ _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """Return all arrays of a folder; raise InputError where there are none or one cannot be read."""
+    """Return all arrays of a folder; raise InputError if it has none, or one cannot be read."""
     readers: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
         SAFETENSORS: read_safetensors,
         PICKLED: read_tensors,
@@ -38,7 +38,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _shards(folder: Path, name: str) -> list[str]:
-    """Return the names of the files that an index lists, none without an index."""
+    """Return the names of the files that an index lists; empty without an index."""
     path = folder / f"{name}{_INDEX}"
     if not path.is_file():
         return []

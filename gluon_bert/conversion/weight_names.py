@@ -16,8 +16,8 @@ class WeightNames:
 
     parts: parts of our names and theirs, replaced in this order. follows_first: row 0 of their next-sentence
     head is the score for "follows", which here is row 1. kernels: an ending of the names of dense weights
-    that are stored transposed. batch_of_positions: the position embeddings are (1, P, C). encoder: how the
-    names of the encoder and the pooler begin; what begins otherwise is a head.
+    that are stored transposed. batch_of_positions: the position embeddings are (1, P, C). encoder: the prefix
+    of the names of the encoder and the pooler. Other names belong to heads.
     """
 
     parts: Mapping[str, str]
@@ -93,7 +93,7 @@ HUGGINGFACE = WeightNames(
     encoder=("bert.",),
 )
 
-# BertForQuestionAnswering calls its head otherwise.
+# BertForQuestionAnswering has another name for its head.
 HUGGINGFACE_SPANS = replace(HUGGINGFACE, parts={**HUGGINGFACE.parts, "head.dense": "qa_outputs"})
 
 # The TensorFlow checkpoints of google-research/bert. Its label 1 is a random second segment

@@ -32,7 +32,10 @@ def test_antiberty_equals_transformers(folder, tmp_path, capsys):
     transformers = pytest.importorskip("transformers", reason="needs the extra test-others")
     converted("--from", "huggingface", folder, "--to", tmp_path / "run")
     told = capsys.readouterr().out
-    assert "left out, as no part of BERT's encoder and heads: cls.chain.bias" in told and "cased" in told
+    assert (
+        "left out, because they are not in BERT's encoder and heads: cls.chain.bias" in told
+        and "cased" in told
+    )
     run = load_run(tmp_path / "run")
     assert run.untrained == ("nsp",)
     text = run.reader.text(CHAIN)

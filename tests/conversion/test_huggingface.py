@@ -181,7 +181,7 @@ def test_vocabulary_in_tokenizer_json_is_read(lowercase, tmp_path):
     foreign = read_huggingface(folder)
     assert (foreign.vocab.tokens, foreign.notes) == (run.vocab.tokens, [])
     assert foreign.tokenizer["lowercase"] == lowercase
-    with pytest.raises(InputError, match=r"the tokenizer in .* says the contrary"):
+    with pytest.raises(InputError, match=r"lowercase must be .* or omitted, as the tokenizer in "):
         read_huggingface(folder, lowercase=not lowercase)
     content = json.loads((folder / "tokenizer.json").read_text())
     for change, told in (
@@ -288,9 +288,9 @@ def test_huggingface_other_vocabulary_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"norm": "pre"}, "norm must be 'post'"),
-        ({"embedding_norm": False}, "--embedding-norm must be true"),
-        ({"position": "relative-bias"}, "position must be 'absolute', as its BERT has, got 'relative-bias'"),
+        ({"norm": "pre"}, "needs a run trained with --norm post, got --norm pre."),
+        ({"embedding_norm": False}, "needs a run trained with --embedding-norm, got --no-embedding-norm"),
+        ({"position": "relative-bias"}, "with --position absolute, got --position relative-bias"),
     ],
 )
 def test_huggingface_without_place_is_refused(changes, told, tmp_path, capsys):

@@ -27,9 +27,7 @@ def a_bin(path, content):
 
 def test_bin_with_a_function_call_runs_nothing(tmp_path, capsys):
     a_bin(tmp_path / "x.bin", pickle.dumps({"a": Evil()}))
-    with pytest.raises(
-        InputError, match=r"it asks for (builtins|__builtin__)\.print, which weights do not need"
-    ):
+    with pytest.raises(InputError, match=r"it needs (builtins|__builtin__)\.print, which weights never need"):
         read_tensors(tmp_path / "x.bin")
     assert capsys.readouterr().out == ""
 

@@ -29,14 +29,17 @@ from gluon_bert.run import load_run
         ("--from gluonnlp a --to b", "--from gluonnlp a: must be gluonnlp PARAMS VOCAB"),
         (
             "--from huggingface a --num-heads 2 --to b",
-            "--num-heads: is for --from gluonnlp and d2l; huggingface",
+            "--num-heads must be omitted unless --from is gluonnlp or d2l: huggingface",
         ),
         (
             "--from a --to huggingface b --no-lowercase",
-            "--lowercase: is for --from huggingface and tensorflow",
+            "--lowercase must be omitted unless --from is huggingface or tensorflow",
         ),
         ("--from huggingface nowhere --to b", "nowhere/config.json: cannot be read"),
-        ("--from huggingface a --checkpoint best --to b", "--checkpoint best: is for --from a run"),
+        (
+            "--from huggingface a --checkpoint best --to b",
+            "--checkpoint must be omitted unless --from is a run",
+        ),
     ],
 )
 def test_convert_contradicting_flags_are_refused(arguments, told, tmp_path, monkeypatch, capsys):
