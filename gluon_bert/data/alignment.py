@@ -17,7 +17,7 @@ class Span(NamedTuple):
 
 
 def spans(text: str, words: Sequence[str]) -> list[Span]:
-    """Return where each word stands in the text that it was split from, in the words' order.
+    """Return the position of each word in its original text, in the words' order.
 
     The words may be lower-cased, without accents, composed or decomposed. The text may have characters that
     no word has, such as spaces and control characters. A word may also be a piece of a word, without its ##.
@@ -43,12 +43,12 @@ def spans(text: str, words: Sequence[str]) -> list[Span]:
 
 
 def _spellings(word: str) -> list[str]:
-    """How a word may stand in a text: [MASK] also as <mask>."""
+    """Return the spellings of a word in a text: [MASK] is also <mask>."""
     return [spelling for spelling, token in MARKERS.items() if token == word] or [word]
 
 
 def _find(whole: str, wanted: str, start: int) -> tuple[int, int] | None:
-    """Return the start and the end of the wanted characters, with others between them if need be, or None."""
+    """Return the start and end of the wanted characters, even with others between them, or None."""
     if whole.startswith(wanted, start):
         return start, start + len(wanted)
     places = []
@@ -69,7 +69,7 @@ def _with_marks(text: str, keys: Sequence[str], end: int) -> int:
 
 @lru_cache(maxsize=1 << 16)
 def _key(character: str) -> str:
-    """Return what is equal in a text and in its words: the letter without case and accents, "" for none."""
+    """Return the form in which text and words are compared: without case and accents; may be ""."""
     letter = _visible(unicodedata.normalize("NFD", character))
     return _visible(unicodedata.normalize("NFD", letter.casefold()))
 

@@ -53,7 +53,7 @@ class _Splitter:
         for token in normalization.added_tokens:
             self._normalized.setdefault(self._normalizer.normalize_str(token), token)
         self._raw_pattern, self._normalized_pattern = _longest_of(self._raw), _longest_of(self._normalized)
-        # Most parts between spaces have been met before, and nothing depends on what is around them.
+        # Cached, because most parts between spaces repeat. A part's words do not depend on its neighbours.
         self._spaced_part = lru_cache(maxsize=1 << 17)(lambda part: " ".join(self.split(part)))
 
     def spaced(self, text: str) -> str:
@@ -85,7 +85,7 @@ _splitter = lru_cache(maxsize=None)(_Splitter)
 
 
 def _longest_of(tokens: Any) -> Pattern[str]:
-    """Return a pattern for the longest of these tokens at a place; without tokens it never matches."""
+    """Return a pattern that matches the longest of these tokens; without tokens it never matches."""
     spelt = sorted(filter(None, tokens), key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, spelt))})" if spelt else r"((?!))")
 

@@ -79,7 +79,7 @@ def make_batch(
 
 
 def worker_rows(batch: Any, rank: int, num_workers: int) -> Any:
-    """Return the rows of one worker, divided as evenly as possible; there may be none."""
+    """Return the rows of one worker, divided as evenly as possible; possibly none."""
     start, stop = np.linspace(0, len(batch), num_workers + 1).astype(int)[rank : rank + 2]
     return batch.rows(start, stop)
 

@@ -39,17 +39,17 @@ log = logging.getLogger(__name__)
 
 VocabularyOf = Callable[[Mapping[str, int]], Vocabulary]
 
-# Words a shard: in memory some 50 MB while it is put together, on disk 8 MB and 24 MB of text.
+# Words per shard: about 50 MB in memory while it is built, 8 MB on disk, from 24 MB of text.
 _SHARD_WORDS = 1 << 22
 # Words whose ids are looked up at once: Python's lists of them are large.
 _LOOKED_UP = 1 << 16
-# Hashes that are compared, 32 MB: of more sentences or documents the share of repeated ones is an estimate.
+# Hashes that are compared, 32 MB. With more sentences or documents the share of repeated ones is estimated.
 _COMPARED = 1 << 22
 # Seconds between progress lines without a terminal.
 _LOG_EVERY = 60.0
-# Above this share repetitions are worth a warning: the validation text then tells little about new text.
+# A larger share of repetitions causes a warning: validation losses are then too low for new text.
 _MANY_REPEATED = 0.1
-# Above this share of the words in documents that were left out, --text-format may be the wrong one.
+# If more than this share of the words is in dropped documents, text_format may be wrong.
 _MUCH_DROPPED = 1 / 3
 _MANY_UNKNOWN = 0.1
 
@@ -89,7 +89,7 @@ def check_added_tokens(config: DataConfig) -> None:
 
 
 class WordIds:
-    """The ids of numbered words: those of word n are ids[starts[n]:starts[n + 1]].
+    """The ids of numbered words: word n has ids[starts[n]:starts[n + 1]].
 
     A special token in the text is an unknown word, unless it is an added token.
     """
@@ -120,11 +120,11 @@ class WordIds:
 def prepare_shards(
     corpus: Corpus, config: DataConfig, folder: Path, made_by: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Fill a folder with the shards of a corpus; returns the manifest, with which `finish` ends it."""
+    """Fill a folder with the shards of a corpus; return the manifest, which `finish` writes."""
     _clear(folder)
     with processes(config.preprocessing_workers) as map_all:
         num_shards = _read_text(corpus, config, folder, map_all, made_by["fingerprint"])
-    # In a process of its own: the words of a large text take much memory, which Python does not give back.
+    # In a separate process: the words of a large text take much memory, which Python would keep.
     with processes(min(config.preprocessing_workers, 1)) as map_all:
         ((_, unk),) = map_all(partial(_number_all, folder=folder, config=config), [num_shards])
     with processes(min(config.preprocessing_workers, num_shards)) as map_all:
@@ -133,7 +133,7 @@ def prepare_shards(
 
 
 def finish(folder: Path, manifest: Mapping[str, Any], config: DataConfig) -> None:
-    """Write the manifest, remove what only an unfinished preparation needs, tell what the text is like."""
+    """Write the manifest, remove the files of an unfinished preparation, and log the text's statistics."""
     shards.write_manifest(folder, manifest)
     for leftover in [*folder.glob("words-*"), folder / "ids.npz"]:
         leftover.unlink()
@@ -153,12 +153,12 @@ def _clear(folder: Path) -> None:
 
 
 def _read_text(corpus: Corpus, config: DataConfig, folder: Path, map_all: Map, fingerprint: str) -> int:
-    """Write the shards of words that are not there yet; returns how many there are then."""
+    """Write the missing shards of words; return the number of all shards."""
     number = chunks_before = 0
     while (chunks := _chunks_in(_words_path(folder, number), fingerprint)) is not None:
         number, chunks_before = number + 1, chunks_before + chunks
     if number:
-        log.info("going on behind the %d shards that are there", number)
+        log.info("continuing after the first %d shards", number)
     with _progress(corpus.num_bytes) as advance:
         everything = corpus.chunks()
         for chunk in islice(everything, chunks_before):
@@ -166,11 +166,11 @@ def _read_text(corpus: Corpus, config: DataConfig, folder: Path, map_all: Map, f
         gathered, num_chunks = DocumentBuilder(), 0
         seen: set[int] = set()
         for chunk, numbered in map_all(partial(_index_chunk, config=config), everything):
-            # Many files have the same docstrings. A user's own text is taken as it is.
+            # Many files have the same docstrings. The user's own text is not deduplicated.
             gathered.add(_unseen(numbered, seen) if chunk.source else numbered)
             num_chunks += 1
             advance(chunk.num_bytes)
-            # All pydoc prose is in one shard, because a resumed preparation does not know what was seen.
+            # All pydoc prose is in one shard: a resumed preparation does not know the earlier documents.
             if gathered.num_words >= _SHARD_WORDS and not chunk.source:
                 _write_words(_words_path(folder, number), gathered.numbered(), num_chunks, fingerprint)
                 number, gathered, num_chunks = number + 1, DocumentBuilder(), 0
@@ -228,7 +228,7 @@ def _chunks_in(path: Path, fingerprint: str) -> int | None:
         return None
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         problem = str(error)
-    log.warning("%s: cannot be used and is made anew (%s)", path, problem)
+    log.warning("%s: cannot be used (%s); it is built again", path, problem)
     return None
 
 
@@ -241,9 +241,9 @@ def _words_in(arrays: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def _number_all(num_shards: int, folder: Path, config: DataConfig) -> int:
-    """Number the words of all shards alike, and write the vocabulary and the ids of each word.
+    """Number the words of all shards together, and write the vocabulary and the ids of each word.
 
-    Returns the id of the unknown token.
+    Return the id of the unknown token.
     """
     order = numbering()
     word_counts = np.zeros((2, 0), dtype=np.int64)
@@ -255,11 +255,11 @@ def _number_all(num_shards: int, folder: Path, config: DataConfig) -> int:
             word_counts = np.pad(word_counts, ((0, 0), (0, missing)))
             word_counts[:, numbers] += arrays["word_counts"]
         np.save(_numbers_path(folder, number), numbers)
-    words, counts = list(order), order  # one dict: of a large text each takes a hundred MB
+    words, counts = list(order), order  # one dict for both: it takes a hundred MB for a large text
     counts.default_factory = None
     for word, count in zip(words, word_counts[0].tolist()):
         counts[word] = count
-        if not count:  # it is in validation text only
+        if not count:  # a word of the validation text only
             del counts[word]
     vocab = vocabulary_maker(config)(counts)
     of_words = WordIds(words, vocab, Normalization.from_config(config).all_added)
@@ -319,7 +319,7 @@ def _share(part: int, whole: int) -> float:
 def _distinct(paths: Sequence[Path], name: str) -> int:
     """Return the number of different hashes in these files of sorted hashes.
 
-    Only the smallest of very many are compared, in bounded memory. The rest is assumed to be similar.
+    Memory is bounded: only the smallest hashes are compared, and the rest is assumed to be similar.
     """
     total = sum(len(_array_in(path, name)) for path in paths)
     share = min(1.0, _COMPARED / max(total, 1))
@@ -373,7 +373,7 @@ def _log_statistics(statistics: Mapping[str, Any], config: DataConfig) -> None:
 
 @contextmanager
 def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Show the progress of reading: a bar on a terminal, else a line now and then."""
+    """Show the progress of reading: a bar on a terminal, otherwise a line per minute."""
     if sys.stderr.isatty():
         from tqdm import tqdm  # here, as it takes a while to import
 

@@ -22,11 +22,11 @@ from .vocab import Vocabulary
 
 log = logging.getLogger(__name__)
 
-# The text that is counted at most. More of it changes the vectors of frequent words little.
+# Maximum number of tokens to count. More text changes the vectors of frequent words little.
 MAX_TOKENS = 50_000_000
 # Neighbours on either side; a neighbour at distance d counts 1 / d, as in GloVe (Pennington et al. 2014).
 WINDOW = 5
-# Contexts' counts to this power: Levy, Goldberg and Dagan 2015, section 3.1.
+# Exponent of the contexts' counts: Levy, Goldberg and Dagan 2015, section 3.1.
 CONTEXT_POWER = 0.75
 # Extra columns and power iterations of the randomized decomposition: Halko et al. 2011, section 1.6.
 OVERSAMPLING, POWER_ITERATIONS = 16, 3
@@ -57,7 +57,7 @@ def cached_word_vectors(
 ) -> np.ndarray:
     """Return `word_vectors`, computed once for each prepared text, size and seed.
 
-    folder: that of the prepared text; None where the text is in memory only.
+    folder: of the prepared text; None for a text in memory.
     """
     path = folder / f"cooccurrence-{size}-{seed}.npy" if folder else None
     if path is not None:

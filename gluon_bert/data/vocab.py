@@ -1,4 +1,4 @@
-"""Tokens <-> ids at word level, and text -> words. Counts nothing: the counts are given."""
+"""Tokens <-> ids at word level, and text -> words. Callers give the counts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _INVISIBLE = re.compile(
     + "\ufffd]"
 )
 
-# Above this share of tokens with capitals a vocabulary is a cased one; in the uncased ones a few are strays.
+# A vocabulary is cased if more than this share of its tokens has capitals. Uncased ones have a few, too.
 _CASED_SHARE = 0.1
 
 
@@ -98,8 +98,8 @@ class Vocabulary:
     """A word vocabulary: the special tokens, then the words by falling frequency.
 
     unk, pad, mask, cls, sep: their ids. special: (V,) bool, tokens that are not text, with <unk>. ordinary:
-    the ids of the others, ascending. continues: (V,) bool, tokens that continue the
-    word of the previous token; here there are none.
+    the ids of the others, ascending. continues: (V,) bool, tokens that continue the word of the previous
+    token; all False here.
 
     >>> vocab = Vocabulary(["crane", "is"])
     >>> vocab.to_indices(["the", "crane", "is"]).tolist(), vocab.to_tokens([3, 5])
@@ -153,11 +153,14 @@ class Vocabulary:
         return token in self._ids
 
     def to_indices(self, words: Sequence[str]) -> np.ndarray:
-        """Return the words' ids, int32; a word outside the vocabulary is <unk>. The inverse of `words`."""
+        """Return the words' ids, int32; a word outside the vocabulary is <unk>.
+
+        The inverse of `to_tokens`.
+        """
         return np.array([self._ids.get(word, self.unk) for word in words], dtype=np.int32)
 
     def to_tokens(self, ids: Iterable[int]) -> list[str]:
-        """Return the tokens of these ids, the inverse of `ids`."""
+        """Return the tokens of these ids, the inverse of `to_indices`."""
         return [self.tokens[i] for i in ids]
 
     def split(self, text: str, normalization: Normalization) -> list[str]:
@@ -182,7 +185,7 @@ class Vocabulary:
         return special
 
     def with_tokens(self, tokens: Sequence[str]) -> Vocabulary:
-        """This vocabulary and, behind it, those of the tokens that it lacks."""
+        """Return this vocabulary, followed by the given tokens that it lacks."""
         new = [token for token in dict.fromkeys(tokens) if token not in self]
         return self._with(new) if new else self
 

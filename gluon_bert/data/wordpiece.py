@@ -114,7 +114,7 @@ class WordPieceVocabulary(Vocabulary):
             text = decode_utf8(path.read_bytes(), str(path))
         except OSError as error:
             raise InputError(f"{path}: cannot be read as a vocabulary ({error.strerror or error})") from error
-        # Not splitlines: published vocabularies have tokens that it takes for ends of lines.
+        # Not splitlines: published vocabularies have tokens that splitlines would treat as line ends.
         lines = text.replace("\r\n", "\n").split("\n")
         if not lines[-1]:
             lines.pop()

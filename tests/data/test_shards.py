@@ -260,7 +260,7 @@ def test_foreign_or_damaged_word_shards_are_rebuilt(text_file, tmp_path, monkeyp
     (folder / "words-00004.npz").write_bytes((folder / "words-00004.npz").read_bytes()[:-10])
     shutil.copy(folder / "words-00001.npz", folder / "words-00777.npz")
     assert_same(prepare(config, tmp_path / "cache"), whole)
-    assert "words-00002.npz: cannot be used and is made anew (it is of another preparation)" in caplog.text
+    assert "words-00002.npz: cannot be used (it is of another preparation); it is built again" in caplog.text
 
 
 KILLED = """if __name__ == "__main__":

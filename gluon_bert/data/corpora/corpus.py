@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 ENDINGS = (".txt", ".text", ".md", ".tokens", ".raw", ".jsonl")
 WIKITEXT_TRAIN, WIKITEXT_VALID, WIKITEXT_TEST = (f"wiki.{part}.tokens" for part in ("train", "valid", "test"))
 _TRAIN = re.compile(r"wiki\.train\.(tokens|raw)")
-# What WikiExtractor calls its files.
+# The names of WikiExtractor's files.
 _WIKIEXTRACTOR = re.compile(r"wiki_\d+(\.bz2)?")
 
 
@@ -36,10 +36,10 @@ class TextFile(NamedTuple):
 
 
 class Corpus:
-    """The text of one or more sources, in chunks to be parsed.
+    """The text of one or more sources, in chunks to parse.
 
-    num_bytes: of all files, compressed as they may be. guessed: the formats that were guessed, each with the
-    first file. Raises InputError where there is nothing to be read.
+    num_bytes: of all files, compressed or not. guessed: the guessed formats, each with its first file. Raise
+    InputError if there is no text.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -71,11 +71,11 @@ class Corpus:
             for chunk in read_chunks(file.path, config.text_format, config.language):
                 if config.text_format == "auto" and chunk.text_format not in self.guessed:
                     self.guessed[chunk.text_format] = file.path
-                    log.info("%s: read as %s (--text-format changes that)", file.path, chunk.text_format)
+                    log.info("%s: read as %s (text_format changes that)", file.path, chunk.text_format)
                 yield chunk._replace(validation=file.validation)
 
     def fingerprint(self) -> str:
-        """Return a hash of what would be read: the files' content, or the versions behind the pydoc prose."""
+        """Return a hash of the text: of the files' content, or of the versions behind the pydoc prose."""
         digest = hashlib.sha1(metadata.version("sentencex").encode())
         if self._prose:
             digest.update(pydoc.fingerprint().encode())
@@ -88,10 +88,10 @@ class Corpus:
 
 
 def text_files(path: Path) -> list[TextFile]:
-    """Return the files of text at a path, in the order of their names. Raise InputError if there is none.
+    """Return the files of text at a path, in the order of their names.
 
-    Beside WikiText's train file its valid file is validation text, and the test file is not read. What a
-    folder holds besides text is counted in the log.
+    Raise InputError if there is none. WikiText's valid file is validation text for its train file. Its test
+    file is not read. The log counts the other files of a folder.
     """
     if not path.exists():
         raise InputError(
@@ -120,7 +120,7 @@ def text_files(path: Path) -> list[TextFile]:
 
 
 def _endings(files: Sequence[Path]) -> str:
-    """How files end, with their numbers: `.csv 2, link to nothing 1`."""
+    """Return the endings of files with their numbers: `.csv 2, link to nothing 1`."""
     counts = Counter(
         "link to nothing" if file.is_symlink() and not file.exists() else file.suffix.lower() or "no ending"
         for file in files
@@ -131,7 +131,7 @@ def _endings(files: Sequence[Path]) -> str:
 def _each_once(files: Sequence[TextFile]) -> list[TextFile]:
     """Return the files without repetitions, however they were named; validation text stays validation text.
 
-    Someone who names all of WikiText's files means its training text: the test file is not part of it.
+    If all of WikiText's files are named, the test file is left out.
     """
     known: dict[Path, TextFile] = {}
     for file in files:

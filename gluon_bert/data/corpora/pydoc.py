@@ -1,4 +1,4 @@
-"""English prose of the Python installation: docstrings and the reference. Imports nothing for it.
+"""English prose of the Python installation: docstrings and the reference. Imports none of its modules.
 
 The text is the language reference behind `help()` (pydoc_data.topics) and the docstrings of the standard
 library and of the packages this project depends on. Code, tables, parameter lists and markup are left
@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
-# Changes the fingerprint: raise it whenever the same files would give other paragraphs.
+# Part of the fingerprint. Increase it when the same files would give other paragraphs.
 VERSION = 1
 
 # Distribution -> the folders it installs. A list of our own, not a walk over the installed metadata: the
@@ -47,7 +47,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "urllib3": ("urllib3",),
 }
 
-# Tests; what Linux distributors take out of the standard library or put into it; what names one machine.
+# Left out: tests, parts that Linux distributors remove or add, and files that name a machine.
 _LEFT_OUT = re.compile(
     r"tests?|site-packages|dist-packages|__pycache__|_sysconfig\w*|config-.*|sitecustomize|usercustomize|"
     r"_?distutils.*|ensurepip|idlelib|lib2to3|tkinter|turtle|turtledemo"
@@ -107,15 +107,15 @@ def paragraphs(source: Source) -> list[str]:
             warnings.simplefilter("ignore")
             tree = ast.parse(source.path.read_bytes())
     except (SyntaxError, ValueError):
-        # Templates and files for other versions of Python lie in installed packages; nobody can run them,
-        # so that they do not parse tells the user nothing.
+        # Installed packages contain templates and files for other versions of Python. They do not parse, and
+        # the user cannot change that.
         return []
     texts = _topics(tree) if source.name == _TOPICS else _docstrings(tree.body, tree)
     return [paragraph for text in texts for paragraph in _prose(inspect.cleandoc(text))]
 
 
 def _topics(tree: ast.Module) -> Iterator[str]:
-    """Yield the values of the one dict in pydoc_data/topics.py; its double quotes mean code."""
+    """Yield the values of the dict in pydoc_data/topics.py. Double quotes mark code there."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             for _, text in sorted(ast.literal_eval(node.value).items()):
@@ -123,7 +123,7 @@ def _topics(tree: ast.Module) -> Iterator[str]:
 
 
 def _docstrings(body: list[ast.stmt], owner: ast.AST) -> Iterator[str]:
-    """Docstrings of a module, its classes and functions, and those that `add_newdoc` gives to C code."""
+    """Return the docstrings of a module, its classes and functions, and those that `add_newdoc` adds."""
     if isinstance(owner, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         text = ast.get_docstring(owner, clean=False)
         if text:
@@ -140,7 +140,7 @@ def _docstrings(body: list[ast.stmt], owner: ast.AST) -> Iterator[str]:
                         yield part.value
 
 
-# What opens a body that is not prose: it is skipped as far as it is indented deeper than its opening.
+# These lines open a body that is not prose. Lines indented deeper than the opening are skipped.
 _OPENS_OTHER = re.compile(
     r"(args|arguments|parameters|params|returns?|raises?|yields?|attributes|keyword arguments|options|"
     r"keyword args|keywords|usage|examples?|methods|see also|references|inputs?|outputs?)\s*:$|"
@@ -251,7 +251,7 @@ _MARKUP = [
     (re.compile(r"(?::[\w:+-]+:)?`[!.]?([^`]+)`_{0,2}"), r"\1"),
     (re.compile(r"(?<![\w*])(\*\*?)(?=\S)([^*]+?)(?<=\S)\1(?![\w*])"), r"\2"),
     (re.compile(r"(?<![\w.])([A-Za-z][A-Za-z0-9-]*[A-Za-z0-9])_(?=[\s.,;:)]|$)"), r"\1"),
-    # Sentence splitters take the full stop of "io.BytesIO" for the end of a sentence.
+    # Sentence splitters would end a sentence at the full stop of "io.BytesIO".
     (re.compile(r"\b(?:[A-Za-z_]\w+\.)+(?=_|[A-Z]\w)"), ""),
     (re.compile(r" (?=[.,;](?: |$))"), ""),
     (re.compile(r"(?<=[a-z]{2}-) (?!and |or |to )(?=[a-z])"), ""),

@@ -17,8 +17,8 @@ from .text_formats import TextChunk, end_of_documents, guess_format
 
 # Bytes read at once: large enough to keep worker processes busy, small in memory.
 BLOCK_BYTES = 1 << 20
-# A document is read, cut and numbered as a whole, which takes tens of times its size in memory. The longest
-# novels have 15 MB: a larger one is a corpus whose documents are not separated.
+# A document is read and split as a whole, which takes tens of times its size in memory. The longest novels
+# have 15 MB. A larger document is probably a corpus without separators.
 _LARGEST_DOCUMENT = 1 << 25
 
 INSTALL_ZSTD = "pip install -e '.[zstd]'"
@@ -85,7 +85,7 @@ def uncompressed_suffix(path: Path) -> str:
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Raise InputError, which names the file, for what goes wrong while it is read."""
+    """Turn errors while a file is read into InputError, which names the file."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:

@@ -26,7 +26,7 @@ Document = List[str]
 _SAMPLED_LINES = 200
 # Above this mean length, in characters, a line is a paragraph. Below it, it is wrapped text or a sentence.
 _PARAGRAPH_LINE = 200
-# Where a larger share of the lines has several sentences or parts of them, lines are no sentences.
+# If a larger share of the lines has several sentences or parts of sentences, a line is not a sentence.
 _FEW = 0.1
 
 # WikiText's heading of an article, ` = Title = ` between blank lines; sections have two equals signs or more.
@@ -58,7 +58,7 @@ class TextChunk(NamedTuple):
 class ParsedChunk(NamedTuple):
     """The documents of a chunk, and which of them are validation text.
 
-    dropped: the number of documents that were left out for having one sentence, and of the words in these.
+    dropped: the number of documents with one sentence, which are left out, and of their words.
     """
 
     documents: list[Document]
@@ -153,7 +153,7 @@ def is_validation(document: Document, share: float) -> bool:
 
 
 def end_of_documents(lines: str, text_format: str) -> int:
-    """Where the last whole document of some whole lines ends, in characters."""
+    """Return the end of the last whole document, in characters."""
     if text_format in ("wikitext", "paragraphs", "jsonl"):
         return lines.rfind("\n") + 1
     if text_format == "articles":

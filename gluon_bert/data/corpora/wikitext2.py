@@ -1,4 +1,4 @@
-"""WikiText-2 as files on this machine, downloaded when they are not there. Does not look into their text.
+"""Downloads WikiText-2 once and verifies it. Does not parse its text.
 
 Only files with the right SHA-1 are kept: the address that older tutorials name now
 answers with 243 bytes of XML, and those were saved as the corpus more than once.
@@ -84,12 +84,12 @@ def wikitext2_folder(
             failures.append(f"{address}: {failure}")
     raise InputError(
         f"WikiText-2 could not be downloaded ({'; '.join(failures)}): fetch wikitext-2-v1.zip by other "
-        "means, unpack it and pass the folder with --corpus PATH"
+        "means, unpack it and pass the folder as corpus=PATH"
     )
 
 
 class _Failed(Exception):
-    """Why one address did not give what it should."""
+    """The reason why a download failed."""
 
 
 def _missing(folder: Path) -> list[str]:
@@ -145,7 +145,7 @@ def _fetched(address: str, sha1: str, folder: Path, timeout: float) -> IO[bytes]
 
 
 def _receive(address: str, file: IO[bytes], timeout: float) -> None:
-    # Here, since they take 0.2 s to import and are needed once in the life of a machine.
+    # Imported here: they take 0.2 s, and most runs do not download.
     import requests
     from tqdm import tqdm
 
@@ -156,7 +156,7 @@ def _receive(address: str, file: IO[bytes], timeout: float) -> None:
             if response.status_code != 200:
                 raise _Failed(f"HTTP status {response.status_code}")
             total = int(response.headers.get("Content-Length") or 0)
-            # A bar is for eyes: in a log file it would be noise.
+            # Only on a terminal: in a log file it would be noise.
             with tqdm(total=total or None, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
                 for block in response.iter_content(_BLOCK):
                     file.write(block)
