@@ -248,7 +248,7 @@ def _plain_task(counts: Counter[str]) -> Task:
     """Return the task of plain tags, from how often each occurs."""
     if len(counts) < 2:
         (only,) = counts
-        raise InputError(f"--train: all tags are {only}: there is nothing to learn")
+        raise InputError(f"train: all tags are {only}: there is nothing to learn")
     log.info("plain tags: %s", ", ".join(f"{tag} {count:,}" for tag, count in counts.most_common()))
     return Task("tagging", pairs=False, labels=tuple(sorted(counts)))
 

@@ -135,7 +135,7 @@ def test_infer_task_has_both_tags_of_each_type():
 
 
 def test_infer_task_of_plain_tags_has_each_once(written):
-    task = TaggingFormat().infer_task(read_tagged(written("a.conll", "a\tNN\nb\tVB\n\nc\tNN\n"), "--train"))
+    task = TaggingFormat().infer_task(read_tagged(written("a.conll", "a\tNN\nb\tVB\n\nc\tNN\n"), "train"))
     assert (task.labels, task.has_entities) == (("NN", "VB"), False)
     with pytest.raises(InputError, match="'B-x' must occur in the training file, which has the tags NN, VB"):
         TaggingFormat().examples([TaggedRow(("",), ("a",), ("B-x",))], task, tokenizer(), "--validation")
@@ -307,7 +307,7 @@ def test_finetuning_plain_tags_learns_and_reports_tags(command, tmp_path, capsys
     status, folder = command("--epochs", "8", "--train", str(tmp_path / "train.conll"))
     assert status == 0
     shown = capsys.readouterr()
-    assert "3 tags: 64 sentences in --train" in shown.err
+    assert "3 tags: 64 sentences in train" in shown.err
     assert "tag   precision  recall      f1  number\nDET " in shown.out
     run = gb.load_run(folder, checkpoint="best")
     assert run.metrics["validation"]["accuracy"] > 0.9
