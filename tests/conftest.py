@@ -62,7 +62,7 @@ def skip_without_compiled_operators():
 
 def skip_without(format):
     """Skip where this machine cannot run an export of this format, with the reason."""
-    if format == "onnx":
+    if format in ("onnx", "onnx-int8"):
         missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
         if missing:
             pytest.skip(f"the extra onnx is not installed: there is no {' and no '.join(missing)}")

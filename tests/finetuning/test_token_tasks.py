@@ -1,10 +1,12 @@
 """Taggers and answerers beyond their training: exported, served, and asked what they cannot do."""
 
 import json
+import zipfile
 
 import encode
 import export
 import pytest
+from conftest import skip_without
 from support.reference_bert import randomise
 
 from gluon_bert.checkpoint import save_checkpoint
@@ -30,6 +32,8 @@ REQUESTS = {
         {"question": "w1", "context": "w2 w3"},
     ],
 }
+# Of a score or a probability, by format.
+TOLERANCES = {"mxnet": 1e-4, "onnx": 1e-4, "onnx-int8": 0.1, "int8": 0.1, "bf16": 0.02}
 both_tasks = pytest.mark.parametrize("kind", TASKS)
 
 
@@ -54,18 +58,18 @@ def replies(predictor, requests):
     return answer(predictor, [json.dumps(request).encode() for request in requests])
 
 
-def assert_close(one, other):
-    """Equal JSON, numbers to 1e-4."""
+def assert_close(one, other, tolerance=1e-4):
+    """Equal JSON, but for numbers."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
         for name, value in one.items():
-            assert_close(value, other[name])
+            assert_close(value, other[name], tolerance)
     elif isinstance(one, list):
         assert len(one) == len(other)
         for a, b in zip(one, other):
-            assert_close(a, b)
+            assert_close(a, b, tolerance)
     else:
-        assert other == (pytest.approx(one, abs=1e-4) if isinstance(one, float) else one)
+        assert other == (pytest.approx(one, abs=tolerance) if isinstance(one, float) else one)
 
 
 @both_tasks
@@ -81,9 +85,10 @@ def test_served_task_is_the_task_of_the_run(kind, folder_of):
             assert span == found.get("text" if kind == "tagging" else "answer")
 
 
-@pytest.mark.parametrize("format", ["mxnet", "onnx"])
+@pytest.mark.parametrize("format", TOLERANCES)
 @both_tasks
 def test_exported_task_is_the_task_of_the_run(kind, format, folder_of, tmp_path, capsys):
+    skip_without(format)
     folder = folder_of(kind)
     (tmp_path / "texts.txt").write_text("".join(f"w{i} " * (1 + i % 9) + "\n" for i in range(12)))
     texts = [] if format == "mxnet" else ["--text-file", str(tmp_path / "texts.txt")]
@@ -92,6 +97,20 @@ def test_exported_task_is_the_task_of_the_run(kind, format, folder_of, tmp_path,
     assert exported.manifest.output_names == ("encoded", "token_scores")
     of_run = replies(Predictor.of(load_run(folder)), REQUESTS[kind])
     for one, other in zip(of_run, replies(exported.predictor, REQUESTS[kind])):
+        assert_close(list(one), list(other), TOLERANCES[format])
+
+
+@both_tasks
+def test_archived_task_is_the_task_of_the_run(kind, folder_of, tmp_path, capsys):
+    pytest.importorskip("model_archiver", reason="needs the extra serve")
+    folder = folder_of(kind)
+    assert export.main([str(folder), "--format", "mar"]) == 0
+    with zipfile.ZipFile(folder / "export" / "mar" / "bert.mar") as file:
+        file.extractall(tmp_path / "archive")
+    predictor = load_exported(tmp_path / "archive").predictor
+    for one, other in zip(
+        replies(Predictor.of(load_run(folder)), REQUESTS[kind]), replies(predictor, REQUESTS[kind])
+    ):
         assert_close(list(one), list(other))
 
 
