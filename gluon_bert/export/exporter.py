@@ -204,8 +204,8 @@ class ErrorLimit(NamedTuple):
     kind: str
     value: float
 
-    def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Raise InputError unless every output is within the limit in every group of `compare`."""
+    def check(self, groups: Sequence[Mapping[str, Any]], remedy: str = "") -> None:
+        """Raise InputError, with a remedy, unless every output of each group of `compare` is within."""
         for group in groups:
             for output, error in group["errors"].items():
                 if not error[self.kind] <= self.value:
@@ -213,7 +213,7 @@ class ErrorLimit(NamedTuple):
                     raise InputError(
                         f"on texts of {shortest} to {longest} tokens the {self.kind} difference of {output} "
                         f"from the network's must be at most {self.value:.1e} (max_error), got "
-                        f"{error[self.kind]:.1e}. Nothing was written."
+                        f"{error[self.kind]:.1e}. Nothing was written.{remedy}"
                     )
 
 
@@ -240,7 +240,8 @@ def _compared(
     with_masks = "mask_scores" in OUTPUTS[outputs]
     other = _network(folder, manifest)
     groups = compare(GluonNetwork(run.net), other, texts, run.reader, with_masks)
-    limit.check(groups)
+    remedy = " Try the format onnx-int8." if format == "int8" else ""
+    limit.check(groups, remedy)
     comparison = {"limit": limit._asdict(), "groups": groups}
     manifest = dataclasses.replace(manifest, comparison=comparison)
     manifest.save(folder)

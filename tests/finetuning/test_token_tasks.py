@@ -6,6 +6,7 @@ import zipfile
 import encode
 import export
 import pytest
+import requests
 from conftest import skip_without
 from support.reference_bert import randomise
 
@@ -18,6 +19,7 @@ from gluon_bert.model.task import Task
 from gluon_bert.presets import preset
 from gluon_bert.run import create_run, load_run
 from gluon_bert.serving.request_json import answer
+from gluon_bert.serving.server import Settings, free_ports, serving
 
 WORDS = [f"w{i}" for i in range(90)]
 TASKS = {
@@ -112,6 +114,23 @@ def test_archived_task_is_the_task_of_the_run(kind, folder_of, tmp_path, capsys)
         replies(Predictor.of(load_run(folder)), REQUESTS[kind]), replies(predictor, REQUESTS[kind])
     ):
         assert_close(list(one), list(other))
+
+
+@pytest.mark.java
+@both_tasks
+def test_server_of_a_task_answers_as_the_run(kind, folder_of, capsys):
+    pytest.importorskip("mms", reason="needs the extra serve")
+    folder = folder_of(kind)
+    assert export.main([str(folder), "--format", "mar"]) == 0
+    port, management_port = free_ports()
+    settings = Settings(port=port, management_port=management_port)
+    of_run = replies(Predictor.of(load_run(folder)), [*REQUESTS[kind], {}])
+    with serving(folder / "export" / "mar" / "bert.mar", settings) as server:
+        for request, (status, expected) in zip([*REQUESTS[kind], {}], of_run):
+            for method in ("POST", "GET"):
+                reply = requests.request(method, server.address, json=request, timeout=60)
+                assert reply.status_code == status
+                assert_close(expected, reply.json())
 
 
 @pytest.mark.parametrize(
