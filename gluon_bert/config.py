@@ -206,6 +206,13 @@ class DataConfig:
     mlm_probability: float = option(
         0.15, "share of a pair's tokens to predict; at least one token", at_least=0.001, at_most=1.0
     )
+    final_mlm_probability: float = option(
+        0.0,
+        "share of a pair's tokens to predict at the end of the run and in evaluations; training begins with "
+        "--mlm-probability and changes linearly; 0: constant",
+        at_least=0.0,
+        at_most=1.0,
+    )
     masking: str = option(
         "tokens",
         "unit of masking: single tokens, whole words, or ngrams of up to --max-ngram words",
@@ -560,6 +567,10 @@ def _data_contradictions(data: DataConfig) -> List[str]:
     if data.num_buckets > data.max_seq_length:
         problems.append(
             f"num_buckets must be at most max_seq_length={data.max_seq_length}, got {data.num_buckets}."
+        )
+    if data.final_mlm_probability and not data.dynamic_masking:
+        problems.append(
+            f"final_mlm_probability must be 0 with dynamic_masking=False, got {data.final_mlm_probability}."
         )
     if data.masking == "ngrams" and data.max_ngram == 1:
         problems.append('max_ngram must be at least 2 with masking="ngrams", got 1. Use masking="words".')

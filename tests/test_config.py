@@ -127,6 +127,10 @@ def test_all_problems_are_reported_at_once():
         ),
         ({"short_seq_prob": 0.2}, "short_seq_prob has no effect without pairs=.packed."),
         ({"max_ngram": 2}, "max_ngram has no effect without masking=.ngrams."),
+        (
+            {"final_mlm_probability": 0.15, "dynamic_masking": False},
+            "final_mlm_probability must be 0 with dynamic_masking=False, got 0.15",
+        ),
         ({"masking": "ngrams", "max_ngram": 1}, "max_ngram must be at least 2 with masking=.ngrams., got 1"),
         (
             {"pairs": "packed"},

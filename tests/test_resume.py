@@ -83,8 +83,9 @@ def stopping(monkeypatch):
         ["--optimizer", "lamb", "--tied-decoder", "--embedding-norm", "--cpus", "2"],
         ["--micro-batch", "24", "--recompute", "--tied-decoder"],
         ["--optimizer", "muon", "--weight-decay", "0.1", "--cpus", "2"],
+        ["--dynamic-masking", "--mlm-probability", "0.6", "--final-mlm-probability", "0.1"],
     ],
-    ids=["adam", "bertadam", "lamb", "in parts", "muon"],
+    ids=["adam", "bertadam", "lamb", "in parts", "muon", "masks"],
 )
 def test_stop_after_each_step_resumes_bit_for_bit(command, stopping, capsys, flags):
     status, undisturbed = command(*flags, name="undisturbed")

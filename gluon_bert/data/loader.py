@@ -1,10 +1,11 @@
-"""Epochs of batches, from a seed and a position. Holds no state: the same arguments give the same batches."""
+"""Epochs of batches, from a seed and a position: the same arguments give the same batches."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-from typing import Any, Iterator, Mapping, NamedTuple
+from typing import Any, Callable, Iterator, Mapping, NamedTuple
 
 import numpy as np
 
@@ -45,7 +46,10 @@ class Loader:
 
     >>> loader = Loader(documents, vocab, config, batch_size=512, seed=0)      # doctest: +SKIP
     >>> for batch in loader.epoch(0): ...
-    >>> for batch in loader.forever(): ...      # epoch 0, 1, 2 and so on
+    >>> for batch in loader.batches(): ...      # epoch 0, 1, 2 and so on
+
+    progress: a function that returns the share of the run that has passed, from 0 to 1. `Trainer.fit` sets
+    it. The share of masked tokens depends on it if there is a `final_mlm_probability`.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Loader:
     ) -> None:
         self.documents, self.vocab, self.config = documents, vocab, config
         self.batch_size, self.seed = batch_size, seed
+        self.progress: Callable[[], float] = lambda: 0.0
         self._drawn: tuple[tuple[int, int], Documents, Pairs] | None = None
 
     def num_pairs(self) -> int:
@@ -134,7 +139,16 @@ class Loader:
         # Pairs are numbered over all parts, or those of two parts would have the same masks.
         own = members + (number << 32)
         noise = pair_noise(self.seed, drawing, own, length, num_draws(self.config))
-        return make_batch(documents, pairs.take(members), noise, self.vocab, self.config)
+        return make_batch(documents, pairs.take(members), noise, self.vocab, self._config_now())
+
+    def _config_now(self) -> DataConfig:
+        """Return the configuration with the share of masked tokens at this point of the run."""
+        first, final = self.config.mlm_probability, self.config.final_mlm_probability
+        if not final:
+            return self.config
+        return dataclasses.replace(
+            self.config, mlm_probability=first + (final - first) * min(1.0, self.progress())
+        )
 
     def _plan(self, epoch: int, number: int) -> list[tuple[np.ndarray, int]]:
         """Return the pairs of each batch of a part, and the length to which it is padded."""
@@ -192,7 +206,10 @@ def load_pretraining_data(config: DataConfig, batch_size: int, seed: int = 0) ->
             config.max_seq_length,
             "dropped" if config.preparation == "d2l" else "truncated",
         )
-    validation = Loader(prepared.validation, prepared.vocab, config, batch_size, seed)
+    # One share of masked tokens in all evaluations, so that they can be compared.
+    share = config.final_mlm_probability or config.mlm_probability
+    fixed = dataclasses.replace(config, mlm_probability=share, final_mlm_probability=0.0)
+    validation = Loader(prepared.validation, prepared.vocab, fixed, batch_size, seed)
     usable = prepared.validation.with_pairs() >= 2 and len(validation.pairs(0)) > 0
     if not usable:
         log.info("the validation text is too short for evaluations; increase validation_fraction")

@@ -159,11 +159,8 @@ def max_masked(config: Config) -> int:
     """Return the maximum number of masked tokens of a pair."""
     data = config.data
     words = data.max_seq_length - 3  # without <cls> and two <sep>
-    count = (
-        round(data.mlm_probability * data.max_seq_length)
-        if data.preparation == "d2l"
-        else int(data.mlm_probability * words)
-    )
+    share = max(data.mlm_probability, data.final_mlm_probability)
+    count = round(share * data.max_seq_length) if data.preparation == "d2l" else int(share * words)
     return min(max(1, count), words)
 
 

@@ -243,7 +243,8 @@ class Trainer:
 
         data: batches, such as a `PretrainingLoader` or a list. They are read again for each epoch. After
         `restore` training continues in the batch where it stopped. Data without `iter_from(LoaderState)` are
-        then read from the start of the epoch, and the batches before that one are left out.
+        then read from the start of the epoch, and the batches before that one are left out. Data with an
+        attribute `progress` get this trainer's there.
         validation: batches, read anew for each evaluation, or a function that returns the metrics.
 
         Raise InputError if `patience` has no validation, TrainingDiverged as `on_nonfinite` says, and
@@ -259,6 +260,8 @@ class Trainer:
                 self._notify("on_checkpoint")  # so that the job can restart after any failure
             run.clock.start()
             self.planned_steps = planned_steps(self.config, run.step, run.step, run.clock.elapsed())
+            if hasattr(data, "progress"):
+                data.progress = self.progress
             batches = batches_from(data, run.position)
             while not self._is_over():
                 try:
@@ -268,6 +271,10 @@ class Trainer:
                 if self._must_stop():
                     raise Interrupted
         return report
+
+    def progress(self) -> float:
+        """Return the share of the run's steps that are made, from 0 to 1."""
+        return self.state.step / self.planned_steps
 
     def _notify(self, event: str, *arguments: Any) -> None:
         """Call a method of every callback."""

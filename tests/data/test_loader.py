@@ -73,6 +73,13 @@ def test_masks_change_each_epoch_except_for_d2l(loader_of):
     assert rows(book.epoch(0)) != rows(book.epoch(1))
 
 
+def test_share_of_masks_follows_the_progress(loader_of):
+    loader = loader_of(mlm_probability=0.6, final_mlm_probability=0.2)
+    for progress, share in ((0.0, 0.6), (0.5, 0.4), (1.0, 0.2), (1.5, 0.2)):
+        loader.progress = lambda progress=progress: progress
+        assert rows(loader.epoch(0)) == rows(loader_of(mlm_probability=share).epoch(0))
+
+
 def test_d2l_batches_match_stored_hashes(wikitext_prepared):
     # The losses of runs with the preset d2l can be compared as long as this hash stands.
     loader = Loader(wikitext_prepared.train, wikitext_prepared.vocab, preset("d2l").data, 512, seed=7)
@@ -271,6 +278,17 @@ def test_load_data_without_fitting_pair_is_refused(tmp_path):
     )
     with pytest.raises(InputError, match="max_seq_length must be larger: no pair of sentences fits in 16"):
         load_pretraining_data(config, batch_size=4)
+
+
+def test_validation_masks_the_final_share(text_file):
+    def validation(**changes):
+        config = DataConfig(corpus=(str(text_file),), max_seq_length=16, validation_fraction=0.3, **changes)
+        data = load_pretraining_data(config, batch_size=4)
+        data.train.progress = data.validation.progress = lambda: 0.5
+        return rows(data.validation.epoch(0))
+
+    falling = validation(mlm_probability=0.6, final_mlm_probability=0.2)
+    assert falling == validation(mlm_probability=0.2) != validation(mlm_probability=0.6)
 
 
 def test_load_data_with_little_text_has_no_validation(text_file):

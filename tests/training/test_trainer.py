@@ -132,6 +132,20 @@ def test_clipped_steps_match_on_one_to_four_contexts(data, optimizer):
             np.testing.assert_allclose(value, weights[name], rtol=0, atol=1e-5, err_msg=name)
 
 
+def test_fit_tells_data_the_progress_of_the_run(data):
+    class Batches(list):
+        progress = None
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                seen.append(self.progress())
+                yield batch
+
+    seen = []
+    trainer_on(2, data, num_steps=8).fit(Batches(islice(data.train.epoch(0), 3)))
+    assert seen == [step / 8 for step in range(8)]
+
+
 def test_step_does_not_wait_for_the_devices(data, batch, monkeypatch):
     trainer = trainer_on(2, data, BERT, **RECIPE)
     trainer.step(batch)
