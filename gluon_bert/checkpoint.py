@@ -9,7 +9,7 @@
         manifest.json           size and SHA-256 of each file
       best.json                 the step of the best checkpoint
 
-There is no random state: each draw depends on the seed and on its place only.
+No random state is saved, because each draw depends only on the seed and its position.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 CONFIG, CHECKPOINTS, BEST = "config.json", "checkpoints", "best.json"
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights.npz", "optimizer.npz", "state.json", "manifest.json"
 
-# Raised when an older gluon_bert could not read what is written now.
+# Increased when older versions of gluon_bert cannot read the new format.
 FORMAT = 2
 
 _NAME = "step-{:08d}"
@@ -43,9 +43,9 @@ _STEP = re.compile(r"step-([0-9]{8,15})")
 class Snapshot(NamedTuple):
     """The content of a checkpoint, on the host.
 
-    weights, optimizer: arrays by the structural names of parameters; those of the optimizer have a suffix
-    after a slash. state: plain values of the run at that step. The last two are empty if only weights were
-    saved.
+    weights, optimizer: arrays by the structural names of parameters; names of the optimizer's have a suffix
+    after a slash. state: plain values of the run at that step. optimizer and state are empty if only weights
+    were saved.
     """
 
     step: int
@@ -97,9 +97,9 @@ def read_checkpoint(folder: Path, step: int, weights_only: bool = False) -> Snap
 
 
 def latest_valid(folder: Path) -> Snapshot:
-    """Return the latest valid checkpoint that can be resumed from. Log each later one and leave it.
+    """Return the latest valid checkpoint that can be resumed from.
 
-    Raise InputError if there is none.
+    Log and skip each later one that is invalid. Raise InputError if there is none.
     """
     if not steps(folder):
         raise InputError(

@@ -90,12 +90,12 @@ class OnOff(argparse.Action):
 
 
 def literal(text: str) -> str:
-    """Return a help text for argparse, which takes a percent sign for the start of a format."""
+    """Escape percent signs in a help text, as argparse formats it."""
     return text.replace("%", "%%")
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for each field of the configuration, in groups. Flags that are not given set nothing."""
+    """Add a flag for each field of the configuration, in groups. Omitted flags set nothing."""
     for group_name, group in GROUPS.items():
         add_field_flags(parser.add_argument_group(TITLES[group_name]), group, partial(_defaults, group_name))
 
@@ -218,7 +218,7 @@ def main_with_inner_command(
 def run_command(body: Callable[[], int], name: str) -> int:
     """Run a command; return its status, 1 for failures, 2 for bad input, 130 or 143 if it was stopped."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files and texts may hold what UTF-8 cannot
+        if isinstance(stream, io.TextIOWrapper):  # file names may not be valid UTF-8
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
     for handler in logging.getLogger().handlers:
@@ -243,7 +243,7 @@ def run_command(body: Callable[[], int], name: str) -> int:
     except (OSError, MemoryError, BrokenExecutor) as error:
         return _failed(name, error)
     except Exception as error:
-        # MXNet's own error, by its name: to import it here would be to import MXNet.
+        # MXNet's own error, by its name, because importing its class would import MXNet.
         if type(error).__name__ != "MXNetError":
             raise
         return _failed(name, error)
@@ -253,7 +253,7 @@ def run_command(body: Callable[[], int], name: str) -> int:
 _OPTIONS = (
     *("step_timeout", "profile", "ignore_memory_estimate", "kvstore", "operators", "resume", "output"),
     *("gpus", "cpus", "preset", "checkpoint", "input", "text_columns", "text_file", "step", "gelu"),
-    *("label", "header", "quoting", "task", "train", "validation", "test", "max_error", "format"),
+    *("label", "header", "quoting", "task", "train", "validation", "test", "max_error", "format", "outputs"),
     *("management_port", "port", "tensorboard", "workers", "server_workers", "max_batch_delay", "threads"),
 )
 

@@ -1,6 +1,6 @@
 """The options as frozen dataclasses, with their checks and their JSON. Parses no command line.
 
-A field is the one place of its option. Its name is the JSON key and the flag (`max_seq_length` ->
+Each option is defined once, by its field. Its name is the JSON key and the flag (`max_seq_length` ->
 `--max-seq-length`). Its metadata have the help text and the bounds. Error messages name fields;
 `cli.with_flags` makes flags of them, also of `tokenizer="wordpiece"`.
 """
@@ -41,7 +41,7 @@ DISTANCE_BUCKETS = 32
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The size and the variant of the network; the vocabulary's size is not part of it."""
+    """The size and the variant of the network, without the vocabulary's size."""
 
     num_layers: int = option(2, "encoder layers", at_least=1)
     units: int = option(128, "width of the hidden states (C)", at_least=1)
@@ -93,14 +93,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text, and how it becomes masked pairs."""
+    """The text, and its preparation as masked pairs."""
 
     corpus: Tuple[str, ...] = option(
         ("pydoc",),
         "training text: pydoc (the prose in this Python installation), wikitext-2 (downloaded once), or "
         "files and folders of UTF-8 text, also .gz, .bz2, .xz or .zst. A file named *.tokens is read as "
         "WikiText",
-        may_change=True,  # to where the same text is now
+        may_change=True,  # the same text may have moved
     )
     text_format: str = option(
         "auto",
@@ -150,7 +150,7 @@ class DataConfig:
         "",
         "an existing vocabulary: a WordPiece vocab.txt with one token per line, or the vocab.json of a run. "
         "By default a vocabulary is built from the text",
-        may_change=True,  # to where the same file is now
+        may_change=True,  # the same file may have moved
     )
     extend_vocab: int = option(
         0,
@@ -359,7 +359,7 @@ class TrainConfig:
         at_least=0,
         may_change=True,
     )
-    # Two, so that there is one before the latest, should that be damaged.
+    # Two: if the latest is damaged, the one before is used.
     keep_checkpoints: int = option(
         2,
         "number of recent checkpoints to keep, in addition to the best; 0: all",

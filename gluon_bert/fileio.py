@@ -32,7 +32,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file for writing, and rename it when the block ends without an error.
 
-    Until then the bytes are in a hidden neighbour, the file's `name`, so a reader of `path` sees the old
+    Until then the bytes are in a hidden file beside it, the file's `name`. A reader of `path` sees the old
     content or the new, never a part. Text is UTF-8 with Unix line ends.
 
     >>> with atomic_write(Path("notes.txt")) as f:     # doctest: +SKIP
@@ -47,7 +47,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private; a result is as readable as any file the user creates.
+        # mkstemp makes the file private. The result gets the permissions of any new file.
         Path(name).chmod(0o666 & ~_umask())
         Path(name).replace(path)
         sync(path.parent)
@@ -106,7 +106,7 @@ def remove_temporary_files(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    """Sync the content of a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -133,10 +133,9 @@ def exclusive_lock(folder: Path, option: str) -> Iterator[None]:
 
 
 def lock(handle: int, folder: Path, purpose: str, wait: bool) -> bool:
-    """Lock an open folder until it is closed; False where another process has it and this one does not wait.
+    """Lock an open folder until it is closed; return False if another process has it, unless `wait`.
 
-    Some network file systems cannot lock: there the user is asked to let one process at a time do what it is
-    locked for.
+    Some network file systems cannot lock. A warning then says what only one process may do.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,8 +163,8 @@ def stream_hash(file: IO[bytes], algorithm: str) -> str:
 def decode_utf8(content: bytes, where: str, first_line: int = 1) -> str:
     """Decode UTF-8. Raise InputError, which names the line of the first byte that is not UTF-8.
 
-    where: names the file in the message. first_line: the number of the first line of this part of the file,
-    whose first part may begin with a byte order mark.
+    where: names the file in the message. first_line: the number of the first line of this part. The first
+    part may begin with a byte order mark.
     """
     if first_line == 1 and content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InputError(f"{where}: must be UTF-8, got UTF-16. Convert it: iconv -f UTF-16 -t UTF-8")
@@ -192,7 +191,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def json_text(content: Any, **options: Any) -> str:
-    """JSON that UTF-8 can hold: half a surrogate pair is escaped, so that it comes back the same.
+    """Return JSON as UTF-8 can hold it: half a surrogate pair is escaped, so it is read back the same.
 
     options: of json.dumps.
 
@@ -204,7 +203,7 @@ def json_text(content: Any, **options: Any) -> str:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """Return the JSON object in a UTF-8 file, or a list; raise InputError where it holds anything else."""
+    """Return the JSON object or list in a UTF-8 file; raise InputError for any other content."""
     try:
         content = json.loads(path.read_text("utf-8-sig"))
     except OSError as error:

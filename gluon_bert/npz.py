@@ -1,4 +1,4 @@
-"""Named arrays in a file that NumPy reads too (.npz), read back without trust: no pickle, no surprise."""
+"""Writes named arrays to .npz files, and reads untrusted ones without pickle."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ def write_arrays(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read the arrays of a file that `write_arrays` wrote. Raise InputError if it is invalid or damaged.
 
-    A file takes no more memory than it has bytes, whatever it says of itself, and nothing in it is executed.
+    Reading takes no more memory than the file's size, even if its header claims more. Nothing in it is
+    executed.
     """
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             arrays: dict[str, np.ndarray] = {}
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise InputError(f"{path}: says that it holds more than it does")
+                raise InputError(f"{path}: declares more bytes than it has")
             for entry in archive.infolist():
                 name, ending = entry.filename[:-4], entry.filename[-4:]
                 if ending != ".npy" or name in arrays or entry.compress_type != zipfile.ZIP_STORED:
-                    raise InputError(f"{path}: {entry.filename!r} in it is not what this package writes")
+                    raise InputError(f"{path}: {entry.filename!r} in it is not an array of this package")
                 arrays[name] = _array(archive, entry)
             return arrays
     except InputError:
@@ -77,10 +78,10 @@ def _header_size(beginning: bytes) -> int:
 def _described(content: bytes) -> tuple[Any, tuple[int, ...], int]:
     """Return the type, the shape and the offset of the values of an array, from the beginning of its file.
 
-    Not by NumPy, which evaluates it as Python and raises whatever that raises.
+    NumPy's own reader evaluates the header as Python and may raise any exception.
     """
     offset = 10 + _header_size(content)
     header = _HEADER.fullmatch(content[10:offset])
     if content[:8] != _MAGIC or not header:
-        raise ValueError("it does not begin as an array does")
+        raise ValueError("it does not begin with an array header")
     return _DTYPES[header[1]], tuple(int(axis) for axis in header[2].split(b",") if axis.strip()), offset

@@ -37,7 +37,7 @@ RENAMED = {
     "trapz": "trapezoid",
     "unicode_": "str_",
 }
-# Functions that NumPy removed and that have no other name. NumPy 1 itself only raises for the financial ones.
+# Functions that NumPy removed without a successor. In NumPy 1 the financial ones only raise an error.
 GONE = (
     *("asfarray", "find_common_type", "in1d", "msort"),
     *("fv", "ipmt", "irr", "mirr", "nper", "npv", "pmt", "ppmt", "pv", "rate"),
@@ -53,7 +53,7 @@ def import_mxnet() -> Any:
         mxnet = import_module("mxnet")
     if is_numpy_2():
         for name in WRITERS:
-            # These modules call `str` on parameters, and use it for nothing else.
+            # These modules use `str` only on parameters.
             vars(import_module(name))["str"] = parameter_text
     return mxnet
 
@@ -91,7 +91,7 @@ def old_names() -> dict[str, Any]:
 
 
 def _removed(name: str) -> Callable[..., Any]:
-    """Return a function that says on its call that NumPy has removed it."""
+    """Return a function that raises an error: NumPy has removed it."""
 
     def removed(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(f"NumPy {numpy.__version__} does not have numpy.{name}. Use another function.")

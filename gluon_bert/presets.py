@@ -1,4 +1,4 @@
-"""Configurations by name: demo, d2l, quick, bert-tiny to bert-large. Has no options of its own."""
+"""Configurations by name: demo, d2l, quick, bert-tiny to bert-large. Defines no options."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ _QUICK = _bert(2, 128, 64).replace(
 )
 
 PRESETS: dict[str, Config] = {
-    # The first run: it ends below the word frequencies of the text in this Python.
+    # The first run. Its loss ends below that of word frequencies on the text in this Python.
     # On two cores the compiled operators take about a minute and a half.
     "demo": _QUICK.replace(
-        # So few steps leave nothing learnt by heart.
+        # In so few steps the network does not overfit.
         dropout=0.0,
         optimizer="adamw",
         num_steps=1300,

@@ -53,13 +53,13 @@ log = logging.getLogger(__name__)
 
 
 class Execution(NamedTuple):
-    """How a run executes; nothing here changes what it computes, up to rounding and dropout's draws.
+    """Where and how a run executes. Results stay the same up to rounding and the draws of dropout.
 
-    devices: MXNet contexts; None: those of a resumed run, else every GPU, else one CPU. operators: auto,
-    compiled or mxnet; None: as the environment or the resumed run has it. kvstore: device, dist_sync or
-    horovod. step_timeout: seconds after which a step ends the process; 0: never. profile: a file for
-    MXNet's trace. ignore_memory_estimate: train although the estimate exceeds the memory. tensorboard: write
-    event files into the run's folder `tensorboard`; a resumed run that has the folder continues them.
+    devices: MXNet contexts; None: those of a resumed run, otherwise every GPU, otherwise one CPU. operators:
+    auto, compiled or mxnet; None: from the environment or the resumed run. kvstore: device, dist_sync or
+    horovod. step_timeout: seconds after which a step ends the process; 0: never. profile: a file for MXNet's
+    trace. ignore_memory_estimate: train although the estimate exceeds the memory. tensorboard: write event
+    files into the run's folder `tensorboard`; a resumed run that has the folder continues them.
     """
 
     devices: Sequence[Any] | None = None
@@ -92,7 +92,7 @@ def pretrain(
 
     The folder gets the configuration, the vocabulary, a log, a plot and checkpoints. Ctrl-C saves a
     checkpoint and raises KeyboardInterrupt; `resume` continues. execution: the fields of `Execution`.
-    callbacks: run beside those that log and save. Return None on workers other than the first.
+    callbacks: called in addition to those that log and save. Return None on all workers except the first.
 
     >>> config = preset("quick").replace(corpus="wikitext-2", max_minutes=30)      # doctest: +SKIP
     >>> run = pretrain(config, output="runs/quick", devices=[mx.cpu(0)])
@@ -188,7 +188,7 @@ def _folder_of(run: Run | Path | str) -> Path:
 
 
 class _Placement(NamedTuple):
-    """Where a run computes: this worker's rank, the number of workers, the devices, the operators."""
+    """The setting of a run: this worker's rank, the number of workers, the devices, the operators."""
 
     rank: int
     num_workers: int
@@ -200,7 +200,7 @@ class _Placement(NamedTuple):
         return self.rank == 0
 
     def environment(self) -> dict[str, Any]:
-        """Return what a run records of it."""
+        """Return the values that a run records."""
         return {
             "contexts": [str(device) for device in self.devices],
             "workers": self.num_workers,
@@ -210,7 +210,7 @@ class _Placement(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """What the steps of a run need. snapshot: the checkpoint to continue from."""
+    """All that a run's steps need. snapshot: the checkpoint to resume."""
 
     config: Config
     data: PretrainingData
@@ -222,7 +222,7 @@ class _Job(NamedTuple):
 
 
 def _place(config: Config, how: Execution, recorded: Mapping[str, Any]) -> _Placement:
-    """Choose devices and operators. Raise InputError if they are missing or cannot do what the run needs."""
+    """Choose devices and operators. Raise InputError if they are missing or do not fit the run."""
     devices = how.devices
     if devices is None and recorded.get("contexts"):
         devices = device_choice.contexts(*device_choice.parse_contexts(recorded["contexts"]))
@@ -238,13 +238,13 @@ def _place(config: Config, how: Execution, recorded: Mapping[str, Any]) -> _Plac
 
 
 def _recorded_operators(recorded: Mapping[str, Any]) -> str | None:
-    """Return the operators of a run that was started on CPUs; None for one on GPUs, which has no choice."""
+    """Return the operators of a run that was started on CPUs; None for GPUs, which use MXNet's."""
     on_cpus = all(name.startswith("cpu") for name in recorded.get("contexts", ()))
     return ops.parse_description(recorded.get("operators", "")) if on_cpus else None
 
 
 def _check_memory(config: Config, placement: _Placement, how: Execution, vocab_size: int = 1) -> None:
-    """Raise InputError if a worker does not fit in its machine's memory, or warn where that is ignored."""
+    """Raise InputError if a worker does not fit in its machine's memory, or warn if that is ignored."""
     devices = placement.devices
     limit = machine_memory(devices)
     try:
@@ -271,7 +271,7 @@ def _load_data(config: Config, placement: _Placement, how: Execution) -> Pretrai
 
 
 def _network(config: Config, data: PretrainingData, devices: Sequence[Any], init_run: Run | None) -> Any:
-    """Return a network with its first weights: random ones, or those of an earlier run."""
+    """Return a network with initial weights, random or from an earlier run."""
     net = BERTModel(len(data.vocab), config.model)
     net.initialize(ctx=devices, seed=config.train.seed)
     net.hybridize()
@@ -290,7 +290,7 @@ def _network(config: Config, data: PretrainingData, devices: Sequence[Any], init
 
 
 def _check_same_text(data: PretrainingData, folder: Path, recorded: Mapping[str, Any]) -> None:
-    """Raise InputError if a resumed run would read another text, or read it in another way."""
+    """Raise InputError if the text of a resumed run or its preparation has changed."""
     if data.fingerprint != recorded.get("text") or data.vocab.tokens != load_vocabulary(folder).tokens:
         raise InputError(
             f"corpus must be the text that {folder} was started with; it or its preparation has changed. "
@@ -299,7 +299,7 @@ def _check_same_text(data: PretrainingData, folder: Path, recorded: Mapping[str,
 
 
 def _report_changes(recorded: Mapping[str, Any], placement: _Placement) -> None:
-    """Log everything that makes numbers differ from those of the recorded run."""
+    """Log all changes that make results differ from an uninterrupted run."""
     now = placement.environment()
     versions_before, versions_now = recorded.get("versions") or {}, now["versions"]
     for name in sorted(versions_before.keys() | versions_now.keys()):
@@ -317,7 +317,7 @@ def _report_change(name: str, before: Any, now: Any, effect: str) -> None:
 
 
 def _train(job: _Job, communicator: Communicator, callbacks: Sequence[Callback]) -> Run:
-    """Make the steps of a run and print its summary."""
+    """Train and print the summary."""
     config, devices, output = job.config.train, job.placement.devices, job.output
     log.info("%s", _describe(job))
     log.info("operators: %s, precision %s", ops.describe(devices), config.precision)
@@ -342,9 +342,7 @@ def _train(job: _Job, communicator: Communicator, callbacks: Sequence[Callback])
         with _stop_between_steps(trainer):
             _fit(trainer, job)
     except (KeyboardInterrupt, Terminated):
-        log.info(
-            "stopped after step %d; --resume %s continues from its checkpoint", trainer.state.step, output
-        )
+        log.info("stopped after step %d; resume continues %s from its checkpoint", trainer.state.step, output)
         _shut_down(trainer)
         raise
     was_finished = job.snapshot is not None and trainer.state.step == job.snapshot.step
@@ -370,7 +368,7 @@ def _train(job: _Job, communicator: Communicator, callbacks: Sequence[Callback])
 
 
 def _train_worker(job: _Job, communicator: Communicator, callbacks: Sequence[Callback]) -> None:
-    """Make the steps of a run on a worker other than the first, which writes nothing."""
+    """Train on a worker other than the first. It writes nothing."""
     trainer = _trainer(job, communicator, [ReadOnlyCheckpointer(job.output), *callbacks])
     try:
         with _stop_between_steps(trainer):
@@ -414,7 +412,7 @@ def _fit(trainer: Trainer, job: _Job) -> None:
             trainer.state.step,
             seconds,
         )
-        os._exit(1)  # a process that waits for another one cannot be asked to end
+        os._exit(1)  # a process that waits for another one does not react to signals
 
     with _explain_out_of_memory(job), watched(seconds, end) as trainer.alive:
         trainer.fit(job.data.train, validation=job.data.validation)
@@ -430,7 +428,7 @@ def _gpu_estimate(job: _Job) -> Any:
 
 @contextmanager
 def _explain_out_of_memory(job: _Job) -> Iterator[None]:
-    """Raise OutOfGPUMemory, which says what would fit, where a GPU has too little memory."""
+    """Raise OutOfGPUMemory with settings that fit, if a GPU has too little memory."""
     try:
         yield
     except Exception as error:
@@ -446,13 +444,13 @@ def _explain_out_of_memory(job: _Job) -> Iterator[None]:
 
 
 def _shut_down(trainer: Trainer) -> None:
-    """Leave the other workers where all have ended, rather than this one alone."""
+    """Leave the job if all workers have ended, not if only this one has."""
     if trainer.has_ended():
         trainer.communicator.shutdown()
 
 
 class MaskedSamples(Callback):
-    """Shows what the network puts in masked sentences of the validation text, before and after training."""
+    """Shows the network's guesses for masked validation sentences, before and after training."""
 
     def __init__(self, job: _Job) -> None:
         self._net, self._vocab, self._device = job.net, job.data.vocab, job.placement.devices[0]
@@ -475,7 +473,7 @@ class MaskedSamples(Callback):
             print(format_samples(self._vocab, self._sentences, self._before, self._guess()))
 
     def markdown(self) -> str:
-        """Return the sentences with the best words now, in Markdown; empty without validation text."""
+        """Return the sentences with the present guesses, in Markdown; empty without validation text."""
         return markdown_samples(self._vocab, self._sentences, self._guess()) if self._sentences else ""
 
     def _guess(self) -> list[list[int]]:
@@ -486,7 +484,7 @@ class MaskedSamples(Callback):
 
 @contextmanager
 def _stop_between_steps(trainer: Trainer) -> Iterator[None]:
-    """Let a first Ctrl-C or SIGTERM wait for the end of the step; a second one ends the process at once.
+    """Stop at the end of the step after a first Ctrl-C or SIGTERM, at once after a second one.
 
     Signals reach the main thread only. In another thread they keep their handlers.
     """
@@ -497,7 +495,7 @@ def _stop_between_steps(trainer: Trainer) -> Iterator[None]:
     came: list[int] = []
 
     def handle(number: int, _: Any) -> None:
-        log.info("stopping after this step; once more stops at once")
+        log.info("stopping after this step; press Ctrl-C again to stop at once")
         came.append(number)
         trainer.interrupted = True
         for each in signals:
@@ -518,7 +516,7 @@ def _stop_between_steps(trainer: Trainer) -> Iterator[None]:
 
 
 def _describe(job: _Job) -> str:
-    """Return a line on what is about to be trained."""
+    """Return a line about the text and the network."""
     data, devices, workers = job.data, job.placement.devices, job.placement.num_workers
     parameters = sum(p.data(devices[0]).size for p in job.net.collect_params().values())
     validation = data.validation.documents if data.validation else ()
@@ -531,7 +529,7 @@ def _describe(job: _Job) -> str:
 
 @contextmanager
 def _profiled(path: Path | None, devices: Sequence[Any]) -> Iterator[None]:
-    """Profile a block with MXNet, if there is a file for the trace; print its table and the devices' use."""
+    """Profile a block with MXNet if a trace file is given; print the table and the devices' utilization."""
     if path is None:
         yield
         return

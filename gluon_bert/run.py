@@ -37,7 +37,7 @@ from .model.pooling import POOLINGS, Pooling
 from .model.task import Task
 from .runtime import mx
 
-# Keys in config.json, which are there where they apply.
+# Optional keys in config.json.
 TASK, UNTRAINED, POOLING = "task", "untrained", "pooling"
 
 
@@ -49,9 +49,8 @@ Text = Union[str, Tuple[str, str]]
 class Run:
     """A trained network with its vocabulary and configuration, as `load_run` and `pretrain` return it.
 
-    net: a `BERTModel` or a `BERTForTask`. step: of its checkpoint. untrained: the heads, keys of HEADS, that
-    no training has changed. pooling: how a text gets one vector, None where the run does not say it. folder:
-    of the run.
+    net: a `BERTModel` or a `BERTForTask`. step: of its checkpoint. untrained: heads that no training has
+    changed, keys of HEADS. pooling: how a text gets one vector, or None. folder: of the run.
 
     >>> run = load_run("runs/quick", checkpoint="best")                         # doctest: +SKIP
     >>> run.encode(["a crane is flying", ("it rained", "she left")]).shape
@@ -73,8 +72,8 @@ class Run:
     ) -> np.ndarray:
         """Return a vector of each text or pair: (N, C) float32. Texts that are too long are truncated.
 
-        pooling: mean, cls or max over the tokens' vectors. normalize: to length 1. None: as the run says,
-        else the mean, not normalized.
+        pooling: mean, cls or max over the tokens' vectors. normalize: to length 1. None: the run's setting,
+        otherwise the mean without normalization.
         """
         own = self.pooling or Pooling()
         mode = own.mode if pooling is None else pooling
@@ -110,7 +109,7 @@ class Run:
         return next(self._predict([(first, second)])).next_sentence_probability
 
     def predict(self, texts: Iterable[Text]) -> list[dict[str, Any]]:
-        """Return what a fine-tuned network predicts of each text, as its task's result has it in JSON.
+        """Return the JSON values that a fine-tuned network predicts for each text.
 
         {"label", "probabilities"} of classes, {"score"}, {"words", "tags", "entities"} of words, or
         {"answer", "start", "end", "score"} of a pair of a question and its context.
@@ -138,7 +137,7 @@ class Run:
 
     @property
     def best_step(self) -> int | None:
-        """Return the step of the best checkpoint, None without evaluations."""
+        """Return the step of the best checkpoint; None without evaluations."""
         return best_step(self._folder())
 
     def _folder(self) -> Path:
@@ -194,7 +193,7 @@ def create_run(
 ) -> None:
     """Create a run's folder with its configuration and vocabulary.
 
-    environment: what else is needed to repeat the run, such as versions and contexts. task: the task of a
+    environment: further values for repeating the run, such as versions and contexts. task: the task of a
     fine-tuned network. untrained, pooling: as in Run. Raise InputError if the folder has a run or cannot be
     written.
     """
@@ -266,7 +265,7 @@ def read_task(path: Path) -> Task | None:
 
 
 def read_untrained(path: Path) -> tuple[str, ...]:
-    """Return the heads that the run of a config.json has without training; InputError for unknown ones."""
+    """Return the untrained heads in a run's config.json; raise InputError for unknown ones."""
     content = _config_in(path)
     heads = checked_heads(content.get(UNTRAINED, []), path)
     data = content["data"]
@@ -275,7 +274,7 @@ def read_untrained(path: Path) -> tuple[str, ...]:
 
 
 def read_pooling(path: Path) -> Pooling | None:
-    """Return how the run of a config.json makes one vector of a text, None where it does not say it."""
+    """Return the pooling in a run's config.json, or None."""
     content = _config_in(path)
     return Pooling.from_json(content[POOLING], path) if POOLING in content else None
 

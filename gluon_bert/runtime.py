@@ -1,7 +1,7 @@
 """Import MXNet after checking the installation.
 
-`from gluon_bert.runtime import mx` is how every file of the project gets MXNet; the import happens at that
-moment, so the rest of this file works (and is tested) without it. It knows nothing of models or training.
+Every file of the project gets MXNet by `from gluon_bert.runtime import mx`, which imports it. The rest of
+this file works without MXNet.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ INSTALL_CUDA = "pip install -e '.[cu112]'"
 CUDA_WHEEL = "mxnet-cu112"
 
 NVRTC = "libnvrtc.so.11.2"
-# What the CUDA wheel's libmxnet.so asks the loader for, and the package that brings it. A library stands
-# after those that it needs itself: the loader takes one that is already there before it searches any folder.
+# Libraries that the CUDA wheel's libmxnet.so needs, and the packages that contain them. Each comes after its
+# own dependencies, because the loader uses loaded libraries before it searches folders.
 CUDA_LIBRARIES = {
     "libcudart.so.11.0": "nvidia-cuda-runtime-cu11",
     NVRTC: "nvidia-cuda-nvrtc-cu11",
@@ -66,9 +66,9 @@ def import_mxnet() -> Any:
             check_platform(platform.system(), platform.machine())
         wheel = the_only_wheel(wheels)
         check_distutils()
-        # MXNet would use half the cores that it sees, taking them for hyper-threads, whatever they are.
+        # By default MXNet uses half the cores, because it assumes hyper-threads.
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
-        # It would tell of every bound graph that its CPU library is in use.
+        # Silences a message about the CPU library for every bound graph.
         os.environ.setdefault("MXNET_SUBGRAPH_VERBOSE", "0")
         if wheel is not None and wheel.name == CUDA_WHEEL:
             # Memory is shared among arrays of one size. By default a float16 array takes that of a larger
@@ -82,7 +82,7 @@ def import_mxnet() -> Any:
 
 
 class Wheel(NamedTuple):
-    """An installed wheel that brings MXNet's native library, as its own RECORD describes it."""
+    """An installed wheel with MXNet's native library, as its RECORD describes it."""
 
     name: str  # mxnet, mxnet-cu112, ...
     version: str
@@ -107,9 +107,9 @@ def installed_wheels(path: Sequence[str] | None = None) -> list[Wheel]:
 
 
 def describe_wheel(info: Path) -> Wheel | None:
-    """Return the wheel of a .dist-info folder, or None if it brings no libmxnet (mxnet-model-server, say)."""
+    """Return the wheel of a .dist-info folder, or None without a libmxnet (as mxnet-model-server)."""
     wheel = metadata.PathDistribution(info)
-    # Not wheel.files: from Python 3.12 on it leaves out the files that are gone, which are the point here.
+    # Not wheel.files: from Python 3.12 on it leaves out missing files, which this check looks for.
     for name, _, size in csv.reader((wheel.read_text("RECORD") or "").splitlines()):
         if name.startswith("mxnet/libmxnet."):
             library = Path(str(wheel.locate_file(name)))
@@ -118,10 +118,10 @@ def describe_wheel(info: Path) -> Wheel | None:
 
 
 def the_only_wheel(wheels: Sequence[Wheel]) -> Wheel | None:
-    """Return the installed wheel after checking it, None for an MXNet that came without a wheel.
+    """Return the installed wheel after checking it, None for an MXNet without a wheel.
 
-    Raise InputError if there is no MXNet; if two wheels share the folder `mxnet/`, which pip allows although
-    the second overwrites the first; and if the library on disk is not the one that the wheel brought.
+    Raise InputError if there is no MXNet; if two wheels share the folder `mxnet/`, where the second
+    overwrites the first; or if the library on disk is not from the wheel.
     """
     if len(wheels) > 1:
         both = join_words([str(wheel) for wheel in wheels])
@@ -150,7 +150,7 @@ def the_only_wheel(wheels: Sequence[Wheel]) -> Wheel | None:
 def is_mxnet_importable() -> bool:
     """Return whether there is a module mxnet."""
     spec = importlib.util.find_spec("mxnet")
-    # No origin: only a folder of that name, such as a removed MXNet can leave behind.
+    # Without an origin it is only a folder of that name, as a removed MXNet can leave behind.
     return spec is not None and spec.origin is not None
 
 

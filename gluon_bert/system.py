@@ -64,7 +64,7 @@ def _container(read: Reader) -> list[float]:
         root = Path("/sys/fs/cgroup/memory" if controllers else "/sys/fs/cgroup")
         name = "memory.limit_in_bytes" if controllers else "memory.max"
         group = Path(path.lstrip("/"))
-        # In a container the path may be that outside, which is not there; the root is then the container's.
+        # In a container the path may be the host's and not exist. Then the root is the container's group.
         for folder in (group, *group.parents):
             try:
                 text = read(root / folder / name).strip()

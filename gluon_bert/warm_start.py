@@ -14,7 +14,7 @@ from .errors import InputError
 from .model.parameters import put_weights, weights_of
 from .run import Run, load_run
 
-# Fields of the network that may change: no weight's shape or meaning depends on them.
+# Fields of the network that may change, because no weight's shape or meaning depends on them.
 _FREE = ("dropout", "init", "init_checkpoint", "init_embeddings", "decoder_bias")
 _FROM_RUN = {
     "model": tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE),
@@ -81,7 +81,7 @@ def _load(init: str, checkpoint: str) -> Run:
 
 
 def _from_run(config: Config) -> dict[str, Any]:
-    """Return the options that must be those of the weights."""
+    """Return the options that the weights fix."""
     return {
         name: getattr(getattr(config, group), name) for group, names in _FROM_RUN.items() for name in names
     }

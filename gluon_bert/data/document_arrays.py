@@ -1,4 +1,4 @@
-"""Documents as arrays: of numbered words while text is read, of ids when that is done. Reads no file."""
+"""Documents as arrays of word indices or of token ids. Reads no file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from .corpora.text_formats import Document
 
-# Sentences whose words become pieces at once, so that what that takes besides stays small.
+# Sentences whose words become pieces at once. This bounds the temporary memory.
 _BLOCK = 1 << 16
 
 
@@ -45,13 +45,13 @@ class Documents:
         """(size,) int64: how often each id occurs."""
         return np.bincount(self.tokens, minlength=size)
 
-    # A text in memory is one shard of itself, so that code for `Shards` works for it, too.
+    # A text in memory has one shard, so code for `DocumentShards` also works for it.
 
     folder = None
 
     @property
     def sizes(self) -> np.ndarray:
-        """(1,) int64: tokens a shard."""
+        """(1,) int64: tokens per shard."""
         return np.array([len(self.tokens)])
 
     def part(self, shards: Sequence[int]) -> Documents:
@@ -65,7 +65,7 @@ class WordIndexedDocuments(NamedTuple):
 
     tokens: (N,) int32. sentences: (S,) int64, words of each. documents: (D,) int64, sentences of each.
     validation: (D,) bool. sentence_hashes: (S,) uint64. document_hashes: (D,) uint64. dropped: (2,) int64,
-    documents that were left out for having one sentence only, and the words in them.
+    the number of documents with one sentence, which are left out, and of their words.
     """
 
     words: list[str]
@@ -101,7 +101,7 @@ class WordIndexedDocuments(NamedTuple):
         )
 
     def to_token_ids(self, ids: np.ndarray, starts: np.ndarray) -> Documents:
-        """Return documents of token ids; those of word n are ids[starts[n]:starts[n + 1]].
+        """Return documents of token ids; word n has ids[starts[n]:starts[n + 1]].
 
         The tokens have the type of `ids`.
         """
@@ -120,17 +120,18 @@ class WordIndexedDocuments(NamedTuple):
 
 
 def numbering() -> defaultdict[str, int]:
-    """Return a dict in which a word that is looked up for the first time gets the next number."""
-    # Not the dict's own length: a dict that refers to itself stays in memory until it is found to be garbage.
+    """Return a dict that gives each new word the next number."""
+    # Not the dict's own length: a dict that refers to itself would stay in memory until garbage collection.
     return defaultdict(count().__next__)
 
 
 def index_words(
     documents: Iterable[tuple[Document, bool]], dropped: Sequence[int] = (0, 0)
 ) -> WordIndexedDocuments:
-    """Return documents of words as arrays. documents: with whether each is for validation.
+    """Return documents of words as arrays.
 
-    dropped: documents that are not among them for having one sentence, and the words of these.
+    documents: each with a flag for validation. dropped: the number of documents with one sentence, which are
+    left out, and of their words.
     """
     order = numbering()
     tokens, ends, counts, sides = array("i"), array("q", [0]), array("q"), array("b")
@@ -157,7 +158,7 @@ def index_words(
 
 
 class DocumentBuilder:
-    """Numbered documents of several pieces of text, under one numbering of their words."""
+    """Builds one `WordIndexedDocuments` from several pieces of text."""
 
     def __init__(self) -> None:
         self._order = numbering()

@@ -19,7 +19,7 @@ from .vocab import Vocabulary
 
 # Streams of the seed: pairs, and the order of a part. Masks have their own noise.
 _PAIRS, _ORDER, _MIXTURE, _TURNS = 0, 1, 2, 3
-# Tokens whose pairs are drawn and shuffled at once, in some hundred MB: a thousand batches of 256 x 128.
+# Tokens whose pairs are drawn and shuffled at once: a thousand batches of 256 x 128, some hundred MB.
 _PART_TOKENS = 1 << 25
 
 
@@ -40,9 +40,9 @@ class LoaderState(NamedTuple):
 class Loader:
     """The batches of a text, epoch by epoch.
 
-    A text of up to 64 M tokens is shuffled as a whole. A larger one is read in parts, one in memory at a
-    time: an epoch draws which shards are mixed in a part and the order of the parts, and a part is shuffled
-    as a small text is. A random second segment is of the same part.
+    A text of up to 64 M tokens is shuffled as a whole. A larger text is read in parts, one in memory at a
+    time. Each epoch draws the shards of a part and the order of the parts. A part is shuffled like a small
+    text. Random second segments come from the same part.
 
     >>> loader = Loader(documents, vocab, config, batch_size=512, seed=0)      # doctest: +SKIP
     >>> for batch in loader.epoch(0): ...
@@ -111,7 +111,7 @@ class Loader:
         return epoch if self.config.dynamic_masking else 0
 
     def _parts(self, drawing: int) -> list[list[int]]:
-        """Return the shards of each part, whose order is that of the text; a small text is one part."""
+        """Return the shards of each part, in the order of the text; a small text is one part."""
         sizes = self.documents.sizes
         count = max(1, int(sizes.sum()) // _PART_TOKENS)
         if count == 1:
@@ -136,7 +136,7 @@ class Loader:
     def _batch(self, epoch: int, number: int, members: np.ndarray, length: int) -> Batch:
         drawing = self._drawing(epoch)
         documents, pairs = self._part(drawing, number)
-        # Pairs are numbered over all parts, or those of two parts would have the same masks.
+        # Pairs are numbered over all parts. Otherwise two parts would have the same masks.
         own = members + (number << 32)
         noise = pair_noise(self.seed, drawing, own, length, num_draws(self.config))
         return make_batch(documents, pairs.take(members), noise, self.vocab, self._config_now())
@@ -155,7 +155,7 @@ class Loader:
         _, pairs = self._part(self._drawing(epoch), number)
         rng = np.random.default_rng([self.seed, _ORDER, epoch, number])
         order = rng.permutation(len(pairs))
-        # Few lengths, all known beforehand: every new shape costs a new plan of the graph's memory.
+        # Few lengths: MXNet plans the graph's memory again for every new shape.
         bounds = np.ceil(
             self.config.max_seq_length * np.arange(1, self.config.num_buckets + 1) / self.config.num_buckets
         )
@@ -172,7 +172,7 @@ class PretrainingData(NamedTuple):
     """The training and validation batches of a run, with statistics of the text.
 
     validation: batches for evaluation, or None where there is too little text for them. unigram_loss and
-    validation_unigram_loss: on either text, of a model that knows only how frequent words are, in nats.
+    validation_unigram_loss: the loss of word frequencies alone on either text, in nats.
     word_counts: (V,) float64, how often each token is a word that may be predicted, in the training text.
     fingerprint: a hash of the text and its preparation. statistics: of the text, see PreparedCorpus.
     """

@@ -12,7 +12,7 @@ from .vocab import Vocabulary
 
 
 def num_draws(config: DataConfig) -> int:
-    """Random numbers that a position needs: its turn, what it is shown as, and as which random token.
+    """Return the random numbers per position: for the order of masking, the replacement and the random token.
 
     Spans of words need one more, for the length of the span.
     """
@@ -21,7 +21,7 @@ def num_draws(config: DataConfig) -> int:
 
 @dataclass(frozen=True)
 class Masked:
-    """Masked rows and what was masked.
+    """Masked rows, with the positions and ids of the masked tokens.
 
     tokens: (B, T) int32, what the model sees.
     masked_positions: (2, M) int32, row and position of every token to predict, in reading order.
@@ -44,7 +44,7 @@ def mask(
     whole while they fit in that number. If no word fits, the shortest one is chosen.
     """
     real = np.arange(tokens.shape[1]) < valid_length[:, None]
-    # Padding and special tokens are never words; <unk> is one, but not always worth predicting.
+    # Padding and special tokens are never words. <unk> is a word, but the configuration may exclude it.
     word = real & (~vocab.special[tokens] | (tokens == vocab.unk))
     candidate = word if config.predict_unknown else word & (tokens != vocab.unk)
     if config.preparation == "d2l":
@@ -91,7 +91,9 @@ def _whole_words(
     noise: np.ndarray,
     config: DataConfig,
 ) -> np.ndarray:
-    """(B, T) bool: whole words or n-grams in the order of their noise, those left out that do not fit.
+    """Choose whole words or n-grams in the order of their noise, (B, T) bool.
+
+    Those that do not fit are left out.
 
     word, candidate, continues: (B, T) bool, tokens of words, those that may be chosen, and those that
     continue with a word. wanted: (B,) how many tokens are chosen at most, or one shortest word.
@@ -146,8 +148,8 @@ def _taken(
 ) -> np.ndarray:
     """Return the words of the n-grams that begin at words in this order, while they fit, (B, W) bool.
 
-    What does not fit in what is left of a row's budget (B,) is shortened word by word; what overlaps with
-    an n-gram taken before is left out. All rows go side by side, a word of each at a time.
+    An n-gram that exceeds the rest of a row's budget (B,) is shortened word by word. An n-gram that overlaps
+    an earlier one is left out. All rows are processed together, one word of each at a time.
     """
     row = np.arange(len(order))
     before = np.pad(np.cumsum(words.size, axis=1), ((0, 0), (1, 0)))  # tokens in the words before a word
@@ -182,9 +184,9 @@ def _replacements(
 def pair_noise(seed: int, epoch: int, pairs: np.ndarray, length: int, draws: int = 3) -> np.ndarray:
     """Return the noise of these pairs in this epoch: pair numbers (B,) -> (draws, B, T) float64 on [0, 1).
 
-    It is computed from the pair's own number, not drawn from a stream. So a pair has the same masks
-    whatever batch, bucket, worker or device it comes to, and a resumed run needs no random state.
-    The mixing function is SplitMix64's (Steele, Lea and Flood 2014, figure 17).
+    It is computed from the pair's own number, not drawn from a stream. So a pair has the same masks in any
+    batch, bucket, worker or device, and a resumed run needs no random state. The mixing function is
+    SplitMix64's (Steele, Lea and Flood 2014, figure 17).
     """
     key = _mix(_mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(epoch))
     rows = _mix(_mix(pairs.astype(np.uint64) ^ key) + np.uint64(1))

@@ -80,7 +80,7 @@ def prepare(config: DataConfig, cache: Path | None = None) -> PreparedCorpus:
     try:
         prepared = _read(folder, config)
     except shards.Damaged as problem:
-        log.warning("%s is damaged and made anew (%s)", folder, problem)
+        log.warning("%s is damaged (%s); it is built again", folder, problem)
         prepared = None
     if prepared:
         log.info("prepared text read from %s", folder)
@@ -97,7 +97,7 @@ def prepare(config: DataConfig, cache: Path | None = None) -> PreparedCorpus:
                 _check(prepared, config, corpus.guessed)
                 finish(folder, manifest, config)
             except InputError:
-                # Text that is refused is changed, and then has another folder.
+                # A user changes text that was refused. It then gets another folder.
                 shutil.rmtree(folder)
                 raise
     return prepared

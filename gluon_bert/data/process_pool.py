@@ -28,7 +28,7 @@ def processes(number: int) -> Iterator[Map]:
 
 
 def _follow_the_command() -> None:
-    """In a worker: leave Ctrl-C to the command, and end with it, which a worker of a killed one would not."""
+    """Ignore Ctrl-C in a worker, and end the worker when the command has ended or was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent

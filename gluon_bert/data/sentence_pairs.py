@@ -14,7 +14,7 @@ from .tokenizer import kept_lengths
 NUM_SPECIAL_IN_PAIR = 3
 # Positions in a document, in sentences, that are distinguished when random segments imitate true ones.
 _PLACES = 8
-# Segments alike that are looked at for one of another document.
+# Similar segments to search for one of another document.
 _NEIGHBOURS = 64
 
 
@@ -110,8 +110,8 @@ def _matched_negatives(documents: Documents, a: np.ndarray, rng: np.random.Gener
     In D2L's draw three in ten random sentences open a paragraph and no true one does, so up to two
     thirds of the labels can be predicted without reading the first sentence.
     """
-    # The followers, all sentences but the first ones, are in the order of their documents: those of a's own
-    # document, (own_start, own_stop), are skipped by drawing from what comes after them, and then around.
+    # Followers are all sentences except first ones, ordered by document. To skip the own document,
+    # (own_start, own_stop), the draw counts from its end and wraps around.
     document_of = np.repeat(np.arange(len(documents)), np.diff(documents.documents))
     followers = a + 1
     owner = document_of[followers]
@@ -166,7 +166,7 @@ def _packed_pairs(documents: Documents, config: DataConfig, rng: np.random.Gener
     room = config.max_seq_length - NUM_SPECIAL_IN_PAIR
     start, middle, stop, is_next = _packed(documents, config, room, rng)
     bounds = documents.sentences[np.stack([start, middle, stop], axis=1)]
-    # A segment of sentences without a word is none.
+    # Leave out pairs in which a segment has no word.
     filled = (np.diff(bounds) > 0).all(axis=1)
     bounds, start, middle, stop, is_next = (x[filled] for x in (bounds, start, middle, stop, is_next))
     if config.objective != "mlm+nsp":
@@ -195,7 +195,7 @@ def _packed(
     short = rng.random(num_sentences) < config.short_seq_prob
     target = np.where(short, rng.integers(2, room + 1, num_sentences), room)
     stop = np.searchsorted(documents.sentences, documents.sentences[:-1] + target)
-    # Two sentences at least, or there is no second segment; a last sentence alone has none.
+    # A pair has at least two sentences. A last sentence alone is no pair.
     stop = np.minimum(np.maximum(stop, sentence + 2), document_stop)
     alone = stop - sentence == 1
     middle = sentence + 1 + (rng.random(num_sentences) * (stop - sentence - 1)).astype(np.int64)
@@ -216,14 +216,14 @@ def _packed(
 def _alike(
     kinds: np.ndarray, lengths: np.ndarray, owners: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return for each segment one of another document, of its kind and of like length, (N,).
+    """Return for each segment one of another document, with the same kind and a similar length, (N,).
 
     kinds, lengths, owners: (N,) position, tokens and document of each; documents ascend. So length and
     position do not distinguish random segments from true ones. A segment without a match gets itself.
     """
     num = len(lengths)
     chosen = np.arange(num)
-    # Similar ones are in a random order; each gets the next one that is not of its document.
+    # Similar segments are in random order. Each gets the next one of another document.
     order = np.lexsort((rng.random(num), lengths, kinds))
     left = np.arange(num)
     for step in range(1, min(_NEIGHBOURS, num)):
@@ -234,7 +234,7 @@ def _alike(
         left = left[~foreign]
         if not len(left):
             return chosen
-    # Their document has nearly all of the text: any segment of another one, whatever its length.
+    # Their document has nearly all of the text. They get any segment of another document.
     left = order[left]
     own_start = np.searchsorted(owners, owners[left])
     own_stop = np.searchsorted(owners, owners[left], side="right")

@@ -32,7 +32,7 @@ from ..fileio import atomic_folder, lock, write_json
 from ..npz import mapped_array
 from .document_arrays import Documents
 
-# Part of every fingerprint: raise it when the same text would give other ids, or other files.
+# Part of every fingerprint. Increase it when the same text would give other ids or other files.
 FORMAT = 6
 MANIFEST, VOCABULARY, COUNTS = "manifest.json", "vocabulary.txt", "counts.npy"
 SIDES = ("train", "validation")
@@ -40,7 +40,7 @@ ARRAYS = ("tokens", "sentences", "documents")
 
 
 class Damaged(Exception):
-    """A prepared corpus is not what its manifest says; the message says where."""
+    """A prepared corpus differs from its manifest; the message names the place."""
 
 
 class Shards:
@@ -92,20 +92,20 @@ class Shards:
         return Documents(tokens, sentences, documents)
 
     def _refuse_damaged(self, numbers: Sequence[int]) -> None:
-        """Raise InputError if a file is not what the manifest says, before memory is asked for."""
+        """Raise InputError if a file differs from the manifest, before memory is allocated."""
         try:
             for number in numbers:
                 lengths = self._lengths[number] + [0, 1, 1, 0]
                 for name, length in zip(ARRAYS, lengths.tolist()):
                     path = Path(shard_name(number), f"{self._side}.{name}.npy")
                     if _crc(self.folder / path) != self._shards[number]["files"][path.name][1]:
-                        raise Damaged(f"{path} has not the content that {MANIFEST} says")
+                        raise Damaged(f"{path} differs from its hash in {MANIFEST}")
                     array = self._array(number, name)
                     if array.shape != (length,) or array.dtype.kind not in "iu":
-                        raise Damaged(f"{path} has not the length that {MANIFEST} says")
+                        raise Damaged(f"{path} differs from its length in {MANIFEST}")
         except (OSError, ValueError, KeyError, TypeError, OverflowError, Damaged) as problem:
             raise InputError(
-                f"{self.folder}: is damaged ({problem}); delete it, and the text is prepared anew"
+                f"{self.folder}: is damaged ({problem}). Delete it, and run again to prepare the text again."
             ) from problem
 
     def _array(self, shard: int, name: str) -> np.ndarray:
@@ -177,7 +177,7 @@ def manifest(
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Finish a prepared corpus: from now on it is there. `read_manifest` is the inverse."""
+    """Write the manifest, which finishes the prepared corpus. `read_manifest` is the inverse."""
     write_json(folder / MANIFEST, content)
 
 
@@ -198,7 +198,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             raise Damaged(f"{MANIFEST} is that of {content['made_by']['fingerprint']}")
         for name, described in content["files"].items():
             if Path(name).name != name or _described(folder / name) != described:
-                raise Damaged(f"{name} has not the content that {MANIFEST} says")
+                raise Damaged(f"{name} differs from its hash in {MANIFEST}")
         for number, shard in enumerate(content["shards"]):
             for name, (num_bytes, _) in shard["files"].items():
                 if Path(name).name != name:

@@ -11,7 +11,7 @@ from ..errors import InputError
 from .alignment import Span, spans
 from .vocab import Normalization, Vocabulary
 
-# Padded lengths are multiples of this, so that a network meets few shapes; each costs a plan of its memory.
+# Padded lengths are multiples of this. MXNet plans its memory again for every new shape.
 _LENGTH_STEP = 8
 
 
@@ -49,13 +49,13 @@ class EncodedText:
         """(T,) int: which word of the text each token belongs to, counted from 0; -1 for <cls> and <sep>."""
         around = np.isin(self.ids, [self.vocab.cls, self.vocab.sep])
         begins = ~around & ~self.vocab.is_continuation[self.ids]
-        # A piece that comes first in its text begins a word, whatever it is.
+        # The first piece of a text always begins a word.
         begins[1:] |= around[:-1] & ~around[1:]
         return np.where(around, -1, np.cumsum(begins) - 1)
 
 
 class Tokenizer:
-    """Encodes texts, tokens or ids with a vocabulary, up to the length that the network was trained on.
+    """Encodes texts, tokens or ids with a vocabulary, up to a maximum length.
 
     >>> reader = Tokenizer(Vocabulary(["crane", "a"]), 8, Normalization(lowercase=True))
     >>> text = reader.text("A <mask> crane.")
@@ -65,7 +65,7 @@ class Tokenizer:
 
     def __init__(self, vocab: Vocabulary, max_seq_length: int, normalization: Normalization) -> None:
         self.vocab, self.max_seq_length, self.normalization = vocab, max_seq_length, normalization
-        # A special token in a text is an unknown word, as in training. <mask> is to be filled in.
+        # A special token in a text is an unknown word, as in training. Only <mask> is allowed.
         self._unknown = vocab.special_but(normalization.all_added)
         self._unknown[vocab.mask] = False
 
@@ -80,11 +80,9 @@ class Tokenizer:
     def tokens(
         self, first: Sequence[str], second: Sequence[str] | None = None, truncate: bool = False
     ) -> EncodedText:
-        """Text that is split into tokens already, without <cls> and <sep>, which are put in here."""
+        """Return tokens as an EncodedText. They must not contain <cls> and <sep>, which are added."""
         if isinstance(first, str) or isinstance(second, str):
-            raise InputError(
-                "a text of tokens must be a list of them: split the text first, as in text.split()"
-            )
+            raise InputError("tokens must be a list, got a string. Split it first, as in text.split().")
         return self._text([first] if second is None else [first, second], truncate)
 
     def ids(

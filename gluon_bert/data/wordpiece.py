@@ -1,4 +1,4 @@
-"""Pieces of words <-> ids: BERT's WordPiece, its vocabulary made of a text or published. Reads no corpus."""
+"""Pieces of words <-> ids: BERT's WordPiece, with a trained or published vocabulary. Reads no corpus."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .vocab import Normalization, Vocabulary, check_characters
 PAD, CLS, SEP = "[PAD]", "[CLS]", "[SEP]"
 SPECIAL_TOKENS = (PAD, UNK, CLS, SEP, MASK)
 
-# Places that the published vocabularies keep free for tokens of one's own.
+# Unused tokens in published vocabularies.
 _UNUSED = re.compile(r"\[unused\d+\]")
 _PREFIX = "##"
-# Above this a word is [UNK] as a whole, as in Devlin et al.'s tokenization.py.
+# A longer word is [UNK] as a whole, as in Devlin et al.'s tokenization.py.
 _LONGEST_WORD = 100
-# Rarer characters get no token, or those of a large corpus would fill the vocabulary; as in `tokenizers`.
+# The most frequent characters get a token, as in `tokenizers`. All would fill the vocabulary.
 _MOST_CHARACTERS = 1000
-# Copies of a word per text for the trainer, so that a frequent word makes no long text.
+# Copies of a word per text for the trainer. This keeps the texts of frequent words short.
 _REPEATED = 10_000
 
 
@@ -31,8 +31,8 @@ class WordPieceVocabulary(Vocabulary):
     """A vocabulary of words and pieces of words; `##` begins a piece that continues a word.
 
     Its special tokens are [PAD] [UNK] [CLS] [SEP] [MASK], at any id; `special` marks these and
-    the [unused0] and so on of published vocabularies. Raises InputError where one is missing or a token
-    occurs twice, and if the package `tokenizers` is not installed.
+    the [unused0] and so on of published vocabularies. Raise InputError if one is missing, a token occurs
+    twice, or the package `tokenizers` is not installed.
 
     >>> vocab = WordPieceVocabulary([*SPECIAL_TOKENS, "crane", "##s", "fly"])
     >>> vocab.split("Cranes fly!", Normalization(lowercase=True)), vocab.pieces("cranes"), vocab.pieces("!")
@@ -56,7 +56,7 @@ class WordPieceVocabulary(Vocabulary):
         self._model = tokenizers_library().models.WordPiece(
             ids, unk_token=UNK, max_input_chars_per_word=_LONGEST_WORD, continuing_subword_prefix=_PREFIX
         )
-        # <mask> and <unk> may be said, too, where tokens are looked up one by one.
+        # Lookups of single tokens also accept <mask> and <unk>.
         self._ids = {**{marker: ids[token] for marker, token in MARKERS.items()}, **ids}
         self._sort_out(
             special=np.array([t in SPECIAL_TOKENS or bool(_UNUSED.fullmatch(t)) for t in self.tokens]),
@@ -72,7 +72,7 @@ class WordPieceVocabulary(Vocabulary):
         """
         markers = set(MARKERS.values())
         alphabet = _alphabet({word: n for word, n in counts.items() if word not in markers})
-        # A word with another character is [UNK] as a whole, so its pieces would never be met.
+        # A word with another character is [UNK] as a whole, so its pieces never occur.
         counts = {w: n for w, n in counts.items() if w not in markers and alphabet.issuperset(w)}
         alone = sorted({character for word in counts for character in word})
         inner = sorted({_PREFIX + character for word in counts for character in word[1:]})
@@ -82,8 +82,8 @@ class WordPieceVocabulary(Vocabulary):
                 f"vocab_size must be at least {len(needed)} for the special tokens and the characters of the "
                 f"corpus, got {size}."
             )
-        # All characters are given as special tokens: the trainer would number them in the order of a hash
-        # table, other in each process, and among equally frequent pairs it joins the lower numbers first.
+        # All characters are passed as special tokens. Otherwise the trainer would number them in the order of
+        # a hash table, which differs by process. It joins lower numbers first among equally frequent pairs.
         return cls(_joined(counts, needed, min_freq, size))
 
     def _is_new(self, word: str) -> bool:

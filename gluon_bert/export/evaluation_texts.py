@@ -10,8 +10,8 @@ from ..data.tokenizer import EncodedText
 from ..errors import InputError
 from ..run import Run
 
-# Shares of max_seq_length: short texts, middle ones, and what fills the network. A format may be right on one
-# and wrong on another: int8 calibrated on long texts alone was 22 % off on short ones.
+# Shares of max_seq_length: short, middle and full texts. A format may be right for one length and wrong for
+# another: int8 calibrated on long texts alone was 22 % off on short ones.
 LENGTH_SHARES = ((1 / 16, 1 / 4), (1 / 4, 3 / 4), (3 / 4, 1))
 
 # A few thousand tokens: enough for a stable first digit of the mean errors. BERT-base takes a few minutes on

@@ -28,7 +28,7 @@ from .verify import NUM_GROUPS, batches, compare, differences, random_texts, rel
 
 log = logging.getLogger(__name__)
 
-# The operators and numbers are the same; sums may differ in their order where shapes differ.
+# The operators and numbers are the same. Different shapes may change the order of sums.
 FP32_TOLERANCE = 1e-5
 
 # The default limits on the difference that `compare` measures.
@@ -41,7 +41,7 @@ BF16_ERROR = 0.02
 
 # Formats that onnxruntime reads.
 ONNX_FORMATS = ("onnx", "onnx-int8")
-# Formats that not every CPU can compute in.
+# Formats that some CPUs cannot compute.
 CPU_CHECKS = {"int8": check_int8, "bf16": check_bf16}
 
 
@@ -54,7 +54,7 @@ class Exported(NamedTuple):
 
     @property
     def predictor(self) -> Predictor:
-        """Return what answers questions about texts."""
+        """Return a predictor for this export."""
         task, pooling = self.manifest.task, self.manifest.pooling
         return Predictor(
             self.network,
@@ -66,9 +66,9 @@ class Exported(NamedTuple):
 
 
 def load_exported(folder: Path, context: Any | None = None) -> Exported:
-    """Read an export of any format, by default onto the CPU; raise InputError where it is damaged.
+    """Read an export of any format, by default onto the CPU; raise InputError if it is damaged.
 
-    context: where to compute; only the format mxnet can choose.
+    context: the device; only the format mxnet supports GPUs.
     """
     folder = Path(folder)
     manifest = Manifest.load(folder)
@@ -81,8 +81,8 @@ def export_mxnet(run: Run, folder: Path, outputs: str = "all") -> Manifest:
     """Write a run's network as an MXNet symbol with its parameters, vocabulary and manifest.
 
     It is read back by `gluon.SymbolBlock.imports` and by `mx.mod.Module`. Both are compared with the network
-    at three batch sizes and lengths. Raise InputError, and leaves nothing, if the folder is taken or
-    where they differ.
+    at three batch sizes and lengths. Raise InputError and write nothing if the folder is not empty or they
+    differ.
     """
     check_new_folder(folder)
     outputs = outputs_of_run(run, outputs)
@@ -106,8 +106,8 @@ def export_onnx(
 ) -> Manifest:
     """Write a run's network as ONNX with its vocabulary and manifest, once onnxruntime agrees on the texts.
 
-    No vector may differ by more than max_error. Raise InputError, and leaves nothing, if one does, where
-    the folder is taken, or where the extra `onnx` is missing.
+    No vector may differ by more than max_error. Raise InputError and write nothing if one does, if the folder
+    is not empty, or if the extra `onnx` is missing.
     """
     for name in ("onnx", "onnxruntime"):
         package(name)
@@ -123,10 +123,10 @@ def export_onnx_int8(
 ) -> Manifest:
     """Write a run's network as ONNX with dense layers in int8, with its vocabulary and manifest.
 
-    Every other text, by length, decides which layers stay in float32: those that suffer most, until the
-    mean difference on these texts is within max_error. The rest are compared, as in `export_int8`. Raises
-    InputError, and leaves nothing, where they differ too much, where the folder is taken, or where the extra
-    `onnx` is missing.
+    Every other text, by length, decides which layers stay in float32: those with the largest errors, until
+    the mean difference on these texts is within max_error. The rest are compared, as in `export_int8`. Raise
+    InputError and write nothing if they differ too much, if the folder is not empty, or if the extra `onnx`
+    is missing.
     """
     for name in ("onnx", "onnxruntime"):
         package(name)
@@ -166,9 +166,9 @@ def export_int8(
 ) -> Manifest:
     """Write a run's network with dense layers in int8, as an MXNet symbol with its vocabulary and manifest.
 
-    Every other text, by length, calibrates it. The rest are compared: none of their thirds may differ by
-    more than max_error on average. Raises InputError, and leaves nothing, where one does, where the folder is
-    taken, or where the CPU cannot compute in int8.
+    Every other text, by length, calibrates it. The rest are compared: none of their thirds may differ by more
+    than max_error on average. Raise InputError and write nothing if one does, if the folder is not empty, or
+    if the CPU cannot compute in int8.
     """
     check_int8()
     calibration, compared = _halves(texts)
@@ -186,8 +186,8 @@ def export_bf16(
     """Write a run's network with dense layers in bfloat16, as an MXNet symbol with vocabulary and manifest.
 
     The results may not differ by more than max_error on average, on any third of the texts by length.
-    Raise InputError, and leaves nothing, if they do, where the folder is taken, or where the CPU cannot
-    compute in bfloat16.
+    Raise InputError and write nothing if they do, if the folder is not empty, or if the CPU cannot compute in
+    bfloat16.
     """
     check_bf16()
     outputs = outputs_of_run(run, outputs)

@@ -14,14 +14,14 @@ from ..runtime import mx
 from .manifest import OUTPUTS
 from .mxnet_symbol import Graph, model_inputs
 
-# MXNet's name of oneDNN, with which it computes on the CPU, for passes over a graph.
+# MXNet's name for oneDNN, its CPU library, in passes over a graph.
 BACKEND = "MKLDNN_QUANTIZE"
 
 # Operators that stay float32. With residual sums in int8 the vectors of a trained bert-tiny were off by 20 %
 # instead of 0.8 %, and no faster.
 FLOAT_OPERATORS = ("Embedding", "elemwise_add")
 
-# What MXNet takes for bfloat16, which NumPy does not have.
+# MXNet's stand-in for bfloat16, which NumPy does not have.
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
 # MXNet's number of bfloat16 in a symbol's JSON.
 _BFLOAT16 = "12"
@@ -30,8 +30,8 @@ _BFLOAT16 = "12"
 def to_int8(graph: Graph, outputs: str, calibration: Iterable[PaddedBatch]) -> Graph:
     """Return a graph with these outputs whose dense layers compute in int8.
 
-    The calibration texts give the range of a layer's values. They must have all lengths: a range that is
-    right for long texts is wrong for short ones.
+    The calibration texts give the range of a layer's values. They must have all lengths, because the range
+    for long texts is wrong for short ones.
     """
     quantization = _module("contrib.quantization")
     fused = graph.symbol.get_backend_symbol(BACKEND)

@@ -19,13 +19,13 @@ from ..model.task import Task
 
 MANIFEST = "manifest.json"
 
-# Increased when an older gluon_bert could not read what is written now.
+# Increased when older versions of gluon_bert cannot read the new format.
 VERSION = 1
 
 FORMATS = ("mxnet", "onnx", "onnx-int8", "int8", "bf16")
 TOKENIZERS = ("words", "wordpiece")
 
-# The outputs that an export may have: the encoder's vectors, or also what the heads compute.
+# The outputs of an export: the encoder's vectors, or also the results of the heads.
 OUTPUTS = {
     "encoder": ("encoded",),
     "all": ("encoded", "pooled", "mask_scores", "next_scores"),
@@ -63,12 +63,12 @@ _OUTPUTS = {
 class Manifest:
     """The content of manifest.json.
 
-    format: one of FORMATS. outputs: a key of OUTPUTS. max_seq_length: the longest T, above it is an error.
-    tokenizer: how text becomes tokens, and the ids of the special ones. vocabulary_size, step: of the run.
-    files: the SHA-256 of each file. versions: what the export was made with. comparison: how far the
-    results are from the run's, and at which shapes or on which text. task: what the network was fine-tuned
-    for, as Task.to_json gives it, or None. untrained: the heads whose outputs mean nothing, as no training
-    has changed them. pooling: how a text gets one vector, as Pooling.to_json gives it, or None.
+    format: one of FORMATS. outputs: a key of OUTPUTS. max_seq_length: the largest T; a longer text is an
+    error. tokenizer: its settings and the ids of special tokens. vocabulary_size, step: of the run.
+    files: the SHA-256 of each file. versions: of the packages that wrote the export. comparison: the
+    differences from the run's results, with the shapes or texts. task: what the network was fine-tuned for,
+    from Task.to_json, or None. untrained: the heads that no training has changed; their outputs mean nothing.
+    pooling: how a text gets one vector, from Pooling.to_json, or None.
     """
 
     format: str
@@ -140,7 +140,7 @@ class Manifest:
         sizes = [self.max_seq_length, self.vocabulary_size]
         sound = [
             self.format in FORMATS,
-            self.outputs in list(OUTPUTS),  # a dict cannot be asked for what is not hashable
+            self.outputs in list(OUTPUTS),  # an unhashable value cannot be looked up in a dict
             all(type(size) is int and size > 0 for size in sizes),
             isinstance(self.tokenizer, Mapping) and self.tokenizer.get("kind") in TOKENIZERS,
             isinstance(self.tokenizer, Mapping) and set(Normalization._fields) <= set(self.tokenizer),
@@ -161,7 +161,7 @@ class Manifest:
                 raise InputError(f"{path.parent}: {name} is missing. Export the run again.")
             if file_hash(path.parent / name) != expected:
                 raise InputError(
-                    f"{path.parent / name}: is not the file that was exported; export the run again"
+                    f"{path.parent / name}: differs from the exported file. Export the run again."
                 )
 
 

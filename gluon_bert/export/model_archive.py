@@ -1,4 +1,4 @@
-"""Packs a run as a model archive, the .mar that multi-model-server takes."""
+"""Packs a run as a model archive, the .mar of multi-model-server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INSTALL_SERVE = "pip install -e '.[cpu,serve]'"
 
 # The copy of this package in the archive, which the server puts on the path of its workers.
 HANDLER = "gluon_bert.serving.handler:handle"
-# What else an archive that was made up may raise: encryption, unknown compression, JSON of another shape.
+# Errors of forged archives: encryption, unknown compression, JSON of another shape.
 _UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError, RecursionError)
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -31,8 +31,8 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 def export_archive(run: Run, folder: Path, outputs: str = "all") -> Path:
     """Write a run as `bert.mar` into a new folder; return the file.
 
-    It holds what `export_mxnet` writes and a copy of this package. Raise InputError, and leaves nothing,
-    where the folder is taken, the extra `serve` is missing, or the export differs from the run.
+    It holds the files of `export_mxnet` and a copy of this package. Raise InputError and write nothing if the
+    folder is not empty, the extra `serve` is missing, or the export differs from the run.
     """
     check_archiver()
     check_new_folder(folder)

@@ -14,7 +14,7 @@ from ..inference.predictor import Outputs
 from ..runtime import mx
 from .manifest import OUTPUTS, Manifest, input_names
 
-# The names that Module.load and the model servers of MXNet expect of a model "bert" at epoch 0.
+# The file names that Module.load and MXNet's model servers expect for a model "bert" at epoch 0.
 SYMBOL, PARAMETERS = "bert-symbol.json", "bert-0000.params"
 
 # MXNet's number of this type in a symbol's JSON.
@@ -33,7 +33,7 @@ def trace(net: Any, outputs: str, max_seq_length: int) -> Graph:
 
     outputs: a key of OUTPUTS. A longer text is an error of the graph, which has no more positions.
     """
-    with mx.name.NameManager():  # so that equal networks have equal names, whatever was traced before
+    with mx.name.NameManager():  # so that equal networks have equal names, also after other traces
         net = _shortened(net, max_seq_length)
         tokens, token_types, valid_length = (mx.sym.var(name) for name in input_names("encoder"))
         results = {"encoded": net.encoder(tokens, token_types, valid_length)}
@@ -53,9 +53,9 @@ def trace(net: Any, outputs: str, max_seq_length: int) -> Graph:
 
 
 def _places(positions: Any) -> Any:
-    """Return row and position of each mask, (2, B, K), from the positions alone, (B, K).
+    """Return row and position of each mask, (2, B, K), from the positions, (B, K).
 
-    Every input of the graph has the batch as its first axis, as Module and the model servers want it.
+    Every input of the graph has the batch as its first axis, as Module and the model servers require.
     """
     rows = mx.sym.contrib.arange_like(positions, axis=0).expand_dims(1)
     return mx.sym.stack(mx.sym.broadcast_like(rows, positions), positions)
@@ -133,7 +133,7 @@ class BlockNetwork:
     def __init__(self, folder: Path, manifest: Manifest, context: Any | None = None) -> None:
         self._manifest, self._context = manifest, context or mx.cpu()
         without_masks = tuple(name for name in manifest.output_names if name != "mask_scores")
-        # Where the inputs have no type, SymbolBlock takes every parameter for float32, and warns.
+        # Without types of the inputs SymbolBlock treats every parameter as float32, and warns.
         with mx.AttrScope(__dtype__=FLOAT32):
             try:
                 whole = mx.gluon.SymbolBlock.imports(

@@ -19,12 +19,12 @@ from .mxnet_symbol import Graph, model_inputs, outputs_needed, outputs_of
 
 FILE = "bert.onnx"
 
-# What MXNet's converter writes are operators of this set, although it takes onnx's newest for granted.
+# The opset of the operators that MXNet's converter writes, although it assumes onnx's newest opset.
 OPSET = 13
-# The oldest version of the file format that has the opset, which the most runtimes read.
+# The oldest version of the file format with this opset. Most runtimes read it.
 IR_VERSION = 7
 
-# What a protobuf message may have, less what the graph itself takes.
+# The limit of a protobuf message, less the size of the graph itself.
 MAX_BYTES = 2**31 - 2**24
 
 INSTALL = "pip install -e '.[cpu,onnx]'"
@@ -50,8 +50,8 @@ def onnx_versions() -> dict[str, str]:
 def save_onnx(folder: Path, graph: Graph, outputs: str) -> None:
     """Write a graph with these outputs as ONNX, with any batch size, length and number of masks.
 
-    A text that is longer than the graph has positions is an error in ONNX as well: as many positions as
-    there are do not spread over it. Raise InputError if the weights are too large for a file.
+    A text that is longer than the graph's positions is an error in ONNX as well, because the shapes do not
+    match. Raise InputError if the weights are too large for a file.
     """
     onnx = package("onnx")
     size = sum(4 * array.size for array in graph.parameters.values())
@@ -112,9 +112,9 @@ def _checked_as(opset: int) -> Iterator[None]:
 
 
 def _make_constants(graph: Any, inputs: list[str]) -> None:
-    """Take the weights off the inputs, where the converter puts them too, and away what nothing reads.
+    """Remove the weights from the inputs, and weights that no node reads.
 
-    A weight that is an input may be fed another value, so a runtime computes nothing of it beforehand.
+    The converter lists weights as inputs, too. A runtime precomputes nothing from a weight that is an input.
     """
     _keep(graph.input, [each for each in graph.input if each.name in inputs])
     read = {name for node in graph.node for name in node.input}
@@ -157,8 +157,8 @@ def session(model: Any) -> Any:
     """Return what runs a model, its path or its bytes, on the CPU."""
     runtime = package("onnxruntime")
     options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors; its warnings are about its own work on the graph
-    # As many as MXNet has. By default onnxruntime takes all cores, in each of a server's workers.
+    options.log_severity_level = 3  # errors only; its warnings concern its own optimizations
+    # As many threads as MXNet has. By default each worker of a server would use all cores.
     options.intra_op_num_threads = _threads()
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

@@ -35,9 +35,9 @@ def quantize(
     """Replace the file of `save_onnx` by one with dense layers in int8; return how many stay float32.
 
     Weights have a scale for each output (channel). The range of a layer's inputs is that of the batch, found
-    in each call. Where that helps, outliers of the inputs are moved to the weights before. The layers with
-    the largest errors on the calibration texts stay in float32: as few as it takes until `is_close`, which
-    looks at the folder, returns True, and at most half of them.
+    in each call. If it reduces errors, outliers of the inputs are moved to the weights first. The layers with
+    the largest errors on the calibration texts stay in float32: as few as possible until `is_close`, which
+    reads the folder, returns True, and at most half of all layers.
     """
     onnx = package("onnx")
     model = _named(onnx.load(str(folder / FILE)))
@@ -90,7 +90,7 @@ def _layer_inputs(
 def _smoothed_where_better(
     model: Any, outputs: Sequence[str], calibration: Sequence[PaddedBatch]
 ) -> tuple[Any, dict[str, float]]:
-    """Smooth the inputs of those dense layers whose errors fall by it; return the model and all errors."""
+    """Smooth the inputs of dense layers if that reduces their errors; return the model and all errors."""
     layers = _dense_layers(model)
     largest: dict[str, np.ndarray] = {}
     for found in _layer_inputs(model, layers, outputs, calibration):
@@ -164,7 +164,7 @@ def _named(model: Any) -> Any:
 
 
 def _copy_shared_weights(model: Any) -> None:
-    """Give each dense layer a weight of its own: the tied decoder has that of the embeddings."""
+    """Give each dense layer its own weight. The tied decoder shares that of the embeddings."""
     graph = model.graph
     weights = {each.name: each for each in graph.initializer}
     uses = Counter(name for node in graph.node for name in node.input)
@@ -191,7 +191,7 @@ def _dense_layers(model: Any) -> list[DenseLayer]:
 def _write_quantized(model: Any, folder: Path, kept: Sequence[str]) -> None:
     quantization, onnx = package("onnxruntime.quantization"), package("onnx")
     copy = onnx.ModelProto()
-    copy.CopyFrom(model)  # the quantizer changes what it gets
+    copy.CopyFrom(model)  # the quantizer changes its argument
     path = folder / FILE
     with _quiet():
         quantization.quantize_dynamic(

@@ -20,7 +20,7 @@ MASK_RATE = 0.15
 # Texts are compared in this many groups of like length.
 NUM_GROUPS = 3
 
-# Tokens that are computed at once: enough for matrix products at full speed, and a round takes few seconds.
+# Tokens per batch: enough for matrix products at full speed. A round takes few seconds.
 BATCH_TOKENS = 1024
 
 # Both networks take turns in each round, so that other work on the machine slows both down.
@@ -65,7 +65,7 @@ def differences(reference: Backend, other: Backend, batches: Iterable[PaddedBatc
 
 
 class MaskedText(NamedTuple):
-    """A text with some of its words masked, and the words that stood at its masks, (K,) ids.
+    """A text with some of its words masked, and the ids of the masked words, (K,).
 
     An id is -1 where the text itself has a <mask>, as its word is unknown.
     """
@@ -95,12 +95,12 @@ def compare(
     The texts are split into a short, a middle and a long third. With `with_masks` some of their words are
     masked. Returned for each third, as plain values for a manifest:
 
-    texts: how many. tokens: their lengths, from and to. errors: of each output the mean and the largest
-    distance between both networks' vectors (one a token, a text, or a mask's scores), in units of the
-    reference's length, of 1 where that is shorter. cosine: between both networks' <cls>, and between both
-    means of all tokens, the mean over the texts and the smallest. same word: the share of masks where
-    both rank the same word first. mlm loss: of the words that were masked, in nats, of either network.
-    speed ratio: how many times as many texts a second the other computes.
+    texts: their number. tokens: their shortest and longest length. errors: the mean and the largest distance
+    between both networks' vectors, by output. There is one vector per token, text or mask. The unit is the
+    length of the reference's vector, at least 1. cosine: of both networks' <cls> and of both means of all
+    tokens, the mean over the texts and the smallest. same word: the share of masks where both rank the same
+    word first. mlm loss: on the masked words, in nats, of either network. speed ratio: the other's texts per
+    second over the reference's.
     """
     if len(texts) < NUM_GROUPS:
         raise InputError(f"text must have at least {NUM_GROUPS} texts to compare on, got {len(texts)}.")
@@ -150,7 +150,7 @@ class Asked(NamedTuple):
 def batches(
     texts: Sequence[EncodedText], reader: Tokenizer, rng: np.random.Generator, with_masks: bool
 ) -> Iterator[Asked]:
-    """Yield texts in batches of similar length, with some words masked or with nothing to predict."""
+    """Yield texts in batches of similar length, with or without masked words."""
     masked_ids = [np.zeros(0, dtype=np.int32)] * len(texts)
     if with_masks:
         texts, masked_ids = zip(*(question(text, reader.vocab, rng) for text in texts))
@@ -176,7 +176,7 @@ def _compared(reference: Backend, other: Backend, asked: Sequence[Asked]) -> dic
         if len(numbers["loss reference"]):
             networks = ("reference", "export")
             result["mlm loss"] = {name: float(numbers[f"loss {name}"].mean()) for name in networks}
-    # The longest batch, all of whose shapes both have computed already.
+    # The longest batch. Both networks have computed its shape before.
     result["speed ratio"] = speed_ratio(reference, other, asked[-1].texts)
     return result
 

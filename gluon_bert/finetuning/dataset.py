@@ -14,7 +14,7 @@ from ..inference.predictor import Predictor
 from ..inference.task_inputs import TaskInput, predict_tasks
 from ..model.task import Task
 
-# Batches in a pool whose texts are sorted by length: it reduces padding and keeps the order random.
+# Batches per pool. Sorting each pool by length reduces padding and keeps the order random.
 _POOL = 32
 
 
@@ -22,7 +22,7 @@ _POOL = 32
 class TaskBatch:
     """Texts with their targets, padded to one length; see `data.batch.Batch`.
 
-    tokens, token_types: (B, T) int32. valid_length: (B,) int32. targets: what the task's loss takes, B rows.
+    tokens, token_types: (B, T) int32. valid_length: (B,) int32. targets: of the task's loss, B rows.
     """
 
     tokens: np.ndarray
@@ -40,10 +40,10 @@ class TaskBatch:
 
 
 class Examples:
-    """Rows of a file as the network reads them. Each task has its own class.
+    """Rows of a file as inputs of the network.
 
-    rows: as the file has them. inputs: one for each row. targets: one for each text of the inputs, None where
-    the file has no labels.
+    Each task has its own class. rows: as in the file. inputs: one per row. targets: one per text of the
+    inputs, None if the file has no labels.
     """
 
     batch_type: type[TaskBatch] = TaskBatch
@@ -154,10 +154,10 @@ class TaskFormat(Protocol):
     """Reads the files of a kind of task. `formats.FORMATS` has them by kind."""
 
     def read(self, files: TaskFiles) -> Mapping[str, Sequence[Any]]:
-        """Return the rows of each file, by its role; raise InputError for what is wrong in them."""
+        """Return the rows of each file, by its role; raise InputError with all problems of the files."""
 
     def infer_task(self, rows: Sequence[Any]) -> Task:
-        """Return the task of labelled rows; raise InputError where they are none."""
+        """Return the task of labelled rows; raise InputError if they do not define one."""
 
     def examples(self, rows: Sequence[Any], task: Task, reader: Tokenizer, role: str) -> Examples:
         """Return the rows as the network reads them; raise InputError for labels unknown in training."""

@@ -100,14 +100,14 @@ def resume_finetuning(
     whole, task = read_config(folder / CONFIG), read_task(folder / CONFIG)
     config, files = _recorded(folder)
     if task is None:
-        raise InputError(f"{folder} must be a fine-tuned run. Resume it with pretrain --resume")
+        raise InputError(f"{folder} must be a fine-tuned run. Resume a pretraining run with pretrain.")
     snapshot = latest_valid(folder)
     reader = load_run(folder).reader
     format_ = task_format(files, task.kind)
     rows = format_.read(files)
     data = {role: format_.examples(its_rows, task, reader, role) for role, its_rows in rows.items()}
     if train_config(config, len(data["train"])) != whole.train:
-        raise InputError(f"{files.train} must have the rows that {folder} began with. It has others now")
+        raise InputError(f"{files.train} must have the same rows as when {folder} was started.")
     net = _network(len(reader.vocab), whole, task, config.seed, devices)
     trainer = task_trainer(net, config, whole.train, devices, [*_callbacks(folder), *callbacks])
     trainer.restore(snapshot, folder)
@@ -115,7 +115,7 @@ def resume_finetuning(
 
 
 def _recorded(folder: Path) -> tuple[FineTuneConfig, TaskFiles]:
-    """Return the options and files that a fine-tuned run began with; InputError for other runs."""
+    """Return the options and files of a fine-tuned run; raise InputError for other runs."""
     about = read_environment(folder / CONFIG).get("finetuned")
     try:
         assert isinstance(about, dict)
@@ -140,7 +140,7 @@ def _config_of(options: Mapping[str, Any]) -> FineTuneConfig:
 def _check_run(before: Run, config: FineTuneConfig) -> None:
     """Raise InputError if the run cannot be fine-tuned with these options."""
     if before.task:
-        raise InputError("the run was fine-tuned already; name the run that it began with")
+        raise InputError("the run was fine-tuned already. Name its pretraining run.")
     positions = before.config.model.max_positions
     if config.max_seq_length and not 8 <= config.max_seq_length <= positions:
         raise InputError(
@@ -164,9 +164,9 @@ def _callbacks(folder: Path) -> list[Callback]:
 def init_from_pretrained(
     net: Any, task: Task, config: FineTuneConfig, devices: Sequence[Any], pretrained: bool = True
 ) -> Any:
-    """Return a network for a task: the encoder of a pretrained one, the pooler if need be, and a new head.
+    """Return a network for a task: a pretrained encoder, its pooler if the task needs one, and a new head.
 
-    pretrained: False draws the encoder and the pooler as well, to measure what pretraining is worth.
+    pretrained: False draws the encoder and the pooler as well, to measure the effect of pretraining.
     """
     tuned = BERTForTask(net.vocab_size, dataclasses.replace(net.config, dropout=config.dropout), task)
     tuned.initialize(ctx=list(devices), seed=config.seed)
@@ -245,12 +245,12 @@ def _train(
         if role == "test":
             line += f", {format_metrics(data[role].metrics(results))}"
         line = "\n".join([line, *data[role].details(results)])
-    print(f"{line}\nits network: {output} --checkpoint best")
+    print(f"{line}\nits network: {output}, checkpoint best")
     return tuned
 
 
 def describe(task: Task, data: Mapping[str, Examples]) -> str:
-    """Return a line on what will be learnt."""
+    """Return a line about the task and the files."""
     what = {
         "classification": f"{len(task.labels)} classes",
         "regression": "a score",

@@ -12,16 +12,16 @@ import numpy as np
 from ..inference.tagging import Entity, entities
 from ..model.task import Task
 
-# Which of them fit a task, the first deciding which checkpoint is the best unless another is asked for.
+# The metrics of each kind of task. By default the first one chooses the best checkpoint.
 METRICS_BY_TASK = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman", "mse"),
     "tagging": ("f1", "precision", "recall", "accuracy"),
     "question-answering": ("f1", "exact_match"),
 }
-# Those of plain tags, which make no entities.
+# Metrics of plain tags, which have no entities.
 _PLAIN_TAGS = ("accuracy", "f1")
-# Of these the smaller is the better.
+# Metrics for which smaller is better.
 SMALLER = ("mse",)
 
 

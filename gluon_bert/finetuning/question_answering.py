@@ -42,7 +42,7 @@ class QuestionRow(NamedTuple):
 
     @property
     def is_labelled(self) -> bool:
-        """Return whether the file has the answer, or says that there is none."""
+        """Return whether the file has an answer or is_impossible."""
         return bool(self.answers) or self.is_impossible
 
 
@@ -50,7 +50,7 @@ def read_squad(path: Path, role: str, labels_needed: bool = True) -> list[Questi
     """Read the questions of a SQuAD file, version 1.1 or 2.0.
 
     Raise InputError, which names the ids that are wrong.
-    Every answer must stand in the context at its `answer_start`. labels_needed: every question must have an
+    Every answer must be in the context at its `answer_start`. labels_needed: every question must have an
     answer or `is_impossible`.
     """
     if path.suffix.lower() not in ENDINGS:
@@ -62,7 +62,7 @@ def read_squad(path: Path, role: str, labels_needed: bool = True) -> list[Questi
     places: dict[str, str] = {}
     for row in rows:
         if row.id in places:
-            problems.append(f"{row.where}: must have an id of its own; another question has it already")
+            problems.append(f"{row.where}: must have a unique id; another question has the same")
         places[row.id] = row.where
         if labels_needed and not row.is_labelled:
             problems.append(f"{row.where}: must have an answer, or is_impossible true")
@@ -107,7 +107,7 @@ def _problems(row: QuestionRow) -> Iterator[str]:
     if not row.question.strip():
         yield "the question must not be empty"
     if SURROGATE.search(row.question) or SURROGATE.search(row.context):
-        yield "the text holds half a surrogate pair, which is not a character"
+        yield "the text must be valid Unicode. It has half of a surrogate pair"
     if row.is_impossible and row.answers:
         yield "must have no answers, as is_impossible is true"
     for text, start in row.answers:
@@ -119,12 +119,12 @@ def _problems(row: QuestionRow) -> Iterator[str]:
 
 
 def _remedy(context: str, text: str, start: int) -> str:
-    """Say where an answer stands that is not at its place."""
+    """Return where an answer is that is not at its `answer_start`."""
     places = [place for place in range(len(context)) if context.startswith(text, place)]
     if not places:
-        return "the context does not hold it"
+        return "the context does not contain it"
     nearest = min(places, key=lambda place: abs(place - start))
-    return f"it stands at {nearest}"
+    return f"it is at {nearest}"
 
 
 class QuestionExamples(Examples):

@@ -20,9 +20,9 @@ from .tables import TableRow, choose_columns, first_lines, read_table
 
 log = logging.getLogger(__name__)
 
-# As many labels as this, all of them whole numbers, may be classes or a score: the user has to say it.
+# This many different whole numbers may be classes or scores, so the user must choose the task.
 _MAX_CLASSES = 20
-# What tables have where a row has no label, in lower case.
+# Entries of tables for a missing label, in lower case.
 _NO_LABEL = {"-", "?", "n/a", "na", "nan", "none", "null"}
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
@@ -82,10 +82,10 @@ class SentenceFormat:
 
 
 def infer_task(rows: Sequence[TableRow], kind: str = "auto") -> Task:
-    """Find out what task labelled rows are, and log what was found.
+    """Infer the task of labelled rows, and log it.
 
-    kind: classification, regression, or auto: classes unless a label is a number that is not whole. Raises
-    InputError for scores that are not numbers, fewer than two labels, and where auto cannot decide.
+    kind: classification, regression, or auto: classes unless a label is a number that is not whole. Raise
+    InputError for scores that are not numbers, for fewer than two labels, and if auto cannot decide.
     """
     pairs = len(rows[0].texts) == 2
     labels = [str(row.label) for row in rows]

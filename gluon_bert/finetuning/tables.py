@@ -1,4 +1,4 @@
-"""Labelled texts in TSV, CSV and JSONL files, a row each. Knows no vocabulary and no task."""
+"""Reads labelled texts from TSV, CSV and JSONL files, one per row. Knows no vocabulary and no task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..fileio import SURROGATE, decode_utf8
 
 log = logging.getLogger(__name__)
 
-# The columns that are taken where none is named: texts, the first of these that are all there, and labels.
+# The default columns: the first of these entries that the file has, for texts and for labels.
 TEXT_COLUMNS = (
     ("text", "pair"),
     ("sentence1", "sentence2"),
@@ -30,19 +30,19 @@ LABEL_COLUMNS = ("label", "score", "gold_label", "is_duplicate")
 ENDINGS = (".tsv", ".csv", ".jsonl")
 QUOTING = ("auto", "none", "minimal")
 
-# Problems of a file that are shown; what is wrong with one line is often so with all.
+# Maximum number of problems to show, because one problem often occurs in all lines.
 _MAX_SHOWN = 10
-# A field that a program wrote in quotation marks because it has quotation marks inside.
+# A field in quotation marks with doubled quotation marks inside, as programs write it.
 _QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
 # Whole numbers as programs write them: 1, 1.0, 1.; not 01, which may be a name.
 _WHOLE = re.compile(r"([+-]?(?:0|[1-9]\d*))(?:\.0*)?", re.ASCII)
 
-# The fields of a row, in order or by name, or what is wrong with it.
+# The fields of a row, in order or by name, or its problem.
 _Fields = Union["list[str]", "dict[str, str]", str]
 
 
 class TableRow(NamedTuple):
-    """A text or a pair of texts, its label if it has one, and where it was found."""
+    """A text or a pair of texts, its label or None, and its place in the file."""
 
     where: str
     texts: tuple[str, ...]
@@ -50,7 +50,7 @@ class TableRow(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Which columns of a table are read: one or two with texts, and that of the labels, if there is one."""
+    """The columns of a table: one or two with texts, and one with labels or None."""
 
     texts: tuple[str, ...]
     label: str | None
@@ -64,10 +64,10 @@ def choose_columns(
     label: str | None = None,
     quoting: str = "auto",
 ) -> Columns:
-    """Choose the columns that are named, or else those with known names.
+    """Return the named columns, or by default those with known names.
 
     Raise InputError, which lists the columns.
-    header: the first line names the columns; else they are numbered from 1. quoting: see `read_table`.
+    header: the first line names the columns. Otherwise they are numbered from 1. quoting: see `read_table`.
     """
     names = _Table(path, role, header, quoting).names
     there = f"it has the columns {', '.join(map(repr, names))}"
@@ -98,10 +98,10 @@ def read_table(
 ) -> list[TableRow]:
     """Read the rows of a UTF-8 file.
 
-    Raise InputError, which names the lines and columns that are wrong, ten at most.
-    Labels lose the blanks around them, and 1.0 is the label 1. labels_needed: every row must have a label;
-    else a file without that column has none. quoting: of a TSV; minimal reads fields in quotation marks as
-    pandas writes them, none keeps all quotation marks, auto finds out.
+    Raise InputError with the wrong lines and columns, ten at most. Labels are stripped, and 1.0 is the label
+    1. labels_needed: every row must have a label. Otherwise a file without that column has no labels.
+    quoting: of a TSV. minimal reads fields in quotation marks as pandas writes them, none keeps all quotation
+    marks, auto chooses.
     """
     table = _Table(path, role, header, quoting)
     table.log_reading()
@@ -131,7 +131,7 @@ def read_table(
 
 
 def text_lines(path: Path, role: str) -> list[str]:
-    """Read the lines of a UTF-8 file without blank ones at its end. Raise InputError if there is none."""
+    """Return the lines of a UTF-8 file without blank lines at its end. Raise InputError if it is empty."""
     try:
         text = decode_utf8(path.read_bytes(), str(path))
     except OSError as error:
@@ -157,7 +157,7 @@ def same_label(label: str) -> str:
 
 
 def first_lines(problems: Sequence[str], path: str) -> list[str]:
-    """Return the first problems of a file, with the number of the others."""
+    """Return the first problems of a file, and a line with the number of the others."""
     more = len(problems) - _MAX_SHOWN
     return [*problems[:_MAX_SHOWN], *([f"{path}: and {more} more lines"] if more > 0 else [])]
 
@@ -180,7 +180,7 @@ class _Table:
         self._path, self._ending = path, path.suffix.lower()
         if self._ending not in ENDINGS:
             raise InputError(
-                f"{role} {path}: must end in {', '.join(ENDINGS)}, which tells how it is read; got "
+                f"{role} {path}: must end in {', '.join(ENDINGS)}, which is its format; got "
                 f"{path.suffix or 'no ending'!r}"
             )
         lines = text_lines(path, role)
@@ -191,7 +191,7 @@ class _Table:
         self.names = self._names()
 
     def log_reading(self) -> None:
-        """Log how the file is read, where that is not as its ending says."""
+        """Log how the file is read, if its ending does not say so."""
         if self._ending == ".csv" and self._separator != ",":
             log.info("%s: fields are separated by %r", self._path, self._separator)
         for note in self._notes:
@@ -268,7 +268,7 @@ def _separator(header: str, ending: str) -> str:
 
 
 def _quoted_fields(lines: Iterable[str], separator: str) -> Iterator[tuple[int, _Fields]]:
-    """Rows whose fields may be in quotation marks and may then have several lines."""
+    """Yield rows. Fields in quotation marks may have several lines."""
     csv.field_size_limit(sys.maxsize)  # Python's limit is 131,072 characters
     reader = csv.reader(io.StringIO("\n".join(lines), newline=""), delimiter=separator, strict=True)
     while True:

@@ -23,14 +23,14 @@ from .tables import first_lines, text_lines
 log = logging.getLogger(__name__)
 
 CONLL_ENDINGS = (".conll", ".bio", ".iob2")
-# The names that JSONL files have for tags, the first of these that is there.
+# Keys of the tags in JSONL files; the first one that an object has.
 _TAG_KEYS = ("labels", "tags", "ner_tags")
-# What CoNLL files have between documents, as a token.
+# The token between documents in CoNLL files.
 _DOCUMENT = "-DOCSTART-"
 
 
 class TaggedRow(NamedTuple):
-    """The tokens of a sentence, their tags if the file has them, and where each token was found."""
+    """The tokens of a sentence, their tags if the file has them, and the place of each token."""
 
     where: tuple[str, ...]
     tokens: tuple[str, ...]
@@ -38,12 +38,12 @@ class TaggedRow(NamedTuple):
 
 
 def read_tagged(path: Path, role: str, labels_needed: bool = True) -> list[TaggedRow]:
-    """Read sentences of tagged tokens. Raise InputError, which names the lines that are wrong, ten at most.
+    """Read sentences of tagged tokens.
 
-    A CoNLL file has a token a line, with its tag in the last column, and a blank line between sentences. A
-    JSONL file has an object a line, with `tokens` and `labels`. If a tag begins with B- or I-, the tags are
-    BIO: O, B-TYPE and I-TYPE, where I-TYPE follows B-TYPE or I-TYPE. Else they are plain labels.
-    labels_needed: False takes a file without tags as well.
+    Raise InputError with the wrong lines, ten at most. A CoNLL file has one token per line, with its tag in
+    the last column, and a blank line between sentences. A JSONL file has one object per line, with `tokens`
+    and `labels`. If a tag begins with B- or I-, the tags are BIO: O, B-TYPE and I-TYPE. I-TYPE follows B-TYPE
+    or I-TYPE. Otherwise they are plain labels. labels_needed: False also allows files without tags.
     """
     if path.suffix.lower() not in (*CONLL_ENDINGS, ".jsonl"):
         raise InputError(f"{role} {path}: must end in {', '.join(CONLL_ENDINGS)} or .jsonl for tagging")
@@ -70,7 +70,7 @@ def read_tagged(path: Path, role: str, labels_needed: bool = True) -> list[Tagge
 
 
 def _conll_rows(path: Path, lines: Sequence[str]) -> Iterator[TaggedRow | str]:
-    """Yield each sentence, or what is wrong with a line."""
+    """Yield each sentence, or the problem of a line."""
     columns, first = 0, 0
     where: list[str] = []
     sentence: list[list[str]] = []
@@ -93,7 +93,7 @@ def _conll_rows(path: Path, lines: Sequence[str]) -> Iterator[TaggedRow | str]:
 
 
 def _json_rows(path: Path, lines: Sequence[str]) -> Iterator[TaggedRow | str]:
-    """Yield the sentence of each line, or what is wrong with it."""
+    """Yield the sentence of each line, or its problem."""
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         try:
@@ -122,7 +122,7 @@ def _are_strings(values: Any) -> bool:
 
 
 def _problems(row: TaggedRow, labels_needed: bool, is_bio: bool) -> Iterator[str]:
-    """Yield a sentence for every token or tag of a row that is wrong."""
+    """Yield a message for every wrong token or tag of a row."""
     for where, token in zip(row.where, row.tokens):
         if not token.strip():
             yield f"{where}: the token must not be empty"
@@ -149,7 +149,7 @@ def _problems(row: TaggedRow, labels_needed: bool, is_bio: bool) -> Iterator[str
 
 @dataclass(frozen=True)
 class TaggingBatch(TaskBatch):
-    """A batch whose targets are tags, (B, T) int32; -1 where a token carries none."""
+    """A batch with tags as targets, (B, T) int32; -1 for tokens without a tag."""
 
     @property
     def num_labels(self) -> int:

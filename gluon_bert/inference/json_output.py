@@ -10,7 +10,7 @@ from ..data.vocab import Vocabulary
 from ..errors import InputError
 from .predictor import Prediction
 
-# What a text can be asked for.
+# The possible values of `ask`.
 ASKS = ("vectors", "masks", "next", "task", "score")
 
 
@@ -24,21 +24,19 @@ def as_json(
 ) -> dict[str, Any]:
     """Return a prediction as a JSON object. Numbers are not rounded.
 
-    `text` and `pair`, where they are given; `tokens` (T) with <cls> and <sep>; `unknown`, those of them
-    that are not in the vocabulary; `truncated`, how many were cut off; and, as far as they are asked for,
+    `text` and `pair`, if given; `tokens` (T) with <cls> and <sep>; `unknown`, the tokens outside the
+    vocabulary; `truncated`, the number of tokens cut off; and, if requested,
 
-    - vectors: `cls`, `mean` and, if exported, `pooled`, each of C numbers; `embedding`, where a pooling is
-    set;
+    - vectors: `cls`, `mean` and, if exported, `pooled`, each of C numbers; `embedding`, if a pooling is set;
       `token_vectors` (T of C numbers)
     - masks: `predictions`, for each <mask> the `top` likeliest as {"token": ..., "probability": ...}
     - next: `next_sentence_probability`, the probability that the second text follows the first
-    - task: of a fine-tuned network `label` and `probabilities`, by label, or `score`
+    - task: `label` and `probabilities` by label, or `score`, of a fine-tuned network
 
-    Raise InputError for what this text or this export cannot be asked, and where the network gives no
-    numbers.
+    Raise InputError if this text or export does not support a request, and for non-finite results.
     """
     if not np.isfinite(answer.vectors).all():
-        raise InputError("the network gives no finite numbers for this text: its training had diverged")
+        raise InputError("the network must return finite numbers. Its training may have diverged.")
     text = answer.text
     content: dict[str, Any] = dict(zip(("text", "pair"), given))
     content.update(tokens=list(text.tokens), unknown=list(text.unknown), truncated=text.truncated)

@@ -13,7 +13,7 @@ def nearest_words(
 ) -> list[tuple[str, float]]:
     """Return the `top` tokens whose embeddings have the largest cosine with that of a word, and the cosines.
 
-    embeddings: (V, C), those of the vocabulary. word: one token, or what the reader makes one token of.
+    embeddings: (V, C), of the vocabulary. word: one token, as the reader splits it.
     Special tokens and the word itself are left out.
 
     Raise InputError for a word that is not in the vocabulary or that has several tokens.
@@ -39,5 +39,5 @@ def _id_of(reader: Tokenizer, word: str) -> int:
     if len(ids) != 1:
         raise InputError(f"word must be one token, got {word!r}, which is read as {' '.join(tokens)}.")
     if ids[0] == reader.vocab.unk:
-        raise InputError(f"word must be in the vocabulary, got {word!r}, which is not.")
+        raise InputError(f"word must be in the vocabulary, got {word!r}.")
     return int(ids[0])

@@ -16,11 +16,11 @@ from ..model.pooling import Pooling
 from ..model.task import Task
 from ..runtime import mx
 
-# Tokens that are computed at once, padding counted: enough to keep a CPU's matrix products busy.
+# Tokens per batch, with padding: enough for a CPU's matrix products at full speed.
 BATCH_TOKENS = 4096
-# Masks whose scores of the whole vocabulary are computed at once.
+# Maximum number of masks per batch: each has a score for every word of the vocabulary.
 BATCH_MASKS = 256
-# Tokens that are read ahead and sorted by length: with 16 batches a few in a hundred are padding.
+# Tokens to read ahead and sort by length: with 16 batches a few percent are padding.
 CHUNK_TOKENS = 16 * BATCH_TOKENS
 
 _TASK = "its task"
@@ -28,11 +28,11 @@ NOT_FINE_TUNED = "the network was pretrained, not fine-tuned: it knows no labels
 
 
 class Outputs(NamedTuple):
-    """What a network computes of padded texts, float32 on the host.
+    """The outputs of a network for padded texts, float32 on the host.
 
     encoded (B, T, C); pooled (B, C); mask_scores (M, V) for the M masks; next_scores (B, 2) for "does not
-    follow" and "follows"; task_scores (B, K) of a fine-tuned network, or token_scores (B, T, K). None: what
-    the network has not, or was exported without.
+    follow" and "follows"; task_scores (B, K) of a fine-tuned network, or token_scores (B, T, K). None: an
+    output that the network or the export does not have.
     """
 
     encoded: np.ndarray
@@ -44,7 +44,7 @@ class Outputs(NamedTuple):
 
 
 class Backend(Protocol):
-    """Whatever computes the outputs: the Gluon network itself, or what it was exported to."""
+    """Computes the outputs: the Gluon network itself, or an export."""
 
     def __call__(self, texts: PaddedBatch) -> Outputs:
         """Return the outputs for a padded batch."""
@@ -78,11 +78,11 @@ class GluonNetwork:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says of one text of T tokens.
+    """The prediction for one text of T tokens.
 
-    vectors: (T, C), one a token with <cls> and <sep>. pooled: (C,). mask_scores: (K, V) for its K masks.
-    next_scores: (2,). task_scores: (K,), or token_scores: (T, K), what `task` says. All float32; None where
-    the network has not, or was exported without.
+    vectors: (T, C), one per token, with <cls> and <sep>. pooled: (C,). mask_scores: (K, V) for its K masks.
+    next_scores: (2,). task_scores: (K,), or token_scores: (T, K), as `task` describes. All float32. None: the
+    network or the export does not have it.
     """
 
     text: EncodedText
@@ -98,7 +98,7 @@ class Prediction:
 
     @property
     def embedding(self) -> np.ndarray | None:
-        """Return the one vector of the text, None where no pooling is set, (C,)."""
+        """Return the one vector of the text, (C,); None without a pooling."""
         return None if self.pooling is None else self.pooling(self.vectors)
 
     @property
@@ -119,7 +119,7 @@ class Prediction:
     def fill_masks(self, vocab: Vocabulary, top: int = 5) -> list[list[tuple[str, float]]]:
         """Return the likeliest tokens of each <mask> with their probabilities."""
         if not len(self.text.masks):
-            raise InputError("the text has no <mask>: put one where a word is to be found")
+            raise InputError("the text must have a <mask>. Put one in place of a word.")
         check_trained(self.untrained, "mlm")
         return [_likeliest(vocab, row, top) for row in softmax(self._given(self.mask_scores, "masked words"))]
 
@@ -134,7 +134,7 @@ class Prediction:
     def next_sentence_probability(self) -> float:
         """Return the probability that the second text follows the first."""
         if not self.text.is_pair:
-            raise InputError("a single text has no next sentence: give a pair")
+            raise InputError("the text must be a pair to score the next sentence, got a single text.")
         check_trained(self.untrained, "nsp", "pooler")
         return float(softmax(self._given(self.next_scores, "the next sentence"))[1])
 
@@ -160,9 +160,9 @@ class Prediction:
 
     def _given(self, scores: np.ndarray | None, what: str) -> np.ndarray:
         if scores is None and self.task and what != _TASK:
-            raise InputError(f"the network was fine-tuned, and has no head for {what} any more")
+            raise InputError(f"the network must have a head for {what}. Use the run before fine-tuning.")
         if scores is None:
-            raise InputError(f"the network was exported without {what}: export it with --outputs all")
+            raise InputError(f"the export must have outputs for {what}. Export again with outputs=all.")
         return scores
 
 

@@ -1,4 +1,4 @@
-"""Answers to questions, as parts of a context that may be longer than the network reads. Trains nothing."""
+"""Answers to questions: parts of a context, which may exceed the network's length. Trains nothing."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _NUM_SPECIAL = 3
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to a question: `context[start:end]`, or none.
+    """The answer to a question: `context[start:end]`, or no answer.
 
-    score: the sum of the scores of the answer's first and last token. no_answer_score: that of "no answer";
-    None for a network that was fine-tuned on questions that all have an answer.
+    score: the sum of the scores of the answer's first and last token. no_answer_score: the score of "no
+    answer"; None if all questions in training had an answer.
     """
 
     context: str
@@ -39,7 +39,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """Return the answer, as it stands in the context; "" for no answer."""
+        """Return the answer as in the context, or "" for no answer."""
         return self.context[self.start : self.end] if self.has_answer else ""
 
     def to_json(self) -> dict[str, Any]:
@@ -64,7 +64,8 @@ class Question:
         asked = reader.pieces(question)
         pieces, self._spans = reader.pieces_with_spans(context)
         if not asked or not pieces:
-            raise InputError(f"the {'context' if asked else 'question'} is empty: a word at least is needed")
+            what = "context" if asked else "question"
+            raise InputError(f"the {what} must have at least one word, got an empty text")
         room = reader.max_seq_length - len(asked) - _NUM_SPECIAL
         if room < 1:
             most = reader.max_seq_length - _NUM_SPECIAL - 1
@@ -82,7 +83,7 @@ class Question:
     def targets(self, start: int, end: int) -> list[tuple[int, int]]:
         """Return for each window the positions of the first and the last token of `context[start:end]`.
 
-        Both are 0, the position of <cls>, for a window that does not hold all of it, and for start = end.
+        Both are 0, the position of <cls>, for a window without all of it, and for start = end.
         """
         begins, ends = np.array(self._spans).T
         first, last = int((ends <= start).sum()), int((begins < end).sum()) - 1

@@ -1,4 +1,4 @@
-"""Masked sentences of a text and what a network puts there: a look at what it has learned. Trains nothing."""
+"""Masked sentences with a network's guesses, to show what it has learned. Trains nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..data.prepared import DocumentSource
 from ..data.vocab import Vocabulary
 from ..runtime import mx
 
-# The most frequent words are mostly punctuation and function words, which word frequencies alone predict.
+# Mostly punctuation and function words, which word frequencies alone predict.
 SKIPPED_WORDS = 30
 SHORTEST, LONGEST = 5, 20
 

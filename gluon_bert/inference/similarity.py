@@ -8,7 +8,7 @@ import numpy as np
 
 from ..model.pooling import Pooling
 
-# Rows that are compared with all others at once: a block of 1,000 x 100,000 takes 400 MB.
+# Rows per block that is compared with all others: 1,000 x 100,000 takes 400 MB.
 _BLOCK_BYTES = 400_000_000
 
 
@@ -20,7 +20,7 @@ class Neighbours(NamedTuple):
 
 
 def nearest(embeddings: np.ndarray, count: int, pooling: Pooling) -> Iterator[Neighbours]:
-    """Yield for each row of (N, C) its `count` most similar other rows; equal ones in their own order."""
+    """Yield for each row of (N, C) its `count` most similar other rows; equal ones by index."""
     total = len(embeddings)
     rows_at_once = max(1, _BLOCK_BYTES // (4 * max(1, total)))
     for start in range(0, total, rows_at_once):

@@ -1,4 +1,4 @@
-"""Tags of words, and the entities that BIO tags make. Trains nothing."""
+"""Tags of words, and the entities of BIO tags. Trains nothing."""
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ class TaggedText:
     """A text with a tag for each of its N words.
 
     words: (N,). tags: (N,). probabilities: (N,) float64 of the tags. has_entities: whether the tags are BIO
-    tags. text, spans: the running text and where
-    the words stand in it; None where the words were given.
+    tags. text, spans: the running text and the positions of the words in it; None if the caller gave words.
     """
 
     words: Sequence[str]
@@ -64,8 +63,8 @@ class TaggedText:
         """Return plain values: `words`, `tags`, and `entities` or, of plain tags, their `probabilities`.
 
         An entity has its place in characters, `start` and `end`, its `text`, and the mean of its words'
-        probabilities. Where words were given, the place is counted in words. Plain tags of running text have
-        the places of the words, `starts` and `ends`.
+        probabilities. If the caller gave words, the place is in words. Plain tags of running text have the
+        places of the words, `starts` and `ends`.
         """
         content: dict[str, Any] = {"words": list(self.words), "tags": list(self.tags)}
         if self.has_entities:
@@ -101,7 +100,7 @@ class TextToTag:
         spans: Sequence[Span] | None = None,
     ) -> None:
         if not words:
-            raise InputError("the text is empty: a word at least is needed")
+            raise InputError("the text must have at least one word, got an empty text")
         self.task, self.words, self.text, self.spans = task, words, text, spans
         self.texts: list[EncodedText] = []
         self.first_pieces: list[np.ndarray] = []
@@ -123,12 +122,12 @@ class TextToTag:
 
     @classmethod
     def of_text(cls, reader: Tokenizer, task: Task, text: str) -> TextToTag:
-        """Return running text, whose words are those of the tokenizer."""
+        """Split running text with the tokenizer and return its words for tagging."""
         words = reader.words(text)
         return cls(reader, task, words, text, spans(text, words))
 
     def targets(self, tags: Sequence[int]) -> list[np.ndarray]:
-        """Return for each part (T,) int32 the number of each token's tag; -1 where a token carries none."""
+        """Return for each part (T,) int32 the index of each token's tag; -1 without a tag."""
         found, done = [], 0
         for text, places in zip(self.texts, self.first_pieces):
             target = np.full(len(text), -1, dtype=np.int32)

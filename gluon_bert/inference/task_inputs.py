@@ -25,7 +25,7 @@ Result = TypeVar("Result", covariant=True)
 
 
 class TaskInput(Protocol[Result]):
-    """One input of a task, and what the network reads of it: one text or several."""
+    """One input of a task, and its texts for the network, one or several."""
 
     @property
     def texts(self) -> Sequence[EncodedText]:
@@ -69,13 +69,11 @@ def task_input(
         raise InputError(NOT_FINE_TUNED)
     if task.kind == "tagging":
         if second is not None:
-            raise InputError("the network was fine-tuned for tagging of single texts: give one")
+            raise InputError("the text must be a single text for tagging, got a pair")
         return TextToTag.of_text(reader, task, first)
     if task.kind == "question-answering":
         if second is None:
-            raise InputError(
-                "the network was fine-tuned for question answering: give a question and its context"
-            )
+            raise InputError("the text must be a pair of a question and its context, got a single text")
         return Question(reader, task, first, second)
     return Sentence(reader.text(first, second, truncate))
 

@@ -77,7 +77,7 @@ def count_lines(path: Path, option: str = "input") -> int:
 
 
 class VectorFile:
-    """The arrays of an .npz, which grow text by text on disk.
+    """Writes the arrays of an .npz text by text, on disk.
 
     For N texts: cls, mean, pooled and embeddings (N, C) float32, the last two if the network has them;
     truncated (N,) int32, the number of truncated tokens. With token vectors: vectors (sum of T, C) float32,

@@ -15,12 +15,12 @@ PADDING_SCORE = -1e9
 
 
 def padding_scores(F: Any, tokens: Any, valid_length: Any, num_heads: int) -> Any:
-    """Return what attention scores need so that no position attends to padding, (B * H, T, T).
+    """Return the values to add to attention scores so that no position attends to padding, (B * H, T, T).
 
     It has a value for every head and query. A broadcast sum would need a reduction in its backward pass,
     which takes longer than the softmax.
 
-    Parameters: tokens (B, T) for its shape, valid_length (B,) real tokens per row, both float32.
+    tokens: (B, T), for its shape. valid_length: (B,), real tokens per row. Both are float32.
     """
     positions = F.contrib.arange_like(tokens, axis=1)  # (T,)
     padded = F.broadcast_greater_equal(positions.expand_dims(0), valid_length.expand_dims(1))  # (B, T)
@@ -54,12 +54,12 @@ class SelfAttention(MixedPrecisionBlock):
         return self.output(attend(self.ops_for(F), self.query(x), self.key(x), self.value(x), *positions))
 
     def attention_weights(self, x: Any, *positions: Any) -> Any:
-        """Return the weights with which each position takes from all, (B, H, T, T), for arrays."""
+        """Return the attention weights of each position over all positions, (B, H, T, T), for arrays."""
         weights = self._weights(mx.nd, self._scores(mx.nd, self.query(x), self.key(x)), *positions)
         return weights.reshape(shape=(-4, -1, self._num_heads, 0, 0))
 
     def _attend(self, F: Any, query: Any, key: Any, value: Any, *positions: Any) -> Any:
-        """Compute what each position takes from all values, (B, T, C)."""
+        """Compute the weighted sum of all values for each position, (B, T, C)."""
         weights = self._weights(F, self._scores(F, query, key), *positions)
         return self._join_heads(F.batch_dot(weights, self._split_heads(value)))
 

@@ -1,4 +1,4 @@
-"""The names of the pretraining heads, and which of them no training has changed. Computes nothing."""
+"""The names of the pretraining heads, and checks whether they were trained. Computes nothing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any, Sequence
 
 from ..errors import InputError
 
-# The heads by the first part of their parameters' names, and what they are called in a sentence.
+# The heads by the first part of their parameters' names, with their names in sentences.
 HEADS = {"pooler": "the pooler", "mlm": "the masked-language-model head", "nsp": "the next-sentence head"}
 
 
 def checked_heads(names: Any, where: object) -> tuple[str, ...]:
-    """Return names of heads as a tuple; raise InputError where they are anything else."""
+    """Return names of heads as a tuple; raise InputError for other values."""
     if not isinstance(names, (list, tuple)) or not all(name in list(HEADS) for name in names):
         raise InputError(f"{where}: 'untrained' must be a list of {', '.join(HEADS)}, got {names!r}")
     return tuple(names)
@@ -23,5 +23,5 @@ def check_trained(untrained: Sequence[str], *heads: str) -> None:
         if head in untrained:
             raise InputError(
                 f"{HEADS[head]} must be trained first: this run has it untrained. "
-                "Pretrain with --init, or fine-tune."
+                "Pretrain with init=RUN, or fine-tune."
             )

@@ -23,7 +23,7 @@ class Pooler(mx.gluon.HybridBlock):
 
 
 class MaskedTransform(mx.gluon.HybridBlock):
-    """The vectors of the masked positions, made ready for the decoder.
+    """The vectors of the masked positions, transformed for the decoder.
 
     encoded (B, T, C), masked_positions (2, M) with rows above positions -> (M, C). Only the predictions that
     exist are computed.

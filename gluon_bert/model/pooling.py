@@ -1,4 +1,4 @@
-"""One vector for a text from the vectors of its tokens, and how alike texts are. Knows no network."""
+"""One vector for a text from the vectors of its tokens, and the similarity of texts. Knows no network."""
 
 from __future__ import annotations
 

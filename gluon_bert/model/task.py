@@ -28,12 +28,10 @@ def are_bio_tags(labels: Collection[str]) -> bool:
 class Task:
     """A task: its kind, whether its texts are pairs, and what the network's scores mean.
 
-    pairs: None where no file says it; single texts and pairs are then both taken. A pair of question
-    answering is a question and its context.
-    labels: a classification's or a tagging's, in the order of its scores. A tagging's are BIO tags, or plain
-    labels such as parts of speech. mean, scale: a regression's; its
-    score is mean + scale * the network's output. no_answer: of question answering, whether a context may have
-    no answer.
+    pairs: None if unknown; single texts and pairs are then both allowed. A pair of question answering is a
+    question and its context. labels: of classification or tagging, in the order of the scores. Tagging has
+    BIO tags or plain labels, such as parts of speech. mean, scale: of regression, whose score is mean + scale
+    * the network's output. no_answer: of question answering, whether a context may have no answer.
 
     >>> Task("classification", pairs=False, labels=("no", "yes")).outputs
     2

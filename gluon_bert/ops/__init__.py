@@ -143,8 +143,8 @@ def adam_step(
 def peak_matmul_flops(repeats: int, bf16: bool = False) -> float:
     """Multiply matrices that stay in the caches, on all cores. Return the floating-point operations.
 
-    Divided by the time it is the peak of the compiled operators, in float32 or in bfloat16. Return 0 if there
-    are none.
+    The result per second is the peak of the compiled operators, in float32 or bfloat16. Return 0 without
+    compiled operators.
     """
     if _unavailable_reason():
         return 0.0

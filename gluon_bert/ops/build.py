@@ -35,7 +35,7 @@ class BuildError(Exception):
 
 
 def built_library() -> Path:
-    """Return the library's file; build it first if it is not in the cache. Raise BuildError if that fails."""
+    """Return the library's file; build it if the cache lacks it. Raise BuildError if that fails."""
     compiler = _compiler()
     header, source = _interface()
     folder = Path(mx.base.data_dir(), "gluon_bert", "operators").absolute()

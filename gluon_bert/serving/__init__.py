@@ -1,1 +1,1 @@
-"""An exported network behind HTTP: what requests mean, what the model server calls, and the server itself."""
+"""Serves an exported network over HTTP: the requests, the server's handler, and the server itself."""

@@ -14,29 +14,29 @@ from ..fileio import json_text
 from ..inference.predictor import Predictor
 from .request_json import answer, refused
 
-# One body, under the name that the server gives what is neither a form nor in the address.
+# The server's key for a body that is not a form.
 BODY = "body"
 
-# curl -d without a header says that the body is a form, which the server takes apart.
+# curl -d without a header sends a form, which the server parses.
 _HOW = 'send the JSON object as the body, with the header "Content-Type: application/json"'
 
 
 CONTENT_TYPE = "application/json"
 
-# The server's frontend reads the answers to a batch in pieces. Where one ends just before a status, within it
-# or within a header, the frontend takes it for damage and ends the worker, and the batch fails. So there are
-# no headers, and a status stands _INSIDE a stretch of _PIECE bytes, since the pieces end at multiples of that
-# (they are buffers of the frontend and of the system's sockets).
+# The server's frontend reads the answers to a batch in pieces. If a piece ends just before a status, within
+# it or within a header, the frontend ends the worker, and the batch fails. So answers have no headers. Pieces
+# end at multiples of _PIECE bytes, because they are buffers of the frontend and of sockets. So each status
+# begins _INSIDE bytes after such a multiple.
 _PIECE, _INSIDE = 16, 4
-# Before the first answer: a code, the length of a message, and the message.
+# Bytes before the first answer: a code, the length of a message, and the message.
 _PREFIX = 4 + 4 + len("Prediction success")
 
 
 def handle(data: Sequence[Mapping[str, Any]] | None, context: Any) -> list[bytes]:
     """Return the answers to a batch as JSON, and set their statuses in the context; None only loads.
 
-    data: for each request its body or the fields of a form, by name. Raise nothing for a request, as the
-    server cannot report to several requests that their batch failed.
+    data: for each request its body or the fields of a form, by name. A bad request raises nothing, because an
+    exception would fail the whole batch.
     """
     properties = context.system_properties
     predictor = load(properties["model_dir"], properties.get("gpu_id"))
@@ -50,10 +50,11 @@ def handle(data: Sequence[Mapping[str, Any]] | None, context: Any) -> list[bytes
 
 
 def aligned(bodies: Sequence[bytes], statuses: Sequence[int], ids: Mapping[int, str]) -> list[bytes]:
-    """Return the bodies with blanks behind them, so that in the message of all no status is torn apart.
+    """Return the bodies, padded with spaces so that no status is split between two pieces of the message.
 
-    Before a body stand, each with its length in 4 bytes, the request's id and the content type, then the
-    status in 4 bytes, its phrase with its length, and 4 bytes each for no headers and the body's length.
+    Before each body the message has: the request's id and the content type, each with its length in 4 bytes;
+    the status in 4 bytes; its phrase with its length; the number of headers, 0, and the body's length in 4
+    bytes each.
     """
     padded = []
     start = _PREFIX

@@ -1,4 +1,4 @@
-"""Answers the JSON bodies of requests, a batch at once. Knows no server."""
+"""Answers the JSON bodies of a batch of requests. Knows no server."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ..model.task import Task
 
 OK, BAD_REQUEST = 200, 400
 
-# Of a network that was fine-tuned for question answering.
+# Fields for a network that was fine-tuned for question answering.
 QUESTION_FIELDS = ("question", "context")
 FIELDS = (
     *("text", "pair", "ids", "pair_ids", "truncate", *QUESTION_FIELDS),
     *("ask", "top", "token_vectors", "pooling", "normalize"),
 )
-# What can be asked of two texts only: both are read on their own.
+# Requests for two texts, each of which is read on its own.
 SIMILARITY = "similarity"
 
-# Far above what any network here reads, and split into words in less than half a second, whatever it holds.
+# Far above the length of any network here. Any such body is split into words in under half a second.
 MAX_BODY = 1 << 20
 MAX_TOP = 1000
 
 
 class Request(NamedTuple):
-    """A request that can be put to the network: the text as read and as given, and what to answer.
+    """A valid request: the text as ids and as given, and the requested results.
 
-    pooling: how its embedding is made. apart: the two texts of a pair, where their similarity is asked for.
+    pooling: for its embedding. apart: the two texts of a pair, if their similarity is requested.
     """
 
     text: EncodedText
@@ -52,7 +52,7 @@ class Request(NamedTuple):
 
 
 class TaskRequest(NamedTuple):
-    """A text to tag, or a question with its context; the network may read it in several texts."""
+    """A text to tag, or a question with its context, possibly in several texts for the network."""
 
     input: TaskInput[TaskResult]
     given: Mapping[str, str]
@@ -107,7 +107,7 @@ def _similarity(pooling: Pooling, *answers: Prediction) -> float:
 
 
 def refused(why: object) -> tuple[int, dict[str, Any]]:
-    """Return the reply to a request that cannot be answered."""
+    """Return the reply to a bad request."""
     return BAD_REQUEST, {"error": str(why)}
 
 
@@ -116,7 +116,7 @@ def read(
 ) -> Request | TaskRequest:
     """Return the question in a request's body. Raise InputError for invalid requests.
 
-    task, own: the task and the pooling of the model, None where it has none.
+    task, own: the task and the pooling of the model, or None.
 
     >>> reader = Tokenizer(Vocabulary(["crane", "a"]), 8, Normalization(lowercase=True))     # doctest: +SKIP
     >>> read(b'{"text": "A <mask>", "ask": "masks", "top": 2}', reader).text.tokens    # doctest: +SKIP
@@ -172,7 +172,7 @@ def _flag(request: dict[str, Any], name: str) -> bool:
 
 
 def _pooling(request: dict[str, Any], own: Pooling | None) -> Pooling | None:
-    """Return the pooling that a request asks for, None where it says none."""
+    """Return the pooling of a request, None without one."""
     if "pooling" not in request and "normalize" not in request:
         return None
     own = own or Pooling()
@@ -185,7 +185,7 @@ def _pooling(request: dict[str, Any], own: Pooling | None) -> Pooling | None:
 
 
 def _object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object that a body is."""
+    """Return the JSON object of a body."""
     if len(body) > MAX_BODY:
         raise InputError(
             f"the request has {len(body):,} bytes, where {MAX_BODY:,} are allowed: send a shorter text"
@@ -227,7 +227,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _text(request: dict[str, Any], reader: Tokenizer, truncate: bool) -> tuple[EncodedText, tuple[str, ...]]:
-    """Return the text that a request is about, and as it was given, if it was as text."""
+    """Return the text of a request as ids, and as given if it was a text."""
     kinds = [kind for kind in ("text", "ids") if kind in request]
     if len(kinds) != 1:
         raise InputError('a request has either "text" or "ids"')
@@ -274,5 +274,5 @@ def _top(value: Any) -> int:
 
 
 def _shown(name: str) -> str:
-    """Return a field's name in a message, in ASCII and no longer than it can be read."""
+    """Return a field's name for a message, in ASCII and shortened."""
     return ascii(name if len(name) <= 40 else f"{name[:40]}...")

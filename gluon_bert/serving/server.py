@@ -1,4 +1,4 @@
-"""multi-model-server around one archive: started on loopback, waited for, stopped with all its processes."""
+"""Starts multi-model-server with one archive on loopback, waits for it, and stops all its processes."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ from ..runtime import has_cuda_wheel
 from ..system import usable_cores
 
 HOST = "127.0.0.1"
-# The server takes a port for a signed number of 16 bits.
+# The server reads a port as a signed number of 16 bits.
 HIGHEST_PORT = 32766
 
-# Above this the server itself answers, with a bare 413. Below it the handler explains.
+# The server itself answers larger requests with a bare 413. The handler explains errors of smaller ones.
 MAX_REQUEST = 16 << 20
-# An answer is as long as the network's vectors make it; the server ends a worker that goes beyond.
+# Maximum size of an answer. The vectors decide its size, and the server ends a worker that exceeds it.
 MAX_RESPONSE = 2**31 - 1
-# Requests that wait; the server answers 503 to those above.
+# Maximum number of waiting requests. The server answers 503 to further ones.
 QUEUE = 1000
 
 # A socket's name has 107 bytes, and the server's is /.mms.sock.9000 in this folder.
 LONGEST_FOLDER = 92
 
-# Seconds: an archive of a large network has to be unpacked, hashed and read.
+# Seconds to unpack, hash and read the archive of a large network.
 START_TIMEOUT = 300.0
 STOP_TIMEOUT = 10.0
 
-# In the server's folder: its log, and what it and Java print. It prints STARTED once it listens.
+# Files in the server's folder: its log, and its and Java's output. It prints STARTED once it listens.
 LOG, OUTPUT = "server.log", "output.log"
 STARTED = b"Model server started."
 
-# One log, without a line for each request, which cannot grow for ever.
+# One log of bounded size, without a line for each request.
 _LOG4J = """\
 <Configuration>
   <Appenders>
@@ -78,8 +78,9 @@ class ServerFailed(RuntimeError):
 class Settings:
     """How an archive is served.
 
-    batch_size requests are answered together at most, for which the first one waits max_batch_delay
-    milliseconds at most. threads: of each worker; None: the cores divided by the workers.
+    server_workers: processes that answer, each with a copy of the network. batch_size: maximum number of
+    requests per batch. max_batch_delay: milliseconds that the first request waits for others. threads: of
+    each server worker; None: the cores divided by the server workers.
     """
 
     port: int = 8080
@@ -111,7 +112,7 @@ class Server:
         self.log = folder / LOG
 
     def wait(self) -> None:
-        """Return never, or by ServerFailed once the server has ended by itself."""
+        """Wait until the server ends by itself, then raise ServerFailed."""
         self._process.wait()
         raise self.failed("the server ended by itself")
 
@@ -121,8 +122,8 @@ class Server:
         return ServerFailed("\n".join([f"{what}; the end of its log:", *lines]))
 
     def start(self, settings: Settings) -> None:
-        """Register the archive and wait until the workers have read it."""
-        # Not whether the port answers: that could be another server, which was faster to take it.
+        """Register the archive and wait until the server workers have read it."""
+        # Not whether the port answers: another server could have taken the port.
         self._until(lambda: STARTED in (self._folder / OUTPUT).read_bytes(), "the server did not start")
         how: dict[str, str | int] = {
             "url": ARCHIVE,
@@ -133,7 +134,7 @@ class Server:
         }
         try:
             with requests.Session() as session:
-                session.trust_env = False  # no proxy knows this address
+                session.trust_env = False  # no proxy for a local address
                 reply = session.post(self.management, params=how, timeout=START_TIMEOUT)
         except requests.RequestException as error:
             raise self.failed(f"the server did not take the archive ({error})") from error
@@ -154,7 +155,7 @@ class Server:
 def serving(archive: Path, settings: Settings = Settings()) -> Iterator[Server]:
     """Serve one archive until the block ends; then stop its processes and remove its files.
 
-    Raises InputError for what the user can mend, ServerFailed where the server does not start.
+    Raise InputError for problems that the user can solve, ServerFailed if the server does not start.
 
     >>> with serving(Path("exported/bert.mar")) as server:                              # doctest: +SKIP
     ...     requests.post(server.address, json={"text": "a crane is flying"}).json()["mean"]
@@ -173,19 +174,19 @@ def serving(archive: Path, settings: Settings = Settings()) -> Iterator[Server]:
 
 
 def free_ports(count: int = 2) -> list[int]:
-    """Return free ports, for a server whose address need not be known beforehand."""
+    """Return free ports for a server."""
 
     def is_free(port: int) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex((HOST, port)) != 0
 
-    # Not those that the system gives away, which may be too high for the server; any process may want them.
+    # Not ephemeral ports: they may be too high for the server, and any process may get them.
     candidates = random.Random().sample(range(10_000, HIGHEST_PORT), 1000)
     return list(islice(filter(is_free, candidates), count))
 
 
 def check_server() -> None:
-    """Raise InputError unless multi-model-server is installed and there is a Java that runs it."""
+    """Raise InputError unless multi-model-server and a Java for it are installed."""
     if importlib.util.find_spec("mms") is None:
         raise InputError(f"multi-model-server is not installed: {INSTALL_SERVE}")
     home = os.environ.get("JAVA_HOME")
@@ -206,7 +207,7 @@ def check_server() -> None:
 
 @contextmanager
 def _processes(folder: Path, archive: Path, settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
-    """The server's processes, a group of their own, which is gone in the end."""
+    """Start the server in its own process group; end the group after the block."""
     (folder / "store").mkdir()
     (folder / "store" / ARCHIVE).symlink_to(archive.resolve())
     (folder / "config.properties").write_text(_config(settings), "utf-8")
@@ -217,7 +218,7 @@ def _processes(folder: Path, archive: Path, settings: Settings) -> Iterator[subp
         *("--model-store", str(folder / "store")),
     ]
     with (folder / OUTPUT).open("wb") as output, ThreadPoolExecutor(1) as beside:
-        # Beside the main thread, where a signal's exception would lose the process that has just begun.
+        # In another thread: a signal's exception in the main thread could lose the new process.
         starting = beside.submit(
             subprocess.Popen,
             command,
@@ -240,12 +241,12 @@ def _config(settings: Settings) -> str:
         "management_address": f"http://{HOST}:{settings.management_port}",
         # Otherwise the worker parses JSON itself, and ends on invalid JSON.
         "decode_input_request": "false",
-        # MXNet's threads do not survive the fork that follows a model that is loaded before it.
+        # Workers are forked. MXNet's threads do not survive a fork, so no model may be loaded before it.
         "preload_model": "false",
         "max_request_size": MAX_REQUEST,
         "max_response_size": MAX_RESPONSE,
         "job_queue_size": QUEUE,
-        # Java's files for jps, which stay in /tmp where it is killed.
+        # Java's files for jps would stay in /tmp if it is killed.
         "vmargs": "-XX:-UsePerfData",
     }
     if not has_cuda_wheel():
@@ -255,21 +256,21 @@ def _config(settings: Settings) -> str:
 
 def _environment(folder: Path, settings: Settings) -> dict[str, str]:
     """Return the environment of the server and its workers."""
-    # Each would undo a part of the configuration; PYTHONPATH comes before the archive's own code.
+    # Each would override a part of the configuration. PYTHONPATH would hide the archive's own code.
     unwanted = ("MMS_", "PYTHONPATH", "MODEL_SERVER_HOME", "LOG_LOCATION", "METRICS_LOCATION")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     threads = settings.threads or max(1, usable_cores() // settings.server_workers)
     return {
         **environment,
-        # Where the launcher and Java put their files, sockets among them.
+        # The folder for files and sockets of the launcher and Java.
         **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder)),
-        # A worker takes 1 thread where the environment does not say otherwise.
+        # By default a server worker would use 1 thread.
         "OMP_NUM_THREADS": str(threads),
     }
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process group: asked to, and after STOP_TIMEOUT made to."""
+    """Terminate a process group; kill it after STOP_TIMEOUT."""
     for number, patience in ((signal.SIGTERM, STOP_TIMEOUT), (signal.SIGKILL, STOP_TIMEOUT)):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -281,7 +282,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _is_alive(process: subprocess.Popen[bytes]) -> bool:
     """Return whether any process of the group is left."""
     process.poll()
-    # Processes that have lost their parent become this one's where it is a container's first.
+    # In a container's first process, orphans become its children.
     with suppress(ChildProcessError):
         while os.waitpid(-process.pid, os.WNOHANG)[0]:
             pass
@@ -296,7 +297,7 @@ def _check_port(name: str, port: int) -> None:
     if not 1 <= port <= HIGHEST_PORT:
         raise InputError(f"{name} must be between 1 and {HIGHEST_PORT}, got {port}.")
     with socket.socket() as probe:
-        # As the server does, which may take a port whose last connections are not forgotten yet.
+        # As the server does: a port may have old connections in TIME_WAIT.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))

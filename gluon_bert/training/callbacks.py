@@ -45,13 +45,13 @@ class Callback:
         """A step had a non-finite loss or gradient; it may be skipped, rolled back, or end the run."""
 
     def on_overflow(self, trainer: Trainer, step: int, scale: float) -> None:
-        """A step was skipped: float16 could not hold the gradient of the loss times this scale."""
+        """A step was skipped: the gradient of the loss times this scale overflowed float16."""
 
     def on_weight_drift(self, trainer: Trainer, step: int, ranks: Sequence[int]) -> None:
         """The weights of these workers differ from those of worker 0."""
 
     def on_rollback(self, trainer: Trainer, found: NonFiniteStep) -> None:
-        """`trainer.state` is that of an earlier checkpoint now; other batches follow."""
+        """`trainer.state` is now from an earlier checkpoint; other batches follow."""
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Training has ended, also by an exception."""

@@ -1,4 +1,4 @@
-"""Writes checkpoints in a thread while the training continues. Decides not when."""
+"""Writes checkpoints in a thread while the training continues. Callers decide when."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CheckpointTiming(NamedTuple):
 
 
 class ReadOnlyCheckpointer(Callback):
-    """Reads the checkpoints of a run's folder, for a worker that writes none."""
+    """Reads the checkpoints of a run's folder, on a worker that does not write them."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -44,7 +44,7 @@ class ReadOnlyCheckpointer(Callback):
 class AsyncCheckpointer(Callback):
     """Writes checkpoints to a run's folder.
 
-    The training waits for the copy to the host, and for the checkpoint before if it is still being written.
+    The training waits for the copy to the host, and for an unfinished previous checkpoint.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -61,7 +61,7 @@ class AsyncCheckpointer(Callback):
     def on_checkpoint(self, trainer: Trainer) -> None:
         """Copy the run's state and start to write it; raise OSError as `on_checkpoint_error` says."""
         assert self._thread is not None
-        trainer.wait()  # for its steps, which are no cost of a checkpoint
+        trainer.wait()  # for queued steps, whose time is not counted as a checkpoint's
         began = time.perf_counter()
         self._attempt(self._finish_pending)
         self._attempt(lambda: self._start(trainer))

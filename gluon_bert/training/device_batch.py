@@ -19,7 +19,7 @@ class DeviceBatch:
 
     num_pairs, num_tokens, num_masked: counts of this shard, without padding. A device without rows of its own
     gets a copy of the first row; its counts are 0.
-    num_labels: tokens with a label, where the batch has such.
+    num_labels: tokens with a label, if the batch has labels.
     pair_weight, masked_weight, label_weight: 1 / the count of the whole batch. A summed loss times its weight
     is this shard's part of the mean. All are 0 for a copied row.
     count_correct: whether the loss should count correct masked predictions, which takes one more pass.

@@ -62,7 +62,7 @@ def estimate_gpu_memory(config: Config, vocab_size: int, num_gpus: int, num_work
     copies = 4 + ((num_gpus + 1) / num_gpus if num_gpus > 1 else 0)
     model = copies * _parameters(config.model, vocab_size)
     if train.optimizer == "muon":
-        # The encoder's matrices have one state less. A step makes arrays of 3.4 times their size.
+        # The encoder's matrices have one state less. A step allocates arrays of 3.4 times their size.
         model += 2.4 * config.model.num_layers * _matrices(config.model, FLOAT)
     return GPUEstimate(
         model,
@@ -86,7 +86,7 @@ def check_gpu_memory(
 
 
 def what_fits(config: Config, vocab_size: int, num_gpus: int, free: float, num_workers: int = 1) -> str:
-    """Say which settings fit in the free bytes, and take less than those of the configuration."""
+    """Return a sentence with settings that fit in the free bytes."""
 
     def memory(**changes: Any) -> float:
         other = Config(config.model, config.data, replace(config.train, **changes))
@@ -97,7 +97,7 @@ def what_fits(config: Config, vocab_size: int, num_gpus: int, free: float, num_w
 
 
 def memory_of(contexts: Sequence[Any]) -> tuple[float, float]:
-    """Ask CUDA for the least free bytes of these GPUs, and for the most that are in use."""
+    """Return the least free bytes and the most used bytes of these GPUs, from CUDA."""
     found = [mx.context.gpu_memory_info(context.device_id) for context in contexts]
     return float(min(free for free, _ in found)), float(max(total - free for free, total in found))
 
@@ -114,7 +114,7 @@ def _parameters(model: ModelConfig, vocab_size: int) -> float:
 
 
 def _matrices(model: ModelConfig, size: int) -> float:
-    """Return the bytes of the matrices of one layer, with values of so many bytes."""
+    """Return the bytes of the matrices of one layer, for values of a given size."""
     return 4 * _block(size * model.units**2) + 2 * _block(size * model.units * model.ffn_units)
 
 

@@ -26,10 +26,7 @@ def notebook_display() -> Any:
 
 
 class LivePlot:
-    """A picture below a notebook's cell, which newer ones replace.
-
-    display: what `notebook_display` returns.
-    """
+    """A picture below a notebook's cell. Newer pictures replace it. display: from `notebook_display`."""
 
     def __init__(self, display: Any) -> None:
         self._display = display
@@ -40,10 +37,7 @@ class LivePlot:
     def draw(
         self, records: Sequence[dict[str, Any]], references: References | None = None, last: bool = False
     ) -> None:
-        """Draw the records of a log, unless that would take too large a share of the time.
-
-        last: draw in any case.
-        """
+        """Draw the records of a log, unless that takes too large a share of the time. last: always draw."""
         began = time.perf_counter()
         if not last and self._seconds > LARGEST_SHARE * (began - self._last_end):
             return

@@ -9,9 +9,9 @@ import numpy as np
 from ..runtime import mx
 from .metrics import float_array
 
-# float16 has nothing below 6e-8 and nothing above 65504. A loss times 65536 has gradients that do not vanish;
-# when they are too large, half of it is tried, and after 2000 good steps twice as much (Micikevicius et al.
-# 2018, section 3.2, who leave the numbers open; these, and the largest, are MXNet's, contrib/amp).
+# float16 ranges from 6e-8 to 65504. Gradients of a loss times 65536 do not vanish. An overflow halves the
+# scale, and 2000 good steps double it (Micikevicius et al. 2018, section 3.2). The numbers and the largest
+# scale are MXNet's (contrib/amp).
 FIRST = 2.0**16
 LARGEST = 2.0**24
 SMALLEST = 1.0
@@ -19,9 +19,9 @@ GOOD_STEPS = 2000
 
 
 class LossScale(NamedTuple):
-    """What the loss of a step is multiplied by, a power of two, and for how many steps that went well.
+    """The scale of a step's loss, a power of two, and the number of good steps with it.
 
-    Both are (1,) float32 on the first context, where the next ones are computed: nobody waits for them.
+    Both are (1,) float32 on the first context. The device computes the next ones, so the host does not wait.
     """
 
     value: Any
@@ -46,7 +46,7 @@ class LossScale(NamedTuple):
     def after(self, is_finite: Any) -> LossScale:
         """Return the scale of the next step.
 
-        Is_finite: (1,) 1, or NaN if the gradient of this step is not finite.
+        is_finite: (1,) 1, or NaN if the gradient of this step is not finite.
         """
         made = is_finite == is_finite  # NaN is not
         good = (self.good_steps + 1) * made
@@ -60,7 +60,7 @@ class LossScale(NamedTuple):
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], context: Any) -> LossScale:
-        """Return the inverse of `to_json`. Raise ValueError if it was not written by that."""
+        """Return the inverse of `to_json`. Raise ValueError for other content."""
         value, good = float_array([content["value"], content["good"]], 2).tolist()
         if not (SMALLEST <= value <= LARGEST and good >= 0):
             raise ValueError(f"must be the state of a loss scale, got {content!r}")

@@ -15,17 +15,16 @@ from .. import ops
 from ..runtime import mx
 from .device_batch import DeviceBatch
 
-# Masked positions whose scores are computed at once. At V = 30,000 the scores of 256 take 31 MB. From 32 MB
-# on glibc returns memory to the system each time, which doubles the time of the decoder.
+# Masked positions per chunk. At V = 30,000 the scores of 256 take 31 MB. From 32 MB on glibc returns memory
+# to the system each time, which doubles the time of the decoder.
 CHUNK = 256
 
 
 class LossSum(NamedTuple):
     """A loss over the rows or the masked tokens of a shard.
 
-    value: (1,) the sum in nats, on the shard's device. number: how many were added up.
-    weight: 1 / the count of the whole batch.
-    correct: (1,) how many have their highest score at the label; None if not counted.
+    value: (1,) the sum in nats, on the shard's device. number: the number of terms. weight: 1 / the count of
+    the whole batch. correct: (1,) the number of correct predictions; None if not counted.
     """
 
     value: Any
@@ -57,7 +56,7 @@ class ShardLoss(NamedTuple):
         return cls(dict(losses), sum(others, first))
 
 
-# What a trainer takes as `loss`.
+# The type of a trainer's `loss`.
 LossFunction = Callable[[Any, DeviceBatch], Any]
 
 
@@ -124,7 +123,7 @@ def _span_loss(_: Any, scores: Any, shard: DeviceBatch) -> LossSum:
     return LossSum(losses.sum() / 2, shard.num_pairs, shard.pair_weight, correct)
 
 
-# A score whose softmax is 0 in float32 and which is finite in float16.
+# The softmax of this score is 0 in float32, and it is finite in float16.
 _IMPOSSIBLE = -1e4
 
 _TASK_LOSSES = {

@@ -10,8 +10,8 @@ from ..runtime import mx
 from .device_batch import DeviceBatch
 from .losses import ShardLoss
 
-# Means over some batches by name: "mlm_loss" in nats, "mlm_accuracy" from 0 to 1. What was not counted is
-# absent.
+# Means over some batches by name: "mlm_loss" in nats, "mlm_accuracy" from 0 to 1. Metrics that were not
+# counted are absent.
 Metrics = Dict[str, float]
 
 
@@ -49,7 +49,7 @@ class MetricSums(NamedTuple):
         )
 
     def averages(self) -> Metrics:
-        """Return the means of what was counted."""
+        """Return the means of the counted metrics."""
         return {name: self.sums[name] / count for name, count in self.counts.items() if count}
 
     def to_array(self) -> np.ndarray:
@@ -83,7 +83,7 @@ def _added(some: Mapping[str, float], more: Mapping[str, float]) -> dict[str, fl
 class Meter:
     """Sums over batches of any size on any devices; `totals` waits for the devices.
 
-    The accuracy of a loss is that of the batches in which its correct predictions were counted.
+    The accuracy of a loss covers the batches in which its correct predictions were counted.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Meter:
         self._num_pairs = 0.0
 
     def add(self, shards: Sequence[DeviceBatch], results: Sequence[ShardLoss]) -> None:
-        """Add what one batch gave, shard by shard. Waits for nothing."""
+        """Add the losses of one batch, shard by shard. Does not wait."""
         if not self._names:
             kinds = ("loss", "accuracy")
             self._names = [f"{name}_{kind}" for kind in kinds for name in results[0].losses]
@@ -153,7 +153,7 @@ class Meter:
         return meter
 
     def totals(self) -> MetricSums:
-        """Return what was added up so far. Waits for the devices."""
+        """Return the sums so far. Waits for the devices."""
         zeros = np.zeros(len(self._names))
         sums = sum((array.asnumpy().astype(np.float64) for array in self._sums.values()), zeros)
         return MetricSums(

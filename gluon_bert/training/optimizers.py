@@ -1,4 +1,4 @@
-"""From gradients to steps: the optimizers, what decays, clipping. Knows no losses and no schedule."""
+"""The optimizers, weight decay and clipping. Knows no losses and no schedule."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .. import ops
 from ..config import TrainConfig
 from ..runtime import mx
 
-# Biases and the two of a LayerNorm, as in Devlin et al.'s code (optimization.py).
+# Suffixes of biases and LayerNorm parameters, as in Devlin et al.'s code (optimization.py).
 UNDECAYED = ("bias", "gamma", "beta")
-# Parameters that one operator updates on a GPU: a start of a kernel takes longer than most updates. MXNet's
-# own LAMB takes as many. On a CPU such operators take 1.6 to 2.6 times as long as one for each parameter.
+# Maximum number of parameters per operator on a GPU, as in MXNet's LAMB: a launch takes longer than most
+# updates. On a CPU such operators take 1.6 to 2.6 times as long as one for each parameter.
 MOST_AT_ONCE = 45
 
 
@@ -64,7 +64,7 @@ def encoder_matrices(parameters: Mapping[str, Any]) -> list[Any]:
 def optimizer_arrays(trainer: Any, parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return a copy on the host of the optimizer states of the named parameters. Waits for the devices.
 
-    Of each that was updated: its states of its shape, float32, such as `name/mean` and `name/variance`, and
+    For each updated parameter: its states of its shape, float32, such as `name/mean` and `name/variance`, and
     `name/updates`, (1,) int64. All contexts have the same.
     """
     arrays = {}
@@ -90,7 +90,7 @@ def set_optimizer_arrays(
     }
     known = {f"{name}/{kind}" for name, kinds in state_names.items() for kind in (*kinds, "updates")}
     if not arrays.keys() <= known:
-        raise ValueError(f"{min(arrays.keys() - known)} is of no parameter")
+        raise ValueError(f"{min(arrays.keys() - known)} must be a state of a parameter")
     counts: dict[int, int] = {}
     states: dict[int, tuple[np.ndarray, ...]] = {}
     for name, parameter in parameters.items():
@@ -101,7 +101,7 @@ def set_optimizer_arrays(
         for kind, (shape, dtype) in zip(kinds, expected):
             array = arrays[f"{name}/{kind}"]
             if array.shape != shape or array.dtype != dtype:
-                raise ValueError(f"{name}/{kind} is not {np.dtype(dtype)} {shape}")
+                raise ValueError(f"{name}/{kind} must be {np.dtype(dtype)} {shape}")
         index = trainer._param2idx[parameter.name]
         states[index] = tuple(arrays[f"{name}/{kind}"] for kind in state_names[name])
         counts[index] = int(arrays[f"{name}/updates"][0])
@@ -117,7 +117,7 @@ def set_optimizer_arrays(
 
 
 def mark_undecayed(parameters: Mapping[str, Any]) -> None:
-    """Take weight decay from the biases and the LayerNorms; everything else, embeddings too, has it."""
+    """Exclude biases and LayerNorms from weight decay. All other parameters decay, including embeddings."""
     for name, parameter in parameters.items():
         parameter.wd_mult = 0.0 if name.endswith(UNDECAYED) else 1.0
 
@@ -133,10 +133,10 @@ class _WithMoments(mx.optimizer.Optimizer):
     def __init__(self, beta1: float, beta2: float, epsilon: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        # By context: (1,) 1 where the step is to be made, NaN where its gradient is not finite and it changes
-        # nothing. So the devices decide, and nobody waits for them. A context that is not there: it is made.
+        # By context: (1,) 1 to make the step, NaN to change nothing, because its gradient is not finite. The
+        # devices decide, so the host does not wait. Without an entry the step is made.
         self.is_finite: dict[Any, Any] = {}
-        # By context: (1,) what the next step multiplies gradients by, if the optimizer `scales` them itself.
+        # By context: (1,) the factor of the next step's gradients, if the optimizer `scales` them itself.
         self.factor: dict[Any, Any] = {}
         self._ones: dict[Any, Any] = {}
 
@@ -194,8 +194,8 @@ class BERTAdam(_WithMoments):
     def _step(self, index: int, weight: Any, gradient: Any, state: Any) -> None:
         """w -= lr * (correction * m / (sqrt(v) + epsilon) + weight_decay * w), after m and v are updated.
 
-        The operator skips the update if rescale_grad is not finite. Without a finite check this would hide
-        what went wrong: so clipping multiplies the gradients themselves.
+        The operator skips the update if rescale_grad is not finite. Without a finite check this would hide an
+        error, so clipping multiplies the gradients themselves.
         """
         mean, variance = state
         correction, epsilon = self._factors(self._index_update_count[index])
@@ -240,7 +240,7 @@ class BERTAdam(_WithMoments):
     def _step_together(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
         """Step parameters with the same number of updates by one operator."""
         counts = {self._index_update_count[index] for index in indices}
-        if len(counts) > 1:  # never in a run: its parameters take all steps together
+        if len(counts) > 1:  # never in a run, where all parameters have the same number of updates
             for each in zip(indices, weights, gradients, states):
                 self._step(*each)
             return
@@ -262,7 +262,7 @@ class BERTAdam(_WithMoments):
         )
 
     def _rescale(self, context: Any) -> Any:
-        """Return what gradients are multiplied by, (1,), in an array that stays on its context."""
+        """Return the factor of gradients, (1,), in an array that stays on its context."""
         return self.is_finite[context] if context in self.is_finite else self._one(context)
 
     def _one(self, context: Any) -> Any:
@@ -314,7 +314,7 @@ class LAMB(_WithMoments):
             mx.nd.lamb_update_phase2(array, direction, *ratio, lr=self._get_lr(indices[i]), out=array)
 
     def _direction(self, index: int, weight: Any, gradient: Any, state: Any, made: Any) -> Any:
-        """r of one parameter, and its new means; zero, and the old means, where `made` is 0."""
+        """Return r of one parameter and its new means; zero and the old means where `made` is 0."""
         mean, variance = state
         if made is not None:
             before = mean.copy(), variance.copy()
@@ -393,7 +393,7 @@ class Muon(AdamW):
 
 
 def _set_where(is_finite: Any, array: Any, value: Any) -> None:
-    """Set an array to a value, unless `is_finite`, (1,) or None, is NaN. Does not wait."""
+    """Set an array to a value unless `is_finite`, (1,) or None, is NaN. Does not wait."""
     if is_finite is None:
         value.copyto(array)
     else:
@@ -401,8 +401,8 @@ def _set_where(is_finite: Any, array: Any, value: Any) -> None:
         mx.nd.where(condition, value, array, out=array)
 
 
-# Of a quintic Newton-Schulz iteration, by Jordan et al. 2024. They bring singular values near 1 in five
-# iterations: to 0.7 to 1.2, which is as good as 1 for a step.
+# Coefficients of a quintic Newton-Schulz iteration (Jordan et al. 2024). Five iterations bring singular
+# values to 0.7 to 1.2, which is as good as 1 for a step.
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
 NEWTON_SCHULZ_ITERATIONS = 5
 
@@ -429,7 +429,7 @@ def orthogonalized(matrices: Sequence[Any]) -> Any:
 
 
 def _newton_schulz_factor(gram: Any) -> Any:
-    """Return what all iterations together multiply X by, (N, rows, rows), from X X^T.
+    """Return the product of all iterations' factors of X, (N, rows, rows), from X X^T.
 
     For wide X it takes less time than the iterations themselves, as all products are of rows x rows.
     """
@@ -449,9 +449,9 @@ OPTIMIZERS = {"adam": Adam, "adamw": AdamW, "bertadam": BERTAdam, "lamb": LAMB, 
 
 
 def clip_factors(squared: Any, largest: float, contexts: Sequence[Any]) -> dict[Any, Any]:
-    """Return by context what shortens the gradient with these squared norms to the norm `largest`; (1,).
+    """Return by context the factor that clips the gradient with these squared norms to `largest`; (1,).
 
-    Does not wait. A non-finite norm gives NaN factors.
+    Does not wait. A non-finite norm gives NaN.
     """
     norm = squared.sum(keepdims=True).sqrt()
     factor = largest / mx.nd.maximum(norm, largest) + 0 * norm  # infinity * 0 is NaN
@@ -466,7 +466,10 @@ def scale_gradients(gradients: Sequence[Sequence[Any]], factors: Mapping[Any, An
 
 
 def finite_on(squared: Any, contexts: Sequence[Any]) -> dict[Any, Any]:
-    """By context 1 where the gradient with these squared norms is finite, else NaN; (1,). Does not wait."""
+    """Return by context 1 if the gradient with these squared norms is finite, else NaN; (1,).
+
+    Does not wait.
+    """
     verdict = 1 + 0 * squared.sum(keepdims=True)  # infinity * 0 is NaN
     return {context: verdict.as_in_context(context) for context in contexts}
 

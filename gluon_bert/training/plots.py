@@ -15,7 +15,7 @@ from ..fileio import atomic_write
 
 
 class References(NamedTuple):
-    """Baseline losses in nats: what a model without any context would have."""
+    """Baseline losses in nats, of models without context."""
 
     uniform: float  # ln V: all words are equally likely
     unigram: float  # the entropy of the words' frequencies in the training text
@@ -73,7 +73,7 @@ def losses_png(
             _draw_baselines(axes, name, references, bool(validation))
             if name == "mlm_loss":
                 _draw_crossing(axes, trained, references.unigram)
-        # Small, or the wide legend takes the width from the curves.
+        # Small, because a wide legend would narrow the curves.
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncol": 2, "columnspacing": 1.0}
         axes.legend(**place, fontsize="small", frameon=False)
     content = io.BytesIO()
@@ -86,7 +86,7 @@ def _losses_in(record: dict[str, Any]) -> list[str]:
 
 
 def _draw_baselines(axes: Any, name: str, references: References, validated: bool) -> None:
-    """Draw what is known of a loss without context as horizontal lines."""
+    """Draw the baselines of a loss as horizontal lines."""
     if name == "mlm_loss":
         axes.axhline(references.uniform, color="grey", ls=":", label=f"ln V = {references.uniform:.2f}")
         label = "unigram"
@@ -103,7 +103,7 @@ def _draw_baselines(axes: Any, name: str, references: References, validated: boo
 
 
 def _draw_crossing(axes: Any, trained: Sequence[dict[str, Any]], unigram: float) -> None:
-    """Mark the first training loss from which on all are below that of word frequencies, if there is one."""
+    """Mark the first training loss after which all are below that of word frequencies, if any."""
     above = [i for i, r in enumerate(trained) if not (r.get("mlm_loss") or math.inf) < unigram]
     first = above[-1] + 1 if above else 0
     if first < len(trained):

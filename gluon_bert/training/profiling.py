@@ -1,4 +1,4 @@
-"""How evenly contexts are used: by what each is given, and by a profile of when it computed."""
+"""Load balance of contexts: by the work they get, and by a profile of their computing time."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .device_batch import DeviceBatch
 
 
 class LoadBalance:
-    """What contexts are given to compute at once, in which the one with the most is waited for.
+    """Counts the tokens, without padding, and the masked tokens of each context.
 
-    Counted are the tokens, without padding, and the predictions.
+    A step waits for the context with the most.
     """
 
     def __init__(self) -> None:
         self._most, self._mean = np.zeros(2), np.zeros(2)
 
     def add(self, shards: Sequence[DeviceBatch]) -> None:
-        """Count what the contexts compute at once, a shard each."""
+        """Count the shards that the contexts compute at once."""
         given = np.array([(shard.num_tokens, shard.num_masked) for shard in shards], dtype=float)
         self._most += given.max(axis=0)
         self._mean += given.mean(axis=0)
@@ -42,7 +42,7 @@ class LoadBalance:
 
 
 class DeviceUtilization(NamedTuple):
-    """Seconds that each context computed, by name, and that any and all of them did at the same time."""
+    """Seconds in which each context, any context and all contexts computed."""
 
     contexts: Mapping[str, float]
     any: float
@@ -54,10 +54,10 @@ class DeviceUtilization(NamedTuple):
 
 
 def device_utilization(trace: Path, contexts: Sequence[Any]) -> DeviceUtilization:
-    """When these contexts computed, all of one kind, by the trace that MXNet's profiler has written."""
+    """Read the utilization of contexts of one kind from the trace of MXNet's profiler."""
     events = json.loads(trace.read_text("utf-8"))["traceEvents"]
     names = {event["args"]["name"]: event["pid"] for event in events if event["ph"] == "M"}
-    # A CPU context's place is its number; behind the machine's last core its name there is another device's.
+    # A CPU context's place is its number. Beyond the last core the trace has another device's name there.
     rank_and_size = {
         name: each.device_id if each.device_type == "cpu" else names[name]
         for each in contexts

@@ -33,9 +33,9 @@ NONFINITE_BATCHES = "nonfinite-batches"
 class ProgressLogger(Callback):
     """Shows a run on the screen, in log.jsonl and in losses.png.
 
-    A terminal gets a progress bar, a notebook the picture of losses.png, which grows while the run trains.
-    Other outputs get a plain line per window. The log has one JSON object per line: a window of steps, or
-    with the key `validation` an evaluation.
+    A terminal shows a progress bar. A notebook shows the growing picture of losses.png. Other outputs get one
+    line per window. The log has one JSON object per line: a window of steps, or with the key `validation` an
+    evaluation.
 
     references: baseline losses for the picture and the summary; None: none are shown.
     """
@@ -59,10 +59,10 @@ class ProgressLogger(Callback):
         self._config, self.step, self.best = config, state.step, state.best
         self._about = "~" if config.max_minutes else ""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # What was logged after the checkpoint will be logged again, and is cut off.
+        # Lines after the checkpoint are cut off, because they will be logged again.
         self._log = LogFile(self.folder / "log.jsonl", state.log_bytes)
         self._bar = tqdm(
-            total=config.num_steps or None,  # unknown as yet if the minutes end the run
+            total=config.num_steps or None,  # still unknown if max_minutes ends the run
             initial=self.step,
             bar_format="{n}/" + self._about + "{total} {bar}[{elapsed}<{remaining}{postfix}]",
             file=self._screen,
@@ -157,7 +157,7 @@ class ProgressLogger(Callback):
         )
 
     def on_save_checkpoint(self, trainer: Trainer) -> None:
-        """Put the log on the disk, and its size into the checkpoint; raise OSError if that fails."""
+        """Sync the log to the disk, and record its size for the checkpoint; raise OSError if that fails."""
         trainer.state.log_bytes = self._log.synced()
 
     def on_fit_end(self, trainer: Trainer) -> None:
@@ -173,7 +173,7 @@ class ProgressLogger(Callback):
                 log.warning("%s: losses.png cannot be written (%s)", self.folder, error.strerror or error)
 
     def _note(self, record: Mapping[str, Any]) -> None:
-        """Add a line to the log; with on_checkpoint_error=continue a full disk only delays it."""
+        """Add a line to the log. With on_checkpoint_error=continue a full disk only delays it."""
         try:
             self._log.append(record)
         except OSError as error:
@@ -211,7 +211,7 @@ class ProgressLogger(Callback):
         if self.best and self.best.out_of_patience(self._config.patience):
             lines.append(
                 f"The run ended after step {self.step}: {self.best.since} evaluations in a row did not "
-                f"improve on the best (--patience {self._config.patience})."
+                f"improve on the best (patience {self._config.patience})."
             )
         return lines + self._compared()
 
@@ -292,8 +292,8 @@ def format_validation(metrics: Metrics) -> str:
 
 
 def format_best(best: BestEvaluation) -> str:
-    """Return which evaluation was the best of several, and how to load its weights."""
+    """Return a line about the best of several evaluations, and how to load its weights."""
     if not best.since:
         return f"This was the best of {best.evaluations} evaluations."
     shown = format_validation(best.validation)
-    return f"best of {best.evaluations} evaluations, after step {best.step}: {shown} (--checkpoint best)"
+    return f"best of {best.evaluations} evaluations, after step {best.step}: {shown} (checkpoint best)"

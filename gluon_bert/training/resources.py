@@ -63,7 +63,7 @@ class ResourceEstimate:
         )
 
     def format_step(self, batch_size: int) -> str:
-        """Return a line on the size of a step."""
+        """Return a line about the size of a step."""
         return (
             f"a step: {_pairs(batch_size)}, {self.num_masked:,} masked tokens at most, "
             f"{_flops(self.flops * batch_size)} ({_flops(self.flops)} a pair)"
@@ -231,7 +231,7 @@ def mxnet_floats(shard: ActivationSizes, recompute: bool, half: bool = False) ->
 
 
 def _largest(sizes: range, fits: Callable[[int], bool]) -> int:
-    """Return the largest size that fits, 0 if none does; a smaller one fits where a larger one does."""
+    """Return the largest size that fits, 0 if none does. If a size fits, all smaller ones fit."""
     low, high = 0, len(sizes)
     while low < high:
         middle = (low + high) // 2

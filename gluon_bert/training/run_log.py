@@ -14,7 +14,7 @@ from ..fileio import nan_to_null
 
 log = logging.getLogger(__name__)
 
-# Keys of the log's lines that hold no losses.
+# Keys of the log's lines that are not losses.
 EVENTS = {"non_finite", "rollback", "overflowed"}
 
 
@@ -22,7 +22,7 @@ class LogFile:
     """A JSON object per line. Only whole lines are ever on the disk.
 
     num_bytes: how much of an existing file to keep; the rest is cut off. records: the objects of the kept
-    lines and of the lines added since. Raises InputError if a kept line is something else.
+    lines and of the lines added since. Raise InputError if a kept line is invalid.
     """
 
     def __init__(self, path: Path, num_bytes: int = 0) -> None:
@@ -45,7 +45,7 @@ class LogFile:
         self._write()
 
     def synced(self) -> int:
-        """Put all lines on the disk and return their size in bytes; raise OSError if that fails."""
+        """Sync all lines to the disk and return their size in bytes; raise OSError if that fails."""
         self._write()
         os.fsync(self._file.fileno())
         return self._num_bytes
@@ -54,7 +54,7 @@ class LogFile:
         lines = self._unwritten
         try:
             written = self._file.write(lines)
-            if written != len(lines):  # the disk is full, or a limit reached, in the middle of it
+            if written != len(lines):  # the disk is full, or a limit is reached, after a part of it
                 self._file.write(lines[written:])  # says so
         except OSError:
             self._file.truncate(self._num_bytes)

@@ -15,7 +15,7 @@ from .metrics import Meter, Metrics, MetricSums, float_array
 
 
 class BestEvaluation(NamedTuple):
-    """The best evaluation so far, and how many were made in all and since."""
+    """The best evaluation so far, and the numbers of evaluations in all and since."""
 
     step: int
     validation: Metrics
@@ -34,7 +34,7 @@ def best_of(
     monitor: str = "mlm_loss",
     mode: str = "min",
 ) -> BestEvaluation:
-    """Return the best evaluation after one more; the earlier of equals.
+    """Return the best evaluation after one more; of equal ones the earlier.
 
     monitor: the metric that decides; the first metric if an evaluation lacks it. mode: min or max.
 
@@ -55,10 +55,10 @@ def _monitored(metrics: Metrics, monitor: str) -> float:
 
 
 class StepReport(NamedTuple):
-    """The state of training: the window since the last report, and the run so far."""
+    """A report of training: the window since the last report, and the run so far."""
 
     step: int
-    planned_steps: float  # of the whole run, as far as one can tell
+    planned_steps: float  # of the whole run, as expected now
     window: Metrics
     run: Metrics
     pairs_per_second: float  # of the window
@@ -67,15 +67,15 @@ class StepReport(NamedTuple):
     seconds_left: float  # of the whole run, with evaluations at the rate so far
     lr: float  # of this step
     gradient_norm: float  # of this step, before clipping
-    loss_scale: float | None = None  # of the next step, where it has one
+    loss_scale: float | None = None  # of the next step, or None
 
 
 class Clock:
-    """The time and the totals of a run, from the making of its first batch on."""
+    """Measures the time and the totals of a run, from its first batch on."""
 
     def __init__(self) -> None:
         self.start()
-        self._before = 0.0  # seconds that the run took until it was stopped and resumed
+        self._before = 0.0  # seconds of the run before it was stopped and resumed
         self._stopped = 0.0  # seconds that do not count as training
         self._window_started = 0.0  # seconds that do, before the window
         self._run = MetricSums.nothing()
@@ -147,12 +147,11 @@ class Clock:
 
 @dataclass
 class TrainState:
-    """All that the next step depends on beside the weights and the optimizer.
+    """All that the next step depends on, except the weights and the optimizer.
 
-    step: steps made. position: of the next batch. evaluating: whether the evaluation that is due after this
-    step is still to be made. skipped: steps that were skipped in a row, as their numbers were wrong.
-    log_bytes: of the log, when this was kept. meter: of the window that is not logged yet. scale: of the next
-    step's loss, None where it has none.
+    step: steps made. position: of the next batch. evaluating: whether the evaluation after this step is still
+    due. skipped: non-finite steps skipped in a row. log_bytes: size of the log at this step. meter: of the
+    window that is not logged yet. scale: of the next step's loss, or None.
     """
 
     step: int = 0
@@ -181,10 +180,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], contexts: Sequence[Any], where: str) -> TrainState:
-        """Return the inverse of `to_json`.
-
-        InputError, which begins with `where`, if it was not written by that.
-        """
+        """Return the inverse of `to_json`. Raise InputError, which begins with `where`, for other content."""
         try:
             best, scale = content["best"], content.get("loss_scale")
             return cls(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The folder of a run for its event files, and those of training and validation below it.
+# The folder for event files in a run, with folders for training and validation below it.
 TENSORBOARD = "tensorboard"
 NAMES = TRAIN, VALIDATION = "train", "validation"
 
@@ -29,7 +29,7 @@ class TensorBoardLogger(Callback):
 
     A window of steps has its losses, accuracies, learning rate, gradient norm and sentence pairs per second.
     Training and validation have the same tags in two folders, so that TensorBoard draws them in one chart.
-    A resumed run continues its curves: TensorBoard drops what earlier files have of the steps made again.
+    A resumed run continues its curves: TensorBoard drops earlier entries of repeated steps.
 
     folder: for the event files, such as `tensorboard` in a run's folder. sentences: returns a text in
     Markdown, which is written at the first step and with each evaluation.
@@ -125,9 +125,9 @@ def tag_of(metric: str) -> str:
 
 
 class _EventFile:
-    """An event file that is written in this thread, so that errors are seen and each event is there at once.
+    """Writes an event file in this thread, so that errors are raised here and events appear at once.
 
-    Starts after `step` steps: TensorBoard drops what older files of the folder have of later steps.
+    step: the number of finished steps. TensorBoard drops later steps of older files in the folder.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -142,7 +142,7 @@ class _EventFile:
         self._writer.flush()
 
     def add_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write numbers by their tags; those that are not finite are left out, as they cannot be drawn."""
+        """Write numbers by their tags, without non-finite ones, which cannot be drawn."""
         from tensorboardX import summary
 
         for tag, value in values.items():

@@ -41,11 +41,11 @@ from .optimizers import (
 from .profiling import LoadBalance
 from .state import StepReport, TrainState, best_of
 
-# Steps that may be queued on the devices. Two keep them busy while the next batch is made; more would
-# only take memory, and make an interrupt wait.
+# Maximum number of queued steps. Two keep the devices busy while the next batch is made. More would only take
+# memory and delay an interrupt.
 MAX_IN_FLIGHT = 2
 
-# What is evaluated: batches, read anew each time, or a function that returns the metrics.
+# Batches to evaluate, read again each time, or a function that returns the metrics.
 Validation = Union[Iterable[Any], Callable[[], Metrics], None]
 
 
@@ -73,8 +73,8 @@ class Trainer:
     >>> trainer.fit(data.train, validation=data.validation)
 
     loss: a function of the network and a `DeviceBatch` that returns named losses (see losses.py).
-    communicator: the workers that share each batch. callbacks: who handles the events of `fit`.
-    monitor, mode: the metric of an evaluation that decides which one is the best, and min or max.
+    communicator: the workers that share each batch. callbacks: handlers of the events of `fit`. monitor,
+    mode: the metric that chooses the best evaluation, and min or max.
 
     A batch is a dataclass of NumPy arrays with `valid_length`, like `data.batch.Batch`. It needs `len(batch)`
     and `batch.rows(start, stop)`, which returns the batch of these rows.
@@ -111,8 +111,8 @@ class Trainer:
         self.load_balance = LoadBalance()  # of the steps that this trainer has made
         # Steps of the whole run, which the learning rate depends on; `fit` updates it by the clock.
         self.planned_steps: float = config.num_steps
-        # Set by a signal handler: `fit` ends between two steps, where the weights are complete, or between
-        # two batches of an evaluation. All workers stop after the same step.
+        # Set by a signal handler. `fit` then ends between two steps, when the weights are complete, or
+        # between two batches of an evaluation. All workers stop after the same step.
         self.interrupted = False
         # Called after every step and every batch of an evaluation.
         self.alive: Callable[[], None] = lambda: None
@@ -243,12 +243,12 @@ class Trainer:
 
         data: batches, such as a `PretrainingLoader` or a list. They are read again for each epoch. After
         `restore` training continues in the batch where it stopped. Data without `iter_from(LoaderState)` are
-        then read from the start of the epoch, and the batches before that one are left out. Data with an
-        attribute `progress` get this trainer's there.
-        validation: batches, read anew for each evaluation, or a function that returns the metrics.
+        then read from the start of the epoch, and earlier batches are skipped. If data have an attribute
+        `progress`, it is set to this trainer's.
+        validation: batches, read again for each evaluation, or a function that returns the metrics.
 
-        Raise InputError if `patience` has no validation, TrainingDiverged as `on_nonfinite` says, and
-        Interrupted, with a checkpoint made, when `interrupted` is set.
+        Raise InputError if `patience` is set without validation, TrainingDiverged as `on_nonfinite` says, and
+        Interrupted, after a checkpoint, when `interrupted` is set.
         """
         checks.check_evaluable(self.config, validation is not None)
         run, report = self.state, None
@@ -300,7 +300,7 @@ class Trainer:
         return report
 
     def _must_stop(self) -> bool:
-        """Return whether the run must stop here; the same on all workers."""
+        """Return whether the run must stop now; the same on all workers."""
         return self.interrupted if self.communicator.count == 1 else self._agreed_to_stop
 
     def has_ended(self) -> bool:
@@ -357,7 +357,7 @@ class Trainer:
                 run.meter.add(done.shards, done.losses)
                 run.skipped = 0
                 continue
-            # A GPU that has failed gives memory that nothing has written; this raises its error.
+            # A failed GPU returns uninitialized memory. This raises its error.
             mx.nd.waitall()
             scale = done.scale and float(done.scale.value.asscalar())
             if scale and scale > SMALLEST:  # else a smaller one would not help

@@ -12,8 +12,8 @@ from typing import Callable, Iterator
 def watched(seconds: float, end: Callable[[], None]) -> Iterator[Callable[[], None]]:
     """Yield a function to call at least every `seconds`; otherwise `end` is called. 0: never.
 
-    `end` is called by a thread, as the block itself hangs, and must end the process. The thread is gone when
-    the block is.
+    A thread calls `end`, because the block itself hangs. `end` must end the process. The thread ends with the
+    block.
     """
     heard, over = [time.monotonic()], threading.Event()
 

@@ -345,7 +345,7 @@ def test_damaged_cache_is_rebuilt(text_file, tmp_path, caplog, many_shards, file
     with caplog.at_level(logging.WARNING):
         again = prepare(config_of(text_file), tmp_path / "cache")
     # Without the manifest the preparation is an unfinished one.
-    assert ("is damaged and made anew" in caplog.text) == ((file, damage) != ("manifest.json", "missing"))
+    assert ("it is built again" in caplog.text) == ((file, damage) != ("manifest.json", "missing"))
     assert_same(again, first)
 
 
@@ -374,7 +374,7 @@ def test_shard_with_wrong_content_is_refused(text_file, tmp_path, many_shards):
     train = prepare(config_of(text_file), tmp_path / "cache").train
     assert len(train.part([0, 1]))
     with pytest.raises(
-        InputError, match=r"is damaged \(shard-00002/train\.tokens\.npy has not .*; delete it, and"
+        InputError, match=r"is damaged \(shard-00002/train\.tokens\.npy differs from .* Delete it, and"
     ):
         train.part([1, 2])
     path.unlink()

@@ -240,9 +240,9 @@ def test_encoder_export_without_heads_names_them(exports):
     (answer,) = predictor.predict([exported.reader.text("w1 <mask>", "w3")])
     assert answer.vectors.shape == (6, 32)
     assert answer.pooled is None
-    with pytest.raises(InputError, match="exported without masked words: export it with --outputs all"):
+    with pytest.raises(InputError, match=r"for masked words\. Export again with outputs=all"):
         answer.fill_masks(VOCAB)
-    with pytest.raises(InputError, match="exported without the next sentence"):
+    with pytest.raises(InputError, match="must have outputs for the next sentence"):
         _ = answer.next_sentence_probability
 
 

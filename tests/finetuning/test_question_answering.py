@@ -81,9 +81,9 @@ def test_read_squad_reads_answers_and_impossible_questions(written):
     [
         (
             squad("A crane, a crane.", asked("7", "?a", ("crane", 3))),
-            "a.json, question 7: the answer 'crane' must be at its answer_start 3; it stands at 2",
+            "a.json, question 7: the answer 'crane' must be at its answer_start 3; it is at 2",
         ),
-        (squad("A crane.", asked("7", "?a", ("bird", 0))), "question 7: .* the context does not hold it"),
+        (squad("A crane.", asked("7", "?a", ("bird", 0))), "question 7: .* the context does not contain it"),
         (squad("A crane.", asked("7", "?a", ("", 0))), "question 7: an answer must not be empty"),
         (squad("A crane.", asked("7", " ", ("A", 0))), "question 7: the question must not be empty"),
         (squad(" ", asked("7", "a", ("A", 0))), r"data\[0\].paragraphs\[0\]: the context must not be empty"),
@@ -94,7 +94,7 @@ def test_read_squad_reads_answers_and_impossible_questions(written):
         ),
         (
             squad("A crane.", asked("7", "a", ("A", 0)), asked("7", "b", ("A", 0))),
-            "question 7: must have an id of its own",
+            "question 7: must have a unique id",
         ),
         (squad("A crane.", {"id": "7", "answers": []}), "question 7: must have 'question', a string"),
         (squad("A crane.", {"question": "a"}), r"qas\[0\]: must have 'id', a string, as a SQuAD file has"),
@@ -388,7 +388,7 @@ def test_encode_answers_a_question(command, capsys):
     content = json.loads(capsys.readouterr().out)
     assert content["pair"][content["start"] : content["end"]] == content["answer"]
     assert encode.main([str(folder), "the crane"]) == 2
-    assert "give a question and its context" in capsys.readouterr().err
+    assert "must be a pair of a question and its context" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not XQUAD.is_dir(), reason="needs ../shared/tasks")

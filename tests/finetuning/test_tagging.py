@@ -352,7 +352,7 @@ def test_encode_shows_entities_with_offsets(command, capsys):
     assert content["text"] == "It is. The crane is"
     assert len(content["words"]) == len(content["tags"])
     assert encode.main([str(folder), "a || b"]) == 2
-    assert "fine-tuned for tagging of single texts" in capsys.readouterr().err
+    assert "must be a single text for tagging" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not (SHARED / "tasks").is_dir(), reason="needs ../shared/tasks")

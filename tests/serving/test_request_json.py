@@ -145,8 +145,8 @@ def test_request_several_asks_are_answered_together(predictor):
         ({"text": "a", "ask": []}, '"ask" must be'),
         ({"text": "a", "ask": [["vectors"]]}, '"ask" must be'),
         ({"text": "a", "ask": {"vectors": 1}}, '"ask" must be'),
-        ({"text": "a", "ask": "masks"}, "no <mask>"),
-        ({"text": "a", "ask": "next"}, "give a pair"),
+        ({"text": "a", "ask": "masks"}, "must have a <mask>"),
+        ({"text": "a", "ask": "next"}, "must be a pair"),
         ({"text": "a", "top": 3}, '"top" is for'),
         ({"text": "a <mask>", "ask": "masks", "top": 0}, '"top" must be a whole number from 1 to 1000'),
         ({"text": "a <mask>", "ask": "masks", "top": 1001}, '"top" must be'),
@@ -169,14 +169,14 @@ def test_request_that_is_wrong_is_refused(predictor, body, why):
 
 def test_request_for_a_missing_output_is_refused(predictor):
     bare = Predictor(lambda texts: predictor.network(texts)._replace(mask_scores=None), predictor.reader)
-    assert "exported without masked words" in reason(bare, {"text": "a <mask>", "ask": "masks"})
+    assert "outputs for masked words" in reason(bare, {"text": "a <mask>", "ask": "masks"})
 
 
 def test_request_with_non_finite_vectors_is_refused(predictor):
     broken = Predictor(
         lambda texts: predictor.network(texts)._replace(encoded=np.full((1, 8, 8), np.nan)), predictor.reader
     )
-    assert "no finite numbers" in reason(broken, GOOD)
+    assert "must return finite numbers" in reason(broken, GOOD)
 
 
 def test_answer_of_a_batch_runs_the_network_once(predictor):

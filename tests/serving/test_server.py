@@ -513,7 +513,7 @@ class TestLife:
             assert "Try:" in process.stdout.readline()
             address = f"http://127.0.0.1:{settings.port}/predictions/bert"
             reply = requests.post(address, json={"text": "a <mask>", "ask": "masks"}, timeout=60)
-            assert (reply.status_code, "exported without masked words" in reply.json()["error"]) == (
+            assert (reply.status_code, "outputs for masked words" in reply.json()["error"]) == (
                 400,
                 True,
             )

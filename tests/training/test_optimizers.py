@@ -251,7 +251,7 @@ def test_muon_states_continue_on_other_contexts():
     for name, parameter in parameters.items():
         for array in others[name].list_data():
             np.testing.assert_array_equal(array.asnumpy(), parameter.data().asnumpy(), err_msg=name)
-    with pytest.raises(ValueError, match="is of no parameter"):
+    with pytest.raises(ValueError, match="must be a state of a parameter"):
         set_optimizer_arrays(other, others, {"wide/variance": arrays["wide/momentum"]})
 
 

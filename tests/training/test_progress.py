@@ -113,7 +113,7 @@ def test_summary_names_the_best_evaluation(tmp_path):
     report, _ = told(tmp_path / "a", [5.0] * 3, validation=[4.4, 3.0, 4.6])
     assert (
         "best of 3 evaluations, after step 2: MLM loss 3.000 (10.0 % correct), NSP loss 0.690 "
-        "(50.0 % correct), perplexity 20.1 (--checkpoint best)"
+        "(50.0 % correct), perplexity 20.1 (checkpoint best)"
     ) in report.summary([])
     # Its loss is below that of the words' frequencies, though the last one's is not.
     assert "is still above" not in report.summary([])[-1]
@@ -125,7 +125,7 @@ def test_summary_names_the_best_evaluation(tmp_path):
 
 def test_summary_names_patience(tmp_path):
     report, _ = told(tmp_path / "a", [5.0] * 3, [4.4, 4.5, 4.6], patience=2, eval_every=1)
-    ended = "The run ended after step 3: 2 evaluations in a row did not improve on the best (--patience 2)."
+    ended = "The run ended after step 3: 2 evaluations in a row did not improve on the best (patience 2)."
     assert ended in report.summary([])
     assert report.summary([])[-1].endswith("More steps are needed (patience).")
     report, _ = told(tmp_path / "b", [5.0] * 3, [4.4, 4.5, 4.6], patience=3, eval_every=1)
