@@ -41,10 +41,10 @@ class SelfAttention(MixedPrecisionBlock):
         units, self._num_heads = config.units, config.num_heads
         self._scale = (units // self._num_heads) ** -0.5
         with self.name_scope():
-            self.query = Dense(units, flatten=False, in_units=units, half=True)
-            self.key = Dense(units, flatten=False, in_units=units, half=True)
-            self.value = Dense(units, flatten=False, in_units=units, half=True)
-            self.output = Dense(units, flatten=False, in_units=units)
+            self.query = Dense(units, flatten=False, in_units=units, half_output=True)
+            self.key = Dense(units, flatten=False, in_units=units, half_output=True)
+            self.value = Dense(units, flatten=False, in_units=units, half_output=True)
+            self.output = Dense(units, flatten=False, in_units=units, half_input=True)
             self.dropout = Dropout(config.dropout)
             relative = config.position == "relative-bias"
             self.relative: Any = RelativeBias(self._num_heads) if relative else None

@@ -12,7 +12,7 @@ from ..runtime import mx
 from .attention import SelfAttention, padding_scores
 from .dropout import Dropout
 from .gradient_checkpointing import CheckpointedForward
-from .precision import GELU, Dense, MixedPrecisionBlock
+from .precision import Dense, MixedPrecisionBlock
 from .relative_position import distance_buckets
 
 NUM_SEGMENTS = 2
@@ -64,10 +64,12 @@ class FeedForward(mx.gluon.HybridBlock):
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # MXNet computes GELU of float16 in float32, inside one operator. That by tanh is several operators.
+        half = config.activation != "gelu_tanh"
         with self.name_scope():
-            self.expand = Dense(config.ffn_units, flatten=False, in_units=config.units)
+            self.expand = Dense(config.ffn_units, flatten=False, in_units=config.units, half_output=half)
             self.activation = activation(config.activation)
-            self.project = Dense(config.units, flatten=False, in_units=config.ffn_units)
+            self.project = Dense(config.units, flatten=False, in_units=config.ffn_units, half_input=half)
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
         return self.project(self.activation(self.expand(x)))
@@ -231,5 +233,5 @@ class TanhGELU(mx.gluon.HybridBlock):
 
 def activation(name: str) -> Any:
     """Return the block of an activation. gelu is exact: x times the normal distribution function."""
-    blocks = {"gelu": GELU, "gelu_tanh": TanhGELU}
+    blocks = {"gelu": mx.gluon.nn.GELU, "gelu_tanh": TanhGELU}
     return blocks[name]() if name in blocks else mx.gluon.nn.Activation(name)

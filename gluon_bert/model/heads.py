@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable
 
 from ..config import ModelConfig
 from ..runtime import mx
@@ -55,6 +55,17 @@ class Decoder(MixedPrecisionBlock):
 
     def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any) -> Any:
         return self.ops_for(F).FullyConnected(x, weight, bias, num_hidden=self._vocab_size, flatten=False)
+
+    def on(self, device: Any) -> Callable[[Any], Any]:
+        """Return a function that computes the same of arrays on a device.
+
+        In fp16 all its calls share one float16 copy of the weight.
+        """
+        factors = self.weight.data(device), self.bias.data(device)
+        shape = {"num_hidden": self._vocab_size, "flatten": False}
+        if self.precision == "fp16":
+            return self.ops_for(mx.nd).dense(*factors, **shape)
+        return lambda x: mx.nd.FullyConnected(x, *factors, **shape)
 
 
 class MaskedLanguageModelHead(MixedPrecisionBlock):

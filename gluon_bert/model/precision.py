@@ -5,7 +5,7 @@ The compiled operators (ops/) have their own products in bfloat16.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable
 
 from ..runtime import mx
 
@@ -14,23 +14,30 @@ class Float16Matmul:
     """mx.nd or mx.sym, with matrix products in float16 and sums in float32.
 
     Inputs and outputs of the methods are float32, unless they say otherwise. MXNet computes these products on
-    GPUs only. half_dense: leave the results of dense layers in float16.
+    GPUs only. half_input, half_output: dense layers get float16, and leave their results in float16.
     """
 
-    def __init__(self, F: Any, half_dense: bool = False) -> None:
-        self._F, self._half_dense = F, half_dense
+    def __init__(self, F: Any, half_input: bool = False, half_output: bool = False) -> None:
+        self._F, self._half_input, self._half_output = F, half_input, half_output
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._F, name)
 
     def FullyConnected(self, x: Any, weight: Any, bias: Any, **others: Any) -> Any:
         """Multiply x by the transposed weight and add the bias."""
-        product = self._F.FullyConnected(*map(self._half, (x, weight, bias)), **others)
-        return product if self._half_dense else self._whole(product)
+        return self.dense(weight, bias, **others)(x)
 
-    def LeakyReLU(self, x: Any, **others: Any) -> Any:
-        """Compute GELU of float16; inside, MXNet computes in float32."""
-        return self._whole(self._F.LeakyReLU(self._half(x), **others))
+    def dense(self, weight: Any, bias: Any, **others: Any) -> Callable[[Any], Any]:
+        """Return a function of x that does so, with one float16 copy of the weight for all its calls."""
+        weight, bias = self._half(weight), self._half(bias)
+
+        def multiply(x: Any) -> Any:
+            # A cast of float16 to float16 would be a second copy, kept for the backward pass.
+            x = x if self._half_input else self._half(x)
+            product = self._F.FullyConnected(x, weight, bias, **others)
+            return product if self._half_output else self._whole(product)
+
+        return multiply
 
     def interleave(self, query: Any, key: Any, value: Any, num_heads: int) -> Any:
         """Put the float16 vectors of each head side by side: three times (B, T, C) -> (T, B, 3 C)."""
@@ -49,10 +56,8 @@ class Float16Matmul:
         return self._half(self._F.softmax(x, **others))
 
     def attention_values(self, interleaved: Any, weights: Any, num_heads: int) -> Any:
-        """Add up values by their float16 weights: (T, B, 3 C), (B * H, T, T) -> (T, B, C)."""
-        return self._whole(
-            self._F.contrib.interleaved_matmul_selfatt_valatt(interleaved, weights, heads=num_heads)
-        )
+        """Add up values by their weights, all float16: (T, B, 3 C), (B * H, T, T) -> (T, B, C)."""
+        return self._F.contrib.interleaved_matmul_selfatt_valatt(interleaved, weights, heads=num_heads)
 
     def _half(self, factor: Any) -> Any:
         return self._F.cast(factor, dtype="float16")
@@ -71,22 +76,20 @@ class MixedPrecisionBlock(mx.gluon.HybridBlock):
         return Float16Matmul(F) if self.precision == "fp16" else F
 
 
-class GELU(MixedPrecisionBlock, mx.gluon.nn.GELU):
-    """MXNet's GELU; its input and output may be in float16."""
-
-    def hybrid_forward(self, F: Any, x: Any) -> Any:
-        return super().hybrid_forward(self.ops_for(F), x)
-
-
 class Dense(MixedPrecisionBlock, mx.gluon.nn.Dense):
-    """MXNet's dense layer; its product may be in float16, and so may its result if `half` is set."""
+    """MXNet's dense layer, whose product may be in float16.
 
-    def __init__(self, *args: Any, half: bool = False, **kwargs: Any) -> None:
+    half_input, half_output: then its input is float16 already, and its result stays float16.
+    """
+
+    def __init__(
+        self, *args: Any, half_input: bool = False, half_output: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._half = half
+        self._half_input, self._half_output = half_input, half_output
 
     def ops_for(self, F: Any) -> Any:
-        return Float16Matmul(F, self._half) if self.precision == "fp16" else F
+        return Float16Matmul(F, self._half_input, self._half_output) if self.precision == "fp16" else F
 
     def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any = None) -> Any:
         return super().hybrid_forward(self.ops_for(F), x, weight, bias)

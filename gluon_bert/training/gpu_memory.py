@@ -128,7 +128,7 @@ def _activations(sizes: ActivationSizes, recompute: bool, half: bool) -> float:
     scores = model.num_heads * sizes.length * sizes.tokens
     full, short = _block(FLOAT * stream), _block(HALF * stream)
     if half:
-        activation = {"relu": 1.5, "gelu": 1.5, "gelu_tanh": 6.5}[model.activation]
+        activation = {"relu": 0.5, "gelu": 1.0, "gelu_tanh": 6.5}[model.activation]
         layer = (2.4 + 2 * drops) * full + 3 * short + _block(3 * HALF * stream)
         layer += activation * _block(FLOAT * hidden)
         layer += _block(FLOAT * scores) + (1 + drops) * _block(HALF * scores)
@@ -147,12 +147,18 @@ def _activations(sizes: ActivationSizes, recompute: bool, half: bool) -> float:
 
 
 def _heads(sizes: ActivationSizes, half: bool) -> float:
-    """Return the bytes of the scores of 256 masked words, and of the decoder's gradients of each 256."""
-    slices = -(-sizes.num_masked // 256)
+    """Return the bytes of the scores of 256 masked words, and of the decoder's gradients of each 256.
+
+    fp16 adds up these gradients in float16, and keeps a float16 copy of the decoder's weight.
+    """
+    slices, tied = -(-sizes.num_masked // 256), sizes.model.tied_decoder
     table = sizes.words * sizes.model.units
     scores = sizes.words * (sizes.num_masked + 3 * min(sizes.num_masked, 256))
-    tables = min(slices + sizes.model.tied_decoder, 8) * _block(FLOAT * table)
-    return FLOAT * scores + tables + half * slices * _block(HALF * table)
+    if half:
+        tables = (1 + tied) * _block(FLOAT * table) + (1 + min(slices, 8)) * _block(HALF * table)
+    else:
+        tables = min(slices + tied, 8) * _block(FLOAT * table)
+    return FLOAT * scores + tables
 
 
 def _block(size: float) -> float:

@@ -174,10 +174,11 @@ def masked_lm(net: Any, encoded: Any, shard: DeviceBatch) -> LossSum:
 def _masked_lm_in_chunks(net: Any, encoded: Any, shard: DeviceBatch) -> tuple[Any, Any]:
     """Return the summed loss and the number of correct predictions, both (1,)."""
     masked = net.mlm.transform(encoded, shard.masked_positions)
+    decode = net.mlm.decoder.on(masked.context)
     loss = correct = mx.nd.zeros((1,), ctx=masked.context)
     for start in range(0, len(shard.masked_ids), CHUNK):
         chunk = slice(start, start + CHUNK)
-        scores, labels = net.mlm.decoder(masked[chunk]), shard.masked_ids[chunk]
+        scores, labels = decode(masked[chunk]), shard.masked_ids[chunk]
         loss = loss + cross_entropy(scores, labels)
         if shard.count_correct:
             correct = correct + num_correct(scores, labels)

@@ -85,7 +85,7 @@ def estimate_resources(
     floats = (
         compiled_floats(shard, train.recompute, accumulates, threads())
         if compiled
-        else mxnet_floats(shard, train.recompute, train.precision == "fp16")
+        else mxnet_floats(shard, train.recompute)
     )
     # The optimizers keep two numbers per weight. With several contexts the kvstore has the weights, the sum
     # of the gradients, and a copy of the gradients of all contexts but one.
@@ -208,17 +208,16 @@ def compiled_floats(shard: ActivationSizes, recompute: bool, accumulates: bool, 
     return float(stream + inner + passing + packed + head + tiles)
 
 
-def mxnet_floats(shard: ActivationSizes, recompute: bool, half: bool = False) -> float:
-    """Return the peak memory of MXNet's operators in floats. half: matrix factors are float16."""
+def mxnet_floats(shard: ActivationSizes, recompute: bool) -> float:
+    """Return the peak memory of MXNet's operators in floats."""
     model, tokens = shard.model, shard.tokens
-    c, f, drops, factor = model.units, model.ffn_units, model.dropout > 0, 0.5 if half else 1.0
+    c, f, drops = model.units, model.ffn_units, model.dropout > 0
     scores = model.num_heads * shard.length * tokens
-    # The results of ReLU and of a softmax without dropout are factors; their gradients need them as float32.
-    hidden = {"relu": half, "gelu": 1, "gelu_tanh": 6}[model.activation] + factor
+    hidden = {"relu": 1, "gelu": 2, "gelu_tanh": 7}[model.activation]
     # Two sums, the masks of two dropouts; query, key and value transposed, the attention's output, each norm.
-    streams = 2 + 2 * drops + 6 * factor
+    streams = 8 + 2 * drops
     # The softmax and its dropout mask; their product.
-    attention = (2 if drops else half) + factor
+    attention = 1 + 2 * drops
     layer = tokens * (c * streams + f * hidden) + scores * attention
     layers = layer + 2 * (model.num_layers + 1) * c * tokens if recompute else model.num_layers * layer
     # The log-probabilities of all words, and those of a chunk of 256 with their gradients.
@@ -226,8 +225,7 @@ def mxnet_floats(shard: ActivationSizes, recompute: bool, half: bool = False) ->
     decoder = shard.words * (shard.num_masked + 3 * min(shard.num_masked, 256))
     # The decoder's gradient of each chunk; MXNet adds more than eight in place.
     tables = min(slices + model.tied_decoder, 8) * shard.words * c
-    copies = 0.5 * half * (model.num_layers * (4 * c * c + 2 * c * f) + slices * shard.words * c)
-    return MXNET_OVERHEAD * (layers + 8 * c * tokens) + scores + decoder + tables + copies
+    return MXNET_OVERHEAD * (layers + 8 * c * tokens) + scores + decoder + tables
 
 
 def _largest(sizes: range, fits: Callable[[int], bool]) -> int:

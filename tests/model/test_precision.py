@@ -114,9 +114,9 @@ def test_fp16_casts_matmuls_and_their_inputs_only(model):
     ]
     attention = {"_contrib_interleaved_matmul_selfatt_qk", "_contrib_interleaved_matmul_selfatt_valatt"}
     products = attention | {"FullyConnected"}
-    # Only casts, GELU, and what moves or drops the factors of attention stand between products.
+    # Only casts, activations, and what moves or drops the factors of attention stand between products.
     others = {"Cast", "Reshape", "stack", "SwapAxis"}
-    others |= {"LeakyReLU"} if model.activation == "gelu" else set()
+    others |= {"gelu": {"LeakyReLU"}, "relu": {"Activation"}}.get(model.activation, set())
     others |= {"Dropout"} if model.dropout else set()
     assert set(halves) == products | others
     made = [op for op in operators.values() if op in products]

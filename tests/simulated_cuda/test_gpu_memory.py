@@ -7,6 +7,8 @@ import re
 
 import pytest
 
+from .conftest import SimulatedGPUs
+
 PEAK = """
 import ctypes, json, sys
 import numpy as np
@@ -43,10 +45,18 @@ print(json.dumps([max(peaks), estimate_gpu_memory(config, words, num_gpus).memor
 LARGE = {"GPUSIM_MEMORY": "400e9", "GPUSIM_MEMSET": "0"}
 
 
-def peak_and_estimate(gpus, name, num_gpus, **changes):
-    """The peak of the fullest GPU, and its estimate, in bytes."""
-    result = gpus.code(PEAK, name, str(num_gpus), json.dumps(changes), **LARGE)
-    return json.loads(result.output.splitlines()[-1])
+@pytest.fixture(scope="module")
+def peak_and_estimate(simulated_cuda, tmp_path_factory):
+    """Returns the peak of the fullest GPU, and its estimate, in bytes. Computes each run once."""
+    gpus, known = SimulatedGPUs(simulated_cuda, tmp_path_factory.mktemp("peaks")), {}
+
+    def measured(name, num_gpus, **changes):
+        given = name, str(num_gpus), json.dumps(changes, sort_keys=True)
+        if given not in known:
+            known[given] = json.loads(gpus.code(PEAK, *given, **LARGE).output.splitlines()[-1])
+        return known[given]
+
+    return measured
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -58,30 +68,36 @@ def peak_and_estimate(gpus, name, num_gpus, **changes):
         ("bert-base", 1, {"batch_size": 32, "micro_batch": 8}),
         ("bert-base", 2, {"batch_size": 32}),
         ("bert-large", 1, {"batch_size": 16, "max_seq_length": 512, "recompute": True}),
-        ("bert-large", 2, {"batch_size": 16, "micro_batch": 8}),
+        ("bert-large", 1, {"batch_size": 16, "micro_batch": 8}),
     ],
 )
-def test_memory_estimate_is_near_the_peak(gpus, name, num_gpus, changes, precision):
-    peak, estimate = peak_and_estimate(gpus, name, num_gpus, precision=precision, **changes)
+def test_memory_estimate_is_near_the_peak(peak_and_estimate, name, num_gpus, changes, precision):
+    peak, estimate = peak_and_estimate(name, num_gpus, precision=precision, **changes)
     assert estimate == pytest.approx(peak, rel=0.15)
 
 
 @pytest.mark.parametrize(
     "changes", [{"dropout": 0.0}, {"activation": "relu"}, {"norm": "pre"}, {"optimizer": "muon"}]
 )
-def test_memory_estimate_knows_other_settings(gpus, changes):
-    peak, estimate = peak_and_estimate(gpus, "bert-small", 1, batch_size=64, **changes)
+def test_memory_estimate_knows_other_settings(peak_and_estimate, changes):
+    peak, estimate = peak_and_estimate("bert-small", 1, batch_size=64, **changes)
     assert estimate == pytest.approx(peak, rel=0.15)
 
 
-@pytest.mark.parametrize(("changes", "most"), [({}, 1.0), ({"micro_batch": 8}, 1.05)], ids=["", "weights"])
-def test_fp16_takes_no_more_memory_than_fp32(gpus, changes, most):
-    # Where the weights dominate, their float16 copies do not quite fit into what the activations save.
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "changes"),
+    [
+        ("bert-base", 1, {"batch_size": 32}),
+        ("bert-base", 1, {"batch_size": 32, "recompute": True}),
+        ("bert-large", 1, {"batch_size": 16, "micro_batch": 8}),
+    ],
+    ids=["whole", "recompute", "micro-batches"],
+)
+def test_fp16_takes_no_more_memory_than_fp32(peak_and_estimate, name, num_gpus, changes):
     half, whole = (
-        peak_and_estimate(gpus, "bert-base", 1, batch_size=32, precision=precision, **changes)[0]
-        for precision in ("fp16", "fp32")
+        peak_and_estimate(name, num_gpus, precision=precision, **changes)[0] for precision in ("fp16", "fp32")
     )
-    assert half <= most * whole
+    assert half <= whole
 
 
 def test_run_too_large_for_the_gpu_is_rejected(pretrain, tmp_path):

@@ -24,7 +24,8 @@ def simulate(patch):
         return self._F.cast(self._F.cast(array, dtype="float16"), dtype="float32")
 
     def dense(self, *factors, **others):
-        return rounded(self, self._F.FullyConnected(*(rounded(self, each) for each in factors), **others))
+        factors = [rounded(self, each) for each in factors]
+        return lambda x: rounded(self, self._F.FullyConnected(rounded(self, x), *factors, **others))
 
     values = Float16Matmul.attention_values
 
@@ -32,7 +33,7 @@ def simulate(patch):
         # Dropout has scaled the weights in float16.
         return values(self, interleaved, rounded(self, weights), num_heads)
 
-    patch.setattr(Float16Matmul, "FullyConnected", dense)
+    patch.setattr(Float16Matmul, "dense", dense)
     patch.setattr(Float16Matmul, "attention_values", attention_values)
     patch.setattr(Float16Matmul, "_half", rounded)
     patch.setattr(Float16Matmul, "_whole", rounded)

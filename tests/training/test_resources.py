@@ -22,6 +22,7 @@ from gluon_bert.model.bert import BERTModel
 from gluon_bert.presets import PRESETS, preset
 from gluon_bert.system import machine_memory
 from gluon_bert.training import resources as plans
+from gluon_bert.training.gpu_memory import estimate_gpu_memory
 from gluon_bert.training.resources import check_memory, estimate_resources, flops_per_pair, max_masked
 
 SMALL = [*SMALL_SIZES, "--batch-size", "64", "--num-steps", "2"]
@@ -89,18 +90,14 @@ def test_micro_batch_and_recompute_take_less_memory():
     assert estimate_resources(LARGE, 30522, 1, True).model == 16 * plans.parameter_count(LARGE.model, 30522)
 
 
-def test_fp16_shrinks_activations_and_copies_weights():
+def test_fp16_shrinks_activations_of_a_gpu():
     kept = [
-        estimate_resources(LARGE.replace(precision=p, batch_size=64), 30522, 1, False)
-        for p in ("fp32", "fp16")
+        estimate_gpu_memory(LARGE.replace(precision=p, batch_size=64), 30522, 1) for p in ("fp32", "fp16")
     ]
     assert 0.6 * kept[0].activations < kept[1].activations < 0.9 * kept[0].activations
     assert kept[0].model == kept[1].model
-    one = [
-        estimate_resources(LARGE.replace(precision=p, batch_size=1), 30522, 1, False)
-        for p in ("fp32", "fp16")
-    ]
-    assert one[1].activations > one[0].activations
+    one = [estimate_gpu_memory(LARGE.replace(precision=p, batch_size=1), 30522, 1) for p in ("fp32", "fp16")]
+    assert one[1].activations > one[0].activations  # the float16 copy of the weights
 
 
 STEPS = """
