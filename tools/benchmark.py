@@ -20,13 +20,13 @@ examples:
   python tools/benchmark.py products --preset bert-base --tokens 512
 
 All baselines do the same work in turns, round by round (A B C, A B C, ...), so other load on the machine
-slows them equally. Reports are medians over all rounds. A ratio is the median of each round's ratio to the
+slows them equally. Results are medians over all rounds. A ratio is the median of each round's ratio to the
 first baseline. A baseline whose results differ from those of the first is an error.
 `benchmark.py train --help` and so on list each benchmark's flags.
 """
 
 TRAIN = """\
-baselines (each is a process of its own):
+baselines (each in its own process):
   compiled      this package with its compiled operators; compiled-bf16: in bf16
   mxnet         this package with MXNet's own operators
   d2l           the code of Dive into Deep Learning, d2l 0.17.6 on MXNet

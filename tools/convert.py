@@ -25,14 +25,14 @@ formats:
                               safetensors or pytorch_model.bin, also in shards (extra convert)
   tensorflow   DIR            a checkpoint of google-research/bert: bert_config.json, vocab.txt,
                               bert_model.ckpt.*; can only be read (extra convert-google)
-  gluonnlp     PARAMS VOCAB   what save_parameters of GluonNLP 0.10's BERTModel wrote, and vocab.json or
-                              vocab.txt; --to takes a folder
-  d2l          PARAMS VOCAB   the same of D2L's BERTModel for MXNet; its vocabulary's idx_to_token, a
-                              token a line, or as JSON
+  gluonnlp     PARAMS VOCAB   a file of save_parameters of GluonNLP 0.10's BERTModel, and vocab.json or
+                              vocab.txt; --to needs a folder
+  d2l          PARAMS VOCAB   the same of D2L's BERTModel for MXNet; its vocabulary's idx_to_token, one
+                              token per line, or as JSON
 
-Every number is kept. A converted run has one checkpoint, step 0. Every command that takes a run takes it:
-encode.py, export.py, finetune.py, and pretrain.py --init. The tokenizer's settings and the pooling of
-sentence-transformers travel with the run. A tokenizer that is not BERT's is an error. A head that the files
+The conversion keeps every number. A converted run has one checkpoint, step 0. All commands accept it:
+encode.py, export.py, finetune.py, and pretrain.py --init. The run includes the tokenizer's settings and
+the pooling of sentence-transformers. A tokenizer that is not BERT's is an error. A head that the files
 do not have is marked as untrained. Commands refuse to use it until it is trained. Other weights are left out,
 and one line names them.
 """
@@ -77,28 +77,28 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--to", nargs="+", required=True, metavar="WHAT", help="RUN, or FORMAT FOLDER; a new folder"
     )
-    reading = p.add_argument_group("what the other package's files do not say")
+    reading = p.add_argument_group("settings that the other package's files lack")
     reading.add_argument(
-        "--num-heads", type=int, metavar="N", help="attention heads a layer, for gluonnlp and d2l"
+        "--num-heads", type=int, metavar="N", help="attention heads per layer, for gluonnlp and d2l"
     )
     reading.add_argument(
         "--max-seq-length",
         type=int,
         metavar="N",
-        help="the longest text that the run takes, in tokens (what the files say; at most the number of "
-        "position embeddings; 64 for d2l)",
+        help="maximum length of a text in tokens (from the files; at most the number of position embeddings; "
+        "64 for d2l)",
     )
-    reading.add_argument("--lowercase", action=OnOff, help="whether text is lower-cased (what the files say)")
+    reading.add_argument("--lowercase", action=OnOff, help="whether text is lower-cased (from the files)")
     reading.add_argument(
-        "--pairs", action=OnOff, help="whether a BertForSequenceClassification takes pairs of texts (either)"
+        "--pairs", action=OnOff, help="whether a BertForSequenceClassification takes pairs of texts (both)"
     )
     reading.add_argument(
         "--gelu",
         choices=("exact", "tanh"),
-        help='what "gelu" of tensorflow means: tanh as in its code today, exact as in transformers (tanh)',
+        help='meaning of "gelu" in tensorflow: tanh as in its code today, exact as in transformers (tanh)',
     )
     reading.add_argument(
-        "--step", type=int, metavar="N", help="of several checkpoints of tensorflow, the one after this step"
+        "--step", type=int, metavar="N", help="choose the tensorflow checkpoint after this step"
     )
     add_checkpoint_flag(p)
     return p

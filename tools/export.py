@@ -17,17 +17,17 @@ examples:
 
 formats:
   mxnet   bert-symbol.json and bert-0000.params, for gluon.SymbolBlock.imports and mx.mod.Module
-  mar     bert.mar, an archive for multi-model-server that holds all it needs (extra serve)
+  mar     bert.mar, a complete archive for multi-model-server (extra serve)
   onnx    for onnxruntime and others (extra onnx)
-  onnx-int8   as onnx, with matrix products in 8 bits, but for layers that suffer
+  onnx-int8   as onnx, with matrix products in 8 bits, except layers with large errors
   int8    as mxnet, with matrix products in 8 bits, for CPUs
   bf16    as mxnet, with matrix products in bfloat16, for CPUs that have it
 
 The folder also holds the vocabulary and manifest.json: inputs and outputs with their meaning, max_seq_length,
-hashes, versions, and the differences from the run. Each export is read back from its files and compared with
-the run. Where they differ too much, the command fails and leaves nothing. A text longer than max_seq_length
-is an error of the exported network; it is never truncated. Untrained heads are named in the manifest. Without
-a trained head the encoder alone is exported.
+hashes, versions, and the differences from the run. The command reads each export back and compares it with
+the run. If they differ too much, it fails and writes nothing. A text longer than max_seq_length
+is an error of the exported network; it is never truncated. The manifest names untrained heads. Without a
+trained head only the encoder is exported.
 """
 
 
@@ -39,17 +39,17 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         choices=("mxnet", "mar", "onnx", "onnx-int8", "int8", "bf16"),
         default="mxnet",
-        help="(mxnet)",
+        help="format of the export (mxnet)",
     )
     p.add_argument(
         "--outputs",
         choices=("encoder", "all"),
         default="all",
-        help="the encoder's vectors alone, or also the pooler's, the masks' and the next sentence's (all)",
+        help="encoder: the encoder's vectors alone; all: also those of pooler, masks and next sentence (all)",
     )
     p.add_argument("--output", type=Path, metavar="FOLDER", help="a new folder (RUN/export/FORMAT)")
     add_checkpoint_flag(p)
-    validation = p.add_argument_group("onnx, onnx-int8, int8 and bf16 are compared on text")
+    validation = p.add_argument_group("comparison with the run (onnx, onnx-int8, int8 and bf16)")
     validation.add_argument(
         "--text-file",
         type=Path,

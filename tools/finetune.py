@@ -42,7 +42,7 @@ RUN is the folder of a pretraining run or of converted weights. The training fil
 
 A table is a UTF-8 file with one row per line: .tsv (fields separated by tabs), .csv (RFC 4180; the separator
 may be a semicolon) or .jsonl (one object per line). The first line names the columns. With --no-header the
-columns are numbered from 1.
+columns have the numbers 1, 2 and so on.
 
 The new run's folder has config.json, the vocabulary, log.jsonl, losses.png, checkpoints/ with the last and
 the best epoch, and predictions.jsonl: the best network's predictions for --test, or for --validation

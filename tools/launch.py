@@ -12,8 +12,9 @@ from gluon_bert.errors import InputError
 
 EXAMPLES = """\
 examples:
-  python tools/launch.py -n 2 -s 1 -- python tools/pretrain.py --num-steps 1000 --output runs/two --kvstore
-  dist_sync python tools/launch.py -n 8 -s 4 --hostfile hosts.txt --max-restarts 3 -- \\
+  python tools/launch.py -n 2 -s 1 -- \\
+      python tools/pretrain.py --num-steps 1000 --output runs/two --kvstore dist_sync
+  python tools/launch.py -n 8 -s 4 --hostfile hosts.txt --max-restarts 3 -- \\
       python tools/pretrain.py --preset bert-base --corpus /shared/text --output /shared/runs/base \\
       --kvstore dist_sync --step-timeout 300 --resume auto
   python tools/launch.py -n 2 --kvstore horovod -- \\

@@ -22,8 +22,7 @@ examples:
   python tools/pretrain.py --preset bert-base --corpus my_texts/ --gpus 0,1 --precision fp16
   python tools/pretrain.py --init runs/quick-1 --corpus my_domain/ --lr 0.0001
   python tools/pretrain.py --resume runs/quick-1
-  python tools/launch.py -n 2 -- python tools/pretrain.py --num-steps 1000 --output runs/two --kvstore
-  dist_sync
+  python tools/launch.py -n 2 -- python tools/pretrain.py --output runs/two --kvstore dist_sync
 
 Defaults are in brackets. A run's folder has config.json, the vocabulary, log.jsonl, losses.png and
 checkpoints/. docs/pretraining.md describes the options.

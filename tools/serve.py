@@ -19,21 +19,21 @@ examples:
   python tools/serve.py exported/bert.mar
   python tools/serve.py runs/d2l-1 --port 9090 --management-port 9091
 
-It answers on this machine alone (127.0.0.1), at /predictions/bert. A request is a JSON object:
+The server listens on this machine alone, at http://127.0.0.1:8080/predictions/bert. A request is a JSON
+object:
 
-  "question", "context"  of a network that was fine-tuned for question answering
-  "text", "pair"         a text, or two; or, as ids without <cls> and <sep>, "ids" and "pair_ids"
-  "ask"                  "vectors" (when left out), "masks", "next", "score", "task" (when left out, of a
-                         fine-tuned network), "similarity" of "text" and "pair", or a list of them
-  "top"                  how many words for each <mask> (5)
-  "pooling", "normalize" how the embedding of the text is made (as the model says): "mean", "cls" or "max",
-                         true or false
-  "truncate"             true: cut a text that is too long
-  "token_vectors"        true: the vector of every token, too
+  "text", "pair"         a text, or two. As ids without <cls> and <sep>: "ids" and "pair_ids"
+  "question", "context"  a question and its context, for a network that answers questions
+  "ask"                  "vectors" (default), "masks", "next", "score", "task" (default of a fine-tuned
+                         network), "similarity" of "text" and "pair", or a list of them
+  "top"                  number of words for each <mask> (5)
+  "pooling", "normalize" for the embedding of the text: "mean", "cls" or "max"; true or false (the model's)
+  "truncate"             true: truncate a text that is too long
+  "token_vectors"        true: also return the vector of every token
 
-An answer is an object as `tools/encode.py --json` prints it; what cannot be answered, such as a text that
-is too long, gets status 400 and {"error": why}. Ctrl-C and SIGTERM stop the server; the exit status is then
-130 or 143. It is 1 where the server fails by itself, and 2 where something given cannot be used.
+The response is the object that `tools/encode.py --json` prints. A bad request, such as a text that is too
+long, gets status 400 and {"error": "why"}. Ctrl-C and SIGTERM stop the server, with exit status 130 or 143.
+The status is 1 if the server fails, and 2 for bad input.
 """
 
 
@@ -50,24 +50,24 @@ def parser() -> argparse.ArgumentParser:
     )
     default = Settings()
     flags = {
-        "--port": (default.port, "where it answers"),
+        "--port": (default.port, "port of the predictions"),
         "--management-port": (
             default.management_port,
-            "where the server is managed, without a password",
+            "port of the management, without a password",
         ),
         "--server-workers": (
             default.server_workers,
-            "processes that answer, each with a copy of the network",
+            "processes that answer requests, each with a copy of the network",
         ),
-        "--batch-size": (default.batch_size, "requests that are answered together at most"),
+        "--batch-size": (default.batch_size, "maximum number of requests per batch"),
         "--max-batch-delay": (
             default.max_batch_delay,
-            "milliseconds that a request waits for others at most",
+            "maximum milliseconds that a request waits for others",
         ),
-        "--threads": (default.threads, "threads of each worker"),
+        "--threads": (default.threads, "threads of each server worker"),
     }
     for name, (value, text) in flags.items():
-        shown = "the cores divided by the workers" if value is None else value
+        shown = "the cores divided by the server workers" if value is None else value
         p.add_argument(name, type=int, default=value, metavar="N", help=f"{text} ({shown})")
     return p
 

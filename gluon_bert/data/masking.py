@@ -56,8 +56,8 @@ def mask(
     if config.masking == "tokens":
         chosen = _smallest(np.where(candidate, noise[0], np.inf), wanted)
     else:
-        continues = vocab.is_continuation[tokens]
-        chosen = _whole_words(word, candidate, continues, wanted, noise, config)
+        is_continuation = vocab.is_continuation[tokens]
+        chosen = _whole_words(word, candidate, is_continuation, wanted, noise, config)
     rows, positions = np.nonzero(chosen)
     masked_ids = tokens[rows, positions]
     shown = _replacements(masked_ids, noise[1, rows, positions], noise[2, rows, positions], vocab, config)
@@ -86,7 +86,7 @@ class _Words(NamedTuple):
 def _whole_words(
     word: np.ndarray,
     candidate: np.ndarray,
-    continues: np.ndarray,
+    is_continuation: np.ndarray,
     wanted: np.ndarray,
     noise: np.ndarray,
     config: DataConfig,
@@ -95,12 +95,12 @@ def _whole_words(
 
     Those that do not fit are left out.
 
-    word, candidate, continues: (B, T) bool, tokens of words, those that may be chosen, and those that
+    word, candidate, is_continuation: (B, T) bool, tokens of words, those that may be chosen, and those that
     continue with a word. wanted: (B,) how many tokens are chosen at most, or one shortest word.
     """
     most = config.max_ngram if config.masking == "ngrams" else 1
     # A piece whose word lost its beginning when the pair was truncated begins a word itself.
-    begins = word & ~(continues & np.pad(word, ((0, 0), (1, 0)))[:, :-1])
+    begins = word & ~(is_continuation & np.pad(word, ((0, 0), (1, 0)))[:, :-1])
     number = np.cumsum(begins, axis=1) - 1
     row, position = np.nonzero(begins)
     # Empty words after the last, for n-grams that begin with it.

@@ -24,14 +24,14 @@ from .corpora.corpus import Corpus
 from .corpora.text_formats import Document
 from .corpora.wikitext2 import data_folder
 from .document_arrays import Documents, index_words
-from .shards import Shards
+from .shards import DocumentShards
 from .vocab import SPECIAL_TOKENS, Normalization, Vocabulary
 from .wordpiece import WordPieceVocabulary, installed_version
 
 log = logging.getLogger(__name__)
 
 # Documents in memory, or in shards on disk.
-DocumentSource = Union[Documents, Shards]
+DocumentSource = Union[Documents, DocumentShards]
 
 
 @dataclass(frozen=True)
@@ -197,5 +197,6 @@ def _prepared(folder: Path, manifest: Mapping[str, Any], config: DataConfig) -> 
     wordpiece = config.tokenizer == "wordpiece"
     vocab = WordPieceVocabulary(tokens) if wordpiece else Vocabulary(tokens[len(SPECIAL_TOKENS) :])
     counts = np.load(folder / shards.COUNTS, allow_pickle=False)
-    train, validation = (Shards(folder, manifest, side, own) for side, own in zip(shards.SIDES, counts))
+    sides = zip(shards.SIDES, counts)
+    train, validation = (DocumentShards(folder, manifest, side, own) for side, own in sides)
     return PreparedCorpus(train, validation, vocab, folder.name, manifest["statistics"])

@@ -43,7 +43,7 @@ class Damaged(Exception):
     """A prepared corpus differs from its manifest; the message names the place."""
 
 
-class Shards:
+class DocumentShards:
     """The training or validation documents of a prepared corpus, in shards. Few are in memory at once.
 
     sizes: (K,) int64, tokens per shard. `tokens`, `sentences` and `documents` give all of it, as in

@@ -30,14 +30,14 @@ class LoadBalance:
     def shares(self) -> tuple[float, float]:
         """Return the mean of the contexts' tokens, and of their masked tokens, as a share of the largest."""
         with np.errstate(invalid="ignore"):
-            tokens, predictions = (self._mean / self._most).tolist()
-        return tokens, predictions
+            tokens, masked = (self._mean / self._most).tolist()
+        return tokens, masked
 
     def __str__(self) -> str:
-        tokens, predictions = self.shares()
+        tokens, masked = self.shares()
         return (
-            f"work of the contexts: in the mean {tokens:.1%} of the tokens and {predictions:.1%} of the "
-            "predictions of the one with the most"
+            f"load of the contexts: on average {tokens:.1%} of the tokens and {masked:.1%} of the masked "
+            "tokens of the largest load"
         ).replace("%", " %")
 
 

@@ -1,4 +1,4 @@
-"""How evenly contexts are used: what each is given is counted, and a profile tells when each was at work."""
+"""Load balance and utilization of contexts, from counts and from a profile."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def test_load_balance_divides_by_the_largest_share():
     evenness.add(shards((10, 4), (30, 4)))
     evenness.add(shards((30, 4), (10, 2)))  # in all both have the same tokens, and yet wait half of the time
     assert evenness.shares() == (pytest.approx(40 / 60), pytest.approx(7 / 8))
-    told = "work of the contexts: in the mean 66.7 % of the tokens and 87.5 % of the predictions of the one"
+    told = "load of the contexts: on average 66.7 % of the tokens and 87.5 % of the masked tokens of the"
     assert str(evenness).startswith(told)
 
 
