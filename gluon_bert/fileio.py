@@ -160,6 +160,17 @@ def stream_hash(file: IO[bytes], algorithm: str) -> str:
     return content.hexdigest()
 
 
+# How files begin that are not text.
+_BINARY_FORMATS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"PK\3\4": "a zip archive, which Excel's files are too",
+    b"%PDF": "PDF",
+}
+
+
 def decode_utf8(content: bytes, where: str, first_line: int = 1) -> str:
     """Decode UTF-8. Raise InputError, which names the line of the first byte that is not UTF-8.
 
@@ -171,6 +182,12 @@ def decode_utf8(content: bytes, where: str, first_line: int = 1) -> str:
     try:
         return content.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
+        if first_line == 1:
+            for beginning, name in _BINARY_FORMATS.items():
+                if content.startswith(beginning):
+                    raise InputError(
+                        f"{where}: must be text in UTF-8, got {name}. Extract the text first."
+                    ) from error
         line = first_line + content.count(b"\n", 0, error.start)
         raise InputError(
             f"{where}, line {line}: byte {content[error.start]:#04x} is not UTF-8. Convert the file, as in "

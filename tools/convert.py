@@ -171,11 +171,11 @@ def summary(folder: Path, config: Any, converted: Any) -> list[str]:
     """Return two lines on the network and on how it reads text."""
     model, data = config.model, config.data
     text = [
-        f"max_seq_length {data.max_seq_length} of {model.max_positions} positions",
+        f"up to {data.max_seq_length} tokens of {model.max_positions} positions",
         "lower-cased" if data.lowercase else "cased",
     ]
-    text += [f"strip_accents {data.strip_accents}"] if data.strip_accents != "auto" else []
-    text += [] if data.tokenize_chinese_chars else ["tokenize_chinese_chars false"]
+    text += {"yes": ["accents stripped"], "no": ["accents kept"]}.get(data.strip_accents, [])
+    text += [] if data.tokenize_chinese_chars else ["Chinese characters not split"]
     added = len(data.added_tokens) + len(data.additional_special_tokens)
     text += [f"{added} added tokens"] if added else []
     if converted.pooling:

@@ -34,6 +34,7 @@ QUOTING = ("auto", "none", "minimal")
 _MAX_SHOWN = 10
 # A field in quotation marks with doubled quotation marks inside, as programs write it.
 _QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?')
 # Whole numbers as programs write them: 1, 1.0, 1.; not 01, which may be a name.
 _WHOLE = re.compile(r"([+-]?(?:0|[1-9]\d*))(?:\.0*)?", re.ASCII)
 
@@ -184,7 +185,11 @@ class _Table:
                 f"{path.suffix or 'no ending'!r}"
             )
         lines = text_lines(path, role)
-        self._lines, self._separator = lines, _separator(lines[0], self._ending)
+        # Excel begins a CSV file with a line such as "sep=;".
+        said = _SEPARATOR_LINE.fullmatch(lines[0]) if self._ending == ".csv" and len(lines) > 1 else None
+        self._before = 1 if said else 0  # lines before the header
+        self._lines = lines[self._before :]
+        self._separator = said[1] if said else _separator(self._lines[0], self._ending)
         self._notes: list[str] = []
         self._quoted = self._ending == ".csv" or (self._ending == ".tsv" and self._is_quoted(quoting))
         self._header = header and self._ending != ".jsonl"
@@ -228,7 +233,8 @@ class _Table:
 
     def _numbered_fields(self) -> Iterator[tuple[int, _Fields]]:
         if self._quoted:
-            yield from _quoted_fields(self._lines, self._separator)
+            for number, fields in _quoted_fields(self._lines, self._separator):
+                yield number + self._before, fields
             return
         for number, line in enumerate(self._lines, 1):
             if not line.strip():

@@ -1,5 +1,6 @@
 """Labelled rows of TSV, CSV and JSONL files: the same from each, and every broken line is named."""
 
+import gzip
 import json
 
 import pytest
@@ -218,6 +219,30 @@ def test_tsv_line_separator_stays_in_text(tmp_path):
 def test_jsonl_half_surrogate_pair_is_refused(tmp_path, line, column):
     path = write(tmp_path / "t.jsonl", '{"text": "\\ud83d\\ude00", "label": "y"}\n' + line + "\n")
     with pytest.raises(InputError, match=f"line 2: column '{column}' holds half a surrogate pair"):
+        read(path)
+
+
+@pytest.mark.parametrize("line, separator", [("sep=;", ";"), ('"sep=|"', "|"), ("sep=\t", "\t")])
+def test_csv_with_excels_separator_line_is_read(line, separator, tmp_path):
+    rows = "text,label\na,b\nc d,\n".replace(",", separator)
+    path = write(tmp_path / "t.csv", f"{line}\r\n{rows}")
+    with pytest.raises(InputError, match="line 4: column 'label' is empty"):
+        read(path)
+    write(path, f"{line}\n{rows[:-1]}e\n")
+    assert [(row.texts, row.label) for row in read(path)] == [(("a",), "b"), (("c d",), "e")]
+
+
+@pytest.mark.parametrize(
+    "content, name",
+    [
+        (gzip.compress(b"text\tlabel\n"), "gzip"),
+        (b"PK\3\4\xff", "a zip archive, which Excel's files are too"),
+    ],
+)
+def test_table_that_is_not_text_is_named(content, name, tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"must be text in UTF-8, got {name}. Extract the text first"):
         read(path)
 
 

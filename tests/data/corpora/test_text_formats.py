@@ -206,6 +206,13 @@ def test_lone_carriage_returns_end_lines(tmp_path):
     assert len(documents(path)) == 2
 
 
+def test_compressed_text_under_a_plain_name_is_named(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes(bz2.compress(b"The crane flies.\n"))
+    with pytest.raises(InputError, match=r"t\.txt: must be text in UTF-8, got bzip2"):
+        documents(path)
+
+
 def test_utf16_text_is_refused_with_command(tmp_path):
     path = tmp_path / "t.txt"
     path.write_bytes("The crane flies.\n".encode("utf-16"))
