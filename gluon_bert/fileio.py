@@ -96,6 +96,16 @@ def check_new_folder(folder: Path, option: str = "output") -> None:
         )
 
 
+def check_utf8_path(path: Path) -> None:
+    """Raise InputError unless UTF-8 can hold a path, as C libraries take no other ones."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{path} must be a path in UTF-8, as MXNet and onnxruntime read no other ones. Rename the folder."
+        ) from error
+
+
 def remove_temporary_files(folder: Path) -> None:
     """Remove what `atomic_write` and `atomic_folder` left in a folder when their process was killed."""
     for path in folder.glob(".*.part"):

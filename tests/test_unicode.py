@@ -72,3 +72,7 @@ def test_run_with_latin1_names_is_trained_and_encoded(tmp_path):
     status, out, err = command("encode.py", run, b"the crane\xe9 <mask>", "--fill-mask", "--json")
     assert status == 0, err
     assert json.loads(out)["tokens"][1:3] == ["the", "crane"]
+    exported = tmp_path / os.fsdecode(b"export\xe9")
+    status, _, err = command("export.py", run, "--output", exported)
+    assert (status, exported.exists()) == (2, False)
+    assert "must be a path in UTF-8" in err and err.count("\n") == 1

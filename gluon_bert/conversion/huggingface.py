@@ -62,6 +62,7 @@ _FIXED = {
     "position_embedding_type": ("absolute", "other position embeddings"),
     "is_decoder": (False, "a decoder"),
     "add_cross_attention": (False, "attention to another network"),
+    "pruned_heads": ({}, "a network without some heads"),
 }
 _SIZES = (
     "vocab_size",

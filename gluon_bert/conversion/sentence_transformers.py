@@ -24,6 +24,10 @@ _SWITCHES = {
 }
 
 
+# The way on where sentence vectors cannot be had.
+_BERT_ALONE = f"Remove {MODULES} to convert the BERT alone, without its sentence vectors."
+
+
 class SentenceFolder(NamedTuple):
     """The settings of a folder: the place of its BERT, the pooling, and the longest text.
 
@@ -47,13 +51,13 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
     if unknown:
         raise InputError(
             f"{folder / MODULES}: the modules must be Transformer, Pooling and Normalize, "
-            f"got {' and '.join(unknown)} too"
+            f"got {' and '.join(unknown)} too. {_BERT_ALONE}"
         )
     names = [name for name, _ in modules]
     if not names or names != ["Transformer", "Pooling", "Normalize"][: len(names)]:
         raise InputError(
             f"{folder / MODULES}: the modules must be Transformer, Pooling and Normalize, or the first ones, "
-            f"got {', '.join(names) or 'none'}"
+            f"got {', '.join(names) or 'none'}. {_BERT_ALONE}"
         )
     places = [folder / path for _, path in modules]
     settings = _optional(places[0] / SENTENCE_CONFIG)
@@ -104,10 +108,16 @@ def _pooling(path: Path, normalize: bool, similarity: Any) -> Pooling:
     check_downloaded(path)
     content = read_json(path)
     mode = content.get("pooling_mode")
-    modes = [mode] if mode else [name for switch, name in _SWITCHES.items() if content.get(switch)]
+    modes = (
+        mode
+        if isinstance(mode, list)
+        else [mode]
+        if mode
+        else [name for switch, name in _SWITCHES.items() if content.get(switch)]
+    )
     if modes not in (["mean"], ["cls"], ["max"]):
         shown = " and ".join(map(str, modes)) or "none"
-        raise InputError(f"{path}: the pooling mode must be mean, cls or max, got {shown}")
+        raise InputError(f"{path}: the pooling mode must be mean, cls or max, got {shown}. {_BERT_ALONE}")
     if similarity not in (None, *SIMILARITIES):
         raise InputError(
             f"{path.parent.parent / MODEL_CONFIG}: similarity_fn_name must be {' or '.join(SIMILARITIES)}, "

@@ -14,6 +14,8 @@ from .torch_pickle import read_tensors
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 _INDEX = ".index.json"
+# Endings of files that may hold weights which are not read.
+_OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
 
 # How a git-lfs pointer begins. Git leaves it in place of a large file that was not downloaded.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -34,7 +36,11 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
                 for file in files:
                     check_downloaded(folder / file)
                 return {name: array for file in files for name, array in read(folder / file).items()}
-    raise InputError(f"{folder}: must hold {SAFETENSORS} or {PICKLED}, or their shards with an index")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _OTHER_WEIGHTS)
+    raise InputError(
+        f"{folder}: must hold {SAFETENSORS} or {PICKLED}, or their shards with an index, "
+        f"got {', '.join(others) or 'no weights'}"
+    )
 
 
 def _shards(folder: Path, name: str) -> list[str]:
@@ -73,17 +79,24 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of a file; bfloat16 becomes float32."""
     safetensors = safetensors_package()
     try:
-        arrays = {}
-        for name, tensor in safetensors.deserialize(path.read_bytes()):
-            array = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
-            if tensor["dtype"] == "BF16":  # which NumPy lacks: the upper half of a float32
-                array = (array.astype(np.uint32) << 16).view(np.float32)
-            arrays[name] = array
+        tensors = safetensors.deserialize(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+    except safetensors.SafetensorError as error:
         raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
-    return arrays
+    return {name: _array(tensor, f"{path}: {name}") for name, tensor in tensors}
+
+
+def _array(tensor: Mapping[str, Any], where: str) -> np.ndarray:
+    if tensor["dtype"] not in _DTYPES:
+        raise InputError(
+            f"{where} must be of type {', '.join(_DTYPES)}, got {tensor['dtype']}. Convert the network from "
+            "before it was quantized."
+        )
+    array = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+    if tensor["dtype"] == "BF16":  # which NumPy lacks: the upper half of a float32
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array
 
 
 def safetensors_package() -> Any:

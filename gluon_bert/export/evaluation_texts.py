@@ -51,7 +51,7 @@ def _prepared(run: Run) -> PreparedCorpus:
     try:
         prepared = prepare(run.config.data)
     except InputError as error:
-        raise InputError(f"the run's corpus cannot be read: {error} {remedy}") from error
+        raise InputError(f"the run's corpus cannot be read: {error}\n{remedy}") from error
     if prepared.vocab.tokens != run.vocab.tokens:
         names = " ".join(run.config.data.corpus)
         raise InputError(

@@ -13,7 +13,7 @@ import numpy as np
 from ..data.tokenizer import EncodedText, PaddedBatch, Tokenizer
 from ..data.vocab import Normalization
 from ..errors import InputError
-from ..fileio import atomic_folder, check_new_folder
+from ..fileio import atomic_folder, check_new_folder, check_utf8_path
 from ..inference.predictor import Backend, GluonNetwork, Predictor
 from ..model.pooling import Pooling
 from ..model.task import Task
@@ -71,6 +71,7 @@ def load_exported(folder: Path, context: Any | None = None) -> Exported:
     context: the device; only the format mxnet supports GPUs.
     """
     folder = Path(folder)
+    check_utf8_path(folder)
     manifest = Manifest.load(folder)
     if manifest.format != "mxnet" and context is not None and context.device_type != "cpu":
         raise InputError(f"{folder}: an export in {manifest.format} runs on the CPU only, not on {context}")
@@ -84,9 +85,8 @@ def export_mxnet(run: Run, folder: Path, outputs: str = "all") -> Manifest:
     at three batch sizes and lengths. Raise InputError and write nothing if the folder is not empty or they
     differ.
     """
-    check_new_folder(folder)
     outputs = outputs_of_run(run, outputs)
-    with atomic_folder(folder) as aside:
+    with _new_export(folder) as aside:
         save_graph(aside, trace(run.net, outputs, run.config.data.max_seq_length))
         manifest = describe(aside, run, "mxnet", outputs)
         shapes = ((1, 5), (3, run.config.data.max_seq_length // 2 + 1), (7, run.config.data.max_seq_length))
@@ -226,6 +226,7 @@ def _calibrating(run: Run, texts: Sequence[EncodedText], outputs: str) -> list[P
 @contextmanager
 def _new_export(folder: Path) -> Iterator[Path]:
     check_new_folder(folder)
+    check_utf8_path(folder)
     with atomic_folder(folder) as aside:
         yield aside
 

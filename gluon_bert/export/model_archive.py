@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..errors import InputError
-from ..fileio import atomic_folder, check_new_folder
+from ..fileio import atomic_folder, check_new_folder, check_utf8_path
 from ..run import Run
 from .exporter import export_mxnet
 from .manifest import MANIFEST, Manifest
@@ -36,6 +36,7 @@ def export_archive(run: Run, folder: Path, outputs: str = "all") -> Path:
     """
     check_archiver()
     check_new_folder(folder)
+    check_utf8_path(folder)
     with atomic_folder(folder) as aside, TemporaryDirectory(dir=aside) as content:
         export_mxnet(run, Path(content, "export"), outputs)
         pack(Path(content, "export"), aside)

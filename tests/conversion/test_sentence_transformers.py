@@ -133,7 +133,13 @@ def test_sentence_folder_pooling_is_read(pooling, expected, tmp_path):
         (("Pooling", "Transformer"), None, {}, "got Pooling, Transformer"),
         ((), None, {}, "got none"),
         (None, {"pooling_mode_lasttoken": True}, {}, "must be mean, cls or max, got lasttoken"),
-        (None, {"pooling_mode": "weightedmean"}, {}, "must be mean, cls or max, got weightedmean"),
+        (
+            None,
+            {"pooling_mode": "weightedmean"},
+            {},
+            "got weightedmean. Remove modules.json to convert the BERT",
+        ),
+        (None, {"pooling_mode": ["cls", "mean"]}, {}, "must be mean, cls or max, got cls and mean"),
         (
             None,
             {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},

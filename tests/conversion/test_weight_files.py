@@ -121,11 +121,28 @@ def test_git_lfs_pointer_is_named(name, tmp_path):
         read_huggingface(folder)
 
 
+@pytest.mark.parametrize("name", ["tf_model.h5", "adapter_model.safetensors", "model.onnx"])
+def test_folder_with_other_weights_names_them(name, tmp_path):
+    _, folder = huggingface_folder(tmp_path)
+    (folder / "model.safetensors").rename(folder / name)
+    (folder / "pytorch_model.bin").unlink(missing_ok=True)
+    with pytest.raises(InputError, match=f"must hold model.safetensors or .*, got {name}"):
+        read_huggingface(folder)
+
+
+def test_quantized_weights_are_refused_by_type(tmp_path):
+    _, folder = huggingface_folder(tmp_path)
+    rewrite(folder, lambda arrays: {name: array.astype(np.int8) for name, array in arrays.items()})
+    with pytest.raises(InputError, match=r"model.safetensors: \S+ must be of type F64, F32, .*, got I8"):
+        read_huggingface(folder)
+
+
 @pytest.mark.parametrize(
     "content, told",
     [
         ("{}", "must be the configuration of a BERT"),
         ("[]", "must hold an object of JSON, got list"),
+        ('{"model_type": "bert", "pruned_heads": {"0": [1]}}', "pruned_heads must be {}"),
         ('{"model_type": "distilbert"}', "model_type must be 'bert', got 'distilbert'"),
         ("", "cannot be read as JSON"),
     ],
