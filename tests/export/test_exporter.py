@@ -270,7 +270,7 @@ def export(exports, tmp_path):
 def test_load_exported_damaged_file_is_named(export, name):
     content = (export / name).read_bytes()
     (export / name).write_bytes(content[:-7])
-    with pytest.raises(InputError, match=f"{name}: is not the file that was exported"):
+    with pytest.raises(InputError, match=f"{name}: differs from the exported file"):
         load_exported(export)
     (export / name).unlink()
     with pytest.raises(InputError, match=f"{name} is missing"):
