@@ -31,12 +31,13 @@ from .distributed.join import (
 from .errors import InputError, OutOfGPUMemory, Terminated, gpu_failure
 from .fileio import exclusive_lock, remove_temporary_files
 from .inference.samples import MaskedSentence, best_words, format_samples, markdown_samples, masked_sentences
+from .model import precision
 from .model.bert import BERTModel
 from .model.parameters import weights_of
 from .run import Run, check_new_run, create_run, read_config, read_environment, read_untrained, write_config
 from .system import machine_memory, peak_memory
 from .training import checks
-from .training.callbacks import Callback
+from .training.callbacks import Callback, TrainerLike
 from .training.checkpointer import AsyncCheckpointer, ReadOnlyCheckpointer, format_checkpoint_timing
 from .training.gpu_memory import check_gpu_memory, estimate_gpu_memory, memory_of, what_fits
 from .training.losses import OBJECTIVES
@@ -231,7 +232,7 @@ def _place(config: Config, how: Execution, recorded: Mapping[str, Any]) -> _Plac
     check_sharing(config, num_workers)
     checks.check_micro_batch(config.train, len(devices))
     ops.select(how.operators or _recorded_operators(recorded), devices)
-    checks.check_precision(config.train.precision, devices)
+    precision.check_precision(config.train.precision, devices)
     placement = _Placement(rank, num_workers, devices, ops.describe(devices))
     _check_memory(config, placement, how)
     return placement
@@ -464,7 +465,7 @@ class MaskedSamples(Callback):
                 max_seq_length=job.config.data.max_seq_length,
             )
 
-    def on_fit_begin(self, trainer: Trainer) -> None:
+    def on_fit_begin(self, trainer: TrainerLike) -> None:
         self._before = self._guess()
 
     def show(self) -> None:

@@ -120,6 +120,27 @@ for module in sys.argv[1:]:
     assert done.returncode == 0, done.stderr
 
 
+def imported_files(path: Path):
+    """The files of this package that a file imports, also for types alone."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+        yield from (folder / f"{alias.name}.py" for alias in node.names)
+        yield folder.with_suffix(".py")
+
+
+def test_files_import_each_other_in_no_circle():
+    left = {path: set(imported_files(path)) & set(FILES) - {path} for path in FILES}
+    while True:
+        free = [path for path, needed in left.items() if not needed & left.keys()]
+        if not free:
+            break
+        for path in free:
+            del left[path]
+    assert not [str(path.relative_to(PACKAGE)) for path in left]
+
+
 def test_every_file_begins_with_a_docstring():
     for path in [*FILES, *ROOT.glob("tools/*.py"), *ROOT.glob("tests/*.py"), ROOT / "setup.py"]:
         if path.read_text("utf-8").strip():

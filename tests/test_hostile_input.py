@@ -12,6 +12,7 @@ import pytest
 from dev import fuzz
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support.runs import SMALL_SIZES
 
 from gluon_bert.checkpoint import Snapshot, read_checkpoint, write_checkpoint
 from gluon_bert.errors import InputError
@@ -193,20 +194,7 @@ def test_pipes_and_links_are_not_read(tmp_path, name, kind):
 # Texts and flags
 
 
-small = [
-    "--preset",
-    "d2l",
-    "--units",
-    "8",
-    "--ffn-units",
-    "8",
-    "--num-layers",
-    "1",
-    "--batch-size",
-    "8",
-    "--num-steps",
-    "1",
-]
+small = [*SMALL_SIZES, "--num-layers", "1", "--batch-size", "8", "--num-steps", "1"]
 lines = st.text(max_size=30) | st.binary(max_size=30) | st.just("the crane lifts . it leaves . it rains .")
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT, small_text
+from support.runs import SMALL_SIZES
 
 from gluon_bert.data.vocab import Vocabulary
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
@@ -50,22 +51,7 @@ def test_vocabulary_half_pair_is_refused(tmp_path, kind):
 def test_run_with_latin1_names_is_trained_and_encoded(tmp_path):
     corpus, run = (tmp_path / os.fsdecode(name) for name in (b"caf\xe9.txt", b"run\xe9"))
     corpus.write_text(small_text(), "utf-8")
-    small = [
-        "--num-steps",
-        "1",
-        "--batch-size",
-        "8",
-        "--units",
-        "8",
-        "--num-heads",
-        "2",
-        "--ffn-units",
-        "8",
-        "--num-layers",
-        "1",
-        "--min-freq",
-        "1",
-    ]
+    small = [*SMALL_SIZES, "--num-steps", "1", "--batch-size", "8", "--min-freq", "1"]
     status, _, err = command("pretrain.py", "--corpus", corpus, "--output", run, *small)
     assert status == 0, err
     assert json.loads((run / "config.json").read_text("utf-8"))["data"]["corpus"] == [str(corpus)]

@@ -1,4 +1,4 @@
-"""Going on from an earlier run: what is taken from it, what is refused, and words that are new."""
+"""Warm starts: what a run takes from an earlier one, what is refused, and new words."""
 
 import json
 
@@ -6,6 +6,7 @@ import numpy as np
 import pretrain
 import pytest
 from conftest import small_text
+from support.runs import SIZES
 from support.token_vectors import encode
 
 from gluon_bert.data.prepared import prepare
@@ -18,25 +19,14 @@ from gluon_bert.presets import preset
 from gluon_bert.run import load_run
 from gluon_bert.warm_start import load_initial_weights
 
-SMALL = [
-    "--units",
-    "16",
-    "--ffn-units",
-    "32",
-    "--max-seq-length",
-    "16",
-    "--batch-size",
-    "16",
-    "--num-steps",
-    "3",
-]
+SMALL = [*SIZES, "--batch-size", "16", "--num-steps", "3"]
 # So small that a step changes nothing that float32 can hold.
 STILL = ["--lr", "1e-12", "--num-steps", "1", "--weight-decay", "0"]
 
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory):
-    """Runs to go on from, of words and of word pieces, and a corpus with new words."""
+    """Runs to start from, of words and of word pieces, and a corpus with new words."""
     folder = tmp_path_factory.mktemp("before")
     (folder / "first.txt").write_text(small_text(), "utf-8")
     domain = small_text(80, seed=1).replace("tower", "turbine").replace("follows", "lifting")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from contextlib import ExitStack
 from itertools import tee
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable
 
-import numpy as np
 from tqdm import tqdm
 
 from gluon_bert.cli import (
@@ -26,7 +24,7 @@ from gluon_bert.errors import InputError
 from gluon_bert.fileio import atomic_write, json_text
 from gluon_bert.model.pooling import POOLINGS, Pooling
 
-# Default of --top.
+# Default of --top, and the labels to show of a fine-tuned network.
 TOP = 5
 
 EXAMPLES = """\
@@ -146,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def encode(arguments: argparse.Namespace) -> int:
     """Compute what the flags request."""
-    from gluon_bert.inference.scoring import score
+    from gluon_bert.export.exporter import load_predictor
     from gluon_bert.inference.text_files import count_lines, parse_line, read_lines
 
     ask, texts = asked(arguments)
@@ -158,77 +156,95 @@ def encode(arguments: argparse.Namespace) -> int:
     else:
         parsed = [parse_line(f"text {number}", text) for number, text in enumerate(texts, 1)]
         total, lines = len(parsed), iter(parsed)
-    predictor = predictor_of(arguments.run, device(arguments), arguments.checkpoint, arguments.precision)
+    predictor = load_predictor(arguments.run, device(arguments), arguments.checkpoint, arguments.precision)
     predictor.pooling = pooling_of(arguments, predictor.pooling)
-    if ask in ("similar", "similarity"):
-        return compare(arguments, ask, predictor, list(lines))
     if predictor.task and ask == "vectors" and not wants_vectors(arguments):
         ask = "task"
+    with ExitStack() as stack:
+        if ask in ("similar", "similarity"):
+            compare(arguments, ask, predictor, list(lines), stack)
+        elif ask == "task" and predictor.task and predictor.task.scores_tokens:
+            predict_tokens(arguments, predictor, lines, stack)
+        else:
+            predict(arguments, ask, predictor, lines, total, stack)
+    if arguments.output:
+        print(f"{arguments.output}: {total} texts")
+    return 0
+
+
+def predict(
+    arguments: argparse.Namespace,
+    ask: str,
+    predictor: Any,
+    lines: Iterable[Any],
+    total: int,
+    stack: ExitStack,
+) -> None:
+    """Print or write the vectors, masks, scores or labels of texts."""
+    from gluon_bert.inference.encoded_lines import InputReport, encode_lines
+    from gluon_bert.inference.scoring import score
+
     shown_lines, encoded_lines = tee(lines)
-    truncate = arguments.too_long == "truncate"
-    if ask == "task" and predictor.task.scores_tokens:
-        return show_results(arguments, predictor, shown_lines, encoded_lines, total)
-    texts_read = readable(predictor.reader, encoded_lines, ask, truncate)
-    answers = score(predictor, texts_read) if ask == "score" else predictor.predict(texts_read)
-    seen = Seen(predictor.reader.vocab.unk)
+    texts = encode_lines(predictor.reader, encoded_lines, ask, arguments.too_long == "truncate")
+    answers = score(predictor, texts) if ask == "score" else predictor.predict(texts)
+    report = InputReport(predictor.reader.vocab.unk)
     bar = tqdm(total=total, unit=" texts", disable=not (arguments.input and sys.stderr.isatty()))
-    with ExitStack() as stack:
-        show = sink(arguments, ask, predictor.reader.vocab, stack)
-        for line, answer in zip(shown_lines, answers):
-            show(line, answer)
-            seen.add(line, answer)
-            bar.update(1)
-        bar.close()
-    print("".join(seen.report(predictor.reader.max_seq_length)), end="", file=sys.stderr)
-    if arguments.output:
-        print(f"{arguments.output}: {total} texts")
-    return 0
+    show = sink(arguments, ask, predictor.reader.vocab, stack)
+    for line, answer in zip(shown_lines, answers):
+        show(line, answer)
+        report.add(line, answer.text)
+        bar.update(1)
+    bar.close()
+    print("".join(report.lines(predictor.reader.max_seq_length)), end="", file=sys.stderr)
 
 
-def show_results(
-    arguments: argparse.Namespace, predictor: Any, lines: Iterable[Any], asked: Iterable[Any], total: int
-) -> int:
-    """Show the tags and entities of each text, or the answer of each question."""
+def predict_tokens(
+    arguments: argparse.Namespace, predictor: Any, lines: Iterable[Any], stack: ExitStack
+) -> None:
+    """Print or write the tags and entities of each text, or the answer to each question."""
+    from gluon_bert.inference.encoded_lines import task_inputs
     from gluon_bert.inference.task_inputs import predict_tasks
+    from gluon_bert.inference.text_output import format_token_results, with_texts
 
-    inputs = (task_input_of(predictor, line) for line in asked)
-    with ExitStack() as stack:
-        file = stack.enter_context(atomic_write(arguments.output)) if arguments.output else sys.stdout
-        as_json = arguments.json or arguments.output
-        for line, result in zip(lines, predict_tasks(predictor, inputs)):
-            content = result.to_json()
-            given = dict(zip(("text", "pair"), line.given))
-            shown = json_text({**given, **content}) if as_json else result_lines(line, content)
-            print(shown, file=file)
-    if arguments.output:
-        print(f"{arguments.output}: {total} texts")
-    return 0
+    shown_lines, encoded_lines = tee(lines)
+    inputs = task_inputs(predictor.reader, predictor.task, encoded_lines)
+    write = printer(arguments, stack)
+    for line, result in zip(shown_lines, predict_tasks(predictor, inputs)):
+        content = result.to_json()
+        if arguments.json or arguments.output:
+            write(json_text({**dict(zip(("text", "pair"), line.given)), **content}))
+        else:
+            write(with_texts(line.given, format_token_results(content, line.given)))
 
 
-def task_input_of(predictor: Any, line: Any) -> Any:
-    """Return a line as the task reads it. Raise InputError, which says where it was found."""
-    from gluon_bert.inference.task_inputs import task_input
+def compare(
+    arguments: argparse.Namespace, ask: str, predictor: Any, lines: list[Any], stack: ExitStack
+) -> None:
+    """Print or write the similarity of each pair, or the most similar other texts of each text."""
+    from gluon_bert.inference.encoded_lines import InputReport, encode_line
+    from gluon_bert.inference.similarity import similar_pairs, similar_texts
+    from gluon_bert.inference.text_output import format_similar
 
-    try:
-        return task_input(predictor.task, predictor.reader, *line.given)
-    except InputError as problem:
-        raise InputError(f"{line.where}: {problem}") from problem
-
-
-def result_lines(line: Any, content: dict[str, Any]) -> str:
-    """Return a task's result, as text for the terminal."""
-    shown = [" || ".join(line.given)]
-    if "answer" in content:
-        place = f"({content['start']} to {content['end']})" if content["answer"] else ""
-        shown.append(f"  {content['score']:8.4f}  {content['answer'] or 'no answer'} {place}")
-    if "tags" in content and "entities" not in content:
-        text, names = line.given[0], ("probabilities", "tags", "starts", "ends")
-        for probability, tag, start, end in zip(*(content[name] for name in names)):
-            shown.append(f"  {probability:8.4f}  {tag}  {text[start:end]}")
-    for entity in content.get("entities", []):
-        place = f"({entity['start']} to {entity['end']})"
-        shown.append(f"  {entity['probability']:8.4f}  {entity['type']}  {entity['text']} {place}")
-    return "\n".join(map(printable, shown))
+    apart = ask == "similarity"  # then each text of a pair has an embedding
+    for line in lines:
+        if apart and line.second is None:
+            raise InputError(f'{line.where}: must be a pair, "a text || another", for --similarity')
+    given = [(line, texts) for line in lines for texts in (zip(line.given) if apart else [line.given])]
+    truncate = arguments.too_long == "truncate"
+    encoded = (encode_line(predictor.reader, line, texts, truncate) for line, texts in given)
+    report = InputReport(predictor.reader.vocab.unk)
+    embeddings = []
+    for (line, _), answer in zip(given, predictor.predict(encoded)):
+        embeddings.append(answer.embedding)
+        report.add(line, answer.text)
+    if ask == "similar":
+        found = similar_texts(lines, embeddings, predictor.pooling, arguments.similar)
+    else:
+        found = similar_pairs(lines, embeddings, predictor.pooling)
+    write = printer(arguments, stack)
+    for content in found:
+        write(json_text(content) if arguments.json or arguments.output else format_similar(content))
+    print("".join(report.lines(predictor.reader.max_seq_length)), end="", file=sys.stderr)
 
 
 def look_inside(arguments: argparse.Namespace, ask: str, texts: list[str]) -> int:
@@ -236,6 +252,7 @@ def look_inside(arguments: argparse.Namespace, ask: str, texts: list[str]) -> in
     from gluon_bert.export.manifest import MANIFEST
     from gluon_bert.inference.attention import check_picture
     from gluon_bert.inference.text_files import parse_line
+    from gluon_bert.inference.text_output import printable
     from gluon_bert.run import load_run
 
     if (arguments.run / MANIFEST).exists():
@@ -265,67 +282,6 @@ def pooling_of(arguments: argparse.Namespace, own: Pooling | None) -> Pooling | 
     own = own or Pooling()
     normalize = own.normalize if arguments.normalize is None else arguments.normalize
     return Pooling(arguments.pooling or own.mode, normalize, own.similarity)
-
-
-def compare(arguments: argparse.Namespace, ask: str, predictor: Any, lines: list[Any]) -> int:
-    """Print how similar texts are: those of each pair, or for each text the most similar others."""
-    for line in lines:
-        if ask == "similarity" and line.second is None:
-            raise InputError(f'{line.where}: must be a pair, "a text || another", for --similarity')
-    # The texts of a pair that is compared in itself are read one by one.
-    apart = [(text,) for line in lines for text in line.given] if ask == "similarity" else None
-    given = apart or [line.given for line in lines]
-    places = [line for line in lines for _ in line.given] if apart else lines
-    seen = Seen(predictor.reader.vocab.unk)
-    truncate = arguments.too_long == "truncate"
-    texts = (encoded(predictor.reader, line, each, truncate) for line, each in zip(places, given))
-    embeddings = []
-    for line, answer in zip(places, predictor.predict(texts)):
-        embeddings.append(answer.embedding)
-        seen.add(line, answer)
-    found = (similar_texts if ask == "similar" else similar_pairs)(arguments, predictor, lines, embeddings)
-    with ExitStack() as stack:
-        file = stack.enter_context(atomic_write(arguments.output)) if arguments.output else sys.stdout
-        for content in found:
-            as_json = arguments.json or arguments.output
-            print(json_text(content) if as_json else similar_lines(content), file=file)
-    print("".join(seen.report(predictor.reader.max_seq_length)), end="", file=sys.stderr)
-    if arguments.output:
-        print(f"{arguments.output}: {len(lines)} texts")
-    return 0
-
-
-def similar_pairs(
-    _: Any, predictor: Any, lines: list[Any], embeddings: list[Any]
-) -> Iterator[dict[str, Any]]:
-    """Yield the similarity of the texts of each pair, which follow each other."""
-    for line, one, other in zip(lines, embeddings[::2], embeddings[1::2]):
-        (similarity,) = predictor.pooling.similarities(one[None], other[None]).ravel().tolist()
-        yield {"text": line.first, "pair": line.second, "similarity": similarity}
-
-
-def similar_texts(
-    arguments: argparse.Namespace, predictor: Any, lines: list[Any], embeddings: list[Any]
-) -> Iterator[dict[str, Any]]:
-    """Yield for each text the most similar others."""
-    from gluon_bert.inference.similarity import nearest
-
-    for line, found in zip(lines, nearest(np.stack(embeddings), arguments.similar, predictor.pooling)):
-        similar = [
-            {"number": int(i) + 1, "text": " || ".join(lines[i].given), "similarity": float(value)}
-            for i, value in zip(found.indices, found.similarities)
-        ]
-        yield {"text": " || ".join(line.given), "similar": similar}
-
-
-def similar_lines(content: dict[str, Any]) -> str:
-    """Return what `compare` found, as text for the terminal."""
-    if "similarity" in content:
-        shown = [f"{content['text']} || {content['pair']}", f"  {content['similarity']:7.4f}"]
-    else:
-        shown = [content["text"]]
-        shown += [f"  {each['similarity']:7.4f}  {each['text']}" for each in content["similar"]]
-    return "\n".join(map(printable, shown))
 
 
 def asked(arguments: argparse.Namespace) -> tuple[str, list[str]]:
@@ -397,50 +353,10 @@ def same_file(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
 
 
-def predictor_of(folder: Path, context: Any, checkpoint: str = "latest", precision: str = "fp32") -> Any:
-    """Return the predictor of a run or of an export."""
-    from gluon_bert.export.exporter import load_exported
-    from gluon_bert.export.manifest import MANIFEST
-    from gluon_bert.inference.predictor import Predictor
-    from gluon_bert.run import load_run
-    from gluon_bert.training.checks import check_precision
-
-    if (folder / MANIFEST).exists():
-        if precision != "fp32":
-            raise InputError(
-                f"--precision {precision} needs a run, got {folder}, an export. Give the folder of its run."
-            )
-        if checkpoint != "latest":
-            raise InputError(
-                f"--checkpoint must be omitted for an export such as {folder}, got {checkpoint}."
-            )
-        return load_exported(folder, context).predictor
-    check_precision(precision, [context])
-    run = load_run(folder, [context], checkpoint)
-    run.net.set_matmul_precision(precision)
-    return Predictor.of(run)
-
-
-def readable(reader: Any, lines: Iterable[Any], ask: str, truncate: bool) -> Iterator[Any]:
-    """Yield encoded texts. Raise InputError for a text without the mask or the pair that `ask` needs."""
-    for line in lines:
-        text = encoded(reader, line, line.given, truncate)
-        if ask == "masks" and not len(text.masks):
-            cut = f" in its first {reader.max_seq_length} tokens" if text.truncated else ""
-            raise InputError(f"{line.where}: must have a <mask>{cut}. Put one in place of a word.")
-        if ask == "score" and len(text.masks):
-            raise InputError(f"{line.where}: a text to score must not contain <mask>. Replace it by a word.")
-        if ask == "next" and not text.is_pair:
-            raise InputError(f'{line.where}: must be a pair, such as "a text || another", got a single text.')
-        yield text
-
-
-def encoded(reader: Any, line: Any, texts: tuple[str, ...], truncate: bool) -> Any:
-    """Encode a text or a pair. Raise InputError, which names its line."""
-    try:
-        return reader.text(*texts, truncate=truncate)
-    except InputError as problem:
-        raise InputError(f"{line.where}: {problem}") from problem
+def printer(arguments: argparse.Namespace, stack: ExitStack) -> Callable[[str], None]:
+    """Return a function that prints a text, or writes it to the file of --output."""
+    file = stack.enter_context(atomic_write(arguments.output)) if arguments.output else sys.stdout
+    return lambda text: print(text, file=file)
 
 
 def sink(arguments: argparse.Namespace, ask: str, vocab: Any, stack: ExitStack) -> Callable[[Any, Any], None]:
@@ -448,113 +364,35 @@ def sink(arguments: argparse.Namespace, ask: str, vocab: Any, stack: ExitStack) 
     from gluon_bert.inference.json_output import as_json
     from gluon_bert.inference.text_files import vector_file
 
-    def as_line(line: Any, answer: Any) -> str:
-        if ask == "score":
-            return json_text(answer.to_json(arguments.top or TOP, line.given))
-        content = as_json(answer, vocab, [ask], arguments.top or TOP, arguments.token_vectors, line.given)
-        return json_text(content)
-
-    if arguments.output is None:
-        show = (
-            as_line
-            if arguments.json
-            else lambda line, answer: format_answer(line, answer, ask, vocab, arguments)
-        )
-        return lambda line, answer: print(show(line, answer))
-    if arguments.output.suffix == ".npz":
+    top = arguments.top or TOP
+    if arguments.output and arguments.output.suffix == ".npz":
         vectors = stack.enter_context(vector_file(arguments.output, arguments.token_vectors))
         return lambda line, answer: vectors.add(answer)
-    file = stack.enter_context(atomic_write(arguments.output))
-    return lambda line, answer: print(as_line(line, answer), file=file)
+
+    def as_line(line: Any, answer: Any) -> str:
+        if not (arguments.json or arguments.output):
+            return as_text(line, answer, ask, vocab, arguments)
+        if ask == "score":
+            return json_text(answer.to_json(top, line.given))
+        return json_text(as_json(answer, vocab, [ask], top, arguments.token_vectors, line.given))
+
+    write = printer(arguments, stack)
+    return lambda line, answer: write(as_line(line, answer))
 
 
-def format_answer(line: Any, answer: Any, ask: str, vocab: Any, arguments: argparse.Namespace) -> str:
-    """Return an answer as lines of text."""
-    lines = [" || ".join(line.given)]
-    if ask == "masks":
-        filled = answer.fill_masks(vocab, arguments.top or TOP)
-        for number, words in enumerate(filled, 1):
-            lines += [f"  <mask> {number} of {len(filled)}"] if len(filled) > 1 else []
-            lines += [f"  {probability:8.4f}  {word}" for word, probability in words]
-    elif ask == "score":
-        lines.append(f"  {answer.log_likelihood:8.2f}  log-likelihood, perplexity {answer.perplexity:.1f}")
-        lines += [
-            f"  {value:8.2f}  {token} (token {position})"
-            for position, token, value in answer.least_likely(arguments.top or TOP)
-        ]
-    elif ask == "task":
-        lines += format_task_prediction(answer.task_prediction)
-    elif ask == "next":
-        lines.append(
-            f"  {answer.next_sentence_probability:.4f}  is the probability that the second follows the first"
-        )
-    else:
-        named = {"cls": answer.cls, "mean": answer.mean}
-        if answer.pooled is not None:
-            named["pooled"] = answer.pooled
-        if answer.embedding is not None:
-            named = {"embedding": answer.embedding, **named}
-        lines.append(f"  tokens    {' '.join(answer.text.tokens)}")
-        lines += [f"  {name:<9} {format_vector(vector)}" for name, vector in named.items()]
-        if arguments.token_vectors:
-            lines += [
-                f"  {token:<15} {format_vector(vector)}"
-                for token, vector in zip(answer.text.tokens, answer.vectors)
-            ]
-    return "\n".join(map(printable, lines))
+def as_text(line: Any, answer: Any, ask: str, vocab: Any, arguments: argparse.Namespace) -> str:
+    """Return an answer as lines of text for the terminal."""
+    from gluon_bert.inference import text_output
 
-
-def format_task_prediction(verdict: dict[str, Any]) -> list[str]:
-    """Return the prediction of a fine-tuned network as lines, the likeliest label first."""
-    if "score" in verdict:
-        return [f"  {verdict['score']:8.4f}  is the score"]
-    likeliest = sorted(verdict["probabilities"].items(), key=lambda each: -each[1])[:TOP]
-    return [f"  {probability:8.4f}  {label}" for label, probability in likeliest]
-
-
-def printable(text: str) -> str:
-    """Return a text without control characters for the terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def format_vector(vector: np.ndarray, shown: int = 5) -> str:
-    """Return the first numbers of a vector, and its size."""
-    return f"{' '.join(f'{number:8.4f}' for number in vector[:shown])} ... ({len(vector)} numbers)"
-
-
-class Seen:
-    """What the user should know of the texts that went by."""
-
-    def __init__(self, unk: int) -> None:
-        self._unk = unk
-        self._texts = self._tokens = self._num_unknown = self._num_cut = 0
-        self._unknown: Counter[str] = Counter()
-        self._cut: list[str] = []
-
-    def add(self, line: Any, answer: Any) -> None:
-        """One more text."""
-        text = answer.text
-        self._texts += 1
-        self._tokens += len(text)
-        self._num_unknown += int((text.ids == self._unk).sum())
-        # Enough to name the most frequent ones, however many texts come.
-        if len(self._unknown) < 10_000:
-            self._unknown.update(text.unknown)
-        if text.truncated:
-            self._num_cut += 1
-            self._cut += [line.where] * (len(self._cut) < 3)
-
-    def report(self, max_seq_length: int) -> Iterator[str]:
-        """Lines on unknown words and on texts that were cut."""
-        if self._num_unknown:
-            words = " ".join(word for word, _ in self._unknown.most_common(10))
-            more = " ..." if len(self._unknown) > 10 else ""
-            share = f"{self._num_unknown} of {self._tokens} tokens"
-            yield f"not in the vocabulary, read as <unk> ({share}): {words}{more}\n"
-        if self._num_cut:
-            where = "; ".join(self._cut) + (" ..." if self._num_cut > len(self._cut) else "")
-            share = f"{self._num_cut} of {self._texts} texts"
-            yield f"truncated to {max_seq_length} tokens ({share}): {where}\n"
+    top = arguments.top or TOP
+    formats: dict[str, Callable[[], list[str]]] = {
+        "vectors": lambda: text_output.format_vectors(answer, arguments.token_vectors),
+        "masks": lambda: text_output.format_masks(answer, vocab, top),
+        "next": lambda: text_output.format_next_sentence(answer),
+        "score": lambda: text_output.format_score(answer, top),
+        "task": lambda: text_output.format_task_prediction(answer.task_prediction, TOP),
+    }
+    return text_output.with_texts(line.given, formats[ask]())
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from ..errors import InputError
 from ..fileio import atomic_folder, check_new_folder, check_utf8_path
 from ..inference.predictor import Backend, GluonNetwork, Predictor
 from ..model.pooling import Pooling
+from ..model.precision import check_precision
 from ..model.task import Task
-from ..run import Run
+from ..run import Run, load_run
 from ..runtime import versions
 from .low_precision import check_bf16, check_int8, to_bf16, to_int8
 from .manifest import MANIFEST, OUTPUTS, Manifest, hashes
@@ -76,6 +77,26 @@ def load_exported(folder: Path, context: Any | None = None) -> Exported:
     if manifest.format != "mxnet" and context is not None and context.device_type != "cpu":
         raise InputError(f"{folder}: an export in {manifest.format} runs on the CPU only, not on {context}")
     return Exported(_network(folder, manifest, context), manifest.reader(folder), manifest)
+
+
+def load_predictor(
+    folder: Path, context: Any, checkpoint: str | int = "latest", precision: str = "fp32"
+) -> Predictor:
+    """Return the predictor of a run or of an export.
+
+    checkpoint: as in `load_run`. precision: of a run's matrix products, fp32 or bf16. Raise InputError if an
+    export is given another checkpoint or precision.
+    """
+    if not (folder / MANIFEST).exists():
+        check_precision(precision, [context])
+        run = load_run(folder, [context], checkpoint)
+        run.net.set_matmul_precision(precision)
+        return Predictor.of(run)
+    if precision != "fp32":
+        raise InputError(f"precision must be fp32 for an export such as {folder}, got {precision}.")
+    if checkpoint != "latest":
+        raise InputError(f"checkpoint must be omitted for an export such as {folder}, got {checkpoint}.")
+    return load_exported(folder, context).predictor
 
 
 def export_mxnet(run: Run, folder: Path, outputs: str = "all") -> Manifest:

@@ -5,9 +5,26 @@ The compiled operators (ops/) have their own products in bfloat16.
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
+from .. import ops
+from ..errors import InputError
 from ..runtime import mx
+
+
+def check_precision(precision: str, devices: Sequence[Any]) -> None:
+    """Raise InputError if these devices cannot multiply matrices in `precision`."""
+    on_cpus = any(device.device_type == "cpu" for device in devices)
+    if precision == "fp16" and on_cpus:
+        raise InputError(
+            "precision must be fp32 or bf16 on a CPU, got fp16. MXNet multiplies in float16 on GPUs only"
+        )
+    if precision == "bf16" and not on_cpus:
+        raise InputError(
+            "precision must be fp32 or fp16 on a GPU, got bf16. MXNet has no bfloat16 matmul there"
+        )
+    if precision == "bf16" and ops.bf16_unsupported_reason():
+        raise InputError(f"precision must be fp32 here, got bf16: {ops.bf16_unsupported_reason()}")
 
 
 class Float16Matmul:

@@ -11,8 +11,7 @@ from typing import Callable, NamedTuple
 from ..checkpoint import Snapshot, latest_valid, steps, write_checkpoint
 from ..config import TrainConfig
 from ..errors import InputError
-from .callbacks import Callback
-from .trainer import Trainer
+from .callbacks import Callback, TrainerLike
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +53,11 @@ class AsyncCheckpointer(Callback):
         self._pending: Future[float] | None = None
         self._failure: OSError | None = None  # of the latest checkpoint, which then does not exist
 
-    def on_fit_begin(self, trainer: Trainer) -> None:
+    def on_fit_begin(self, trainer: TrainerLike) -> None:
         self._config = trainer.config
         self._thread = ThreadPoolExecutor(1)
 
-    def on_checkpoint(self, trainer: Trainer) -> None:
+    def on_checkpoint(self, trainer: TrainerLike) -> None:
         """Copy the run's state and start to write it; raise OSError as `on_checkpoint_error` says."""
         assert self._thread is not None
         trainer.wait()  # for queued steps, whose time is not counted as a checkpoint's
@@ -72,7 +71,7 @@ class AsyncCheckpointer(Callback):
         self._attempt(self._finish_pending)
         return latest_valid(self.folder) if steps(self.folder) else None
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: TrainerLike) -> None:
         """Wait until the last checkpoint is on the disk; raise OSError if it is not."""
         assert self._thread is not None
         try:
@@ -82,7 +81,7 @@ class AsyncCheckpointer(Callback):
         finally:
             self._thread.shutdown()
 
-    def _start(self, trainer: Trainer) -> None:
+    def _start(self, trainer: TrainerLike) -> None:
         assert self._thread is not None
         snapshot, best = trainer.snapshot(), trainer.state.best
         is_best = best is not None and best.step == snapshot.step

@@ -141,7 +141,7 @@ class _WithMoments(mx.optimizer.Optimizer):
         self._ones: dict[Any, Any] = {}
 
     def state_names(self, index: int) -> tuple[str, ...]:
-        """Return the names of what is kept of one parameter, in the order of its state."""
+        """Return the names of the states of one parameter, in their order."""
         return ("mean", "variance")
 
     def create_state(self, index: int, weight: Any) -> tuple[Any, ...]:
@@ -356,7 +356,7 @@ class Muon(AdamW):
         self.aggregate_num = 1_000_000
 
     def state_names(self, index: int) -> tuple[str, ...]:
-        """Return the names of what is kept of one parameter, in the order of its state."""
+        """Return the names of the states of one parameter, in their order."""
         return ("momentum",) if index in self.matrices else super().state_names(index)
 
     def _step_all(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:

@@ -6,23 +6,20 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Sequence, TextIO
+from typing import Any, Mapping, Sequence, TextIO
 
 from tqdm import tqdm
 
 from ..config import TrainConfig
 from ..fileio import atomic_write
 from ..npz import write_arrays
-from .callbacks import Callback
+from .callbacks import Callback, TrainerLike
 from .divergence import NonFiniteStep
 from .live_plot import LivePlot, notebook_display
 from .metrics import Metrics, perplexity
 from .plots import References, draw_losses
 from .run_log import LogFile
 from .state import BestEvaluation, StepReport
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +51,7 @@ class ProgressLogger(Callback):
         display = notebook_display()
         self._plot = LivePlot(display) if display and screen is None else None
 
-    def on_fit_begin(self, trainer: Trainer) -> None:
+    def on_fit_begin(self, trainer: TrainerLike) -> None:
         config, state = trainer.config, trainer.state
         self._config, self.step, self.best = config, state.step, state.best
         self._about = "~" if config.max_minutes else ""
@@ -71,11 +68,11 @@ class ProgressLogger(Callback):
             smoothing=0,  # the time left, at the pace of the whole run with its evaluations
         )
 
-    def on_step(self, trainer: Trainer, step: int) -> None:
+    def on_step(self, trainer: TrainerLike, step: int) -> None:
         self.step = step
         self._bar.update(1)
 
-    def on_log(self, trainer: Trainer, report: StepReport) -> None:
+    def on_log(self, trainer: TrainerLike, report: StepReport) -> None:
         self.last = report
         scale = {} if report.loss_scale is None else {"loss_scale": report.loss_scale}
         self._note(
@@ -104,7 +101,7 @@ class ProgressLogger(Callback):
             )
             print(f"step {report.step}/{self._about}{planned}: {shown}, {left} left", file=self._screen)
 
-    def on_evaluate(self, trainer: Trainer, step: int, metrics: Metrics, best: BestEvaluation) -> None:
+    def on_evaluate(self, trainer: TrainerLike, step: int, metrics: Metrics, best: BestEvaluation) -> None:
         self.validation, self.best = metrics, best
         value = perplexity(metrics)
         self._note(
@@ -119,7 +116,7 @@ class ProgressLogger(Callback):
         else:
             self._bar.write(line, file=self._screen)
 
-    def on_non_finite(self, trainer: Trainer, found: NonFiniteStep) -> None:
+    def on_non_finite(self, trainer: TrainerLike, found: NonFiniteStep) -> None:
         position = found.position._asdict() if found.position else None
         largest = {name: norm if math.isfinite(norm) else None for name, norm in found.largest()}
         about = {"what": found.what, "position": position, "largest_gradients": largest}
@@ -128,7 +125,7 @@ class ProgressLogger(Callback):
         if self._config.save_nonfinite_batch and found.batch:
             self._save_batch(found.batch, found.step)
 
-    def on_overflow(self, trainer: Trainer, step: int, scale: float) -> None:
+    def on_overflow(self, trainer: TrainerLike, step: int, scale: float) -> None:
         self._note({"step": step, "overflowed": {"loss_scale": scale}})
         self._bar.write(
             f"step {step} is skipped: float16 cannot hold the gradient of {scale:,.0f} times the loss. The "
@@ -136,7 +133,7 @@ class ProgressLogger(Callback):
             file=self._screen,
         )
 
-    def on_weight_drift(self, trainer: Trainer, step: int, ranks: Sequence[int]) -> None:
+    def on_weight_drift(self, trainer: TrainerLike, step: int, ranks: Sequence[int]) -> None:
         workers = f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         self._bar.write(
             f"after step {step} the weights of {workers} differ from those of worker 0, as happens on "
@@ -144,7 +141,7 @@ class ProgressLogger(Callback):
             file=self._screen,
         )
 
-    def on_rollback(self, trainer: Trainer, found: NonFiniteStep) -> None:
+    def on_rollback(self, trainer: TrainerLike, found: NonFiniteStep) -> None:
         state = trainer.state
         self.step, self.best = state.step, state.best
         self._log.close()
@@ -156,11 +153,11 @@ class ProgressLogger(Callback):
             file=self._screen,
         )
 
-    def on_save_checkpoint(self, trainer: Trainer) -> None:
+    def on_save_checkpoint(self, trainer: TrainerLike) -> None:
         """Sync the log to the disk, and record its size for the checkpoint; raise OSError if that fails."""
         trainer.state.log_bytes = self._log.synced()
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: TrainerLike) -> None:
         """Close the log and draw losses.png, and the last picture in a notebook."""
         self._bar.close()
         self._log.close()

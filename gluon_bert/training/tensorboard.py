@@ -6,16 +6,13 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Mapping
+from typing import Any, Callable, Mapping
 
 from ..errors import InputError
-from .callbacks import Callback
+from .callbacks import Callback, TrainerLike
 from .divergence import NonFiniteStep
 from .metrics import Metrics, perplexity
 from .state import BestEvaluation, StepReport
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +39,12 @@ class TensorBoardLogger(Callback):
         self.folder, self._sentences = Path(folder), sentences
         self._files: dict[str, _EventFile] = {}
 
-    def on_fit_begin(self, trainer: Trainer) -> None:
+    def on_fit_begin(self, trainer: TrainerLike) -> None:
         self._open(trainer.state.step)
         if not trainer.state.step:
             self._write_sentences(0)
 
-    def on_log(self, trainer: Trainer, report: StepReport) -> None:
+    def on_log(self, trainer: TrainerLike, report: StepReport) -> None:
         scale = {} if report.loss_scale is None else {"training/loss_scale": report.loss_scale}
         figures = {
             "training/learning_rate": report.lr,
@@ -56,16 +53,16 @@ class TensorBoardLogger(Callback):
         }
         self._write_scalars(TRAIN, report.step, {**report.window, **figures, **scale})
 
-    def on_evaluate(self, trainer: Trainer, step: int, metrics: Metrics, best: BestEvaluation) -> None:
+    def on_evaluate(self, trainer: TrainerLike, step: int, metrics: Metrics, best: BestEvaluation) -> None:
         value = perplexity(metrics)
         self._write_scalars(VALIDATION, step, {**metrics, **({} if value is None else {"perplexity": value})})
         self._write_sentences(step)
 
-    def on_rollback(self, trainer: Trainer, found: NonFiniteStep) -> None:
+    def on_rollback(self, trainer: TrainerLike, found: NonFiniteStep) -> None:
         self._close()
         self._open(trainer.state.step)
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: TrainerLike) -> None:
         self._close()
 
     def _open(self, step: int) -> None:

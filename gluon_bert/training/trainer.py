@@ -18,6 +18,7 @@ from ..data.batch import micro_batches, worker_rows
 from ..data.loader import LoaderState
 from ..distributed.communicator import Communicator, weights_hash
 from ..errors import InputError
+from ..model import precision
 from ..model.parameters import named_parameters, set_weights, weights_of
 from ..runtime import mx
 from . import checks
@@ -93,7 +94,7 @@ class Trainer:
     ) -> None:
         check_group(config)
         checks.check_micro_batch(config, len(devices))
-        checks.check_precision(config.precision, devices)
+        precision.check_precision(config.precision, devices)
         parameters = net.collect_params()
         example = net.encoder.embeddings.tokens.weight
         if set(devices) != set(example.list_ctx()):

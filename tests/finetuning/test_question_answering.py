@@ -6,12 +6,11 @@ import random
 import encode
 import finetune
 import numpy as np
-import pretrain
 import pytest
-from conftest import ROOT, small_text
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.finetuning import DIVISIONS, assert_matches, assert_resumes
+from support.finetuning import DIVISIONS, assert_matches, assert_resumes, pretrained_run
 
 import gluon_bert as gb
 from gluon_bert.data.tokenizer import Tokenizer
@@ -289,17 +288,7 @@ def test_answer_metrics_equal_transformers(answers, predicted):
 @pytest.fixture(scope="module")
 def before(tmp_path_factory):
     """A pretrained run to fine-tune."""
-    folder = tmp_path_factory.mktemp("before")
-    (folder / "text.txt").write_text(small_text(), "utf-8")
-    flags = ["--preset", "d2l", "--units", "32", "--ffn-units", "64", "--max-seq-length", "16"]
-    corpus = ["--corpus", str(folder / "text.txt"), "--min-freq", "1", "--validation-fraction", "0.3"]
-    assert (
-        pretrain.main(
-            [*flags, *corpus, "--batch-size", "32", "--num-steps", "3", "--output", str(folder / "run")]
-        )
-        == 0
-    )
-    return folder / "run"
+    return pretrained_run(tmp_path_factory.mktemp("before"))
 
 
 def questions(count, seed, impossible=False):

@@ -22,8 +22,9 @@ from gluon_bert.errors import InputError
 from gluon_bert.export.mxnet_symbol import trace
 from gluon_bert.model import parameters
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.model.precision import check_precision
 from gluon_bert.runtime import mx
-from gluon_bert.training import checks, loss_scale, losses, trainer
+from gluon_bert.training import loss_scale, losses, trainer
 from gluon_bert.training.loss_scale import FIRST, LARGEST, SMALLEST, LossScale
 from gluon_bert.training.optimizers import OPTIMIZERS
 
@@ -373,7 +374,7 @@ def test_bf16_without_hardware_is_refused(command, monkeypatch, capsys):
     assert command("--precision", "bf16", name="refused")[0] == 2
     assert "precision must be fp32 here, got bf16: this processor cannot" in capsys.readouterr().err
     with pytest.raises(InputError, match="precision must be fp32 or fp16 on a GPU, got bf16"):
-        checks.check_precision("bf16", [SimpleNamespace(device_type="gpu")])
+        check_precision("bf16", [SimpleNamespace(device_type="gpu")])
 
 
 def test_bf16_with_mxnet_operators_is_refused(command, monkeypatch, capsys):

@@ -2,11 +2,23 @@
 
 import finetune
 import numpy as np
+import pretrain
+from conftest import small_text
 
 import gluon_bert as gb
 
-# Each flag divides a step's work in another way.
+# Flags that divide a step's work differently.
 DIVISIONS = [["--cpus", "2"], ["--micro-batch", "5"], ["--recompute"]]
+
+
+def pretrained_run(folder):
+    """Pretrain a small network for three steps in a folder; return the run's folder."""
+    (folder / "text.txt").write_text(small_text(), "utf-8")
+    flags = ["--preset", "d2l", "--units", "32", "--ffn-units", "64", "--max-seq-length", "16"]
+    flags += ["--corpus", str(folder / "text.txt"), "--min-freq", "1", "--validation-fraction", "0.3"]
+    flags += ["--batch-size", "32", "--num-steps", "3", "--output", str(folder / "run")]
+    assert pretrain.main(flags) == 0
+    return folder / "run"
 
 
 def weights(folder):

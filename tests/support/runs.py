@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-SMALL_SIZES = ("--preset", "d2l", "--units", "16", "--ffn-units", "32", "--max-seq-length", "16")
+SIZES = ("--units", "16", "--ffn-units", "32", "--max-seq-length", "16")
+SMALL_SIZES = ("--preset", "d2l", *SIZES)
 SMALL_NETWORK = (*SMALL_SIZES, "--batch-size", "64", "--dropout", "0.3")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gluon_bert.training import checks
+from gluon_bert.model import precision
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
@@ -38,7 +38,7 @@ def simulate(patch):
     patch.setattr(Float16Matmul, "_half", rounded)
     patch.setattr(Float16Matmul, "_whole", rounded)
     patch.setattr(ops, "use_compiled", lambda *_: False)
-    patch.setattr(checks, "check_precision", lambda *_: None)
+    patch.setattr(precision, "check_precision", lambda *_: None)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 import pretrain
 import pytest
 from support import reference_bert as reference
+from support.runs import SMALL_SIZES
 from support.trainers import BERT, fit, small_data, trainer_on
 
 from gluon_bert.config import DataConfig
@@ -30,22 +31,7 @@ from gluon_bert.training.losses import (
     pretraining_loss,
 )
 
-SMALL = [
-    "--preset",
-    "d2l",
-    "--num-layers",
-    "1",
-    "--units",
-    "16",
-    "--ffn-units",
-    "32",
-    "--num-heads",
-    "2",
-    "--max-seq-length",
-    "16",
-    "--batch-size",
-    "32",
-]
+SMALL = [*SMALL_SIZES, "--num-layers", "1", "--batch-size", "32"]
 SMALL += ["--num-steps", "4", "--log-every", "2", "--eval-every", "2", "--dropout", "0.1", "--min-freq", "1"]
 
 

@@ -27,8 +27,8 @@ from gluon_bert.fileio import write_json
 from gluon_bert.inference.predictor import GluonNetwork, Outputs, Predictor
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.model.parameters import set_weights, weights_of
+from gluon_bert.model.precision import check_precision
 from gluon_bert.run import Run
-from gluon_bert.training.checks import check_precision
 
 # Rows per batch without sorting by length.
 PLAIN_BATCH = 64
