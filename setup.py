@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 PACKAGE = (HERE / "gluon_bert" / "__init__.py").read_text("utf-8")
 VERSION = re.search(r'^__version__ = "(.+)"$', PACKAGE, re.M)[1]
 
-# CUDA 11 and cuDNN 8 as wheels: what mxnet-cu112's library asks for when it is loaded. The upper bounds
+# CUDA 11 and cuDNN 8 as wheels: the libraries that mxnet-cu112 loads. The upper bounds
 # keep the names of the files, such as libcudnn.so.8.
 CUDA_LIBRARIES = [
     "nvidia-cudnn-cu11>=8.5,<9",
@@ -45,7 +45,7 @@ HOROVOD = ["horovod==0.28.1"]
 def mxnet(name: str) -> list:
     """The requirement of a wheel of MXNet 1.9.1, on each Python.
 
-    It wants NumPy below 2, which has no wheel for Python 3.13; packaging/ lifts that bound there.
+    It requires NumPy below 2, which has no wheel for Python 3.13; packaging/ lifts that bound there.
     """
     source = (HERE / "packaging" / name).resolve().as_uri()
     return [
@@ -89,13 +89,13 @@ setup(
         # tensorboardX writes the event files, TensorBoard shows them.
         "tensorboard": ["tensorboardX>=2.5", "tensorboard>=2.8"],
         "zstd": ZSTD,
-        # Jupyter, and what runs a notebook in CI.
+        # Jupyter, and packages to run a notebook in CI.
         "notebook": ["notebook>=6.5", "nbclient>=0.7", "ipykernel>=6"],
         "serve": ["multi-model-server==1.1.11", "model-archiver==1.0.3"],
         "test": ["pytest>=7", "pytest-xdist", "hypothesis", *CONVERT, *WORDPIECE, *ONNX, *ZSTD],
-        # What conversions are compared with. The book's package, d2l 0.17.6, pins versions that exclude ours:
-        # pandas and ipython are what it imports, and it is installed beside them with --no-deps. Metrics are
-        # compared with scikit-learn's.
+        # Packages for comparing conversions. D2L's package, d2l 0.17.6, pins versions that exclude ours. So
+        # it is installed with --no-deps, beside the pandas and ipython that it imports. Metrics are compared
+        # with scikit-learn's.
         "test-others": [
             "torch>=2",
             "transformers>=4.30",

@@ -1,6 +1,6 @@
-"""Builds MXNet's published wheel anew, with one line of its metadata changed: it then allows NumPy 2.
+"""Rebuilds MXNet's published wheel with one changed line of metadata, which allows NumPy 2.
 
-MXNet 1.9.1 asks for NumPy below 2, which has no wheel for Python 3.13: pip would compile it. `setup.py` names
+MXNet 1.9.1 requires NumPy below 2, which has no wheel for Python 3.13: pip would compile it. `setup.py` names
 the two folders beside this file as MXNet's source there. The code in the wheel stays as it was published.
 """
 

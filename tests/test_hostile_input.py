@@ -1,4 +1,4 @@
-"""Files that were damaged or made up, read by everything that reads one: refused in words, or read."""
+"""Damaged or forged files for every reader: it reads them, or refuses them in a sentence."""
 
 import copy
 import io

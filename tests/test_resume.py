@@ -1,4 +1,4 @@
-"""A run that goes on is the run that would have been: stopped anywhere, killed, on other contexts."""
+"""A resumed run equals the uninterrupted one: stopped anywhere, killed, on other contexts."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def log_of(folder):
 
 
 def left(folder):
-    """All that a run leaves: weights, the optimizer's state, where it stands; by name."""
+    """Return all that a run leaves by name: weights, optimizer's state, training state."""
     step = checkpoint.steps(folder)[-1]
     snapshot = checkpoint.read_checkpoint(folder, step)
     state = {k: v for k, v in snapshot.state.items() if k not in ("clock", "log_bytes")}
@@ -399,7 +399,7 @@ def test_second_signal_ends_at_once(command, text_file, tmp_path):
 
 @pytest.mark.slow
 def test_kills_at_random_moments_resume_bit_for_bit(text_file, tmp_path, kills):
-    """SIGKILL so many times (--kills), anywhere after the first step, also in the middle of a checkpoint."""
+    """SIGKILL, --kills times, anywhere after the first step, also in the middle of a checkpoint."""
     rng = random.Random(0)
     folder, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     flags = [*SMALL, "--num-steps", str(20 * kills), "--eval-every", "50", "--corpus", str(text_file)]

@@ -89,7 +89,7 @@ def test_cuda_failure_is_one_sentence_not_cpu(tmp_path: Path) -> None:
 
 
 def test_missing_driver_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "libcuda.so.1").write_bytes(b"no driver")  # stands before the machine's own, if it has one
+    (tmp_path / "libcuda.so.1").write_bytes(b"no driver")  # found before the machine's own
     code = """
 from gluon_bert.errors import InputError
 try:

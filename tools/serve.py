@@ -109,7 +109,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def archive_of(what: Path, stack: ExitStack) -> Path:
-    """Return the archive that was named; make one in a folder of the stack where there is none yet."""
+    """Return the named archive, or make one in a temporary folder of the stack."""
     from gluon_bert.export.model_archive import ARCHIVE, export_archive, pack
 
     if what.is_file():

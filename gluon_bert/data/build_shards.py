@@ -218,7 +218,7 @@ def _write_words(path: Path, numbered: WordIndexedDocuments, num_chunks: int, fi
 
 
 def _chunks_in(path: Path, fingerprint: str) -> int | None:
-    """Return the number of chunks in a shard of words, None if there is no valid shard."""
+    """Return the number of chunks in a shard of words; None without a valid shard."""
     try:
         with np.load(path) as arrays:
             if str(arrays["fingerprint"]) == fingerprint:

@@ -195,7 +195,7 @@ def _packed(
     short = rng.random(num_sentences) < config.short_seq_prob
     target = np.where(short, rng.integers(2, room + 1, num_sentences), room)
     stop = np.searchsorted(documents.sentences, documents.sentences[:-1] + target)
-    # A pair has at least two sentences. A last sentence alone is no pair.
+    # A pair has at least two sentences. A last sentence alone is left out.
     stop = np.minimum(np.maximum(stop, sentence + 2), document_stop)
     alone = stop - sentence == 1
     middle = sentence + 1 + (rng.random(num_sentences) * (stop - sentence - 1)).astype(np.int64)

@@ -26,7 +26,7 @@ SMALLER = ("mse",)
 
 
 def metrics_of(task: Task) -> tuple[str, ...]:
-    """Return the metrics of a task, the first of which decides by default."""
+    """Return the metrics of a task. The first one decides by default."""
     plain = task.kind == "tagging" and not task.has_entities
     return _PLAIN_TAGS if plain else METRICS_BY_TASK[task.kind]
 

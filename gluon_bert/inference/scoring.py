@@ -16,7 +16,7 @@ from .predictor import Predictor
 
 @dataclass(frozen=True)
 class TextScore:
-    """The score of a text of T tokens, of which K are scored: all except <cls> and <sep>.
+    """The score of a text of T tokens. K of them are scored: all except <cls> and <sep>.
 
     positions: (K,) of the scored tokens. log_probabilities: (K,) float64, the natural logarithm of the
     probability of each token when it is masked and all others are visible. A token outside the vocabulary has

@@ -23,7 +23,7 @@ FIELDS = (
     *("text", "pair", "ids", "pair_ids", "truncate", *QUESTION_FIELDS),
     *("ask", "top", "token_vectors", "pooling", "normalize"),
 )
-# Requests for two texts, each of which is read on its own.
+# Requests that read two texts separately.
 SIMILARITY = "similarity"
 
 # Far above the length of any network here. Any such body is split into words in under half a second.

@@ -67,7 +67,7 @@ class AsyncCheckpointer(Callback):
         self.timing = self.timing._replace(waited=self.timing.waited + time.perf_counter() - began)
 
     def latest_checkpoint(self) -> Snapshot | None:
-        """Return the latest valid checkpoint on the disk, None if there is none."""
+        """Return the latest valid checkpoint on the disk, or None."""
         self._attempt(self._finish_pending)
         return latest_valid(self.folder) if steps(self.folder) else None
 

@@ -155,7 +155,7 @@ def _masked_lm_and_pairs(net: Any, shard: DeviceBatch, name: str) -> ShardLoss:
 
 
 def masked_lm(net: Any, encoded: Any, shard: DeviceBatch) -> LossSum:
-    """Return the MLM loss of a shard's masked tokens, with the correct ones if the shard asks for them."""
+    """Return the MLM loss of a shard's masked tokens, with the correct ones if the shard counts them."""
     if len(shard.masked_ids) and ops.use_compiled(net.mlm, encoded):
         loss, correct = ops.masked_loss(
             net.config,

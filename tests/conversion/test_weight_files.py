@@ -1,4 +1,4 @@
-"""Weight files of every kind give the same arrays; what is no weight file is named in one sentence."""
+"""Weight files of every kind give the same arrays. Other files are refused in one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where words stand in their text, for both kinds of vocabulary and any text."""
+"""Positions of words in their text, for both kinds of vocabulary and any text."""
 
 import unicodedata
 

@@ -81,7 +81,7 @@ def test_share_of_masks_follows_the_progress(loader_of):
 
 
 def test_d2l_batches_match_stored_hashes(wikitext_prepared):
-    # The losses of runs with the preset d2l can be compared as long as this hash stands.
+    # While this hash is unchanged, losses of runs with the preset d2l are comparable.
     loader = Loader(wikitext_prepared.train, wikitext_prepared.vocab, preset("d2l").data, 512, seed=7)
     content = hashlib.sha256()
     for epoch in (0, 1):
@@ -101,7 +101,7 @@ def test_batches_continue_with_next_epoch(loader_of):
     np.testing.assert_array_equal(next(batches).tokens, next(loader.epoch(3)).tokens)
 
 
-# Texts in parts, of which one at a time is in memory
+# Texts in parts, one in memory at a time
 
 
 @pytest.fixture

@@ -310,7 +310,7 @@ def best_guess(features, is_next):
 
 
 def giveaways(documents, pairs):
-    """What can be told without reading: where segments stand, how long they are, where they are cut."""
+    """Return features without words: positions, lengths and cuts of segments."""
     second = sentence_of(documents, pairs.second)
     owner = document_of(documents, second)
     place = np.minimum(second - documents.documents[owner], 12)

@@ -1,4 +1,4 @@
-"""Text to shards on disk: what they hold, what is told, interruptions, damage, memory."""
+"""Text to shards on disk: content, statistics, interruptions, damage, memory."""
 
 import json
 import logging
@@ -117,7 +117,7 @@ def test_any_number_of_processes_gives_same_shards(tmp_path, monkeypatch):
     assert crcs[0] == crcs[1]
 
 
-# What is told
+# Statistics and warnings
 
 
 def told_of(tmp_path, caplog, text, **changes):

@@ -48,7 +48,7 @@ def test_two_workers_match_one_process(one_process, two):
 
 @pytest.mark.workers
 def test_two_workers_with_muon_match_one_process(folder, launch_job, pretrain_command):
-    # A key's bias has no gradient but rounding errors, of which AdamW makes steps with a smaller epsilon.
+    # A key's bias has only rounding errors as gradient. AdamW with a smaller epsilon turns them into steps.
     muon = ["--optimizer", "muon", "--weight-decay", "0.1", "--epsilon", "1e-6"]
     alone = ["--corpus", str(folder / "text.txt"), "--output", str(folder / "muon-alone")]
     assert pretrain.main([*SMALL, *muon, *alone]) == 0

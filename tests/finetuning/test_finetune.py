@@ -1,9 +1,10 @@
-"""Fine-tuning: the metrics, what is learnt, the command, and its network exported and asked."""
+"""Fine-tuning: metrics, learning, the command, and exports and predictions of its network."""
 
 import json
 import random
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import encode
@@ -13,6 +14,7 @@ import numpy as np
 import pretrain
 import pytest
 from conftest import ROOT, small_text
+from support.finetuning import DIVISIONS, assert_matches, assert_resumes
 
 from gluon_bert.config import FineTuneConfig
 from gluon_bert.conversion.converter import shapes
@@ -425,39 +427,13 @@ def test_command_runs_in_a_process(before, tmp_path):
 # The trainer's features
 
 
-def weights(folder):
-    parameters = load_run(folder).net._collect_params_with_prefix()
-    return {name: parameter.data().asnumpy() for name, parameter in parameters.items()}
-
-
-@pytest.mark.parametrize("flags", [["--cpus", "2"], ["--micro-batch", "5"], ["--recompute"]])
+@pytest.mark.parametrize("flags", DIVISIONS)
 def test_finetuning_matches_over_devices_and_micro_batches(command, flags):
-    once = ["--epochs", "2", "--dropout", "0"]
-    _, one = command("classes", *once, name="one")
-    status, other = command("classes", *once, *flags, name="other")
-    assert status == 0
-    ours, theirs = weights(one), weights(other)
-    for name, value in ours.items():
-        if not name.endswith("key.bias"):  # its gradient is rounding, which Adam enlarges
-            np.testing.assert_allclose(theirs[name], value, rtol=0, atol=2e-3, err_msg=name)
+    assert_matches(partial(command, "classes"), flags)
 
 
-def test_finetuning_resumed_equals_one_that_was_not_stopped(command, tmp_path, monkeypatch):
-    _, whole = command("classes", "--epochs", "3", name="whole")
-    step = Trainer.step
-
-    def stopping(self, batch, count_correct=False):
-        if self.state.step == 9:  # in the second of three epochs
-            raise KeyboardInterrupt
-        return step(self, batch, count_correct)
-
-    monkeypatch.setattr(Trainer, "step", stopping)
-    status, parts = command("classes", "--epochs", "3", name="parts")
-    assert status == 130
-    monkeypatch.undo()
-    assert finetune.main(["--resume", str(parts)]) == 0
-    for name, value in weights(whole).items():
-        np.testing.assert_array_equal(weights(parts)[name], value, err_msg=name)
+def test_finetuning_resumed_equals_one_that_was_not_stopped(command, monkeypatch):
+    whole, parts = assert_resumes(partial(command, "classes"), monkeypatch, stop_at=9)
     assert [r["validation"] for r in evaluations(parts)] == [r["validation"] for r in evaluations(whole)]
     assert (parts / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
 

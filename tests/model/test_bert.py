@@ -340,7 +340,7 @@ def test_initial_xavier_weights_fill_their_bound():
     net.hybridize()
     for name, value in reference.values(net).items():
         if name.endswith("weight") and value.size > 4000:
-            # Glorot and Bengio 2010, equation 16; the book's position embeddings are (1, P, C) to it.
+            # Glorot and Bengio 2010, equation 16. It sees D2L's position embeddings as (1, P, C).
             fans = sum(value.shape) if "positions" not in name else 64 * (128 + 1)
             bound = np.sqrt(6 / fans)
             assert np.abs(value).max() <= bound * (1 + 1e-6), name

@@ -115,7 +115,7 @@ def test_fp16_casts_matmuls_and_their_inputs_only(model):
     ]
     attention = {"_contrib_interleaved_matmul_selfatt_qk", "_contrib_interleaved_matmul_selfatt_valatt"}
     products = attention | {"FullyConnected"}
-    # Only casts, activations, and what moves or drops the factors of attention stand between products.
+    # Between products are only casts, activations, and operators that move or drop factors of attention.
     others = {"Cast", "Reshape", "stack", "SwapAxis"}
     others |= {"gelu": {"LeakyReLU"}, "relu": {"Activation"}}.get(model.activation, set())
     others |= {"Dropout"} if model.dropout else set()
@@ -240,7 +240,7 @@ def test_fp16_clipped_steps_match_one_context_and_fp32(data, half, num_contexts,
         start = reference.values(made.net)
         for batch, _ in zip(data.train.epoch(0), range(6)):
             made.step(batch)
-        # A key's bias has no gradient but rounding errors, of which Adam makes steps.
+        # A key's bias has only rounding errors as gradient. Adam turns them into steps.
         return {n: v - start[n] for n, v in reference.values(made.net).items() if not n.endswith("key.bias")}
 
     exact, one, many = moved(1), moved(1, **HALF), moved(num_contexts, **HALF, **changes)

@@ -406,7 +406,7 @@ class TestServer:
 
 
 def worker_of(server):
-    """The process that answers; another one where it had to be started anew."""
+    """Return the process that answers. It changes if the server had to restart it."""
     return max(p.pid for p in group_of(server) if "model_service_worker.py" in " ".join(p.cmdline()))
 
 
@@ -415,7 +415,7 @@ def group_of(server):
 
 
 def ask_all(server, bodies, connections):
-    """Status and content for each body, asked over so many connections at once."""
+    """Return status and content for each body, over several connections at once."""
     host, path = re.fullmatch(r"http://([^/]+)(/.*)", server.address).groups()
     local = threading.local()
 

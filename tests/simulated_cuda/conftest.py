@@ -59,7 +59,8 @@ class Result(NamedTuple):
         return launches(self.processes[0])
 
     def assert_valid(self, num_gpus: int, num_processes: int = 1) -> None:
-        """Fail unless every call was right and simulated, and so many GPUs of each process worked.
+        """Fail unless every call was valid and simulated, and the given number of GPUs of each process
+        worked.
 
         The main thread must not wait for a device or copy from one; MXNet's threads do that.
         """

@@ -61,7 +61,7 @@ def step(net, batch, by_mxnet=False, bf16=False):
 
 
 def multiply_bf16(patch):
-    """Have the compiled operators multiply bfloat16, on processors too where that is no faster."""
+    """Make the compiled operators multiply bfloat16, also on processors where that is not faster."""
     for name in ("encode", "masked_loss"):
         operator = getattr(ops, name)
         patch.setattr(ops, name, lambda *a, _operator=operator, **k: _operator(*a, **{**k, "bf16": True}))

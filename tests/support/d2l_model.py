@@ -1,4 +1,4 @@
-"""The book's own BERTModel for MXNet, in a process of its own: it wants MXNet's NumPy arrays everywhere.
+"""D2L's own BERTModel for MXNet, in its own process, because it needs MXNet's NumPy arrays everywhere.
 
 python d2l_model.py JOB: JOB is an .npz with a batch, the sizes and, if it is to load them, parameters.
 Beside it are left given.npz, with what the model gives and its gradients, and theirs.params.

@@ -288,7 +288,7 @@ def test_vocabulary_of_other_size_is_refused(run_folder, tmp_path, capsys):
 
 
 def test_command_runs_in_a_process(run_folder):
-    ops.describe()  # so that they are built, which is told once
+    ops.describe()  # so that they are built, which is reported once
     command = [sys.executable, str(ROOT / "tools" / "encode.py"), str(run_folder), "a crane", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     (line,) = io.StringIO(done.stdout)

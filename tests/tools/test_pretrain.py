@@ -285,7 +285,7 @@ def test_ctrl_c_after_evaluation_keeps_best_and_latest(command, monkeypatch, cap
 
 @pytest.fixture
 def ticking(monkeypatch):
-    """A clock that goes on by a quarter of a second whenever it is looked at."""
+    """A clock that advances by a quarter of a second at each call."""
     seconds = itertools.count(0, 0.25)
     monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
 
@@ -296,7 +296,7 @@ def test_max_minutes_ends_a_run_that_steps_repeat(text_file, tmp_path, ticking, 
     assert pretrain.main([*small, "--output", str(first)]) == 0
     _, err = capsys.readouterr()
     made = log_of(first)[-1]["step"]
-    assert made > 50  # the preset's number of steps is no limit
+    assert made > 50  # the preset's number of steps does not limit the run
     assert f"step {made}/~{made}" in err and "step 10/~" in err
     content = json.loads((first / "config.json").read_text())
     assert (content["train"]["num_steps"], content["train"]["max_minutes"]) == (0, 0.5)

@@ -71,7 +71,7 @@ def test_stop_reports_step_batch_and_gradients(command, breaking, capsys, value)
         "masked_ids",
         "next_sentence_labels",
     }
-    # It goes on with another answer to the same step.
+    # It continues with another answer to the same step.
     assert pretrain.main(["--resume", str(folder), "--on-nonfinite", "skip"]) == 0
     assert checkpoint.steps(folder)[-1] == 12
 

@@ -76,7 +76,7 @@ def test_num_correct_counts_highest_scores(rows, classes):
 
 @pytest.mark.parametrize("slice_size", [1, 3, 10_000])
 def test_pretraining_loss_equals_the_numpy_reference(net, batch, slice_size, monkeypatch):
-    # Slices of which the last is smaller, and one slice for all.
+    # Slices with a smaller last one, and one slice for all.
     monkeypatch.setattr("gluon_bert.training.losses.CHUNK", slice_size)
     (shard,) = split_and_load(batch, [mx.cpu()], count_correct=True)
     loss = pretraining_loss(net, shard)

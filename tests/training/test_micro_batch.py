@@ -38,7 +38,7 @@ def data():
 
 @pytest.fixture(params=["compiled", "mxnet"])
 def operators(request, monkeypatch):
-    """Either kind of operators; skips the compiled ones where there are none."""
+    """Return either kind of operators; skip the compiled ones if they are not available."""
     if request.param == "mxnet":
         monkeypatch.setattr(ops, "use_compiled", lambda *_: False)
     elif ops.describe() != "compiled for this processor":
@@ -79,7 +79,7 @@ def test_gradient_of_micro_batches_is_that_of_batch(data, operators, model, micr
     batch = random_batch()
     whole = gradients_of(trainer_on(1, data, model, lr=0.0), batch)
     assert max(np.abs(gradient).max() for gradient in whole.values()) > 1e-2
-    # After another batch, of which nothing may be left.
+    # After another batch, which must leave nothing.
     parts = trainer_on(num_contexts, data, model, lr=0.0, micro_batch=micro_batch)
     assert_same(gradients_of(parts, random_batch(5, seed=1), batch), whole, 1e-5)
 
@@ -91,7 +91,7 @@ def test_clipped_micro_batch_steps_give_same_weights(data, operators, optimizer,
     whole = weights_after(data, 6, **recipe)
     parts = weights_after(data, 6, num_contexts, micro_batch=3, recompute=True, **recipe)
     for name, value in parts.items():
-        # A key's bias has no gradient but rounding errors, of which Adam makes steps.
+        # A key's bias has only rounding errors as gradient. Adam turns them into steps.
         if not name.endswith("key.bias"):
             np.testing.assert_allclose(value, whole[name], rtol=0, atol=2e-5, err_msg=name)
 

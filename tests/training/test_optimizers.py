@@ -58,7 +58,7 @@ def after_steps(config, num_steps, trainer_of=gluon_trainer):
 
 
 def gradients_of_step(step):
-    """Random ones, of which a few are zero for ever, as those of words that do not occur are."""
+    """Return random gradients; a few are always zero, as for words that do not occur."""
     gradients = numbers(step, 0.1)
     gradients["a_weight"][2] = 0
     return gradients
@@ -383,7 +383,7 @@ def test_compiled_step_equals_mxnets(name, usable, monkeypatch):
 
 
 def test_norm_of_many_values_is_exact():
-    # 2.6 million, as the book's embedding has; MXNet's own norm and multi_sum_sq are wrong by 1e-3 here.
+    # 2.6 million, as D2L's embedding has. MXNet's own norm and multi_sum_sq are wrong by 1e-3 here.
     value = np.random.RandomState(0).normal(0, 1e-3, (20256, 128)).astype(np.float32)
     norm = squared_norms([mx.nd.array(value)]).sqrt().asscalar()
     assert norm == pytest.approx(norm_of([value]), rel=1e-4)

@@ -519,7 +519,7 @@ def test_step_after_the_end_of_a_decay_is_refused(data, batch):
 
 
 class Ticking(Trainer):
-    """A trainer whose steps and evaluations take so many seconds, of a clock of its own."""
+    """A trainer with its own clock, by which steps and evaluations take a given time."""
 
     def __init__(self, plain, now, step_seconds=1.0, evaluation_seconds=0.0):
         super().__init__(plain.net, plain.config, plain.devices)
@@ -536,7 +536,7 @@ class Ticking(Trainer):
 
 @pytest.fixture
 def now(monkeypatch):
-    """A clock that stands still but for what a test adds to it."""
+    """A clock that advances only when a test does it."""
     now = SimpleNamespace(seconds=500.0)
     monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     return now

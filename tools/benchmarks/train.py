@@ -65,7 +65,7 @@ BASELINES = {
 def case_config(name: str, corpus: Path, length: int | None, pairs: int | None) -> Config:
     """Return the configuration of a preset on texts of `length` tokens and steps of so many pairs.
 
-    d2l is the book's. The others have AdamW, as all baselines do, and a constant learning rate. So their
+    d2l is D2L's. The others have AdamW, as all baselines do, and a constant learning rate. So their
     losses can be compared after a few steps.
     """
     config = preset(name).replace(corpus=(str(corpus),))

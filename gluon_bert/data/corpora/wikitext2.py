@@ -168,7 +168,7 @@ def _receive(address: str, file: IO[bytes], timeout: float) -> None:
     except requests.exceptions.ChunkedEncodingError as error:
         raise _Failed("cut off before its end") from error
     except requests.RequestException as error:
-        # A timeout in the middle of the body arrives as a ConnectionError that only tells by its text.
+        # A timeout within the body is a ConnectionError, recognizable only by its text.
         if isinstance(error, requests.Timeout) or "timed out" in str(error):
             raise _Failed(f"timed out, nothing for {timeout:g} s") from error
         if isinstance(error, requests.ConnectionError):

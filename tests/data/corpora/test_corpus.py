@@ -22,7 +22,7 @@ A crane driver came. He just left.
 
 
 def sides(*paths, **changes):
-    """The documents of a corpus, each with whether it is held out."""
+    """Return the documents of a corpus, each with whether it is for validation."""
     config = DataConfig(corpus=tuple(map(str, paths)), **changes)
     parsed_pieces = [parse(piece, config) for piece in Corpus(config).chunks()]
     return [side for piece in parsed_pieces for side in zip(piece.documents, piece.validation)]

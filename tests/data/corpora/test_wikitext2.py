@@ -236,7 +236,7 @@ def test_data_folder_is_mxnets(monkeypatch, home):
         monkeypatch.delenv("MXNET_HOME", raising=False)
     else:
         monkeypatch.setenv("MXNET_HOME", home)
-    # MXNet leaves a ~ in the variable to whoever uses the folder.
+    # MXNet does not expand a ~ in the variable.
     assert data_folder() == Path(mx.base.data_dir()).expanduser()
 
 
