@@ -28,23 +28,21 @@ from .distributed.join import (
     rank_and_size,
     run_environment,
 )
-from .errors import InputError, OutOfGPUMemory, Terminated, gpu_failure
+from .errors import InputError, Terminated
 from .fileio import exclusive_lock, remove_temporary_files
 from .inference.samples import MaskedSentence, best_words, format_samples, markdown_samples, masked_sentences
 from .model import precision
 from .model.bert import BERTModel
 from .model.parameters import weights_of
 from .run import Run, check_new_run, create_run, read_config, read_environment, read_untrained, write_config
-from .system import machine_memory, peak_memory
 from .training import checks
 from .training.callbacks import Callback, TrainerLike
 from .training.checkpointer import AsyncCheckpointer, ReadOnlyCheckpointer, format_checkpoint_timing
-from .training.gpu_memory import check_gpu_memory, estimate_gpu_memory, memory_of, what_fits
 from .training.losses import OBJECTIVES
+from .training.memory_plan import MemoryPlan
 from .training.plots import References
 from .training.profiling import device_utilization
 from .training.progress import ProgressLogger
-from .training.resources import check_memory, estimate_resources
 from .training.tensorboard import TENSORBOARD, TensorBoardLogger, check_tensorboard
 from .training.trainer import Trainer
 from .training.watchdog import watched
@@ -221,6 +219,11 @@ class _Job(NamedTuple):
     output: Path
     snapshot: Any = None
 
+    @property
+    def memory(self) -> MemoryPlan:
+        """What the run takes of its devices."""
+        return _memory_plan(self.config, self.placement, len(self.data.vocab))
+
 
 def _place(config: Config, how: Execution, recorded: Mapping[str, Any]) -> _Placement:
     """Choose devices and operators. Raise InputError if they are missing or do not fit the run."""
@@ -234,7 +237,8 @@ def _place(config: Config, how: Execution, recorded: Mapping[str, Any]) -> _Plac
     ops.select(how.operators or _recorded_operators(recorded), devices)
     precision.check_precision(config.train.precision, devices)
     placement = _Placement(rank, num_workers, devices, ops.describe(devices))
-    _check_memory(config, placement, how)
+    # The vocabulary is unknown here. The rest may be too large already.
+    _memory_plan(config, placement, 1).check(how.ignore_memory_estimate)
     return placement
 
 
@@ -244,28 +248,10 @@ def _recorded_operators(recorded: Mapping[str, Any]) -> str | None:
     return ops.parse_description(recorded.get("operators", "")) if on_cpus else None
 
 
-def _check_memory(config: Config, placement: _Placement, how: Execution, vocab_size: int = 1) -> None:
-    """Raise InputError if a worker does not fit in its machine's memory, or warn if that is ignored."""
-    devices = placement.devices
-    limit = machine_memory(devices)
-    try:
-        if devices[0].device_type == "gpu":
-            free, _ = memory_of(devices)
-            check_gpu_memory(config, vocab_size, len(devices), free, placement.num_workers)
-        elif limit is not None:
-            check_memory(
-                config, vocab_size, len(devices), ops.compiled(devices), limit, placement.num_workers
-            )
-    except InputError as error:
-        if not how.ignore_memory_estimate:
-            raise InputError(f"{error} To train anyway, use ignore_memory_estimate=True.") from error
-        log.warning("%s It trains anyway (ignore_memory_estimate).", error)
-
-
 def _load_data(config: Config, placement: _Placement, how: Execution) -> PretrainingData:
     """Load the text. Raise InputError if it is too little, or its vocabulary too large for the memory."""
     data = load_pretraining_data(config.data, config.train.batch_size, config.train.seed)
-    _check_memory(config, placement, how, len(data.vocab))
+    _memory_plan(config, placement, len(data.vocab)).check(how.ignore_memory_estimate)
     checks.check_evaluable(config.train, data.validation is not None)
     check_enough(len(data.train.pairs(0)), placement.num_workers)
     return data
@@ -322,15 +308,7 @@ def _train(job: _Job, communicator: Communicator, callbacks: Sequence[Callback])
     config, devices, output = job.config.train, job.placement.devices, job.output
     log.info("%s", _describe(job))
     log.info("operators: %s, precision %s", ops.describe(devices), config.precision)
-    estimate = estimate_resources(
-        job.config, len(job.data.vocab), len(devices), ops.compiled(devices), job.placement.num_workers
-    )
-    on_gpus = _gpu_estimate(job)
-    if on_gpus is None:
-        log.info("%s", estimate.format_memory(config.batch_size, machine_memory(devices)))
-    else:
-        log.info("%s", on_gpus.format_memory(sum(memory_of(devices))))
-        log.info("%s", estimate.format_step(config.batch_size))
+    log.info("%s", job.memory.describe())
     log.info("run folder: %s", output)
     progress = ProgressLogger(output, References.of(job.data))
     checkpointer = AsyncCheckpointer(output)
@@ -359,11 +337,7 @@ def _train(job: _Job, communicator: Communicator, callbacks: Sequence[Callback])
             print(trainer.load_balance)
     if checkpointer.timing.written:
         print(format_checkpoint_timing(checkpointer.timing, trainer.state.clock.elapsed()))
-    peak = peak_memory()
-    if on_gpus is not None:
-        log.info("%s", on_gpus.outcome(memory_of(devices)[1]))
-    elif peak is not None:
-        log.info("%s", estimate.outcome(peak))
+    log.info("%s", job.memory.outcome())
     untrained = read_untrained(output / CONFIG)
     return Run(job.net, job.data.vocab, job.config, trainer.state.step, untrained, folder=output)
 
@@ -381,7 +355,7 @@ def _train_worker(job: _Job, communicator: Communicator, callbacks: Sequence[Cal
 
 def _trainer(job: _Job, communicator: Communicator, callbacks: Sequence[Callback]) -> Trainer:
     """Return a trainer at the beginning or at a checkpoint, with the same weights on all workers."""
-    with _explain_out_of_memory(job):
+    with job.memory.explain_out_of_memory():
         trainer = Trainer(
             job.net,
             job.config.train,
@@ -415,33 +389,12 @@ def _fit(trainer: Trainer, job: _Job) -> None:
         )
         os._exit(1)  # a process that waits for another one does not react to signals
 
-    with _explain_out_of_memory(job), watched(seconds, end) as trainer.alive:
+    with job.memory.explain_out_of_memory(), watched(seconds, end) as trainer.alive:
         trainer.fit(job.data.train, validation=job.data.validation)
 
 
-def _gpu_estimate(job: _Job) -> Any:
-    """Return the estimate of each GPU's memory, or None for a run on CPUs."""
-    devices = job.placement.devices
-    if devices[0].device_type != "gpu":
-        return None
-    return estimate_gpu_memory(job.config, len(job.data.vocab), len(devices), job.placement.num_workers)
-
-
-@contextmanager
-def _explain_out_of_memory(job: _Job) -> Iterator[None]:
-    """Raise OutOfGPUMemory with settings that fit, if a GPU has too little memory."""
-    try:
-        yield
-    except Exception as error:
-        if gpu_failure(error) != "out of memory":
-            raise
-        devices, workers = job.placement.devices, job.placement.num_workers
-        total = sum(memory_of(devices))
-        fits = what_fits(job.config, len(job.data.vocab), len(devices), total, workers)
-        raise OutOfGPUMemory(
-            f"the GPU is out of memory. Each has {total / 1e9:.1f} GB, and the run needs about "
-            f"{_gpu_estimate(job).memory / 1e9:.1f} GB. {fits}"
-        ) from error
+def _memory_plan(config: Config, placement: _Placement, vocab_size: int) -> MemoryPlan:
+    return MemoryPlan(config, vocab_size, placement.devices, placement.num_workers)
 
 
 def _shut_down(trainer: Trainer) -> None:

@@ -115,6 +115,11 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--cpus", type=int, metavar="N", help="use N contexts on the CPU, each with its part of a batch"
     )
+    where.add_argument(
+        "--ignore-memory-estimate",
+        action="store_true",
+        help="train even if the estimated memory exceeds the machine's",
+    )
     default = FineTuneConfig()
     add_field_flags(
         p.add_argument_group("training"), FineTuneConfig, lambda name: shown(getattr(default, name))
@@ -134,7 +139,10 @@ def finetune(arguments: argparse.Namespace) -> int:
     if arguments.resume is not None:
         if arguments.run is not None:
             raise InputError("RUN must be omitted with --resume, which names the run.")
-        finetuning.resume_finetuning(arguments.resume, devices=devices_of(arguments))
+        ignore = arguments.ignore_memory_estimate
+        finetuning.resume_finetuning(
+            arguments.resume, devices=devices_of(arguments), ignore_memory_estimate=ignore
+        )
         return 0
     if None in (arguments.run, arguments.train, arguments.validation):
         raise InputError("RUN, --train and --validation must be given, or --resume.")
@@ -158,6 +166,7 @@ def finetune(arguments: argparse.Namespace) -> int:
         task=arguments.task,
         checkpoint=arguments.checkpoint,
         devices=devices_of(arguments),
+        ignore_memory_estimate=arguments.ignore_memory_estimate,
         **options,
     )
     return 0

@@ -12,7 +12,7 @@ from .. import runtime
 from ..checkpoint import CONFIG, latest_valid
 from ..config import Config, FineTuneConfig, TrainConfig, check_group
 from ..data.tokenizer import Tokenizer
-from ..data.vocab import Normalization
+from ..data.vocab import Normalization, Vocabulary
 from ..errors import InputError
 from ..fileio import atomic_write, exclusive_lock, json_text
 from ..inference.predictor import GluonNetwork, Predictor
@@ -24,6 +24,7 @@ from ..runtime import mx
 from ..training.callbacks import Callback
 from ..training.checkpointer import AsyncCheckpointer
 from ..training.losses import task_loss
+from ..training.memory_plan import MemoryPlan
 from ..training.progress import ProgressLogger
 from ..training.trainer import Trainer
 from . import metrics
@@ -46,12 +47,14 @@ def finetune(
     checkpoint: str | int = "latest",
     devices: Sequence[Any] | None = None,
     callbacks: Iterable[Callback] = (),
+    ignore_memory_estimate: bool = False,
     **options: Any,
 ) -> Run:
     """Fine-tune a run on labelled texts; return the new run with its best network.
 
     run: a pretrained run or its folder. train, validation, test: files, see `formats.task_format`. output:
-    the new run's folder. task: a kind of task, or auto. options: fields of FineTuneConfig.
+    the new run's folder. task: a kind of task, or auto. ignore_memory_estimate: train although the estimate
+    exceeds the memory. options: fields of FineTuneConfig.
 
     >>> tuned = finetune("runs/base", "train.tsv", "dev.tsv", "runs/sst", lr=3e-4)          # doctest: +SKIP
 
@@ -63,32 +66,40 @@ def finetune(
     files = TaskFiles(str(train), str(validation), str(test), tuple(text_columns), label, header, quoting)
     format_ = task_format(files, task)
     rows = format_.read(files)
-    before = run if isinstance(run, Run) else load_run(Path(run), devices[:1], checkpoint)
+    # On a CPU, as a GPU has no memory to spare.
+    before = run if isinstance(run, Run) else load_run(Path(run), [mx.cpu()], checkpoint)
     _check_run(before, config)
     target = format_.infer_task(rows["train"])
     check_metric(config, target)
-    net = init_from_pretrained(before.net, target, config, devices)
     length = config.max_seq_length or before.config.data.max_seq_length
     reader = Tokenizer(before.vocab, length, Normalization.from_config(before.config.data))
     data = {role: format_.examples(its_rows, target, reader, role) for role, its_rows in rows.items()}
     recipe = train_config(config, len(data["train"]))
-    trainer = task_trainer(net, config, recipe, devices, [*_callbacks(output), *callbacks])
+    whole = dataclasses.replace(
+        before.config.replace(max_seq_length=length, dropout=config.dropout), train=recipe
+    )
+    plan = memory_plan(whole, before.vocab, target, data["train"], devices)
+    plan.check(ignore_memory_estimate)
+    with plan.explain_out_of_memory():
+        net = init_from_pretrained(before.net, target, config, devices)
+        trainer = task_trainer(net, config, recipe, devices, [*_callbacks(output), *callbacks])
+    before = dataclasses.replace(before, net=None)  # its weights would stay in memory to the end
     about = {
         "run": "" if isinstance(run, Run) else str(run),
         "init_step": before.step,
         "files": dataclasses.asdict(files),
         "options": dataclasses.asdict(config),
     }
-    whole = dataclasses.replace(
-        before.config.replace(max_seq_length=length, dropout=config.dropout), train=recipe
-    )
     environment = {"finetuned": about, "contexts": list(map(str, devices)), "versions": runtime.versions()}
     create_run(output, whole, before.vocab, environment, target)
-    return _train(output, trainer, config, reader, data)
+    return _train(output, trainer, config, reader, data, plan)
 
 
 def resume_finetuning(
-    folder: Path | str, devices: Sequence[Any] | None = None, callbacks: Iterable[Callback] = ()
+    folder: Path | str,
+    devices: Sequence[Any] | None = None,
+    callbacks: Iterable[Callback] = (),
+    ignore_memory_estimate: bool = False,
 ) -> Run:
     """Continue a fine-tuning that was stopped, from its latest checkpoint.
 
@@ -108,10 +119,13 @@ def resume_finetuning(
     data = {role: format_.examples(its_rows, task, reader, role) for role, its_rows in rows.items()}
     if train_config(config, len(data["train"])) != whole.train:
         raise InputError(f"{files.train} must have the same rows as when {folder} was started.")
-    net = _network(len(reader.vocab), whole, task, config.seed, devices)
-    trainer = task_trainer(net, config, whole.train, devices, [*_callbacks(folder), *callbacks])
-    trainer.restore(snapshot, folder)
-    return _train(folder, trainer, config, reader, data)
+    plan = memory_plan(whole, reader.vocab, task, data["train"], devices)
+    plan.check(ignore_memory_estimate)
+    with plan.explain_out_of_memory():
+        net = _network(len(reader.vocab), whole, task, config.seed, devices)
+        trainer = task_trainer(net, config, whole.train, devices, [*_callbacks(folder), *callbacks])
+        trainer.restore(snapshot, folder)
+    return _train(folder, trainer, config, reader, data, plan)
 
 
 def _recorded(folder: Path) -> tuple[FineTuneConfig, TaskFiles]:
@@ -221,19 +235,34 @@ def task_trainer(
     return Trainer(net, recipe, devices, loss=task_loss, callbacks=callbacks, monitor=best, mode=mode)
 
 
+def memory_plan(
+    config: Config, vocab: Vocabulary, task: Task, data: Examples, devices: Sequence[Any]
+) -> MemoryPlan:
+    """Return what fine-tuning takes of its devices, where all texts are as long as the longest."""
+    longest = max(map(len, data.texts), default=config.data.max_seq_length)
+    return MemoryPlan(config.replace(max_seq_length=longest), len(vocab), devices, task=task)
+
+
 def _train(
-    output: Path, trainer: Trainer, config: FineTuneConfig, reader: Tokenizer, data: Mapping[str, Examples]
+    output: Path,
+    trainer: Trainer,
+    config: FineTuneConfig,
+    reader: Tokenizer,
+    data: Mapping[str, Examples],
+    plan: MemoryPlan,
 ) -> Run:
     """Train to the end, and write the predictions of the best network."""
-    print(f"{describe(trainer.net.task, data)}\nrun folder: {output}", file=sys.stderr)
+    lines = [describe(trainer.net.task, data), plan.describe(), f"run folder: {output}"]
+    print("\n".join(lines), file=sys.stderr)
     batches = ExampleLoader(data["train"], config.batch_size, config.seed, reader.max_seq_length)
     role = "test" if "test" in data else "validation"
-    with exclusive_lock(output, "output"):
+    with exclusive_lock(output, "output"), plan.explain_out_of_memory():
         trainer.fit(batches, validation=lambda: evaluate(trainer.net, reader, data["validation"]))
         tuned = load_run(output, trainer.devices[:1], "best")
         results = data[role].results(Predictor.of(tuned))
         with atomic_write(output / "predictions.jsonl") as file:
             file.writelines(json_text(record) + "\n" for record in data[role].records(results))
+    print(plan.outcome(), file=sys.stderr)
     best = trainer.state.best
     assert best is not None
     epoch = best.step * config.epochs // trainer.config.num_steps

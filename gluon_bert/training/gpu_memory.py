@@ -10,6 +10,7 @@ from typing import Any, Sequence
 
 from ..config import Config, ModelConfig
 from ..errors import InputError
+from ..model.task import Task
 from ..runtime import mx
 from .resources import ActivationSizes, max_masked, parameter_count, settings_that_fit
 
@@ -49,18 +50,20 @@ class GPUEstimate:
         return f"GPU memory in use: {_gigabytes(used)}, {_gigabytes(self.memory)} expected"
 
 
-def estimate_gpu_memory(config: Config, vocab_size: int, num_gpus: int, num_workers: int = 1) -> GPUEstimate:
-    """Estimate what each of a worker's GPUs takes."""
+def estimate_gpu_memory(
+    config: Config, vocab_size: int, num_gpus: int, num_workers: int = 1, task: Task | None = None
+) -> GPUEstimate:
+    """Estimate what each of a worker's GPUs takes. task: of a fine-tuned network."""
     train, length = config.train, config.data.max_seq_length
     share = -(-train.batch_size // num_workers)
     micro_batch_size = min(train.micro_batch or share, share)
     rows = -(-micro_batch_size // num_gpus)
-    sizes = ActivationSizes(config.model, vocab_size, rows * length, length, rows * max_masked(config))
+    sizes = ActivationSizes(config.model, vocab_size, rows * length, length, rows * max_masked(config, task))
     half = train.precision == "fp16"
     # The weights, their gradients and two states of the optimizer. With several GPUs the kvstore spreads its
     # copy of the weights, the sum, and the gradients of the other GPUs over all.
     copies = 4 + ((num_gpus + 1) / num_gpus if num_gpus > 1 else 0)
-    model = copies * _parameters(config.model, vocab_size)
+    model = copies * _parameters(config.model, vocab_size, task)
     if train.optimizer == "muon":
         # The encoder's matrices have one state less. A step allocates arrays of 3.4 times their size.
         model += 2.4 * config.model.num_layers * _matrices(config.model, FLOAT)
@@ -72,27 +75,39 @@ def estimate_gpu_memory(config: Config, vocab_size: int, num_gpus: int, num_work
 
 
 def check_gpu_memory(
-    config: Config, vocab_size: int, num_gpus: int, free: float, num_workers: int = 1
+    config: Config,
+    vocab_size: int,
+    num_gpus: int,
+    free: float,
+    num_workers: int = 1,
+    task: Task | None = None,
 ) -> None:
     """Raise InputError, with settings that fit, if a run needs more than the free bytes of each GPU."""
-    expected = estimate_gpu_memory(config, vocab_size, num_gpus, num_workers).memory
+    expected = estimate_gpu_memory(config, vocab_size, num_gpus, num_workers, task).memory
     if expected <= TOO_HIGH * free:
         return
     raise InputError(
         f"the run needs about {_gigabytes(expected)} of each GPU with batch_size={config.train.batch_size} "
         f"and max_seq_length={config.data.max_seq_length}, and {_gigabytes(free)} are free. "
-        + what_fits(config, vocab_size, num_gpus, free, num_workers)
+        + what_fits(config, vocab_size, num_gpus, free, num_workers, task)
     )
 
 
-def what_fits(config: Config, vocab_size: int, num_gpus: int, free: float, num_workers: int = 1) -> str:
+def what_fits(
+    config: Config,
+    vocab_size: int,
+    num_gpus: int,
+    free: float,
+    num_workers: int = 1,
+    task: Task | None = None,
+) -> str:
     """Return a sentence with settings that fit in the free bytes."""
 
     def memory(**changes: Any) -> float:
         other = Config(config.model, config.data, replace(config.train, **changes))
-        return estimate_gpu_memory(other, vocab_size, num_gpus, num_workers).memory
+        return estimate_gpu_memory(other, vocab_size, num_gpus, num_workers, task).memory
 
-    most = estimate_gpu_memory(config, vocab_size, num_gpus, num_workers)
+    most = estimate_gpu_memory(config, vocab_size, num_gpus, num_workers, task)
     return settings_that_fit(memory, range(num_gpus, most.micro_batch_size + 1), min(free, most.memory))
 
 
@@ -102,14 +117,13 @@ def memory_of(contexts: Sequence[Any]) -> tuple[float, float]:
     return float(min(free for free, _ in found)), float(max(total - free for free, total in found))
 
 
-def _parameters(model: ModelConfig, vocab_size: int) -> float:
+def _parameters(model: ModelConfig, vocab_size: int, task: Task | None) -> float:
     """Return the bytes of all weights, each matrix in blocks of the pool."""
     c, f = model.units, model.ffn_units
-    tables = [vocab_size * c] * (1 if model.tied_decoder else 2)
-    matrices = (
-        tables + ([c * c] * 4 + [c * f] * 2) * model.num_layers + [c * c] * 2 + [model.max_positions * c]
-    )
-    rest = parameter_count(model, vocab_size) - sum(matrices)
+    tables = [vocab_size * c] * (1 if model.tied_decoder or task else 2) + [model.max_positions * c]
+    heads = [c * c] * (not task.scores_tokens if task else 2)
+    matrices = tables + ([c * c] * 4 + [c * f] * 2) * model.num_layers + heads
+    rest = parameter_count(model, vocab_size, task) - sum(matrices)
     return sum(_block(FLOAT * size) for size in matrices) + FLOAT * rest
 
 
@@ -149,8 +163,11 @@ def _activations(sizes: ActivationSizes, recompute: bool, half: bool) -> float:
 def _heads(sizes: ActivationSizes, half: bool) -> float:
     """Return the bytes of the scores of 256 masked words, and of the decoder's gradients of each 256.
 
-    fp16 adds up these gradients in float16, and keeps a float16 copy of the decoder's weight.
+    fp16 adds up these gradients in float16, and keeps a float16 copy of the decoder's weight. A fine-tuned
+    network has no decoder.
     """
+    if not sizes.num_masked:
+        return 0.0
     slices, tied = -(-sizes.num_masked // 256), sizes.model.tied_decoder
     table = sizes.words * sizes.model.units
     scores = sizes.words * (sizes.num_masked + 3 * min(sizes.num_masked, 256))

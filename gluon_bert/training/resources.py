@@ -11,6 +11,7 @@ from typing import Any, Callable
 
 from ..config import DISTANCE_BUCKETS, Config, ModelConfig
 from ..errors import InputError
+from ..model.task import Task
 from ..system import threads
 
 FLOAT = 4  # bytes
@@ -32,7 +33,7 @@ class ResourceEstimate:
     parameters: number of weights. num_masked: maximum number of masked tokens per step. flops: of a pair of
     max_seq_length tokens, forward and backward, without recomputation. micro_batch_size: pairs per forward
     and backward pass. model: weights, gradients and optimizer states. activations: arrays of a micro-batch.
-    checkpoint: the copy that is written during training.
+    checkpoint: the copy that is written during training. example: what a batch has: pairs or texts.
     """
 
     parameters: int
@@ -42,6 +43,7 @@ class ResourceEstimate:
     model: float
     activations: float
     checkpoint: float
+    example: str
 
     @property
     def memory(self) -> float:
@@ -57,28 +59,40 @@ class ResourceEstimate:
         of = "" if limit is None else f" of {_gigabytes(limit)}"
         return (
             f"memory expected: {_gigabytes(self.memory)}{of}: weights, gradients and optimizer "
-            f"{_gigabytes(self.model)}, activations of {_pairs(self.micro_batch_size)} "
+            f"{_gigabytes(self.model)}, activations of {self._counted(self.micro_batch_size)} "
             f"{_gigabytes(self.activations)}, a checkpoint {_gigabytes(self.checkpoint)}\n"
             f"{self.format_step(batch_size)}"
         )
 
     def format_step(self, batch_size: int) -> str:
         """Return a line about the size of a step."""
+        masked = f"{self.num_masked:,} masked tokens at most, " if self.num_masked else ""
         return (
-            f"a step: {_pairs(batch_size)}, {self.num_masked:,} masked tokens at most, "
-            f"{_flops(self.flops * batch_size)} ({_flops(self.flops)} a pair)"
+            f"a step: {self._counted(batch_size)}, {masked}{_flops(self.flops * batch_size)} "
+            f"({_flops(self.flops)} a {self.example})"
         )
+
+    def _counted(self, count: int) -> str:
+        return f"{count:,} {self.example}s" if count > 1 else f"one {self.example}"
 
 
 def estimate_resources(
-    config: Config, vocab_size: int, num_contexts: int, compiled: bool, num_workers: int = 1
+    config: Config,
+    vocab_size: int,
+    num_contexts: int,
+    compiled: bool,
+    num_workers: int = 1,
+    task: Task | None = None,
 ) -> ResourceEstimate:
-    """Estimate the resources of one worker. compiled: with the compiled operators instead of MXNet's."""
+    """Estimate the resources of one worker.
+
+    compiled: with the compiled operators instead of MXNet's. task: of a fine-tuned network.
+    """
     train, length = config.train, config.data.max_seq_length
-    parameters = parameter_count(config.model, vocab_size)
+    parameters = parameter_count(config.model, vocab_size, task)
     share = -(-train.batch_size // num_workers)
     micro_batch_size = min(train.micro_batch or share, share)
-    num_masked = max_masked(config)
+    num_masked = max_masked(config, task)
     rows = -(-micro_batch_size // num_contexts)
     shard = ActivationSizes(config.model, vocab_size, rows * length, length, rows * num_masked)
     accumulates = train.micro_batch > 0
@@ -98,6 +112,7 @@ def estimate_resources(
         float(FLOAT * parameters * copies),
         FRAGMENTS * FLOAT * floats * num_contexts,
         float(FLOAT * parameters * 3),
+        "text" if task and not task.pairs else "pair",
     )
 
 
@@ -108,16 +123,17 @@ def check_memory(
     compiled: bool,
     limit: float,
     num_workers: int = 1,
+    task: Task | None = None,
 ) -> None:
     """Raise InputError, with settings that fit, if a worker needs more than `limit` bytes."""
 
     def memory(**changes: Any) -> float:
         other = Config(config.model, config.data, replace(config.train, **changes))
-        return estimate_resources(other, vocab_size, num_contexts, compiled, num_workers).memory
+        return estimate_resources(other, vocab_size, num_contexts, compiled, num_workers, task).memory
 
     if memory() <= limit:
         return
-    estimate = estimate_resources(config, vocab_size, num_contexts, compiled, num_workers)
+    estimate = estimate_resources(config, vocab_size, num_contexts, compiled, num_workers, task)
     advice = settings_that_fit(memory, range(num_contexts, estimate.micro_batch_size + 1), limit)
     train = config.train
     raise InputError(
@@ -143,20 +159,26 @@ def settings_that_fit(memory: Callable[..., float], sizes: range, limit: float) 
     return "Use a smaller network or a smaller max_seq_length. A micro-batch of one pair does not fit."
 
 
-def parameter_count(model: ModelConfig, vocab_size: int) -> int:
-    """Return the number of weights of the network."""
+def parameter_count(model: ModelConfig, vocab_size: int, task: Task | None = None) -> int:
+    """Return the number of weights of the network: for pretraining, or for a task."""
     c, f = model.units, model.ffn_units
     norm = 2 * c
     embeddings = (vocab_size + 2 + model.max_positions) * c + norm * model.embedding_norm
     relative = DISTANCE_BUCKETS * model.num_heads * (model.position == "relative-bias")
     layer = 4 * (c * c + c) + norm + (c * f + f) + (f * c + c) + norm + relative
     decoder = vocab_size + (0 if model.tied_decoder else vocab_size * c)
-    heads = (c * c + c) + (c * c + c + norm + decoder) + (2 * c + 2)
+    pooler = c * c + c
+    if task is None:
+        heads = pooler + (c * c + c + norm + decoder) + (2 * c + 2)
+    else:
+        heads = pooler * (not task.scores_tokens) + (c + 1) * task.outputs
     return embeddings + model.num_layers * layer + norm * (model.norm == "pre") + heads
 
 
-def max_masked(config: Config) -> int:
-    """Return the maximum number of masked tokens of a pair."""
+def max_masked(config: Config, task: Task | None = None) -> int:
+    """Return the maximum number of masked tokens of a pair: none for a task."""
+    if task is not None:
+        return 0
     data = config.data
     words = data.max_seq_length - 3  # without <cls> and two <sep>
     share = max(data.mlm_probability, data.final_mlm_probability)
@@ -205,6 +227,8 @@ def compiled_floats(shard: ActivationSizes, recompute: bool, accumulates: bool, 
         + 2 * table * (shard.model.tied_decoder and not accumulates)
     )
     tiles = shard.words * 304
+    if not shard.num_masked:
+        head = tiles = 0
     return float(stream + inner + passing + packed + head + tiles)
 
 
@@ -224,7 +248,7 @@ def mxnet_floats(shard: ActivationSizes, recompute: bool) -> float:
     slices = -(-shard.num_masked // 256)
     decoder = shard.words * (shard.num_masked + 3 * min(shard.num_masked, 256))
     # The decoder's gradient of each chunk; MXNet adds more than eight in place.
-    tables = min(slices + model.tied_decoder, 8) * shard.words * c
+    tables = min(slices + model.tied_decoder, 8) * shard.words * c if slices else 0
     return MXNET_OVERHEAD * (layers + 8 * c * tokens) + scores + decoder + tables
 
 
@@ -235,10 +259,6 @@ def _largest(sizes: range, fits: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if fits(sizes[middle]) else (low, middle)
     return sizes[low - 1] if low else 0
-
-
-def _pairs(count: int) -> str:
-    return f"{count:,} pairs" if count > 1 else "one pair"
 
 
 def _gigabytes(count: float) -> str:

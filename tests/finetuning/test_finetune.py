@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from functools import partial
@@ -422,6 +423,20 @@ def test_command_runs_in_a_process(before, tmp_path):
     done = subprocess.run([*command, "--validation", str(bad)], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"finetune: {bad}, line 3: has 1 columns, where the header has 2\n"
+
+
+def test_too_little_memory_is_refused_or_ignored(command, monkeypatch, capsys):
+    monkeypatch.setattr("gluon_bert.training.memory_plan.machine_memory", lambda devices: 0.3e9)
+    status, folder = command("classes", "--epochs", "1")
+    err = capsys.readouterr().err
+    assert status == 2 and not folder.exists()
+    assert "finetune: the run needs about 0.3 GB of memory with --batch-size 16 and --max-seq-length" in err
+    assert "and the machine has 0.3 GB" in err and "use --ignore-memory-estimate." in err
+    status, _ = command("classes", "--epochs", "1", "--ignore-memory-estimate")
+    err = capsys.readouterr().err
+    assert status == 0
+    assert "memory expected: 0.3 GB of 0.3 GB" in err and "activations of 16 texts" in err
+    assert re.search(r"memory taken: \d\.\d GB at the peak, 0\.3 GB expected", err)
 
 
 # The trainer's features

@@ -67,12 +67,21 @@ def test_failing_gpu_ends_a_fine_tuning_with_its_reason(gpus, gpu_run, table, tm
     assert_plain(result.output)
 
 
-@pytest.mark.parametrize("command", ["finetune", "encode"])
-def test_command_out_of_gpu_memory_says_so(gpus, gpu_run, table, tmp_path, command):
-    given = {
-        "finetune": ("--train", table, "--validation", table, "--output", tmp_path / "tuned"),
-        "encode": ("w1 w2",),
-    }[command]
-    result = gpus.tool(command, gpu_run, *given, "--gpus", "0", status=1, GPUSIM_MEMORY="4e6")
-    assert f"{command}: the GPU is out of memory." in result.output
+def test_encode_out_of_gpu_memory_says_so(gpus, gpu_run):
+    result = gpus.tool("encode", gpu_run, "w1 w2", "--gpus", "0", status=1, GPUSIM_MEMORY="2e6")
+    assert "encode: the GPU is out of memory." in result.output
     assert_plain(result.output)
+
+
+def test_fine_tuning_too_large_for_the_gpu_is_rejected(gpus, gpu_run, table, tmp_path):
+    given = ("--train", table, "--validation", table, "--output", tmp_path / "tuned", "--gpus", "0")
+    result = gpus.tool("finetune", gpu_run, *given, status=2, GPUSIM_MEMORY="4e6")
+    assert "finetune: the run needs about " in result.output
+    assert "of each GPU with --batch-size 32 and --max-seq-length " in result.output
+    assert not (tmp_path / "tuned").exists()
+    ignoring = gpus.tool(
+        "finetune", gpu_run, *given, "--ignore-memory-estimate", status=1, GPUSIM_MEMORY="4e6"
+    )
+    assert "It trains anyway" in ignoring.output
+    assert "finetune: the GPU is out of memory. Each has 0.0 GB, and the run needs about " in ignoring.output
+    assert_plain(ignoring.output)

@@ -13,25 +13,35 @@ PEAK = """
 import ctypes, json, sys
 import numpy as np
 from gluon_bert.data.batch import Batch
+from gluon_bert.finetuning.dataset import TaskBatch
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.model.classifier import BERTForTask
+from gluon_bert.model.task import Task
 from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
 from gluon_bert.training.gpu_memory import estimate_gpu_memory
 from gluon_bert.training.resources import max_masked
+from gluon_bert.training.losses import pretraining_loss, task_loss
 from gluon_bert.training.trainer import Trainer
 
 name, num_gpus, changes = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+kind = changes.pop("task", "")
+task = Task(kind, False, ("a", "b")) if kind else None
 config, words = preset(name).replace(**changes), 30006
 rows, length, masked = config.train.batch_size, config.data.max_seq_length, max_masked(config)
 contexts = [mx.gpu(number) for number in range(num_gpus)]
-net = BERTModel(words, config.model)
+net = BERTForTask(words, config.model, task) if task else BERTModel(words, config.model)
 net.initialize(ctx=contexts)
 net.hybridize()
-trainer = Trainer(net, config.train, contexts)
+trainer = Trainer(net, config.train, contexts, loss=task_loss if task else pretraining_loss)
 ones = lambda *shape: np.ones(shape, np.int32)
 places = np.stack([np.repeat(np.arange(rows), masked), np.tile(np.arange(masked), rows)]).astype(np.int32)
 tokens = ones(rows, length)
-batch = Batch(tokens, tokens, length * ones(rows), places, ones(rows * masked), ones(rows))
+valid = length * ones(rows)
+if task:
+    batch = TaskBatch(tokens, tokens, valid, ones(rows, 2) if task.scores_tokens else ones(rows))
+else:
+    batch = Batch(tokens, tokens, valid, places, ones(rows * masked), ones(rows))
 for _ in range(2):
     trainer.step(batch)
 mx.nd.waitall()
@@ -40,7 +50,7 @@ cudart.gpusim_counts.restype = ctypes.c_char_p
 counts = json.loads(cudart.gpusim_counts())
 assert counts["faults"] == counts["missing"] == 0
 peaks = [device["peak"] for device in counts["devices"][:num_gpus]]
-print(json.dumps([max(peaks), estimate_gpu_memory(config, words, num_gpus).memory]))
+print(json.dumps([max(peaks), estimate_gpu_memory(config, words, num_gpus, task=task).memory]))
 """
 LARGE = {"GPUSIM_MEMORY": "400e9", "GPUSIM_MEMSET": "0"}
 
@@ -69,6 +79,8 @@ def peak_and_estimate(simulated_cuda, tmp_path_factory):
         ("bert-base", 2, {"batch_size": 32}),
         ("bert-large", 1, {"batch_size": 16, "max_seq_length": 512, "recompute": True}),
         ("bert-large", 1, {"batch_size": 16, "micro_batch": 8}),
+        ("bert-base", 1, {"batch_size": 32, "task": "classification"}),
+        ("bert-base", 2, {"batch_size": 16, "micro_batch": 8, "task": "question-answering"}),
     ],
 )
 def test_memory_estimate_is_near_the_peak(peak_and_estimate, name, num_gpus, changes, precision):

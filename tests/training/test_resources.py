@@ -179,7 +179,9 @@ def test_command_refuses_before_reading_or_writing(tmp_path, capsys, monkeypatch
 @pytest.fixture
 def room(monkeypatch):
     """The machine has as much memory as is said."""
-    return lambda count: monkeypatch.setattr("gluon_bert.pretraining.machine_memory", lambda devices: count)
+    return lambda count: monkeypatch.setattr(
+        "gluon_bert.training.memory_plan.machine_memory", lambda devices: count
+    )
 
 
 def test_command_prints_estimate_and_resumes_with_less(command, capsys, room):
