@@ -225,7 +225,7 @@ def test_format_with_a_damaged_file_is_refused(run, texts, tmp_path, format):
     content = bytearray((tmp_path / "export" / largest).read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "export" / largest).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{largest}: is not the file that was exported"):
+    with pytest.raises(InputError, match=rf"{largest}: differs from the exported file"):
         load_exported(tmp_path / "export")
 
 

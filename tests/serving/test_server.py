@@ -496,7 +496,7 @@ class TestLife:
         with zipfile.ZipFile(archive) as good, zipfile.ZipFile(path, "w") as bad:
             for name in good.namelist():
                 bad.writestr(name, b"no parameters" if name.endswith(".params") else good.read(name))
-        with pytest.raises(ServerFailed, match="is not the file that was exported"), serving(path, settings):
+        with pytest.raises(ServerFailed, match="differs from the exported file"), serving(path, settings):
             pass
 
     def test_server_runs_the_archives_own_code(self, archive, settings, tmp_path):
