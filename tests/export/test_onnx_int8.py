@@ -1,6 +1,9 @@
 """Export to ONNX in int8: close to the network, with the layers that suffer most in float32."""
 
 import importlib.util
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from gluon_bert.errors import InputError
 from gluon_bert.export import exporter, onnx_int8
 from gluon_bert.export.exporter import export_onnx, export_onnx_int8, load_exported
 from gluon_bert.export.mxnet_symbol import model_inputs
-from gluon_bert.export.onnx_graph import session
+from gluon_bert.export.onnx_graph import PRECISE_INT8, session
 from gluon_bert.export.onnx_int8 import DenseLayer, layer_errors
 from gluon_bert.inference.predictor import Predictor
 from gluon_bert.run import load_run
@@ -104,6 +107,34 @@ def test_smoothing_is_chosen_where_errors_fall(run, texts, tmp_path):
     inputs = model_inputs(batches[0], ["encoded"])
     one, other = (session(each.SerializeToString()).run(["encoded"], inputs)[0] for each in (model, smooth))
     np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+ON_ANOTHER_PROCESSOR = """
+import sys
+import numpy as np, onnxruntime
+path, option = sys.argv[1:]
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+options.add_session_config_entry(option, "1")
+session = onnxruntime.InferenceSession(path + "/bert.onnx", options, providers=["CPUExecutionProvider"])
+(found,) = session.run(["encoded"], dict(np.load(path + "/inputs.npz")))
+np.save(path + "/found.npy", found)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind, which emulates AVX2 alone")
+def test_onnx_int8_without_vnni_gives_the_same_vectors(run, texts, tmp_path):
+    folder = tmp_path / "int8"
+    export_onnx_int8(run, folder, "encoder", texts, max_error=0.2)
+    inputs = model_inputs(pad(texts[:4], 40), ["encoded"])
+    np.savez(folder / "inputs.npz", **inputs)
+    command = [sys.executable, "-c", ON_ANOTHER_PROCESSOR, folder, PRECISE_INT8]
+    subprocess.run(["valgrind", "--tool=none", "-q", *command], check=True)
+    here = session(str(folder / "bert.onnx"))
+    assert here.get_session_options().get_session_config_entry(PRECISE_INT8) == "1"
+    (expected,) = here.run(["encoded"], inputs)
+    np.testing.assert_allclose(np.load(folder / "found.npy"), expected, atol=1e-4)
 
 
 def test_layer_errors_equal_those_of_onnxruntime(tmp_path):
