@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from dev.finetune_transformers import adamw, train_step
 from support.conversion import VOCAB_SIZE, WORDS, assert_bits, configured, converted
 from support.reference_bert import randomise
 
 from gluon_bert.checkpoint import save_checkpoint
+from gluon_bert.config import FineTuneConfig
 from gluon_bert.conversion.converter import network, shapes
 from gluon_bert.conversion.huggingface import bert_config, read_huggingface
 from gluon_bert.conversion.weight_names import HUGGINGFACE, HUGGINGFACE_SPANS
 from gluon_bert.data.wordpiece import SPECIAL_TOKENS, WordPieceVocabulary
 from gluon_bert.errors import InputError
 from gluon_bert.finetuning.dataset import TaskBatch
+from gluon_bert.finetuning.finetune import task_trainer, train_config
 from gluon_bert.finetuning.tagging import TaggingBatch
 from gluon_bert.model.task import Task
 from gluon_bert.presets import preset
@@ -116,6 +120,28 @@ def test_task_scores_and_gradients_equal_transformers(kind, lengths, tmp_path):
         expected = gradients[LAYOUTS[kind].name(name)]
         tolerance = 1e-4 * max(np.abs(expected).max(), 1)
         np.testing.assert_allclose(own_gradients[name], expected, rtol=0, atol=tolerance, err_msg=name)
+
+
+@both_tasks
+def test_task_training_steps_equal_transformers(kind, tmp_path):
+    """The same losses over several steps: learning rates, AdamW, weight decay and clipping are the same."""
+    config = dataclasses.replace(configured("small"), dropout=0.0)
+    _, model = transformers_model(kind, config)
+    model.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, *WORDS]) + "\n")
+    read = read_huggingface(tmp_path / "theirs", lowercase=True)
+    net = network(read.weights, VOCAB_SIZE, config, task=read.task)
+    options = FineTuneConfig(epochs=1, batch_size=3, lr=0.01, dropout=0.0, weight_decay=0.1)
+    recipe = train_config(options, num_examples=18)
+    trainer, optimizer = task_trainer(net, options, recipe, [mx.cpu()]), adamw(model, recipe)
+    batch = a_batch(kind, (9, 9, 9))
+    found, expected = [], []
+    for step in range(1, recipe.num_steps + 1):
+        expected.append(train_step(model, optimizer, recipe, step, batch))
+        _, (losses,) = trainer.step(batch)
+        found.append(losses.total.asscalar())
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert found[-1] < 0.9 * found[0]
 
 
 @pytest.fixture
