@@ -66,8 +66,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, *, best: bool = False, ke
     """Write a checkpoint, atomically; `read_checkpoint` is the inverse.
 
     best: mark it as the best so far. keep: the number of recent checkpoints to keep beside the best; 0: all.
-    Old ones are deleted after the new one is on the disk, so a crash at any moment leaves a latest and a
-    best.
+    Old ones are deleted after the new one is on the disk. So after a crash a latest and a best checkpoint
+    always exist.
     """
     path = _path(Path(folder), snapshot.step)
     with atomic_folder(path, replace=True) as aside:

@@ -255,6 +255,7 @@ _OPTIONS = (
     *("gpus", "cpus", "preset", "checkpoint", "input", "text_columns", "text_file", "step", "gelu"),
     *("label", "header", "quoting", "task", "train", "validation", "test", "max_error", "format", "outputs"),
     *("management_port", "port", "tensorboard", "workers", "server_workers", "max_batch_delay", "threads"),
+    "hostfile",
 )
 
 # Those that name a file, whose errors read `name PATH: ...`.

@@ -95,8 +95,8 @@ def _vocabulary_file(run: Run, init: str) -> str:
 def load_initial_weights(net: Any, vocab: Vocabulary, run: Run) -> None:
     """Give a network the weights of a run; `vocab` begins with the run's tokens.
 
-    The rows of a new token are the mean of the rows of its pieces, or the row of <unk>, so the network's
-    output does not change. Raise InputError if the vocabulary does not begin with the run's tokens.
+    The row of a new token is the mean of its pieces' rows, or the row of <unk>. So the network's output does
+    not change. Raise InputError if the vocabulary does not begin with the run's tokens.
     """
     known = len(run.vocab)
     if vocab.tokens[:known] != run.vocab.tokens:

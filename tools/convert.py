@@ -120,7 +120,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
 
 def parse_format(flag: str, words: list[str]) -> Format:
-    """Return what a flag names; raise InputError where it is neither a format with its paths nor a run."""
+    """Return what a flag names; raise InputError if it is neither a format with its paths nor a run."""
     kind, *paths = words
     given = f"{flag} {' '.join(words)}"
     if kind not in KINDS:

@@ -137,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     # Intermixed, because texts may come before and after the flags.
     return main_with_exit_status(parser(), argv, encode, intermixed=True)
 
@@ -276,7 +276,7 @@ def look_inside(arguments: argparse.Namespace, ask: str, texts: list[str]) -> in
 
 
 def pooling_of(arguments: argparse.Namespace, own: Pooling | None) -> Pooling | None:
-    """Return the pooling of the flags, or else the model's own; None where neither says one."""
+    """Return the pooling of the flags, or else the model's own; or None."""
     if arguments.pooling is None and arguments.normalize is None and own is None:
         return Pooling() if arguments.similar is not None or arguments.similarity is not None else None
     own = own or Pooling()

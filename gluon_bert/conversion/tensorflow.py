@@ -66,8 +66,8 @@ def read_tensorflow(
 def checkpoint_in(folder: Path, step: int | None = None) -> Path:
     """Return the checkpoint of a folder without its endings.
 
-    It is the one after a step, or bert_model.ckpt, or the one that the file `checkpoint` names as the latest,
-    or the only one.
+    It is the one after a step, or bert_model.ckpt. Otherwise it is the latest by the file `checkpoint`, or
+    the only one.
     """
     names = sorted(path.name[: -len(_INDEX)] for path in folder.glob(f"*{_INDEX}"))
     if not names:

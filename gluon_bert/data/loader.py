@@ -171,7 +171,7 @@ class Loader:
 class PretrainingData(NamedTuple):
     """The training and validation batches of a run, with statistics of the text.
 
-    validation: batches for evaluation, or None where there is too little text for them. unigram_loss and
+    validation: batches for evaluation, or None if there is too little text. unigram_loss and
     validation_unigram_loss: the loss of word frequencies alone on either text, in nats.
     word_counts: (V,) float64, how often each token is a word that may be predicted, in the training text.
     fingerprint: a hash of the text and its preparation. statistics: of the text, see PreparedCorpus.

@@ -128,8 +128,9 @@ def _whole_words(
 def _ngram_lengths(words: _Words, draw: np.ndarray, most: int) -> np.ndarray:
     """Return the length of the n-gram that begins at each word, 0 for words that may not be chosen, (B, W).
 
-    n of them with a probability in proportion to 1/n, up to `most` and to the next word that may not be
-    chosen or the end of the segment (Lan et al. 2019, section 3.1). draw: (B, W) uniform on [0, 1).
+    The length is n with a probability in proportion to 1/n, up to `most` (Lan et al. 2019, section 3.1). It
+    ends before the next word that may not be chosen, and at the end of the segment. draw: (B, W) uniform on
+    [0, 1).
     """
     place, size, usable = words
     go_on = usable[:, :-1] & usable[:, 1:] & (place[:, 1:] == place[:, :-1] + size[:, :-1])

@@ -107,8 +107,8 @@ def _any_negatives(documents: Documents, a: np.ndarray, rng: np.random.Generator
 def _matched_negatives(documents: Documents, a: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw a sentence of another document that is not its first, as true next sentences are.
 
-    In D2L's draw three in ten random sentences open a paragraph and no true one does, so up to two
-    thirds of the labels can be predicted without reading the first sentence.
+    In D2L's draw 30 % of the random sentences open a paragraph, but no true one does. So up to two thirds of
+    the labels can be predicted without the first sentence.
     """
     # Followers are all sentences except first ones, ordered by document. To skip the own document,
     # (own_start, own_stop), the draw counts from its end and wraps around.
@@ -134,8 +134,8 @@ def _truncated(pairs: Pairs, max_seq_length: int) -> Pairs:
 def _has_other_than(unk: int, documents: Documents, pairs: Pairs) -> np.ndarray:
     """Return the pairs with another token than this one, (N,) bool.
 
-    It looks at the first tokens of all pairs, then at the second ones of the pairs that need it, and so on,
-    so that most of the text is not read.
+    It checks the first tokens of all pairs, then the second tokens of the remaining pairs, and so on. So it
+    reads little of the text.
     """
     found = np.zeros(len(pairs), dtype=bool)
     for segment in (pairs.first, pairs.second):
@@ -158,10 +158,10 @@ def _packed_pairs(documents: Documents, config: DataConfig, rng: np.random.Gener
     `random_next_prob` the second segment is replaced by one from another document, and its sentences are used
     again. Long pairs are truncated at random ends.
 
-    In that code lengths and positions give the labels away: the last sentence of a document never has a true
-    next segment, and random segments may open a document or fill a short pair. Here a last sentence that is
-    left over is dropped (another epoch splits differently), and a random segment is another pair's true one
-    of similar position and length. The shorter length is drawn per pair instead of per document.
+    In that code lengths and positions reveal the labels. The last sentence of a document never has a true
+    next segment. Random segments may open a document or fill a short pair. Here a remaining last sentence is
+    dropped; another epoch splits differently. A random segment is another pair's true one, with similar
+    position and length. The shorter length is drawn per pair instead of per document.
     """
     room = config.max_seq_length - NUM_SPECIAL_IN_PAIR
     start, middle, stop, is_next = _packed(documents, config, room, rng)
@@ -186,8 +186,8 @@ def _packed(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return where each pair starts, where its second segment starts, where it stops, and is_next.
 
-    Everything is drawn for each sentence, as if a pair started with it. A loop over the pairs then goes from
-    the first sentence to the end of its pair (or to its second segment, if that is used again), and so on.
+    All values are drawn for each sentence, as if a pair started with it. A loop then goes from pair to pair.
+    The next pair starts after the end of a pair, or at its second segment if that is used again.
     """
     num_sentences = len(documents.sentences) - 1
     sentence = np.arange(num_sentences)

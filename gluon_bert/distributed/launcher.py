@@ -185,7 +185,7 @@ class JobProcess:
         if self.status == 255 and self.host.name is not None:
             how = "ssh exit status 255: the host is unreachable, or the connection broke"
         if self.name in ENDPOINTS and self.status != 128 + signal.SIGKILL:
-            how += ". If its port is in use, choose another with --port."
+            how += ". If its port is in use, choose another one."
         return f"{self.name} ended with {how}"
 
     def _forward(self, source: IO[bytes], sink: IO[str]) -> None:
@@ -236,7 +236,7 @@ def read_hostfile(path: Path) -> list[Host]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--hostfile {path} cannot be read ({error})") from error
+        raise InputError(f"hostfile must be a file that can be read, got {path} ({error})") from error
     hosts, problems = [], []
     for number, line in enumerate(lines, 1):
         name = line.split("#")[0].strip()
@@ -250,12 +250,10 @@ def read_hostfile(path: Path) -> list[Host]:
         except (OSError, UnicodeError) as error:
             problems.append(f"{path}, line {number}: host {name} is unknown ({error})")
     if not hosts and not problems:
-        problems.append(f"--hostfile {path} must name at least one host")
+        problems.append(f"hostfile must name at least one host, got {path}")
     loops = [host.name for host in hosts if host.address.startswith("127.")]
     if loops and len({host.address for host in hosts}) > 1:
-        problems.append(
-            f"--hostfile {path}: {loops[0]} has a loopback address, which other hosts cannot reach"
-        )
+        problems.append(f"hostfile {path}: {loops[0]} has a loopback address, which other hosts cannot reach")
     if problems:
         raise InputError("\n".join(problems))
     return hosts
@@ -264,13 +262,12 @@ def read_hostfile(path: Path) -> list[Host]:
 def check_port(port: int, host: Host) -> None:
     """Raise InputError if a port is invalid or in use on this machine."""
     if not 1 <= port <= 65535:
-        raise InputError(f"--port must be between 1 and 65535, got {port}")
+        raise InputError(f"port must be between 1 and 65535, got {port}")
     if host.name is None:
         with socket.socket() as probe:
             try:
                 probe.bind((host.address, port))
             except OSError as error:
                 raise InputError(
-                    f"--port must be a free port, got {port} ({error.strerror}). Choose another or omit "
-                    "--port."
+                    f"port must be free, got {port} ({error.strerror}). Choose another or omit it."
                 ) from error

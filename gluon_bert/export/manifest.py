@@ -106,7 +106,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Return the manifest of an export; raise InputError where a file is missing or damaged."""
+        """Return the manifest of an export; raise InputError if a file is missing or damaged."""
         path = Path(folder) / MANIFEST
         try:
             content = json.loads(path.read_text("utf-8"))
@@ -124,7 +124,7 @@ class Manifest:
         return manifest
 
     def reader(self, folder: Path) -> Tokenizer:
-        """Return the network's tokenizer; raise InputError where the vocabulary does not fit."""
+        """Return the network's tokenizer; raise InputError if the vocabulary does not fit."""
         vocab = load_vocabulary(Path(folder))
         if len(vocab) != self.vocabulary_size:
             raise InputError(

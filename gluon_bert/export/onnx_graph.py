@@ -99,10 +99,10 @@ def _convertible(symbol: Any) -> Any:
 
 @contextmanager
 def _checked_as(opset: int) -> Iterator[None]:
-    """Make onnx check graphs as of this opset.
+    """Make onnx check graphs with this opset.
 
-    The converter has its graph checked as of the newest one, in which some operators' attributes have
-    become inputs, and has no argument for another.
+    The converter checks its graph with the newest one and cannot set another. There some attributes of
+    operators have become inputs.
     """
     context = package("onnx").checker.DEFAULT_CONTEXT
     newest = context.opset_imports

@@ -34,8 +34,8 @@ def metrics_of(task: Task) -> tuple[str, ...]:
 def classification_metrics(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, float]:
     """Return accuracy, F1 and Matthews' correlation of classes, (N,) and (N,) of numbers below num_classes.
 
-    F1 is that of class 1 where there are two, as GLUE has it, else the mean over the classes that occur in
-    either. Matthews' is Gorodkin's (2004) for any number of classes; 0 where it is 0 divided by 0.
+    With two classes F1 is that of class 1, as in GLUE. Otherwise it is the mean over all classes that occur.
+    Matthews' is Gorodkin's (2004) for any number of classes; 0 where it is 0 divided by 0.
     """
     table = np.zeros((num_classes, num_classes))
     np.add.at(table, (labels, predicted), 1)

@@ -94,7 +94,7 @@ def _row(path: Path, where: str, context: str, question: Any) -> QuestionRow:
 
 
 def _field(content: Any, name: str, kind: type, where: str) -> Any:
-    """Return a field of a JSON object; raise InputError where it is missing or of another type."""
+    """Return a field of a JSON object; raise InputError if it is missing or of another type."""
     names = {list: "a list", str: "a string", int: "a whole number", bool: "true or false"}
     value = content.get(name) if isinstance(content, dict) else None
     if type(value) is not kind:

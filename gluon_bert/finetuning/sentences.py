@@ -143,7 +143,7 @@ def examples(rows: Sequence[TableRow], task: Task, reader: Tokenizer, what: str)
 
 
 def _targets(rows: Sequence[TableRow], task: Task, what: str) -> Sequence[Any] | None:
-    """Return the rows' classes or scores, None where they have none."""
+    """Return the rows' classes or scores, or None."""
     if rows[0].label is None:
         return None
     if task.kind == "regression":

@@ -55,8 +55,8 @@ class Question:
     """A question and its context, in windows that fit the network.
 
     texts: a pair of the question and a part of the context each. Windows overlap by a third of the network's
-    length (128 of 384 tokens, as in transformers' run_qa.py), or by half of the context's part if that is
-    less.
+    length, as in transformers' run_qa.py (128 of 384 tokens). The overlap is at most half of the context's
+    part.
     """
 
     def __init__(self, reader: Tokenizer, task: Task, question: str, context: str) -> None:

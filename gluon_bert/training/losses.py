@@ -134,7 +134,7 @@ _TASK_LOSSES = {
 }
 
 
-# The loss function of each objective, as DataConfig names it.
+# The loss function of each objective. A new one also needs a choice in DataConfig.objective.
 OBJECTIVES: dict[str, LossFunction] = {
     "mlm+nsp": pretraining_loss,
     "mlm": mlm_only,

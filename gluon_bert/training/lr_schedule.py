@@ -36,8 +36,8 @@ def planned_steps(config: TrainConfig, step: int, finished: int, elapsed: float)
 def learning_rate(config: TrainConfig, step: float, num_steps: float) -> float:
     """Return the learning rate of a step in a run of `num_steps`. The first step is 1.
 
-    It rises linearly over the warm-up, is `lr` at `peak_step`, and then decays so that the step after the
-    last would have 0. Steps may be fractions.
+    It rises linearly over the warm-up to `lr` at `peak_step`. Then it decays, to 0 at the step after the
+    last. Steps may be fractions.
 
     >>> config = TrainConfig(lr=1.0, schedule="linear", warmup_ratio=0.4)
     >>> [learning_rate(config, step, 5) for step in (1, 2, 3, 4, 5)]

@@ -28,8 +28,8 @@ def gluon_trainer(
 
     matrices: the parameters whose steps Muon makes orthogonal.
 
-    Its `learning_rate` is the peak until it is set. Gradients are summed over the contexts, and by a kvstore
-    of several workers over these, in `allreduce_grads()`, so that they can be clipped before `update(1)`.
+    Its `learning_rate` is the peak until it is set. `allreduce_grads()` sums gradients over the contexts, and
+    over the workers of a kvstore. They can then be clipped before `update(1)`.
     """
     mark_undecayed(parameters)
     optimizer = OPTIMIZERS[config.optimizer](
@@ -298,9 +298,9 @@ class LAMB(_WithMoments):
     """LAMB (You et al. 2020, algorithm 2, with phi(x) = x).
 
     r = m' / (sqrt(v') + epsilon) + weight_decay * w, with m' and v' as in AdamW;
-    w -= lr * (norm(w) / norm(r)) * r, the quotient being 1 where a norm is 0. It is mx.optimizer.LAMB but
-    for the norms: those of a CPU are too small for large arrays (see `squared_norms`), and make the first
-    step of BERT-base's embedding 11 % too long.
+    w -= lr * (norm(w) / norm(r)) * r, the quotient being 1 where a norm is 0. Only the norms differ from
+    mx.optimizer.LAMB. Its norms of large arrays are too small on a CPU (see `squared_norms`). They make the
+    first step of BERT-base's embedding 11 % too long.
     """
 
     def _step_all(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
@@ -477,9 +477,8 @@ def finite_on(squared: Any, contexts: Sequence[Any]) -> dict[Any, Any]:
 def squared_norms(arrays: Sequence[Any]) -> Any:
     """Return (P,) the squared Euclidean norm of each of the P arrays of one context. Does not wait.
 
-    A CPU multiplies with `dot`: there `norm` and `multi_sum_sq` add up one by one in float32, which gives 3 %
-    too little for the 23 million values of BERT-base's embedding, and takes 5 times as long. A GPU adds up in
-    parts.
+    A CPU uses `dot`. There `norm` and `multi_sum_sq` add one by one in float32. For the 23 million values of
+    BERT-base's embedding this gives 3 % too little, and takes 5 times as long. A GPU adds in parts.
     """
     if arrays[0].context.device_type == "gpu":
         return mx.nd.multi_sum_sq(*arrays, num_arrays=len(arrays))

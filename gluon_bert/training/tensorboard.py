@@ -31,7 +31,7 @@ class TensorBoardLogger(Callback):
     folder: for the event files, such as `tensorboard` in a run's folder. sentences: returns a text in
     Markdown, which is written at the first step and with each evaluation.
 
-    Raises InputError without tensorboardX. A full disk ends the event files with a warning, not the run.
+    Raise InputError without tensorboardX. A full disk ends the event files with a warning, not the run.
     """
 
     def __init__(self, folder: Path | str, sentences: Callable[[], str] | None = None) -> None:

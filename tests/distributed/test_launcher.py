@@ -193,7 +193,10 @@ def test_failed_command_ends_after_last_restart(launch_job):
         (["-n", "1"], "a command must follow --"),
         (["-n", "1", "--max-restarts", "1", "--", "python", "tools/pretrain.py"], "needs --resume auto"),
         (["-n", "1", "--port", "70000", "--", "x"], "--port must be between 1 and 65535, got 70000"),
-        (["-n", "1", "--hostfile", "no/such/file", "--", "x"], "--hostfile no/such/file cannot be read"),
+        (
+            ["-n", "1", "--hostfile", "no/such/file", "--", "x"],
+            "--hostfile must be a file that can be read, got no/such/file",
+        ),
     ],
 )
 def test_launch_refuses_bad_flags(capsys, words, message):
@@ -206,7 +209,7 @@ def test_launch_refuses_port_in_use(capsys):
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         assert launch.main(["-n", "1", "--port", str(port), "--", "x"]) == 2
-    assert f"--port must be a free port, got {port} (Address already in use)" in capsys.readouterr().err
+    assert f"--port must be free, got {port} (Address already in use)" in capsys.readouterr().err
 
 
 def test_hostfile_errors_name_their_lines(tmp_path, capsys):
@@ -220,7 +223,7 @@ def test_hostfile_errors_name_their_lines(tmp_path, capsys):
     assert "localhost has a loopback address, which other hosts cannot reach" in printed
     path.write_text("# nothing\n")
     assert launch.main(["-n", "1", "--hostfile", str(path), "--", "x"]) == 2
-    assert f"--hostfile {path} must name at least one host" in capsys.readouterr().err
+    assert f"--hostfile must name at least one host, got {path}" in capsys.readouterr().err
 
 
 def test_missing_command_ends_the_job(launch_job):

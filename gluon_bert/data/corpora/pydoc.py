@@ -1,8 +1,8 @@
 """English prose of the Python installation: docstrings and the reference. Imports none of its modules.
 
-The text is the language reference behind `help()` (pydoc_data.topics) and the docstrings of the standard
-library and of the packages this project depends on. Code, tables, parameter lists and markup are left
-out; what remains is paragraphs of running text.
+The text is the language reference of `help()` (pydoc_data.topics), and the docstrings of the standard library
+and of this project's dependencies. Code, tables, parameter lists and markup are left out; what remains is
+paragraphs of running text.
 """
 
 from __future__ import annotations

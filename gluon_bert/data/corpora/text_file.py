@@ -25,7 +25,7 @@ INSTALL_ZSTD = "pip install -e '.[zstd]'"
 
 
 def _zstd() -> Any:
-    """Return the module for Zstandard, Python's own from 3.14 on; raise InputError where it is missing."""
+    """Return the module for Zstandard, Python's own from 3.14 on; raise InputError if it is missing."""
     for name in ("compression.zstd", "backports.zstd"):
         try:
             return import_module(name)

@@ -1,7 +1,7 @@
 """Downloads WikiText-2 once and verifies it. Does not parse its text.
 
-Only files with the right SHA-1 are kept: the address that older tutorials name now
-answers with 243 bytes of XML, and those were saved as the corpus more than once.
+Only files with the right SHA-1 are kept. The address in older tutorials now returns 243 bytes of XML, which
+some programs saved as the corpus.
 """
 
 from __future__ import annotations
