@@ -83,12 +83,12 @@ def test_load_run_without_config_is_refused(tmp_path, run_folder):
     with pytest.raises(InputError, match=r"nowhere must be the folder of a run: it has no config\.json"):
         load_run(tmp_path / "nowhere")
     config = json.loads((run_folder / "config.json").read_text())
-    for change, told in (
+    for change, message in (
         ({"format": 99}, "format must be 2, got 99"),
         ({"model": {"unitz": 1}}, r"config\.json: unknown key model\.unitz"),
     ):
         (run_folder / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             load_run(run_folder)
 
 

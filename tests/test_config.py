@@ -77,9 +77,9 @@ def test_all_problems_are_reported_at_once():
     config = preset("d2l").replace(
         num_heads=3, max_seq_length=2, batch_size=0, preparation="burn", lr=float("nan")
     )
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as message:
         config.check()
-    lines = str(told.value).splitlines()
+    lines = str(message.value).splitlines()
     assert "num_heads must divide units=128, got 3." in lines
     assert "max_seq_length must be at least 8, got 2." in lines
     assert "batch_size must be at least 1, got 0." in lines
@@ -88,7 +88,7 @@ def test_all_problems_are_reported_at_once():
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"max_seq_length": 1001}, "max_seq_length must be at most max_positions=1000, got 1001"),
         ({"mask_token_rate": 0.9, "random_token_rate": 0.2}, "must be at most 1 together, got 0.9 and 0.2"),
@@ -138,13 +138,13 @@ def test_all_problems_are_reported_at_once():
         ),
     ],
 )
-def test_check_contradictions_name_the_options(changes, told):
-    with pytest.raises(InputError, match=told):
+def test_check_contradictions_name_the_options(changes, message):
+    with pytest.raises(InputError, match=message):
         preset("d2l").replace(**changes).check()
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ({"model": {"unitz": 1}}, "config: unknown key model.unitz"),
         ({"modle": {}}, "groups must be model, data, train, got 'modle'"),
@@ -154,8 +154,8 @@ def test_check_contradictions_name_the_options(changes, told):
         ({"train": 3}, "groups must be model, data, train, got 'train'"),
     ],
 )
-def test_from_json_unknown_key_or_type_is_refused(content, told):
-    with pytest.raises(InputError, match=told):
+def test_from_json_unknown_key_or_type_is_refused(content, message):
+    with pytest.raises(InputError, match=message):
         Config.from_json(content)
 
 

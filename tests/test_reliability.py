@@ -1,4 +1,4 @@
-"""Full disks, threads and processes that fail: told, nothing lost, nothing left behind."""
+"""Full disks, failing threads and processes: an error, nothing lost, nothing left behind."""
 
 import errno
 import json

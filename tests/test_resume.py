@@ -114,8 +114,8 @@ def test_resume_keeps_the_operators(command, stopping, capsys, monkeypatch):
     monkeypatch.setenv(ops.VARIABLE, "auto")
     capsys.readouterr()
     assert pretrain.main(["--resume", str(stopped)]) == 0
-    told = capsys.readouterr().err
-    assert "operators: MXNet's own" in told and "operators is" not in told
+    message = capsys.readouterr().err
+    assert "operators: MXNet's own" in message and "operators is" not in message
     assert_same_run(undisturbed, stopped)
 
     assert pretrain.main(["--resume", str(stopped), "--operators", "auto"]) == 0
@@ -279,7 +279,7 @@ def test_resume_with_weights_alone_is_refused(damaged_run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--units", "32", "--seed", "4"], "{run} was started with --units 16, got --units 32"),
         (["--units", "32", "--seed", "4"], "{run} was started with --seed 0, got --seed 4"),
@@ -292,11 +292,11 @@ def test_resume_with_weights_alone_is_refused(damaged_run, capsys):
         (["--output", "x"], "--output cannot be used with --resume"),
     ],
 )
-def test_resume_names_options_that_may_not_change(damaged_run, capsys, flags, told):
+def test_resume_names_options_that_may_not_change(damaged_run, capsys, flags, message):
     _, folder = damaged_run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert pretrain.main(["--resume", str(folder), *flags]) == 2
-    assert told.format(run=folder) in capsys.readouterr().err
+    assert message.format(run=folder) in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
@@ -305,8 +305,8 @@ def test_resume_with_another_text_is_refused(damaged_run, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text(small_text(seed=1), "utf-8")
     assert pretrain.main(["--resume", str(folder), "--corpus", str(other)]) == 2
-    told = f"--corpus must be the text that {folder} was started with"
-    assert told in capsys.readouterr().err
+    message = f"--corpus must be the text that {folder} was started with"
+    assert message in capsys.readouterr().err
 
 
 def test_resume_without_a_run_is_refused(tmp_path, capsys):

@@ -130,7 +130,7 @@ def test_init_from_a_run_with_vectors_of_the_text(before, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, message",
     [
         (["--units", "32"], "--init {0} needs --units 16, got --units 32"),
         (["--tied-decoder"], "--init {0} needs --no-tied-decoder, got --tied-decoder"),
@@ -146,9 +146,9 @@ def test_init_from_a_run_with_vectors_of_the_text(before, tmp_path, capsys):
         (["--init-checkpoint", "9"], "--checkpoint must be one of"),
     ],
 )
-def test_init_contradicting_options_are_refused(before, flags, told, tmp_path, capsys):
+def test_init_contradicting_options_are_refused(before, flags, message, tmp_path, capsys):
     assert go_on(before, "words", tmp_path / "run", *flags) == 2
-    assert told.format(before / "words") in capsys.readouterr().err
+    assert message.format(before / "words") in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

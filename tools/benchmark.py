@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from gluon_bert.cli import main_with_exit_status, parser_of, run
+from gluon_bert.config import flag_name
 from gluon_bert.errors import InputError
 from gluon_bert.presets import PRESETS
 
@@ -220,7 +221,7 @@ def check(arguments: argparse.Namespace) -> None:
     """Raise one InputError for all problems with the flags."""
     given, name = vars(arguments), arguments.benchmark
     problems = [
-        f"--{flag.replace('_', '-')} must be at least 1, got {given[flag]}"
+        f"{flag_name(flag)} must be at least 1, got {given[flag]}"
         for flag in ("rounds", "texts", "steps", "batch_size", "tokens")
         if (1 if given.get(flag) is None else given[flag]) < 1
     ]
@@ -229,7 +230,7 @@ def check(arguments: argparse.Namespace) -> None:
         numbers = (given.get(flag) or "1").split(",")
         if not all(number.isdecimal() and int(number) >= least for number in numbers):
             problems.append(
-                f"--{flag.replace('_', '-')} must be numbers of at least {least} with commas, such as 1,2, "
+                f"{flag_name(flag)} must be numbers of at least {least} with commas, such as 1,2, "
                 f"got {given[flag]}"
             )
     if name == "scale":

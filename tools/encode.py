@@ -276,7 +276,7 @@ def look_inside(arguments: argparse.Namespace, ask: str, texts: list[str]) -> in
 
 
 def pooling_of(arguments: argparse.Namespace, own: Pooling | None) -> Pooling | None:
-    """Return the pooling of the flags, or else the model's own; or None."""
+    """Return the pooling of the flags or of the model, or None."""
     if arguments.pooling is None and arguments.normalize is None and own is None:
         return Pooling() if arguments.similar is not None or arguments.similarity is not None else None
     own = own or Pooling()

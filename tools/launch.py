@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from gluon_bert.cli import main_with_inner_command, parser_of, run
+from gluon_bert.config import flag_name
 from gluon_bert.distributed.launcher import check_port, read_hostfile, run_with_restarts
 from gluon_bert.distributed.processes import LOOPBACK, Host, Job
 from gluon_bert.errors import InputError
@@ -88,7 +89,7 @@ def job_from(arguments: argparse.Namespace, command: list[str]) -> Job:
     for name, least in (("workers", 1), ("servers", 1), ("max_restarts", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
-            problems.append(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+            problems.append(f"{flag_name(name)} must be at least {least}, got {value}")
     if not command:
         problems.append("a command must follow --, such as -- python tools/pretrain.py --kvstore dist_sync")
     if arguments.max_restarts > 0 and pretrains(command) and "--resume" not in flags_in(command):

@@ -80,7 +80,7 @@ class DocumentShards:
         Raise InputError if a file is damaged or foreign.
         """
         lengths = self._lengths[list(shards), :3]
-        self._refuse_damaged(shards)
+        self._check_files(shards)
         num_tokens, num_sentences, num_documents = lengths.sum(axis=0)
         tokens = np.empty(num_tokens, id_type(len(self._counts)))
         sentences, documents = np.zeros(num_sentences + 1, np.int64), np.zeros(num_documents + 1, np.int64)
@@ -91,7 +91,7 @@ class DocumentShards:
             documents[document : document + len(piece.documents)] = piece.documents + sentence
         return Documents(tokens, sentences, documents)
 
-    def _refuse_damaged(self, numbers: Sequence[int]) -> None:
+    def _check_files(self, numbers: Sequence[int]) -> None:
         """Raise InputError if a file differs from the manifest, before memory is allocated."""
         try:
             for number in numbers:

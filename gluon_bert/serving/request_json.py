@@ -194,7 +194,9 @@ def _object(body: bytes) -> dict[str, Any]:
         raise InputError('the request is empty: send a JSON object such as {"text": "..."}')
     try:
         content = json.loads(
-            bytes(body).decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
+            bytes(body).decode("utf-8"),
+            object_pairs_hook=_without_repeats,
+            parse_constant=_raise_for_constant,
         )
     except UnicodeDecodeError as error:
         raise InputError(f"the request is not UTF-8 (byte {error.start})") from error
@@ -222,7 +224,7 @@ def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _refuse_constant(name: str) -> Any:
+def _raise_for_constant(name: str) -> Any:
     raise InputError(f"the request is not JSON: {name} must be a finite number")
 
 

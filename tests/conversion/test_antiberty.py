@@ -31,10 +31,10 @@ def test_antiberty_equals_transformers(folder, tmp_path, capsys):
     torch = pytest.importorskip("torch", reason="needs the extra test-others")
     transformers = pytest.importorskip("transformers", reason="needs the extra test-others")
     converted("--from", "huggingface", folder, "--to", tmp_path / "run")
-    told = capsys.readouterr().out
+    message = capsys.readouterr().out
     assert (
-        "left out, because they are not in BERT's encoder and heads: cls.chain.bias" in told
-        and "cased" in told
+        "left out, because they are not in BERT's encoder and heads: cls.chain.bias" in message
+        and "cased" in message
     )
     run = load_run(tmp_path / "run")
     assert run.untrained == ("nsp",)

@@ -112,10 +112,10 @@ def test_run_to_huggingface_and_back_is_bit_identical(tied, tmp_path):
 
     torch = pytest.importorskip("torch", reason="needs the extra test-others")
     transformers = pytest.importorskip("transformers", reason="needs the extra test-others")
-    model, told = transformers.BertForPreTraining.from_pretrained(
+    model, message = transformers.BertForPreTraining.from_pretrained(
         tmp_path / "theirs", output_loading_info=True
     )
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(message[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokenizer = transformers.BertTokenizer.from_pretrained(tmp_path / "theirs")
     text = run.reader.text("W3 w5 [MASK]", "w7 nothing")
     assert tokenizer("W3 w5 [MASK]", "w7 nothing")["input_ids"] == text.ids.tolist()
@@ -184,13 +184,13 @@ def test_vocabulary_in_tokenizer_json_is_read(lowercase, tmp_path):
     with pytest.raises(InputError, match=r"lowercase must be .* or omitted, as the tokenizer in "):
         read_huggingface(folder, lowercase=not lowercase)
     content = json.loads((folder / "tokenizer.json").read_text())
-    for change, told in (
+    for change, message in (
         ({"type": "BPE"}, r"model\.type must be 'WordPiece', got 'BPE'"),
         ({"vocab": {"a": 7}}, r"must have at most|has no \[PAD\]"),
     ):
         changed = {**content, "model": {**content["model"], **change}}
         (folder / "tokenizer.json").write_text(json.dumps(changed))
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             read_huggingface(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"must hold vocab\.txt or tokenizer\.json"):
@@ -209,7 +209,7 @@ def with_other(**arrays):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         (
             without("cls.seq_relationship.bias", "bert.pooler.dense.weight"),
@@ -231,10 +231,10 @@ def with_other(**arrays):
     ],
     ids=["heads", "one", "more", "shape", "nan"],
 )
-def test_huggingface_wrong_weights_are_all_listed(change, told, tmp_path):
+def test_huggingface_wrong_weights_are_all_listed(change, message, tmp_path):
     _, folder = huggingface_folder(tmp_path)
     rewrite(folder, change)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_huggingface(folder)
 
 
@@ -255,7 +255,7 @@ def test_huggingface_missing_heads_are_marked_untrained(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "settings, told",
+    "settings, message",
     [
         ({"model_type": "roberta"}, "model_type must be 'bert', got 'roberta'"),
         ({"type_vocab_size": 1}, "type_vocab_size must be 2, got 1, which is another number of segments"),
@@ -267,11 +267,11 @@ def test_huggingface_missing_heads_are_marked_untrained(tmp_path, capsys):
         "num_heads must divide units=16, got 3"),
     ],
 )  # fmt: skip
-def test_huggingface_other_architecture_is_refused(settings, told, tmp_path):
+def test_huggingface_other_architecture_is_refused(settings, message, tmp_path):
     _, folder = huggingface_folder(tmp_path)
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, **settings}))
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_huggingface(folder)
 
 
@@ -286,17 +286,17 @@ def test_huggingface_other_vocabulary_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, message",
     [
         ({"norm": "pre"}, "needs a run trained with --norm post, got --norm pre."),
         ({"embedding_norm": False}, "needs a run trained with --embedding-norm, got --no-embedding-norm"),
         ({"position": "relative-bias"}, "with --position absolute, got --position relative-bias"),
     ],
 )
-def test_huggingface_without_place_is_refused(changes, told, tmp_path, capsys):
+def test_huggingface_without_place_is_refused(changes, message, tmp_path, capsys):
     a_run(tmp_path / "run", configured("small", **changes))
     assert convert.main(["--from", str(tmp_path / "run"), "--to", "huggingface", str(tmp_path / "x")]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

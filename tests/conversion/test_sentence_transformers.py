@@ -127,7 +127,7 @@ def test_sentence_folder_pooling_is_read(pooling, expected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "modules, pooling, files, told",
+    "modules, pooling, files, message",
     [
         (("Transformer", "Pooling", "Dense"), None, {}, r"modules must be .* got Dense too"),
         (("Pooling", "Transformer"), None, {}, "got Pooling, Transformer"),
@@ -161,9 +161,9 @@ def test_sentence_folder_pooling_is_read(pooling, expected, tmp_path):
         ),
     ],
 )
-def test_sentence_folder_with_another_part_is_refused(modules, pooling, files, told, tmp_path):
+def test_sentence_folder_with_another_part_is_refused(modules, pooling, files, message, tmp_path):
     modules = ("Transformer", "Pooling", "Normalize") if modules is None else modules
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_sentence_folder(sentence_folder(tmp_path, modules, pooling, **files))
 
 

@@ -112,7 +112,7 @@ def test_tokenizer_settings_come_back_from_huggingface(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "files, told",
+    "files, message",
     [
         ({"tokenizer_class": "BertJapaneseTokenizer"}, "must be BertTokenizer, got 'BertJapaneseTokenizer'"),
         ({"tokenizer_class": "XLMRobertaTokenizer"}, "must be BertTokenizer, got 'XLMRobertaTokenizer'"),
@@ -128,9 +128,9 @@ def test_tokenizer_settings_come_back_from_huggingface(tmp_path):
         ({"added_tokens_decoder": {"7": {"content": "a\ud83d"}}}, "must be valid Unicode"),
     ],
 )
-def test_tokenizer_config_that_is_not_berts_is_refused(files, told, tmp_path):
+def test_tokenizer_config_that_is_not_berts_is_refused(files, message, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(files))
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_tokenizer_files(tmp_path)
 
 
@@ -143,16 +143,16 @@ def test_added_token_with_a_flag_is_refused(flag, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row, token, told",
+    "row, token, message",
     [
         (3, "new", r"row 3 must be 'new', as an added token says, got '\[SEP\]'"),
         (101, "new", "must have at most 101 tokens, a row of the weights each, got 102"),
         (10**12, "new", "must have at most 101 tokens"),
     ],
 )
-def test_added_token_in_a_wrong_row_is_refused(row, token, told, tmp_path):
+def test_added_token_in_a_wrong_row_is_refused(row, token, message, tmp_path):
     folder = a_folder(tmp_path, added_tokens={token: row})
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_huggingface(folder)
 
 
@@ -164,7 +164,7 @@ def change(content, path, value):
 
 
 @pytest.mark.parametrize(
-    "path, value, told",
+    "path, value, message",
     [
         ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}]},
         r"BertNormalizer, got Sequence \(NFC\)"), ("normalizer.clean_text", False,
@@ -177,14 +177,14 @@ def change(content, path, value):
         "post_processor must give"),
     ],
 )  # fmt: skip
-def test_tokenizer_json_that_is_not_berts_is_refused(path, value, told, tmp_path):
+def test_tokenizer_json_that_is_not_berts_is_refused(path, value, message, tmp_path):
     words = {token: i for i, token in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"))}
     tokenizers.BertWordPieceTokenizer(words).save(str(tmp_path / "tokenizer.json"))
     read_tokenizer_files(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     change(content, path, value)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_tokenizer_files(tmp_path)
 
 

@@ -138,7 +138,7 @@ def test_quantized_weights_are_refused_by_type(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, message",
     [
         ("{}", "must be the configuration of a BERT"),
         ("[]", "must hold an object of JSON, got list"),
@@ -147,10 +147,10 @@ def test_quantized_weights_are_refused_by_type(tmp_path):
         ("", "cannot be read as JSON"),
     ],
 )
-def test_config_that_is_not_berts_is_refused(content, told, tmp_path):
+def test_config_that_is_not_berts_is_refused(content, message, tmp_path):
     _, folder = huggingface_folder(tmp_path)
     (folder / "config.json").write_text(content)
-    with pytest.raises(InputError, match=told) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         read_huggingface(folder)
     assert len(str(caught.value).splitlines()) == 1
 

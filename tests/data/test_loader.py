@@ -246,12 +246,12 @@ def test_fraction_truncated_is_logged(tmp_path, caplog):
     )
     with caplog.at_level(logging.INFO):
         load_pretraining_data(config, batch_size=2)
-        told = "25 % of the pairs of sentences are longer than max_seq_length=17 and are truncated"
-        assert told in caplog.messages
+        message = "25 % of the pairs of sentences are longer than max_seq_length=17 and are truncated"
+        assert message in caplog.messages
         caplog.clear()
         load_pretraining_data(dataclasses.replace(config, max_seq_length=18), batch_size=2)
-    told = "0 % of the pairs of sentences are longer than max_seq_length=18 and are truncated"
-    assert told in caplog.messages
+    message = "0 % of the pairs of sentences are longer than max_seq_length=18 and are truncated"
+    assert message in caplog.messages
 
 
 def test_buckets_pad_to_few_lengths(loader_of):

@@ -96,7 +96,7 @@ def test_unwritable_cache_is_reported_and_skipped(text_file, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("text", "changes", "told"),
+    ("text", "changes", "message"),
     [
         ("one line only\n", {}, "must have at least 2 training documents of 2 sentences.*got 0"),
         (
@@ -112,10 +112,10 @@ def test_unwritable_cache_is_reported_and_skipped(text_file, tmp_path, caplog):
         ("", {}, "got 0 in "),
     ],
 )
-def test_corpus_without_enough_text_is_refused(tmp_path, text, changes, told):
+def test_corpus_without_enough_text_is_refused(tmp_path, text, changes, message):
     path = tmp_path / "t.txt"
     path.write_text(text, "utf-8")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         prepare(config_of(path, **changes), tmp_path / "cache")
     assert not list(tmp_path.glob("cache/*"))
 

@@ -213,7 +213,7 @@ def test_packed_pairs_of_any_documents_are_valid(documents, max_seq_length, shor
 
 
 def packed_slowly(sizes, room, rng, short_rate, random_next_prob):
-    """google-research/bert's create_instances_from_document, told as numbers of sentences.
+    """google-research/bert's create_instances_from_document, on numbers of sentences.
 
     sizes: tokens of each sentence of one document. Gives (start, middle, stop, is_next). Other than there,
     a pair has two sentences at least, and the length to aim at is drawn for each pair.

@@ -105,7 +105,7 @@ def test_ids_above_16_bits_are_int32(tmp_path):
 def test_any_number_of_processes_gives_same_shards(tmp_path, monkeypatch):
     path = tmp_path / "t.txt"
     path.write_text(small_text(24_000), "utf-8")
-    assert path.stat().st_size > 2 << 20  # workers cannot be told to cut smaller pieces
+    assert path.stat().st_size > 2 << 20  # workers cannot use smaller pieces
     monkeypatch.setattr(preparation, "_SHARD_WORDS", 100_000)
     alone, spread = (prepare(config_of(path, preprocessing_workers=n), tmp_path / str(n)) for n in (0, 3))
     assert len(alone.train.sizes) > 2
@@ -150,7 +150,7 @@ def test_statistics_equal_direct_counts(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("documents", "changes", "told"),
+    ("documents", "changes", "message"),
     [
         (different(10) * 2, {}, "50 % of the sentences and 50 % of the documents repeat earlier ones"),
         (
@@ -161,14 +161,14 @@ def test_statistics_equal_direct_counts(tmp_path, caplog):
         (["a b\na c"] + different(9), {"min_freq": 2}, "% of the tokens are unknown to the vocabulary"),
     ],
 )
-def test_statistics_give_warnings(tmp_path, caplog, documents, changes, told):
+def test_statistics_give_warnings(tmp_path, caplog, documents, changes, message):
     path = tmp_path / "t.txt"
     path.write_text("\n\n".join(documents), "utf-8")
     config = config_of(path, **{"min_freq": 1, "validation_fraction": 0.0, **changes})
     prepare(config, tmp_path / "cache")
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1
-    assert told in warnings[0]
+    assert message in warnings[0]
     caplog.clear()
     prepare(config, tmp_path / "cache")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -45,7 +45,7 @@ def test_gluonnlp_reads_saved_file_with_same_ids(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("{", "cannot be read as a vocabulary"),
         ("[]", "cannot be read as a vocabulary"),
@@ -54,10 +54,10 @@ def test_gluonnlp_reads_saved_file_with_same_ids(tmp_path):
         (json.dumps({"idx_to_token": [*SPECIAL_TOKENS, "a", "a"]}), "twice"),
     ],
 )
-def test_load_other_file_is_refused(tmp_path, content, told):
+def test_load_other_file_is_refused(tmp_path, content, message):
     path = tmp_path / "vocab.json"
     path.write_text(content, "utf-8")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         Vocabulary.load(path)
     with pytest.raises(InputError, match=r"none\.json"):
         Vocabulary.load(tmp_path / "none.json")

@@ -152,7 +152,7 @@ def test_load_vocabulary_of_words(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"[PAD]\n[CLS]\n[SEP]\na\n", [r"must have \[UNK\] \[MASK\], as"]),
         (
@@ -167,10 +167,10 @@ def test_load_vocabulary_of_words(tmp_path):
         (b"[PAD]\n\xff\n", ["line 2: byte 0xff is not UTF-8"]),
     ],
 )
-def test_load_broken_file_reports_every_line(tmp_path, content, told):
+def test_load_broken_file_reports_every_line(tmp_path, content, message):
     path = tmp_path / "vocab.txt"
     path.write_bytes(content)
-    for problem in told:
+    for problem in message:
         with pytest.raises(InputError, match=problem):
             WordPieceVocabulary.load(path)
     with pytest.raises(InputError, match=r"none\.txt: cannot be read as a vocabulary \(No such file"):
@@ -357,16 +357,16 @@ def test_unk_of_wikitext_is_an_unknown_word(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "lowercase", "told"),
+    ("tokens", "lowercase", "message"),
     [
         (CASED, True, "lowercase must be off with the cased vocabulary .*v.txt"),
         (PUBLISHED, False, "lowercase must be on with the uncased vocabulary .*v.txt"),
         ([*SPECIAL_TOKENS, "q"], True, "vocab_file must have tokens for words of .*v.txt, which has none"),
     ],
 )
-def test_vocabulary_for_other_text_is_refused(text_file, tmp_path, tokens, lowercase, told):
+def test_vocabulary_for_other_text_is_refused(text_file, tmp_path, tokens, lowercase, message):
     vocabulary(tokens).save(tmp_path / "v.txt")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         prepare(config_of(text_file, vocab_file=str(tmp_path / "v.txt"), lowercase=lowercase), tmp_path / "c")
 
 

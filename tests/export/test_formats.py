@@ -326,18 +326,18 @@ def test_low_precision_is_read_by_module(run, exports, low):
 
 
 @pytest.mark.parametrize(
-    "low, told",
+    "low, message",
     [
         ("bf16", "bf16 needs a CPU with AVX-512"),
         ("int8", "int8 needs a CPU with AVX512_VNNI"),
     ],
 )
-def test_low_precision_on_a_cpu_without_it_is_refused(low, told):
+def test_low_precision_on_a_cpu_without_it_is_refused(low, message):
     code = f"from gluon_bert.export.low_precision import check_{low}; check_{low}()"
     limited = {**os.environ, "DNNL_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=limited, capture_output=True, text=True)
     assert done.returncode == 1
-    assert f"InputError: {told}" in done.stderr
+    assert f"InputError: {message}" in done.stderr
 
 
 def test_format_on_a_gpu_is_refused(exports, format):

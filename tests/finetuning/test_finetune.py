@@ -163,7 +163,7 @@ def test_infer_task_follows_the_labels():
 
 
 @pytest.mark.parametrize(
-    "labels, kind, told",
+    "labels, kind, message",
     [
         (["yes", "yes"], "auto", "all 2 labels are 'yes'"),
         (["2.5", "2.5"], "auto", "all 2 scores are 2.5"),
@@ -183,8 +183,8 @@ def test_infer_task_follows_the_labels():
         ),
     ],
 )
-def test_labels_that_make_no_task_are_refused(labels, kind, told):
-    with pytest.raises(InputError, match=told):
+def test_labels_that_make_no_task_are_refused(labels, kind, message):
+    with pytest.raises(InputError, match=message):
         infer_task(some_rows(*labels), kind)
 
 
@@ -380,7 +380,7 @@ def test_encode_tells_labels_and_scores(command, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, message",
     [
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--lr", "0"], "--lr must be above 0, got 0.0"),
@@ -396,10 +396,10 @@ def test_encode_tells_labels_and_scores(command, tmp_path, capsys):
         (["--checkpoint", "99"], "--checkpoint must be one of latest, "),
     ],
 )
-def test_impossible_flags_are_refused(command, flags, told, capsys):
+def test_impossible_flags_are_refused(command, flags, message, capsys):
     status, _ = command("classes", *flags)
     assert status == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_tuned_run_is_refused_as_a_pretrained_one(command, before, tmp_path, capsys):

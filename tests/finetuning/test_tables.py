@@ -84,7 +84,7 @@ def test_read_table_for_prediction_needs_no_label(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content, told",
+    "name, content, message",
     [
         ("t.tsv", "text\tlabel\na\tb\nc\n\td\ne\tf\tg\n", [
             "line 3: has 1 columns, where the header has 2", "line 4: column 'text' is empty",
@@ -103,10 +103,10 @@ def test_read_table_for_prediction_needs_no_label(tmp_path):
         ("t.txt", "a", ["must end in .tsv, .csv, .jsonl, which is its format; got '.txt'"]),
     ],
 )  # fmt: skip
-def test_read_table_broken_line_is_named(name, content, told, tmp_path):
+def test_read_table_broken_line_is_named(name, content, message, tmp_path):
     with pytest.raises(InputError) as raised:
         read(write(tmp_path / name, content))
-    for sentence in told:
+    for sentence in message:
         assert sentence in str(raised.value)
 
 

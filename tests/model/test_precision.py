@@ -283,8 +283,10 @@ def test_resume_restores_the_loss_scale(command, half, monkeypatch, capsys):
     status, whole = command(*half)
     assert status == 0
     overflowed = log_of(whole, "overflowed")
-    told = "is skipped: float16 cannot hold the gradient of 2,097,152 times the loss. The next step uses half"
-    assert overflowed and told in capsys.readouterr().err
+    message = (
+        "is skipped: float16 cannot hold the gradient of 2,097,152 times the loss. The next step uses half"
+    )
+    assert overflowed and message in capsys.readouterr().err
     assert all(record["loss_scale"] for record in log_of(whole, "mlm_loss"))
     stop = overflowed[0]["step"] + 1
     _, parts = command(*half, "--num-steps", str(stop), name="parts")
@@ -325,8 +327,8 @@ def test_two_workers_skip_the_same_steps_as_one(command, half, text_file, tmp_pa
     script = tmp_path / "scaled.py"
     script.write_text(SCALED.format(tests=str(ROOT / "tests"), first=LARGEST))
     given = [*SMALL, *flags, "--output", tmp_path / "two", "--kvstore", "dist_sync", "--step-timeout", "30"]
-    status, told = LaunchedJob(tmp_path, "-n", "2", "-s", "1", "--", sys.executable, script, *given).wait()
-    assert status == 0 and "worker 1 are not those of worker 0" not in told
+    status, message = LaunchedJob(tmp_path, "-n", "2", "-s", "1", "--", sys.executable, script, *given).wait()
+    assert status == 0 and "worker 1 are not those of worker 0" not in message
     (one, one_scale), (two, two_scale) = everything(alone), everything(tmp_path / "two")
     assert one_scale == two_scale and one_scale["value"] < LARGEST
     assert log_of(alone, "overflowed") == log_of(tmp_path / "two", "overflowed")
@@ -359,8 +361,8 @@ def test_fp16_learning_curve_is_that_of_fp32(command, request, precision, with_i
 def test_fp16_on_a_cpu_is_refused_before_reading_text(tmp_path, data, capsys):
     flags = ["--corpus", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--cpus", "1"]
     assert pretrain.main([*flags, "--precision", "fp16"]) == 2
-    told = "precision must be fp32 or bf16 on a CPU, got fp16"
-    assert told in capsys.readouterr().err and not (tmp_path / "run").exists()
+    message = "precision must be fp32 or bf16 on a CPU, got fp16"
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert pretrain.main([*flags, "--precision", "fp8"]) == 2
     assert "--precision must be one of fp32, fp16, bf16, got fp8" in capsys.readouterr().err
     with pytest.raises(InputError, match="precision must be fp32 or bf16 on a CPU, got fp16"):
@@ -384,16 +386,18 @@ def test_bf16_with_mxnet_operators_is_refused(command, monkeypatch, capsys):
     finally:
         monkeypatch.undo()
         ops.select()
-    told = "precision must be fp32 here, got bf16: bf16 needs the compiled operators, which are not available"
-    assert told in capsys.readouterr().err
+    message = (
+        "precision must be fp32 here, got bf16: bf16 needs the compiled operators, which are not available"
+    )
+    assert message in capsys.readouterr().err
 
 
 def test_resume_keeps_the_precision(command, half, data, capsys):
     status, folder = command(*half, "--num-steps", "2")
     assert status == 0
     assert pretrain.main(["--resume", str(folder), "--num-steps", "4", "--precision", "fp32"]) == 2
-    told = f"{folder} was started with --precision fp16, got --precision fp32."
-    assert told in capsys.readouterr().err
+    message = f"{folder} was started with --precision fp16, got --precision fp32."
+    assert message in capsys.readouterr().err
     snapshot = checkpoint.read_checkpoint(folder, 2)
     assert snapshot.state["loss_scale"] == {"value": FIRST, "good": 2}
     ours, plain = trainer_on(1, data, **HALF), trainer_on(1, data)

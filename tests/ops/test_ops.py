@@ -302,14 +302,14 @@ def test_blocks_not_hybridized_use_mxnets_operators():
     assert not ops.use_compiled(net.encoder, mx.sym.var("tokens"))
 
 
-def told(**variables):
+def message(**variables):
     code = "import json; from gluon_bert import ops; print(json.dumps(ops.select()))"
     return run(code, **variables)
 
 
 def test_missing_compiler_falls_back_with_a_reason(tmp_path):
     elsewhere = {"MXNET_HOME": str(tmp_path), "GLUON_BERT_OPERATORS": "auto"}
-    assert told(CXX="no-such-compiler", **elsewhere) == (
+    assert message(CXX="no-such-compiler", **elsewhere) == (
         "MXNet's own (no C++ compiler was found (no-such-compiler))"
     )
     broken = tmp_path / "broken"
@@ -317,14 +317,14 @@ def test_missing_compiler_falls_back_with_a_reason(tmp_path):
         '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "x.cc:1: error: not today"; exit 1\n', "utf-8"
     )
     broken.chmod(0o755)
-    assert told(CXX=str(broken), **elsewhere) == f"MXNet's own ({broken} fails: x.cc:1: error: not today)"
+    assert message(CXX=str(broken), **elsewhere) == f"MXNet's own ({broken} fails: x.cc:1: error: not today)"
     assert not list((tmp_path / "gluon_bert" / "operators").iterdir())
     (tmp_path / "file").touch()
-    assert "is not writable" in told(**{**elsewhere, "MXNET_HOME": str(tmp_path / "file")})
+    assert "is not writable" in message(**{**elsewhere, "MXNET_HOME": str(tmp_path / "file")})
 
 
 def test_select_chooses_operators(monkeypatch):
-    assert told(GLUON_BERT_OPERATORS="mxnet") == "MXNet's own (as chosen)"
+    assert message(GLUON_BERT_OPERATORS="mxnet") == "MXNet's own (as chosen)"
     with pytest.raises(InputError, match="operators must be one of auto, compiled, mxnet, got quick"):
         ops.select("quick")
     monkeypatch.setenv(ops.VARIABLE, "quick")

@@ -134,15 +134,15 @@ print(handler.handle([{"body": bytearray(b'{"text": "a crane"}')}, {"body": b"{"
             ids = {i: str(uuid.UUID(int=i)) for i in range(size)}  # as the server's ids are
             statuses = [rng.choice([200, 400, 500]) for _ in ids]
             bodies = [b"{" + b"x" * rng.randint(0, 3000) + b"}" for _ in ids]
-            told = handler.aligned(bodies, statuses, ids)
-            assert [each.rstrip(b" ") for each in told] == bodies
+            printed = handler.aligned(bodies, statuses, ids)
+            assert [each.rstrip(b" ") for each in printed] == bodies
 
             context = SimpleNamespace(
                 get_response_content_type=lambda i: handler.CONTENT_TYPE,
                 get_response_headers=lambda i: {},
-                get_response_status=lambda i, told=statuses: (told[i], HTTPStatus(told[i]).phrase),
+                get_response_status=lambda i, printed=statuses: (printed[i], HTTPStatus(printed[i]).phrase),
             )
-            message = handlers.create_predict_response(told, ids, "Prediction success", 200, context)
+            message = handlers.create_predict_response(printed, ids, "Prediction success", 200, context)
             at = 0
             for status in statuses:
                 at = message.index(b"application/json", at) + len("application/json")

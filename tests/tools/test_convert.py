@@ -20,7 +20,7 @@ from gluon_bert.run import load_run
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, message",
     [
         ("--from a --to b", "--from and --to: both are runs"),
         ("--from huggingface a --to tensorflow b", "--to tensorflow b: tensorflow can only be read"),
@@ -42,27 +42,27 @@ from gluon_bert.run import load_run
         ),
     ],
 )
-def test_convert_contradicting_flags_are_refused(arguments, told, tmp_path, monkeypatch, capsys):
+def test_convert_contradicting_flags_are_refused(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert convert.main(arguments.split()) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "package, kind, told",
+    "package, kind, message",
     [
         ("safetensors.numpy", "huggingface", "needs the package safetensors: pip install -e '.[convert]'"),
         ("tensorflow", "tensorflow", "needs TensorFlow: pip install -e '.[convert-google]'"),
     ],
 )
-def test_convert_without_a_package_names_it(package, kind, told, tmp_path, monkeypatch, capsys):
+def test_convert_without_a_package_names_it(package, kind, message, tmp_path, monkeypatch, capsys):
     _, folder = huggingface_folder(tmp_path)
     (folder / "bert_config.json").write_text((folder / "config.json").read_text())
     (folder / "bert_model.ckpt.index").write_bytes(b"")
     monkeypatch.setitem(sys.modules, package, None)
     assert convert.main(["--from", kind, str(folder), "--to", str(tmp_path / "run")]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_convert_to_a_taken_folder_is_refused(tmp_path, capsys):

@@ -128,9 +128,9 @@ def test_input_file_becomes_an_npz(run_folder, predictor, sentences, tmp_path, c
     output = tmp_path / "vectors.npz"
     arguments = [str(run_folder), "--input", str(sentences), "--output", str(output), "--token-vectors"]
     assert encode.main(arguments) == 0
-    told = capsys.readouterr().err
-    assert "zebra" in told
-    assert f"truncated to 16 tokens (2 of 100 texts): {sentences}, line 21; " in told
+    message = capsys.readouterr().err
+    assert "zebra" in message
+    assert f"truncated to 16 tokens (2 of 100 texts): {sentences}, line 21; " in message
     with np.load(output) as arrays:
         assert arrays["cls"].shape == arrays["mean"].shape == arrays["pooled"].shape == (100, 16)
         assert np.flatnonzero(arrays["truncated"]).tolist() == [20, 40]
@@ -164,7 +164,7 @@ def test_export_gives_the_answers_of_its_run(run_folder, tmp_path, capsys):
         np.testing.assert_allclose(one["pooled"], other["pooled"], atol=1e-5)
 
 
-def told(capsys, *arguments):
+def message(capsys, *arguments):
     """What a refused command says."""
     assert encode.main([str(argument) for argument in arguments]) == 2
     shown = capsys.readouterr()
@@ -173,27 +173,27 @@ def told(capsys, *arguments):
 
 
 def test_contradicting_flags_are_refused(run_folder, sentences, tmp_path, capsys):
-    assert "text 2: must have a <mask>. Put one" in told(
+    assert "text 2: must have a <mask>. Put one" in message(
         capsys, run_folder, "--fill-mask", "a <mask>", "a crane"
     )
-    assert "must have a <mask> in its first 16 tokens" in told(
+    assert "must have a <mask> in its first 16 tokens" in message(
         capsys, run_folder, "--fill-mask", "a " * 20 + "<mask>"
     )
-    assert "text 1: must be a pair" in told(capsys, run_folder, "--next", "a crane")
-    assert "text 1: 32 tokens" in told(capsys, run_folder, "a " * 30, "--too-long", "error")
-    assert "text 1: each text of the pair must have at least one word" in told(capsys, run_folder, "a ||")
-    assert "texts must be given" in told(capsys, run_folder)
-    assert "--input must be omitted with texts" in told(capsys, run_folder, "a", "--input", sentences)
-    assert "--top must be at least 1, got 0" in told(capsys, run_folder, "a", "--top", "0")
+    assert "text 1: must be a pair" in message(capsys, run_folder, "--next", "a crane")
+    assert "text 1: 32 tokens" in message(capsys, run_folder, "a " * 30, "--too-long", "error")
+    assert "text 1: each text of the pair must have at least one word" in message(capsys, run_folder, "a ||")
+    assert "texts must be given" in message(capsys, run_folder)
+    assert "--input must be omitted with texts" in message(capsys, run_folder, "a", "--input", sentences)
+    assert "--top must be at least 1, got 0" in message(capsys, run_folder, "a", "--top", "0")
 
 
 def test_output_problems_are_reported_at_once(run_folder, tmp_path, capsys):
     output = tmp_path / "nowhere" / "out.txt"
-    shown = told(capsys, run_folder, "a", "--output", output, "--json")
+    shown = message(capsys, run_folder, "a", "--output", output, "--json")
     assert "must end in .npz, for vectors, or in .jsonl" in shown
     assert "--output must be in an existing folder" in shown
     assert "--json must be omitted with --output" in shown
-    assert "must be a .jsonl file for results other than vectors" in told(
+    assert "must be a .jsonl file for results other than vectors" in message(
         capsys, run_folder, "--next", "a", "he", "--output", tmp_path / "x.npz"
     )
 
@@ -201,7 +201,7 @@ def test_output_problems_are_reported_at_once(run_folder, tmp_path, capsys):
 def test_bad_line_leaves_no_file(run_folder, sentences, tmp_path, capsys):
     sentences.write_text(sentences.read_text("utf-8") + "a ||\n", "utf-8")
     output = tmp_path / "vectors.npz"
-    assert "sentences.txt, line 101: each text of the pair must have" in told(
+    assert "sentences.txt, line 101: each text of the pair must have" in message(
         capsys, run_folder, "--input", sentences, "--output", output
     )
     assert [path.name for path in tmp_path.iterdir()] == ["sentences.txt"]
@@ -211,13 +211,13 @@ def test_output_that_is_the_input_is_refused(run_folder, sentences, tmp_path, ca
     same = tmp_path / "same.jsonl"
     sentences.rename(same)
     content = same.read_bytes()
-    shown = told(capsys, run_folder, "--input", same, "--output", tmp_path / "x" / ".." / "same.jsonl")
+    shown = message(capsys, run_folder, "--input", same, "--output", tmp_path / "x" / ".." / "same.jsonl")
     assert "must be in an existing folder" in shown or "is the file of --input" in shown
-    assert "is the file of --input" in told(capsys, run_folder, "--input", same, "--output", same)
+    assert "is the file of --input" in message(capsys, run_folder, "--input", same, "--output", same)
     assert same.read_bytes() == content
     (tmp_path / "folder.npz").mkdir()
-    assert "which is a folder" in told(capsys, run_folder, "a", "--output", tmp_path / "folder.npz")
-    assert "--top has no effect without --fill-mask" in told(capsys, run_folder, "a", "--top", "3")
+    assert "which is a folder" in message(capsys, run_folder, "a", "--output", tmp_path / "folder.npz")
+    assert "--top has no effect without --fill-mask" in message(capsys, run_folder, "a", "--top", "3")
 
 
 def test_pipe_gets_no_progress_bar(run_folder, capsys):
@@ -232,7 +232,9 @@ def test_nan_weights_are_reported(run_folder, tmp_path, capsys):
     net = load_run(folder).net
     net.encoder.embeddings.positions.weight.set_data(mx.nd.full((32, 16), np.nan))
     save_checkpoint(folder, net, 2)
-    assert "encoder.embeddings.positions.weight contains NaN or infinite values" in told(capsys, folder, "a")
+    assert "encoder.embeddings.positions.weight contains NaN or infinite values" in message(
+        capsys, folder, "a"
+    )
     assert encode.main([str(folder), "a", "--checkpoint", "1"]) == 0
 
 
@@ -252,13 +254,13 @@ def test_sigterm_leaves_no_file(run_folder, tmp_path, number, status):
 
 
 def test_folder_without_a_run_is_refused(run_folder, tmp_path, capsys):
-    assert "must be the folder of a run" in told(capsys, tmp_path / "nothing", "a")
-    assert "must be the folder of a run" in told(capsys, tmp_path, "a")
+    assert "must be the folder of a run" in message(capsys, tmp_path / "nothing", "a")
+    assert "must be the folder of a run" in message(capsys, tmp_path, "a")
 
 
 def test_run_without_a_checkpoint_is_refused(tmp_path, capsys):
     create_run(tmp_path / "run", preset("d2l"), Vocabulary(WORDS))
-    assert "must have a checkpoint" in told(capsys, tmp_path / "run", "a")
+    assert "must have a checkpoint" in message(capsys, tmp_path / "run", "a")
 
 
 def copy_of(run_folder, folder):
@@ -278,13 +280,13 @@ def test_damaged_weights_are_refused(run_folder, tmp_path, capsys, damage):
     weights.write_bytes(
         {"truncated": content[: len(content) // 2], "empty": b"", "text": b"no weights"}[damage]
     )
-    assert f"{weights}: is damaged: its content differs from manifest.json" in told(capsys, folder, "a")
+    assert f"{weights}: is damaged: its content differs from manifest.json" in message(capsys, folder, "a")
 
 
 def test_vocabulary_of_other_size_is_refused(run_folder, tmp_path, capsys):
     folder = copy_of(run_folder, tmp_path / "run")
     Vocabulary([*WORDS, "more"]).save(folder / "vocab.json")
-    assert "the weights do not fit this run" in told(capsys, folder, "a")
+    assert "the weights do not fit this run" in message(capsys, folder, "a")
 
 
 def test_command_runs_in_a_process(run_folder):

@@ -112,7 +112,7 @@ def test_nearest_in_blocks_equals_nearest_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, message",
     [
         (["--similar", "0", "a"], "--similar must be at least 1, got 0"),
         (["--similarity", "a"], "text 1: must be a pair"),
@@ -122,23 +122,23 @@ def test_nearest_in_blocks_equals_nearest_at_once(monkeypatch):
         ),
     ],
 )
-def test_encode_similarity_wrong_flags_are_refused(flags, told, run_folder, capsys):
+def test_encode_similarity_wrong_flags_are_refused(flags, message, run_folder, capsys):
     assert encode.main([str(run_folder), *flags]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "untrained, flags, told",
+    "untrained, flags, message",
     [
         (["mlm"], ["--fill-mask", "a <mask>"], "the masked-language-model head must be trained first"),
         (["nsp"], ["--next", "a", "he"], "the next-sentence head must be trained first"),
         (["pooler"], ["--next", "a", "he"], "the pooler must be trained first"),
     ],
 )
-def test_encode_with_an_untrained_head_is_refused(untrained, flags, told, run_folder, tmp_path, capsys):
+def test_encode_with_an_untrained_head_is_refused(untrained, flags, message, run_folder, tmp_path, capsys):
     folder = marked(run_folder, tmp_path, untrained=untrained)
     assert encode.main([str(folder), *flags]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_encode_with_an_untrained_pooler_has_no_pooled(run_folder, tmp_path, capsys):
@@ -149,12 +149,12 @@ def test_encode_with_an_untrained_pooler_has_no_pooled(run_folder, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    "values, told",
+    "values, message",
     [
         ({"untrained": ["decoder"]}, "'untrained' must be a list of pooler, mlm, nsp"),
         ({"pooling": {"mode": "last"}}, "'pooling' must be what this gluon_bert writes"),
     ],
 )
-def test_run_with_unknown_marks_is_refused(values, told, run_folder, tmp_path, capsys):
+def test_run_with_unknown_marks_is_refused(values, message, run_folder, tmp_path, capsys):
     assert encode.main([str(marked(run_folder, tmp_path, **values)), "a"]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

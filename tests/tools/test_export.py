@@ -28,7 +28,7 @@ def run_folder(text_file, tmp_path):
     return untrained_run(tmp_path / "run", config, load_pretraining_data(config.data, batch_size=8).vocab)
 
 
-def told(capsys, *arguments):
+def message(capsys, *arguments):
     """What a refused command says."""
     assert export.main([str(argument) for argument in arguments]) == 2
     shown = capsys.readouterr()
@@ -45,7 +45,7 @@ def test_export_mxnet_prints_files_and_errors(run_folder, capsys):
     )
     folder = run_folder / "export" / "mxnet"
     assert load_exported(folder).manifest.outputs == "encoder"
-    assert f"--output must be a new folder, got {folder}" in told(capsys, run_folder)
+    assert f"--output must be a new folder, got {folder}" in message(capsys, run_folder)
 
 
 @pytest.mark.parametrize("name", ["onnx", "int8", "bf16"])
@@ -76,28 +76,28 @@ def test_export_text_file_is_compared_on(run_folder, tmp_path, capsys):
 
 def test_export_above_max_error_leaves_nothing(run_folder, capsys):
     skip_without("onnx")
-    shown = told(capsys, run_folder, "--format", "onnx", "--max-error", "1e-9")
+    shown = message(capsys, run_folder, "--format", "onnx", "--max-error", "1e-9")
     assert "must be at most 1.0e-09 (--max-error)" in shown
     assert not list((run_folder / "export").iterdir())
 
 
 def test_export_wrong_flags_are_refused(run_folder, tmp_path, capsys):
-    assert "must be the folder of a run" in told(capsys, tmp_path / "nothing")
-    shown = told(capsys, run_folder, "--text-file", "x.txt", "--max-error", "0")
+    assert "must be the folder of a run" in message(capsys, tmp_path / "nothing")
+    shown = message(capsys, run_folder, "--text-file", "x.txt", "--max-error", "0")
     assert "--text-file must be omitted with --format " in shown
     assert "--max-error must be omitted with --format " in shown
     assert "--max-error must be above 0, got 0.0" in shown
-    missing = told(capsys, run_folder, "--format", "bf16", "--text-file", tmp_path / "x.txt")
+    missing = message(capsys, run_folder, "--format", "bf16", "--text-file", tmp_path / "x.txt")
     assert "--text-file" in missing and "must be a file that can be read, got " in missing
     (tmp_path / "file").write_text("mine")
-    assert f"Writing to {tmp_path / 'file'} is not allowed" in told(
+    assert f"Writing to {tmp_path / 'file'} is not allowed" in message(
         capsys, run_folder, "--output", tmp_path / "file" / "x"
     )
 
 
 def test_export_without_its_corpus_names_the_remedy(run_folder, text_file, capsys):
     text_file.unlink()
-    shown = told(capsys, run_folder, "--format", "bf16")
+    shown = message(capsys, run_folder, "--format", "bf16")
     assert "the run's corpus cannot be read" in shown
     assert "--text-file FILE" in shown
 
@@ -108,4 +108,4 @@ def test_export_checkpoint_flag_chooses_the_step(run_folder, capsys):
         folder = run_folder / "export" / which
         assert export.main([str(run_folder), "--checkpoint", which, "--output", str(folder)]) == 0
         assert load_exported(folder).manifest.step == step
-    assert ", got best." in told(capsys, run_folder, "--checkpoint", "best")
+    assert ", got best." in message(capsys, run_folder, "--checkpoint", "best")

@@ -64,14 +64,14 @@ def test_run_folder_has_all_files(command, capsys):
     assert {"gluon_bert", "python", "numpy", "mxnet"} <= content["environment"]["versions"].keys()
 
 
-@pytest.mark.parametrize("name, told", [("mxnet", "MXNet's own (as chosen)"), ("auto", None)])
-def test_run_logs_its_operators(command, capsys, monkeypatch, name, told):
+@pytest.mark.parametrize("name, message", [("mxnet", "MXNet's own (as chosen)"), ("auto", None)])
+def test_run_logs_its_operators(command, capsys, monkeypatch, name, message):
     monkeypatch.setenv(ops.VARIABLE, "auto")  # and back to what it was
     status, folder = command("--operators", name)
     assert status == 0
-    told = told or ops.describe()
-    assert f"\noperators: {told}, precision fp32\n" in capsys.readouterr().err
-    assert json.loads((folder / "config.json").read_text())["environment"]["operators"] == told
+    message = message or ops.describe()
+    assert f"\noperators: {message}, precision fp32\n" in capsys.readouterr().err
+    assert json.loads((folder / "config.json").read_text())["environment"]["operators"] == message
     monkeypatch.undo()
     ops.select()
 
@@ -136,7 +136,7 @@ def test_losses_fall(command):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--preset", "bert-huge"], "pretrain: --preset must be one of demo, d2l,"),
         (
@@ -178,11 +178,11 @@ def test_losses_fall(command):
         (["--config", "x", "--preset", "d2l"], "--config cannot be used with --preset"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(command, capsys, tmp_path, flags, told):
+def test_bad_input_is_one_sentence_and_status_2(command, capsys, tmp_path, flags, message):
     status, folder = command(*flags)
     assert status == 2
     out, err = capsys.readouterr()
-    assert told in err
+    assert message in err
     assert "Traceback" not in err and out == ""
     assert not folder.exists()
 
@@ -349,8 +349,8 @@ def test_machine_failure_is_one_line_and_status_1(command, capsys, monkeypatch, 
 
     monkeypatch.setattr("gluon_bert.training.trainer.Trainer.fit", fail)
     assert command()[0] == 1
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("pretrain: ") and ("No space left" in told or "MXNetError: bad" in told)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("pretrain: ") and ("No space left" in message or "MXNetError: bad" in message)
 
 
 def test_failed_plot_loses_no_weights(command, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Numbers gone wrong: found without waiting, told, skipped, gone back from; the batch is kept."""
+"""Non-finite steps: found without waiting, reported, skipped, rolled back; the batch is saved."""
 
 import os
 import signal

@@ -229,17 +229,17 @@ def test_recompute_repeats_dropout(data, monkeypatch, norm, num_contexts):
 
 
 @pytest.mark.parametrize(
-    ("micro_batch", "num_contexts", "told"),
+    ("micro_batch", "num_contexts", "message"),
     [
         (9, 1, "micro_batch must be 0 or between 1 and 8 (batch_size=8, 1 device), got 9"),
         (1, 3, "micro_batch must be 0 or between 3 and 8 (batch_size=8, 3 devices), got 1"),
         (4, 9, "micro_batch must be 0 (batch_size=8, 9 devices), got 4"),
     ],
 )
-def test_micro_batch_out_of_range_is_refused(data, micro_batch, num_contexts, told):
+def test_micro_batch_out_of_range_is_refused(data, micro_batch, num_contexts, message):
     with pytest.raises(InputError) as refused:
         trainer_on(num_contexts, data, micro_batch=micro_batch)
-    assert str(refused.value) == told
+    assert str(refused.value) == message
 
 
 def test_command_refuses_before_reading_or_writing(tmp_path, capsys):

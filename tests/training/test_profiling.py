@@ -22,8 +22,8 @@ def test_load_balance_divides_by_the_largest_share():
     evenness.add(shards((10, 4), (30, 4)))
     evenness.add(shards((30, 4), (10, 2)))  # in all both have the same tokens, and yet wait half of the time
     assert evenness.shares() == (pytest.approx(40 / 60), pytest.approx(7 / 8))
-    told = "load of the contexts: on average 66.7 % of the tokens and 87.5 % of the masked tokens of the"
-    assert str(evenness).startswith(told)
+    message = "load of the contexts: on average 66.7 % of the tokens and 87.5 % of the masked tokens of the"
+    assert str(evenness).startswith(message)
 
 
 @pytest.mark.parametrize("micro_batch", [0, 4])
@@ -74,14 +74,16 @@ def test_device_utilization_measures_each_and_all_at_once(tmp_path):
         (2, 1 * ms, 30 * ms),
         (0, 20 * ms, 21 * ms),
     ]
-    told = told_of([mx.cpu(0), mx.cpu(1)], tmp_path, names, *spans)
-    assert dict(told.contexts) == pytest.approx({"cpu/0": 0.011, "cpu/1": 0.009})
-    assert (told.any, told.all) == (pytest.approx(0.016), pytest.approx(0.004))
-    assert str(told) == "at work: cpu/0 0.01 s, cpu/1 0.01 s; any of them 0.02 s, all at once 0.00 s of that"
+    message = told_of([mx.cpu(0), mx.cpu(1)], tmp_path, names, *spans)
+    assert dict(message.contexts) == pytest.approx({"cpu/0": 0.011, "cpu/1": 0.009})
+    assert (message.any, message.all) == (pytest.approx(0.016), pytest.approx(0.004))
+    assert (
+        str(message) == "at work: cpu/0 0.01 s, cpu/1 0.01 s; any of them 0.02 s, all at once 0.00 s of that"
+    )
 
 
 def test_device_utilization_counts_gpus_before_cpus(tmp_path):
     names = ["cpu/0", "gpu/0", "gpu/1", "cpu pinned/"]
-    told = told_of([mx.gpu(0), mx.gpu(1)], tmp_path, names, (0, 0, 9), (1, 0, 4), (2, 2, 6), (3, 0, 9))
-    assert dict(told.contexts) == pytest.approx({"gpu/0": 4e-6, "gpu/1": 4e-6})
-    assert (told.any, told.all) == (pytest.approx(6e-6), pytest.approx(2e-6))
+    message = told_of([mx.gpu(0), mx.gpu(1)], tmp_path, names, (0, 0, 9), (1, 0, 4), (2, 2, 6), (3, 0, 9))
+    assert dict(message.contexts) == pytest.approx({"gpu/0": 4e-6, "gpu/1": 4e-6})
+    assert (message.any, message.all) == (pytest.approx(6e-6), pytest.approx(2e-6))

@@ -132,7 +132,7 @@ print(peak_memory() - before, expected.model + expected.activations)
 @pytest.mark.parametrize("operators", ["auto", "mxnet"])
 def test_steps_take_about_the_estimated_memory(operators, recompute):
     if not Path("/proc/self/status").is_file():
-        pytest.skip("the memory of a process is not told here")
+        pytest.skip("the memory of a process is not message here")
     environment = {**os.environ, "GLUON_BERT_OPERATORS": operators}
     code = [sys.executable, "-c", STEPS.replace("{recompute}", str(recompute))]
     done = subprocess.run(code, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
@@ -146,11 +146,11 @@ def test_steps_take_about_the_estimated_memory(operators, recompute):
 def test_too_large_run_is_refused_with_what_fits():
     with pytest.raises(InputError) as refused:
         check_memory(LARGE, 30522, 1, True, 24 * 2**30)
-    told = str(refused.value)
-    assert told.startswith("the run needs about ")
-    assert "and the machine has 25.8 GB. Use micro_batch=" in told
-    assert len(told.splitlines()) == 1
-    alone, twice = told.split("Use ")[1].rstrip(".").split(" or ")
+    message = str(refused.value)
+    assert message.startswith("the run needs about ")
+    assert "and the machine has 25.8 GB. Use micro_batch=" in message
+    assert len(message.splitlines()) == 1
+    alone, twice = message.split("Use ")[1].rstrip(".").split(" or ")
     micro_batch, again = int(alone.split("=")[-1]), int(twice.split("=")[-1])
     assert twice == f"recompute=True with micro_batch={again}" and 1 <= micro_batch < again < 256
     check_memory(LARGE.replace(micro_batch=micro_batch), 30522, 1, True, 24 * 2**30)

@@ -309,12 +309,12 @@ def test_fit_without_validation_evaluates_nothing(data):
 
 
 def test_callbacks_and_evaluations_change_no_weights(data):
-    silent, told = trainer_on(1, data, NOISY), trainer_on(1, data, NOISY, log_every=1, eval_every=1)
+    silent, message = trainer_on(1, data, NOISY), trainer_on(1, data, NOISY, log_every=1, eval_every=1)
     mx.random.seed(5)
     fit(silent, data)
     mx.random.seed(5)
-    fit(told, data, Recorder())
-    ours = reference.values(told.net)
+    fit(message, data, Recorder())
+    ours = reference.values(message.net)
     for name, value in reference.values(silent.net).items():
         np.testing.assert_array_equal(value, ours[name], err_msg=name)
 
@@ -629,15 +629,15 @@ def evaluating_to(plain, *mlm_losses):
     ("patience", "ended", "best"),
     [(1, 6, 4), (2, 14, 10), (3, 20, 16), (0, 20, 16)],
 )
-@pytest.mark.parametrize("told", [True, False])
-def test_patience_ends_the_run_without_improvement(data, patience, ended, best, told):
+@pytest.mark.parametrize("message", [True, False])
+def test_patience_ends_the_run_without_improvement(data, patience, ended, best, message):
     plain = trainer_on(1, data, num_steps=20, eval_every=2, patience=patience)
     #          step 2    4    6    8   10   12   14   16   18   20
     losses = [5.0, 4.0, 4.5, 3.9, 3.8, 3.8, 3.9, 3.0, 3.1, 3.2]
     recorder = Recorder()
-    last = fit(evaluating_to(plain, *losses), data, *([recorder] if told else []))
+    last = fit(evaluating_to(plain, *losses), data, *([recorder] if message else []))
     assert last.step == ended
-    if told:
+    if message:
         assert recorder.steps("on_step") == list(range(1, ended + 1))
         assert (recorder.best.step, recorder.best.evaluations) == (best, ended // 2)
         assert recorder.best.validation == metrics(min(losses[: ended // 2]), 0.7 / (best / 2), 0.1, 0.5)

@@ -20,7 +20,7 @@ constexpr int kLanes = 16, kRows = 12;
 constexpr int kLanes = 8, kRows = 6;
 #endif
 constexpr int kCols = 2 * kLanes;
-// A block of the left side: at most so many rows, and so many elements of a row. It fits the second cache.
+// A block of the left side: at most this many rows, and elements of a row. It fits the second cache.
 constexpr int kBlockRows = 240, kBlockDepth = 384;
 
 template <class T>
@@ -43,7 +43,7 @@ constexpr int elements<Bf16x2>(int terms) {
   return (terms + 1) / 2;
 }
 
-// Returns how many terms of a sum so many elements hold.
+// Returns how many terms of a sum this many elements hold.
 template <class T>
 constexpr int terms(int elements) {
   return std::is_same<T, Bf16x2>::value ? 2 * elements : elements;

@@ -232,8 +232,8 @@ def test_text_without_document_ends_is_refused_early(tmp_path, monkeypatch, text
     monkeypatch.setattr("gluon_bert.data.corpora.text_file._LARGEST_DOCUMENT", 600)
     path = tmp_path / "t.txt"
     path.write_text(f"first document\n\n{text}", "utf-8")
-    told = r"t.txt, line 3: a document of more than .* begins here\. Put blank lines between documents"
-    with pytest.raises(InputError, match=told):
+    message = r"t.txt, line 3: a document of more than .* begins here\. Put blank lines between documents"
+    with pytest.raises(InputError, match=message):
         list(read_chunks(path, "sentences"))
 
 
@@ -256,9 +256,9 @@ def test_documents_of_one_sentence_are_counted():
 
 
 def test_all_missing_paths_are_reported(tmp_path):
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as message:
         Corpus(DataConfig(corpus=("/no/where", "pydoc", "/not/there")))
-    assert [line.split("got ")[1] for line in str(told.value).splitlines()] == [
+    assert [line.split("got ")[1] for line in str(message.value).splitlines()] == [
         "/no/where, which does not exist.",
         "/not/there, which does not exist.",
     ]

@@ -104,7 +104,10 @@ def test_admonitions_and_items_are_text_without_their_marks(prose_of):
         ("It is ``None`` or a *new* **list** of `names` in it.", "It is None or a new list of names in it."),
         ("See :func:`os.walk` and :class:`~a.b.Walker` for it.", "See os.walk and Walker for it."),
         ("This is `the title <https://x.org>`_ of the page.", "This is the title of the page."),
-        ("This is told in the paper [1]_ and in the book.", "This is told in the paper and in the book."),
+        (
+            "This is message in the paper [1]_ and in the book.",
+            "This is message in the paper and in the book.",
+        ),
         ("The `*args` and ``**kwargs`` are for a function.", "The *args and **kwargs are for a function."),
         ("It is the name of an ``object.__new__`` in this.", "It is the name of an __new__ in this."),
         ("It is a sub-class of an io.BytesIO and a list.", "It is a sub-class of an BytesIO and a list."),

@@ -153,9 +153,9 @@ FAILURES = {
 @pytest.mark.parametrize("name", FAILURES)
 def test_download_failure_is_reported_and_leaves_nothing(server, tmp_path, name):
     address = f"{server.address}/{name}"
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as printed:
         wikitext2_folder([address], tmp_path, timeout=0.3)
-    message = str(told.value)
+    message = str(printed.value)
     assert f"({address}: " in message and FAILURES[name] in message
     assert "--corpus PATH" in message and "\n" not in message
     # Of two plain files the first was whole and right: it may stay. Nothing else may.
@@ -192,10 +192,10 @@ def test_download_tries_next_address(server, tmp_path):
 
 def test_download_reports_all_failures(server, tmp_path):
     addresses = [f"{server.address}/missing.zip", f"{server.address}/xml.zip"]
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as printed:
         wikitext2_folder(addresses, tmp_path)
     for address in addresses:
-        assert f"{address}: " in str(told.value)
+        assert f"{address}: " in str(printed.value)
 
 
 @pytest.mark.parametrize("content", [b"", TRAIN[:-1], XML], ids=["empty", "cut off", "XML"])
