@@ -74,6 +74,7 @@ def finetune(
     length = config.max_seq_length or before.config.data.max_seq_length
     reader = Tokenizer(before.vocab, length, Normalization.from_config(before.config.data))
     data = {role: format_.examples(its_rows, target, reader, role) for role, its_rows in rows.items()}
+    check_validation(config, target, data["validation"])
     recipe = train_config(config, len(data["train"]))
     whole = dataclasses.replace(
         before.config.replace(max_seq_length=length, dropout=config.dropout), train=recipe
@@ -171,6 +172,20 @@ def check_metric(config: FineTuneConfig, task: Task) -> None:
         )
 
 
+def check_validation(config: FineTuneConfig, task: Task, data: Examples) -> None:
+    """Raise InputError if the metric that chooses the best epoch would be NaN on validation scores."""
+    best = _best_metric(config, task)
+    if best in ("pearson", "spearman") and data.targets is not None and len(set(data.targets)) == 1:
+        raise InputError(
+            f"validation: all {len(data.targets)} scores are {data.targets[0]:g}, so the {best} correlation "
+            "is not a number. Give a file with several scores, or choose best_metric=mse."
+        )
+
+
+def _best_metric(config: FineTuneConfig, task: Task) -> str:
+    return config.best_metric if config.best_metric != "auto" else metrics.metrics_of(task)[0]
+
+
 def _callbacks(folder: Path) -> list[Callback]:
     return [ProgressLogger(folder), AsyncCheckpointer(folder)]
 
@@ -230,7 +245,7 @@ def task_trainer(
     callbacks: Iterable[Callback] = (),
 ) -> Trainer:
     """Return a trainer with the loss and the best metric of the network's task."""
-    best = config.best_metric if config.best_metric != "auto" else metrics.metrics_of(net.task)[0]
+    best = _best_metric(config, net.task)
     mode = "min" if best in metrics.SMALLER else "max"
     return Trainer(net, recipe, devices, loss=task_loss, callbacks=callbacks, monitor=best, mode=mode)
 

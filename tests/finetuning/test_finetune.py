@@ -24,8 +24,8 @@ from gluon_bert.errors import InputError
 from gluon_bert.export.exporter import load_exported
 from gluon_bert.finetuning import metrics
 from gluon_bert.finetuning.dataset import Examples
+from gluon_bert.finetuning.finetune import check_validation, init_from_pretrained
 from gluon_bert.finetuning.finetune import finetune as finetune_run
-from gluon_bert.finetuning.finetune import init_from_pretrained
 from gluon_bert.finetuning.sentences import examples, infer_task
 from gluon_bert.finetuning.tables import TableRow
 from gluon_bert.inference.predictor import GluonNetwork, Predictor
@@ -186,6 +186,14 @@ def test_infer_task_follows_the_labels():
 def test_labels_that_make_no_task_are_refused(labels, kind, message):
     with pytest.raises(InputError, match=message):
         infer_task(some_rows(*labels), kind)
+
+
+def test_validation_scores_that_are_all_alike_are_refused():
+    task, texts = Task("regression", False), some_rows("2.5", "2.5")
+    data = Examples(task, texts, [], np.array([2.5, 2.5], np.float32))
+    with pytest.raises(InputError, match=r"validation: all 2 scores are 2\.5, .* best_metric=mse"):
+        check_validation(FineTuneConfig(), task, data)
+    check_validation(FineTuneConfig(best_metric="mse"), task, data)
 
 
 def test_infer_task_prints_classes_with_counts(caplog):
