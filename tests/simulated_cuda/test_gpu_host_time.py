@@ -63,8 +63,9 @@ print(json.dumps({**found, "waits": waits}))
         ({"precision": "fp16"}, 3.2),
         ({"optimizer": "lamb"}, 4),
         ({"optimizer": "muon"}, 7),
+        ({"optimizer": "muon", "precision": "fp16"}, 9),
     ],
-    ids=["bertadam", "skip", "fp16", "lamb", "muon"],
+    ids=["bertadam", "skip", "fp16", "lamb", "muon", "muon-fp16"],
 )
 def test_optimizer_takes_few_launches_and_no_wait(gpus, changes, launches_per_parameter):
     found = json.loads(gpus.code(COUNT, json.dumps(changes)).output.splitlines()[-1])

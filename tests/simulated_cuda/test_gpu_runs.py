@@ -31,11 +31,27 @@ def test_pretrain_two_gpus_makes_valid_calls(pretrain, flags):
     assert all(device["p2p"] > 0 for device in result.processes[0]["devices"])
 
 
-@pytest.mark.parametrize("preset", ["quick", "bert-mini", "bert-small"])
+# Two more are in other tests here. test_gpu_memory has bert-base and bert-large.
+@pytest.mark.parametrize("preset", ["demo", "bert-mini", "bert-small", "bert-medium"])
 def test_pretrain_preset_makes_valid_calls(pretrain, preset):
     # The corpus has too few words for word vectors from it.
     flags = ("--gpus", "0,1", "--batch-size", "4", "--num-steps", "1", "--init-embeddings", "random")
     pretrain(*flags, preset=preset).assert_valid(2)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "flags"),
+    [
+        (1, ()),
+        (2, ("--precision", "fp16", "--micro-batch", "4")),
+        (3, ("--precision", "fp16", "--on-nonfinite", "skip")),
+    ],
+)
+def test_muon_makes_valid_calls_on_gpus(pretrain, num_gpus, flags):
+    gpus = ",".join(map(str, range(num_gpus)))
+    given = ("--gpus", gpus, "--batch-size", "8", "--num-steps", "2", "--init-embeddings", "random")
+    result = pretrain(*given, "--optimizer", "muon", *flags, preset="quick", GPUSIM_DEVICES="3")
+    result.assert_valid(num_gpus)
 
 
 def test_gpu_run_needs_no_compiler(pretrain):
