@@ -370,7 +370,7 @@ def test_validation_texts_of_another_corpus_are_refused(run, tmp_path):
     with pytest.raises(InputError, match=r"corpus must be the text that the run was .*text_file=FILE"):
         validation_texts(other)
     path.unlink()
-    with pytest.raises(InputError, match=r"other\.txt.* Name a file of similar texts .*text_file=FILE"):
+    with pytest.raises(InputError, match=r"other\.txt.*\nName a file of similar texts .*text_file=FILE"):
         validation_texts(other)
 
 
