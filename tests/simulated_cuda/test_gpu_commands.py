@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import shutil
 
 import pytest
+
+SERVER = """
+import sys
+from pathlib import Path
+import requests
+from gluon_bert.serving.server import Settings, free_ports, serving
+
+port, management_port = free_ports()
+with serving(Path(sys.argv[1]), Settings(port=port, management_port=management_port)) as server:
+    replies = [requests.post(server.address, json={"text": f"w1 w{i}"}, timeout=60) for i in range(3)]
+    workers = requests.get(f"{server.management}/bert", timeout=60).json()["workers"]
+    print([reply.status_code for reply in replies], "on a GPU:", [worker["gpu"] for worker in workers])
+    print(server.log.read_text())
+"""
 
 SERVE = """
 import sys
@@ -55,3 +72,20 @@ def test_export_of_a_gpu_run_is_served_on_a_gpu(gpus, gpu_run, tmp_path):
     result.assert_valid(1)
     assert result.output.split("\n")[:2] == ["200", "200"]
     assert [json.loads(line) for line in result.output.splitlines()[2:]]
+
+
+def test_server_answers_with_a_worker_on_a_gpu(gpus, gpu_run, tmp_path):
+    if importlib.util.find_spec("mms") is None or shutil.which("java") is None:
+        pytest.skip("needs the extra serve and Java")
+    gpus.tool("export", gpu_run, "--output", tmp_path / "export", "--format", "mar")
+    # The server asks this program how many GPUs there are.
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nprintf 'index\\n0\\n1\\n'\n")
+    program.chmod(0o755)
+    path = os.pathsep.join([str(program.parent), os.environ["PATH"]])
+    # The worker is killed in the end, so there is a log of it and no report.
+    result = gpus.code(SERVER, tmp_path / "export" / "bert.mar", log=True, PATH=path)
+    assert "[200, 200, 200] on a GPU: [True]" in result.output
+    assert len({line.split()[1] for line in result.lines("launch")}) == 1
+    assert not result.lines("FAULT")

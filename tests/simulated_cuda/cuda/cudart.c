@@ -98,6 +98,7 @@ static void begin(void) {
       char path[4096];
       snprintf(path, sizeof path, "%s.%d", name, getpid());
       log_file = fopen(path, "w");
+      if (log_file) setvbuf(log_file, NULL, _IOLBF, 1 << 16); /* for processes that are killed */
     }
     for (int d = 0; d < visible; d++) {
       devices[d].base = devices[d].next =
