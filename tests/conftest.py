@@ -1,4 +1,4 @@
-"""What the tests share: small texts, the real corpus where it is, a data folder of their own."""
+"""Shared fixtures: small texts, the real corpus if it is there, a separate data folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration: fields, presets, JSON, and what is refused."""
+"""The configuration: fields, presets, JSON, and invalid values."""
 
 import dataclasses
 import json

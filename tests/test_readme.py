@@ -1,4 +1,4 @@
-"""What the README says works."""
+"""The commands and programs of README and docs work."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The door to MXNet: what it refuses, in which words, and which contexts it gives; on the CPU."""
+"""Importing MXNet: refused installations, messages, and contexts on the CPU."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""What UTF-8 cannot hold: half a surrogate pair in texts and tokens, Latin-1 names of files."""
+"""Text that UTF-8 cannot encode: half a surrogate pair in texts and tokens, Latin-1 file names."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Epochs: what is in them, and what they depend on."""
+"""Epochs: their content, and the values that decide it."""
 
 import dataclasses
 import gc

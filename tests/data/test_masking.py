@@ -1,4 +1,4 @@
-"""Masks: how many, where, and what is shown."""
+"""Masks: their number, positions and replacements."""
 
 import dataclasses
 

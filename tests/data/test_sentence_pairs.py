@@ -1,4 +1,4 @@
-"""Pairs of segments: which, how long, and what their place and length give away."""
+"""Pairs of segments: their choice, their lengths, and whether place and length reveal labels."""
 
 import random
 

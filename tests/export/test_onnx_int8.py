@@ -1,4 +1,4 @@
-"""Export to ONNX in int8: close to the network, with the layers that suffer most in float32."""
+"""Export to ONNX in int8: close to the network, with the layers with the largest errors in float32."""
 
 import importlib.util
 import shutil

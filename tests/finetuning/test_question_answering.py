@@ -1,4 +1,4 @@
-"""Question answering: its files, windows, metrics, what is learnt, and answers as slices of the context."""
+"""Question answering: its files, windows, metrics, training, and answers as slices of the context."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Tagging: its files, metrics, what is learnt, and running text with places in characters."""
+"""Tagging: its files, metrics, training, and running text with places in characters."""
 
 import json
 import random

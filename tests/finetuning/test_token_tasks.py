@@ -1,4 +1,4 @@
-"""Taggers and answerers beyond their training: exported, served, and asked what they cannot do."""
+"""Taggers and answerers after training: exported, served, and refusing other requests."""
 
 import json
 import zipfile

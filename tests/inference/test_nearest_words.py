@@ -39,7 +39,7 @@ def test_nearest_words_has_at_most_the_other_words():
 @pytest.mark.parametrize(
     ("word", "problem"),
     [
-        ("stork", "'stork', which is not"),
+        ("stork", "got 'stork'"),
         ("the crane", "read as the crane"),
         (" ", "empty|no word|one token"),
     ],

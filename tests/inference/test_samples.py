@@ -1,4 +1,4 @@
-"""Masked sentences of the validation text: how they are chosen, and what a network puts there."""
+"""Masked sentences of the validation text: their choice, and a network's guesses."""
 
 import numpy as np
 import pytest

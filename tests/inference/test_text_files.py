@@ -1,4 +1,4 @@
-"""A text a line to vectors on disk."""
+"""Files with one text per line, and vectors on disk."""
 
 import tracemalloc
 

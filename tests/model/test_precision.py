@@ -1,4 +1,4 @@
-"""Products in float16, simulated, and in bfloat16: what is lost, the scale of the loss, and refusals."""
+"""Products in simulated float16 and in bfloat16: errors, the loss scale, and refusals."""
 
 import dataclasses
 import json

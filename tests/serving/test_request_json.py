@@ -1,4 +1,4 @@
-"""What requests mean and how they are answered, good and bad, alone and together; no server."""
+"""Requests and their replies: good and bad, alone and in batches, without a server."""
 
 from __future__ import annotations
 

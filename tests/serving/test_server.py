@@ -1,4 +1,4 @@
-"""The model archive and the model server: what is in the one, how the other is started, asked and stopped."""
+"""The content of the model archive; the model server's start, replies and end."""
 
 from __future__ import annotations
 

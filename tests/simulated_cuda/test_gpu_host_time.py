@@ -1,4 +1,4 @@
-"""What a step costs the host with simulated GPUs: launches and copies of the optimizer, and waits."""
+"""The host's cost of a step with simulated GPUs: launches and copies of the optimizer, and waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of runs share: flags of a small network, and the records of a run's log."""
+"""Shared by tests of runs: flags of a small network, and the records of a run's log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that converts: its flags, its errors and what it leaves."""
+"""The command convert.py: flags, errors and results."""
 
 from __future__ import annotations
 

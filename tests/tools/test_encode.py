@@ -1,4 +1,4 @@
-"""The command that asks a run about texts."""
+"""The command encode.py."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The command that exports, and what it says."""
+"""The command export.py and its messages."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The command `python tools/pretrain.py`, through its main and in a process of its own."""
+"""The command `python tools/pretrain.py`, through its main and in its own process."""
 
 import itertools
 import json
@@ -81,7 +81,7 @@ def test_profile_lists_operators(command, tmp_path, capsys):
     assert status == 0
     table = capsys.readouterr().out
     assert re.search(r"^(_adamw_update|gluon_bert_adam) +\d{2,} ", table, re.M)
-    shares = re.search(r"^work of the contexts: in the mean (.*) % of the tokens and (.*) % of", table, re.M)
+    shares = re.search(r"^load of the contexts: on average (.*) % of the tokens and (.*) % of", table, re.M)
     assert all(50 < float(share) <= 100 for share in shares.groups())
     each = re.search(
         r"^at work: cpu/0 (.*) s, cpu/1 (.*) s; any of them (.*) s, all at once (.*) s", table, re.M

@@ -1,4 +1,4 @@
-"""What all commands promise of their flags."""
+"""Promises about the flags of all commands."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""Batches in parts and layers computed twice: the same gradients, whichever operators compute; bad input."""
+"""Micro-batches and recomputed layers: the same gradients with either kind of operators; bad input."""
 
 import dataclasses
 

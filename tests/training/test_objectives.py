@@ -1,7 +1,4 @@
-"""What a run learns: masked words with next sentences, alone, or with the order of sentences.
-
-One's own loss.
-"""
+"""Objectives: masked words with next sentences, alone, or with sentence order; and a loss of the user."""
 
 import json
 

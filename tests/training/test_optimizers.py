@@ -1,4 +1,4 @@
-"""The optimizers against their formulas in float64, what decays, and clipping."""
+"""The optimizers against their formulas in float64, weight decay, and clipping."""
 
 import dataclasses
 import math

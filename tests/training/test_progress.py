@@ -1,4 +1,4 @@
-"""What the user sees of a run."""
+"""The output of a run for the user."""
 
 import io
 import json

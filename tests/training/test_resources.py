@@ -1,4 +1,5 @@
-"""The plan before the first step: against networks, batches and papers; what cannot fit is refused."""
+"""The estimate before the first step, against networks, batches and papers; runs that cannot fit are
+refused."""
 
 import dataclasses
 import os

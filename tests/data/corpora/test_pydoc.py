@@ -1,4 +1,4 @@
-"""The prose of a Python installation: what is taken out of docstrings, from which files, in which order."""
+"""The prose of a Python installation: parts of docstrings, files, and their order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text as people have it: other file formats, compression, text without full stops, invisible characters."""
+"""Text of users: file formats, compression, text without full stops, invisible characters."""
 
 import bz2
 import gzip

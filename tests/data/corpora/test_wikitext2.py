@@ -1,4 +1,4 @@
-"""WikiText-2: found, downloaded, verified. The addresses here are all on this machine."""
+"""WikiText-2: found, downloaded, verified. All addresses are local."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_download_failure_is_reported_and_leaves_nothing(server, tmp_path, name)
         wikitext2_folder([address], tmp_path, timeout=0.3)
     message = str(printed.value)
     assert f"({address}: " in message and FAILURES[name] in message
-    assert "--corpus PATH" in message and "\n" not in message
+    assert "corpus=PATH" in message and "\n" not in message
     # Of two plain files the first was whole and right: it may stay. Nothing else may.
     assert files_below(tmp_path) == (CORPUS[:1] if name.startswith("half") else [])
 
