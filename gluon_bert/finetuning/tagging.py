@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 CONLL_ENDINGS = (".conll", ".bio", ".iob2")
 # Keys of the tags in JSONL files; the first one that an object has.
 _TAG_KEYS = ("labels", "tags", "ner_tags")
+# Tags of entities in BIO, BIOES and BILOU, and what BIO has for those that it lacks.
+_ENTITY_TAG = re.compile(r"[BIESLU]-\S")
+_OF_BIOES = {"S-": "B", "U-": "B", "E-": "I", "L-": "I"}
 # The token between documents in CoNLL files.
 _DOCUMENT = "-DOCSTART-"
 
@@ -56,7 +60,7 @@ def read_tagged(path: Path, role: str, labels_needed: bool = True) -> list[Tagge
             problems.append(row)
         else:
             rows.append(row)
-    is_bio = any(tag.startswith(("B-", "I-")) for row in rows for tag in row.tags or ())
+    is_bio = any(_ENTITY_TAG.match(tag) for row in rows for tag in row.tags or ())
     for row in rows:
         problems += _problems(row, labels_needed, is_bio)
     if problems:
@@ -140,7 +144,9 @@ def _problems(row: TaggedRow, labels_needed: bool, is_bio: bool) -> Iterator[str
         elif SURROGATE.search(tag):
             yield f"{where}: the tag holds half a surrogate pair, which is not a character"
         elif is_bio and not BIO_TAG.fullmatch(tag):
-            yield f"{where}: the tag must be O, B-TYPE or I-TYPE, as others of the file are, got {tag!r}"
+            other = _OF_BIOES.get(tag[:2])
+            remedy = f". Write '{other}-{type_}'." if other else ""
+            yield f"{where}: the tag must be O, B-TYPE or I-TYPE beside tags of entities, got {tag!r}{remedy}"
         elif is_bio and tag[0] == "I" and before not in (f"B-{type_}", tag):
             behind = f"got it behind {before!r}" if before else "got it first"
             yield f"{where}: {tag!r} must follow 'B-{type_}' or {tag!r}, {behind}. Write 'B-{type_}'."

@@ -72,7 +72,9 @@ def test_read_tagged_without_tags_is_for_test_files(written):
     [
         ("a.conll", "in\tO\nYork\n", "line 2: must have 2 columns as line 1, got 1"),
         ("a.conll", "\tO\n", "line 1: must have a token first"),
-        ("a.conll", "in\tNN\nNew\tB-x\n", "line 1: the tag must be O, B-TYPE or I-TYPE, .*got 'NN'"),
+        ("a.conll", "in\tNN\nNew\tB-x\n", "line 1: the tag must be O, B-TYPE or I-TYPE .*got 'NN'"),
+        ("a.conll", "in\tO\nYork\tS-x\n", "line 2: the tag must be O, .*, got 'S-x'. Write 'B-x'."),
+        ("a.conll", "New\tB-x\nYork\tL-x\n", "line 2: the tag must be O, .*, got 'L-x'. Write 'I-x'."),
         ("a.jsonl", '{"tokens": ["a"], "labels": [" "]}', "line 1, token 1: the tag must not be empty"),
         ("a.jsonl", r'{"tokens": ["a"], "labels": ["N\ud800"]}', "token 1: the tag holds half a surrogate"),
         (
