@@ -9,8 +9,8 @@ import pytest
 
 from .conftest import SimulatedGPUs
 
-PEAK = """
-import ctypes, json, sys
+PEAKS = """
+import ctypes, gc, json, sys
 import numpy as np
 from gluon_bert.data.batch import Batch
 from gluon_bert.finetuning.dataset import TaskBatch
@@ -27,43 +27,57 @@ from gluon_bert.training.trainer import Trainer
 name, num_gpus, changes = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 kind = changes.pop("task", "")
 task = Task(kind, False, ("a", "b")) if kind else None
-config, words = preset(name).replace(**changes), 30006
-rows, length, masked = config.train.batch_size, config.data.max_seq_length, max_masked(config)
 contexts = [mx.gpu(number) for number in range(num_gpus)]
-net = BERTForTask(words, config.model, task) if task else BERTModel(words, config.model)
-net.initialize(mx.init.Zero(), ctx=contexts)
-net.hybridize()
-trainer = Trainer(net, config.train, contexts, loss=task_loss if task else pretraining_loss)
-ones = lambda *shape: np.ones(shape, np.int32)
-places = np.stack([np.repeat(np.arange(rows), masked), np.tile(np.arange(masked), rows)]).astype(np.int32)
-tokens = ones(rows, length)
-valid = length * ones(rows)
-if task:
-    batch = TaskBatch(tokens, tokens, valid, ones(rows, 2) if task.scores_tokens else ones(rows))
-else:
-    batch = Batch(tokens, tokens, valid, places, ones(rows * masked), ones(rows))
-for _ in range(2):
-    trainer.step(batch)
-mx.nd.waitall()
+words = 30006
 cudart = ctypes.CDLL("libcudart.so.11.0")
 cudart.gpusim_counts.restype = ctypes.c_char_p
-counts = json.loads(cudart.gpusim_counts())
-assert counts["faults"] == counts["missing"] == 0
-peaks = [device["peak"] for device in counts["devices"][:num_gpus]]
-print(json.dumps([max(peaks), estimate_gpu_memory(config, words, num_gpus, task=task).memory]))
+
+def make_steps(config):
+    net = BERTForTask(words, config.model, task) if task else BERTModel(words, config.model)
+    net.initialize(mx.init.Zero(), ctx=contexts)
+    net.hybridize()
+    trainer = Trainer(net, config.train, contexts, loss=task_loss if task else pretraining_loss)
+    rows, length, masked = config.train.batch_size, config.data.max_seq_length, max_masked(config)
+    ones = lambda *shape: np.ones(shape, np.int32)
+    places = np.stack([np.repeat(np.arange(rows), masked), np.tile(np.arange(masked), rows)])
+    tokens, valid = ones(rows, length), length * ones(rows)
+    if task:
+        batch = TaskBatch(tokens, tokens, valid, ones(rows, 2) if task.scores_tokens else ones(rows))
+    else:
+        batch = Batch(tokens, tokens, valid, places.astype(np.int32), ones(rows * masked), ones(rows))
+    for _ in range(2):
+        trainer.step(batch)
+    mx.nd.waitall()
+
+found = {}
+for precision in ("fp32", "fp16"):
+    config = preset(name).replace(precision=precision, **changes)
+    make_steps(config)
+    counts = json.loads(cudart.gpusim_counts())
+    assert counts["faults"] == counts["missing"] == 0
+    peak = max(device["peak"] for device in counts["devices"][:num_gpus])
+    found[precision] = [peak, estimate_gpu_memory(config, words, num_gpus, task=task).memory]
+    gc.collect()
+    mx.nd.waitall()
+    for context in contexts:
+        context.empty_cache()
+    left = max(device["used"] for device in json.loads(cudart.gpusim_counts())["devices"])
+    assert left < 0.02 * peak, left
+    cudart.gpusim_reset_peaks()
+print(json.dumps(found))
 """
 LARGE = {"GPUSIM_MEMORY": "400e9", "GPUSIM_MEMSET": "0"}
 
 
 @pytest.fixture(scope="module")
-def peak_and_estimate(simulated_cuda, tmp_path_factory):
-    """Returns the peak of the fullest GPU, and its estimate, in bytes. Computes each run once."""
+def peaks(simulated_cuda, tmp_path_factory):
+    """Returns by precision the peak of the fullest GPU and its estimate, in bytes. Runs a network once."""
     gpus, known = SimulatedGPUs(simulated_cuda, tmp_path_factory.mktemp("peaks")), {}
 
     def measured(name, num_gpus, **changes):
         given = name, str(num_gpus), json.dumps(changes, sort_keys=True)
         if given not in known:
-            known[given] = json.loads(gpus.code(PEAK, *given, **LARGE).output.splitlines()[-1])
+            known[given] = json.loads(gpus.code(PEAKS, *given, **LARGE).output.splitlines()[-1])
         return known[given]
 
     return measured
@@ -83,17 +97,17 @@ def peak_and_estimate(simulated_cuda, tmp_path_factory):
         ("bert-base", 2, {"batch_size": 16, "micro_batch": 8, "task": "question-answering"}),
     ],
 )
-def test_memory_estimate_is_near_the_peak(peak_and_estimate, name, num_gpus, changes, precision):
-    peak, estimate = peak_and_estimate(name, num_gpus, precision=precision, **changes)
+def test_memory_estimate_is_near_the_peak(peaks, name, num_gpus, changes, precision):
+    peak, estimate = peaks(name, num_gpus, **changes)[precision]
     assert estimate == pytest.approx(peak, rel=0.15)
 
 
 @pytest.mark.parametrize(
     "changes", [{"dropout": 0.0}, {"activation": "relu"}, {"norm": "pre"}, {"optimizer": "muon"}]
 )
-def test_memory_estimate_knows_other_settings(peak_and_estimate, changes):
-    peak, estimate = peak_and_estimate("bert-small", 1, batch_size=64, **changes)
-    assert estimate == pytest.approx(peak, rel=0.15)
+def test_memory_estimate_knows_other_settings(peaks, changes):
+    for peak, estimate in peaks("bert-small", 1, batch_size=64, **changes).values():
+        assert estimate == pytest.approx(peak, rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -105,11 +119,9 @@ def test_memory_estimate_knows_other_settings(peak_and_estimate, changes):
     ],
     ids=["whole", "recompute", "micro-batches"],
 )
-def test_fp16_takes_no_more_memory_than_fp32(peak_and_estimate, name, num_gpus, changes):
-    half, whole = (
-        peak_and_estimate(name, num_gpus, precision=precision, **changes)[0] for precision in ("fp16", "fp32")
-    )
-    assert half <= whole
+def test_fp16_takes_no_more_memory_than_fp32(peaks, name, num_gpus, changes):
+    found = peaks(name, num_gpus, **changes)
+    assert found["fp16"][0] <= found["fp32"][0]
 
 
 def test_run_too_large_for_the_gpu_is_rejected(pretrain, tmp_path):

@@ -845,9 +845,10 @@ static void write_counts(FILE *f) {
   for (int d = 0; d < num_devices; d++) {
     Counts *c = &devices[d].counts;
     fprintf(f,
-            "%s{\"peak\": %zu, \"launches\": %ld, \"h2d\": %ld, \"d2h\": %ld, \"d2d\": %ld, \"p2p\": %ld, "
-            "\"main_syncs\": %ld, \"main_d2h\": %ld}",
-            d ? ", " : "", devices[d].peak, c->launches, c->h2d, c->d2h, c->d2d, c->p2p, c->main_syncs, c->main_d2h);
+            "%s{\"used\": %zu, \"peak\": %zu, \"launches\": %ld, \"h2d\": %ld, \"d2h\": %ld, \"d2d\": %ld, "
+            "\"p2p\": %ld, \"main_syncs\": %ld, \"main_d2h\": %ld}",
+            d ? ", " : "", devices[d].used, devices[d].peak, c->launches, c->h2d, c->d2h, c->d2d, c->p2p, c->main_syncs,
+            c->main_d2h);
   }
   fprintf(f, "]}\n");
 }
@@ -863,6 +864,13 @@ const char *gpusim_counts(void) {
   fclose(f);
   pthread_mutex_unlock(&lock);
   return text;
+}
+
+/* The next peaks are those from now on. */
+void gpusim_reset_peaks(void) {
+  pthread_mutex_lock(&lock);
+  for (int d = 0; d < num_devices; d++) devices[d].peak = devices[d].used;
+  pthread_mutex_unlock(&lock);
 }
 
 __attribute__((destructor)) static void end(void) {
