@@ -74,8 +74,8 @@ baselines: the compiled operators; NumPy (OpenBLAS); MXNet (oneDNN); PyTorch, if
 bf16 is measured where the processor has AVX512_BF16. Weights of the compiled operators are packed before.
 """
 
-# Flags with comma-separated numbers, in the order of a row of scale.
-COUNTS = ("lengths", "batch_sizes", "contexts", "workers")
+# Flags with comma-separated numbers.
+COUNTS = ("lengths", "batch_sizes", "contexts", "workers", "preprocessing_workers")
 
 
 def parser() -> argparse.ArgumentParser:
