@@ -64,6 +64,13 @@ inline void activate(Activation kind, const float* x, int n, float* out) {
   }
 }
 
+// The activation of the left side of a product (gemm.h).
+struct Activated {
+  static constexpr bool kInPlace = false;
+  Activation kind;
+  void operator()(const float* x, int n, float* out) const { activate(kind, x, n, out); }
+};
+
 // out *= activation'(x).
 inline void activate_backward(Activation kind, const float* x, int n, float* out) {
   if (kind == Activation::kRelu) {

@@ -98,10 +98,11 @@ struct Call {
 template <class T>
 struct PackedLayer {
   Right<T> qkv, output, expand, project;
+  const float* qkv_bias;  // (3 C,)
 
   // The elements that `pack` fills, forward or backward.
   static size_t size(int c, int f) {
-    return std::max(packed_size<T>(3 * c, c), packed_size<T>(c, 3 * c)) + packed_size<T>(c, c) +
+    return 3 * c + std::max(packed_size<T>(3 * c, c), packed_size<T>(c, 3 * c)) + packed_size<T>(c, c) +
            2 * std::max(packed_size<T>(f, c), packed_size<T>(c, f));
   }
 
@@ -122,9 +123,16 @@ struct PackedLayer {
       out += packed_size<T>(columns, depth);
       return packed;
     };
-    // Query, key and value are one matrix (3 C, C).
+    // Query, key and value are one matrix (3 C, C), and one bias.
+    float* bias = reinterpret_cast<float*>(out);
+    out += 3 * c;
+    if (mine()) {
+      const float* biases[] = {layer.query.bias, layer.key.bias, layer.value.bias};
+      for (int i = 0; i < 3; ++i) std::copy_n(biases[i], c, bias + i * c);
+    }
     const float* three[] = {layer.query.weight, layer.key.weight, layer.value.weight};
     PackedLayer packed;
+    packed.qkv_bias = bias;
     packed.qkv = pack_one([&](int i) { return three[i / c] + i % c * (long)c; }, 3 * c, c);
     packed.output = pack_one(rows_of(layer.output.weight, c), c, c);
     packed.expand = pack_one(rows_of(layer.expand.weight, c), f, c);
@@ -229,12 +237,8 @@ class EncoderLayer {
                                                      const ChunkActivations& a, Scratch& s) const {
     const int c = n_.units, f = n_.ffn_units, tokens = chunk.tokens;
     const float* input = normalized_input(chunk, s.input);
-    multiply(tokens, 3 * c, c, {input, call_.ld, 1}, weights.qkv, kZero, a.qkv, call_.ld_qkv);
-    for (int i = 0; i < tokens; ++i) {
-      add(layer_.query.bias, c, a.qkv + i * call_.ld_qkv);
-      add(layer_.key.bias, c, a.qkv + i * call_.ld_qkv + c);
-      add(layer_.value.bias, c, a.qkv + i * call_.ld_qkv + 2 * c);
-    }
+    multiply(tokens, 3 * c, c, {input, call_.ld, 1}, weights.qkv, with_bias(weights.qkv_bias), a.qkv,
+             call_.ld_qkv);
     for (int row = chunk.first_row; row < chunk.last_row; ++row)
       for (int head = 0; head < n_.heads; ++head) attention_forward(row, head, chunk, a, s);
     multiply(tokens, c, c, {a.context, call_.ld, 1}, weights.output, with_bias(layer_.output.bias), s.after,
@@ -249,10 +253,8 @@ class EncoderLayer {
   // Stream `out`, from the activations that `compute_activations` left; s.gradient still holds the normalized middle.
   void compute_output(const Chunk& chunk, const PackedLayer<T>& weights, const ChunkActivations& a, Scratch& s) const {
     const int c = n_.units, f = n_.ffn_units, tokens = chunk.tokens;
-    for (int i = 0; i < tokens; ++i)
-      activate(n_.activation, a.hidden + i * call_.ld_ffn, f, s.wide + i * call_.ld_ffn);
-    multiply(tokens, c, f, {s.wide, call_.ld_ffn, 1}, weights.project, with_bias(layer_.project.bias), s.after,
-             call_.ld);
+    multiply(tokens, c, f, {a.hidden, call_.ld_ffn, 1}, weights.project, with_bias(layer_.project.bias), s.after,
+             call_.ld, Activated{n_.activation});
     add_residual(chunk, call_.dropout(l_, 2), s.after, n_.pre ? a.middle : s.gradient.get(),
                  out_.values + chunk.first * call_.ld, out_.statistics + chunk.first);
   }

@@ -177,11 +177,24 @@ void copy_to_tiles(const T* x, int rows, T* packed) {
   std::copy_n(x, rows, packed);
 }
 
+// What becomes of a contiguous part of the left side's rows on its way into a product: here nothing. A class in its
+// place computes n numbers into `out`.
+struct AsIs {
+  static constexpr bool kInPlace = true;
+  void operator()(const float* x, int n, float* out) const { std::copy_n(x, n, out); }
+};
+
 // Packs a block of the left side into tiles whose rows or columns are contiguous.
-inline Left<Bf16x2> pack_left(int rows, int depth, Left<float> a, Bf16x2* packed) {
+template <class Change>
+Left<Bf16x2> pack_left(int rows, int depth, Left<float> a, Change change, Bf16x2* packed) {
   const int pairs = elements<Bf16x2>(depth);
   if (a.col == 1) {
-    for (int i = 0; i < rows; ++i) pack_neighbours(a.data + i * a.row, depth, packed + i * pairs);
+    float changed[2 * kBlockDepth];
+    for (int i = 0; i < rows; ++i) {
+      const float* x = a.data + i * a.row;
+      if (!Change::kInPlace) change(x, depth, changed);
+      pack_neighbours(Change::kInPlace ? x : changed, depth, packed + i * pairs);
+    }
     return {packed, pairs, 1};
   }
   Bf16x2 row[kBlockRows];
@@ -194,10 +207,11 @@ inline Left<Bf16x2> pack_left(int rows, int depth, Left<float> a, Bf16x2* packed
 }
 
 // The same in float32. Contiguous rows stay where they are if they are an odd number of cache lines apart.
-inline Left<float> pack_left(int rows, int depth, Left<float> a, float* packed) {
-  if (a.col == 1 && a.row / 16 % 2) return a;
+template <class Change>
+Left<float> pack_left(int rows, int depth, Left<float> a, Change change, float* packed) {
+  if (Change::kInPlace && a.col == 1 && a.row / 16 % 2) return a;
   if (a.col == 1) {
-    for (int i = 0; i < rows; ++i) std::copy_n(a.data + i * a.row, depth, packed + i * stride(kBlockDepth));
+    for (int i = 0; i < rows; ++i) change(a.data + i * a.row, depth, packed + i * stride(kBlockDepth));
     return {packed, stride(kBlockDepth), 1};
   }
   for (int k = 0; k < depth; ++k) copy_to_tiles(a.data + k * a.col, rows, packed + k * kRows);
@@ -205,17 +219,18 @@ inline Left<float> pack_left(int rows, int depth, Left<float> a, float* packed) 
 }
 
 // c (rows x columns, row-major) = start + a (rows x depth) * b (depth x columns). The rows or the columns of a are
-// contiguous. A block of the left side stays in the second cache, while panel after panel of the right side passes
-// through the first one.
-template <class T>
-void multiply(int rows, int columns, int depth, Left<float> a, Right<T> b, Start start, float* c, long ldc) {
+// contiguous. `change` is for contiguous rows alone. A block of the left side stays in the second cache, while panel
+// after panel of the right side passes through the first one.
+template <class T, class Change = AsIs>
+void multiply(int rows, int columns, int depth, Left<float> a, Right<T> b, Start start, float* c, long ldc,
+              Change change = {}) {
   alignas(64) PackedBlock<T> room;
   const int most_terms = terms<T>(even_part(elements<T>(depth), kBlockDepth));
   const int most_rows = kRows * even_part((rows + kRows - 1) / kRows, kBlockRows / kRows);
   for (int i = 0; i < rows; i += most_rows)
     for (int k = 0; k == 0 || k < depth; k += most_terms) {
       const int some = std::min(most_rows, rows - i), deep = std::min(most_terms, depth - k);
-      const Left<T> left = pack_left(some, deep, {a.data + i * a.row + k * a.col, a.row, a.col}, room);
+      const Left<T> left = pack_left(some, deep, {a.data + i * a.row + k * a.col, a.row, a.col}, change, room);
       const Right<T> right{b.data + elements<T>(k) * b.row, b.row, b.panel};
       multiply_block(some, columns, elements<T>(deep), left, right, k ? kAdd : start, c + i * ldc, ldc);
     }
