@@ -77,6 +77,10 @@ def test_encode_on_a_gpu_makes_valid_calls(gpus, gpu_run):
 
 def test_export_of_a_gpu_run_is_served_on_a_gpu(gpus, gpu_run, tmp_path):
     gpus.tool("export", gpu_run, "--output", tmp_path / "export").assert_valid(0, num_processes=0)
+    # Dropout that follows the seed is for training alone.
+    (symbol,) = (tmp_path / "export").glob("*-symbol.json")
+    operators = {node["op"] for node in json.loads(symbol.read_text())["nodes"]}
+    assert "FullyConnected" in operators and "Dropout" not in operators
     result = gpus.code(SERVE, tmp_path / "export")
     result.assert_valid(1)
     assert result.output.split("\n")[:2] == ["200", "200"]
