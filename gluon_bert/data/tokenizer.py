@@ -124,7 +124,7 @@ class Tokenizer:
     def _text(self, segments: list[Sequence[str]], truncate: bool) -> EncodedText:
         if not all(segments):
             which = "the text" if len(segments) == 1 else "one text of the pair"
-            raise InputError(f"{which} is empty: a word at least is needed")
+            raise InputError(f"{which} must have at least one word, got an empty text")
         special = len(segments) + 1  # <cls>, and a <sep> behind each
         excess = max(0, sum(map(len, segments)) + special - self.max_seq_length)
         if excess:

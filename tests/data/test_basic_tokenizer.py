@@ -48,7 +48,7 @@ def ours(text, normalization, vocab):
     try:
         return Tokenizer(vocab, 10**6, normalization).text(text).ids[1:-1].tolist()
     except InputError as problem:
-        assert "is empty" in str(problem)
+        assert "at least one word" in str(problem)
         return []
 
 

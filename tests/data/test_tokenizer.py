@@ -81,7 +81,7 @@ def test_text_truncate_cuts_the_longer_one(first, second, kept):
 
 @pytest.mark.parametrize("texts", [("",), (" \n",), ("a", ""), ("", "a")])
 def test_text_empty_is_refused(texts):
-    with pytest.raises(InputError, match="is empty"):
+    with pytest.raises(InputError, match="at least one word"):
         reader().text(*texts)
 
 

@@ -189,7 +189,7 @@ def test_question_too_long_raises():
         Question(tokenizer(16), TASK, "who " * 13, "w1")
     assert len(Question(tokenizer(16), TASK, "who " * 12, "w1 w2").texts) == 2
     for question, context in (("", "w1"), ("who", "\u200b")):
-        with pytest.raises(InputError, match="is empty"):
+        with pytest.raises(InputError, match="at least one word"):
             Question(tokenizer(16), TASK, question, context)
 
 

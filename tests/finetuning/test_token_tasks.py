@@ -136,13 +136,13 @@ def test_server_of_a_task_answers_as_the_run(kind, folder_of, capsys):
 @pytest.mark.parametrize(
     "kind, request_, message",
     [
-        ("tagging", {"text": " "}, "the text is empty"),
+        ("tagging", {"text": " "}, "the text must have at least one word"),
         ("tagging", {"text": "w1", "pair": "w2"}, 'a request for tagging must have "text"'),
         ("tagging", {"text": "w1", "ask": ["task", "vectors"]}, '"ask" with "task" alone'),
         ("tagging", {"text": "w1", "ask": "masks"}, "must have a <mask>"),
         ("tagging", {"text": "w1", "context": "w2", "ask": "vectors"}, '"context" is for a network'),
         ("question-answering", {"text": "w1"}, 'must have "question" and "context"'),
-        ("question-answering", {"question": "w1", "context": ""}, "the context is empty"),
+        ("question-answering", {"question": "w1", "context": ""}, "the context must have at least one word"),
         ("question-answering", {"question": "w1 " * 40, "context": "w1"}, "must have at most 28 tokens"),
         ("question-answering", {"question": "w1", "context": 5}, '"context" must be a string'),
     ],
