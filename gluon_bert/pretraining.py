@@ -321,7 +321,7 @@ def _train(job: _Job, communicator: Communicator, callbacks: Sequence[Callback])
         with _stop_between_steps(trainer):
             _fit(trainer, job)
     except (KeyboardInterrupt, Terminated):
-        log.info("stopped after step %d; resume continues %s from its checkpoint", trainer.state.step, output)
+        log.info("stopped after step %d; resume=%s continues from its checkpoint", trainer.state.step, output)
         _shut_down(trainer)
         raise
     was_finished = job.snapshot is not None and trainer.state.step == job.snapshot.step

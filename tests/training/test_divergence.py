@@ -160,7 +160,7 @@ def test_interrupt_after_rollback_names_the_right_step(command, breaking, monkey
     monkeypatch.setattr(ProgressLogger, "on_rollback", interrupting)
     status, folder = command("--on-nonfinite", "rollback", "--checkpoint-every", "4")
     assert status == 130
-    assert f"stopped after step 4; resume continues {folder}" in capsys.readouterr().err
+    assert f"stopped after step 4; --resume {folder} continues" in capsys.readouterr().err
     assert checkpoint.steps(folder)[-1] == 4
 
 
