@@ -76,27 +76,37 @@ class RunResult(NamedTuple):
 
 
 QUICK = Recipe("the preset quick", "quick")
-# What the preset was before it had a bias for distances, word vectors from the text and Muon.
-BEFORE = {"position": "absolute", "init_embeddings": "random", "optimizer": "adamw", "dropout": 0.0}
+# What the preset was before: two layers, a constant share of masks, a lower learning rate, dropout.
+TWO_LAYERS = {
+    **{"num_layers": 2, "dropout": 0.1, "lr": 2e-3, "warmup_ratio": 0.1, "weight_decay": 0.01},
+    "final_mlm_probability": 0.0,
+}
+# And before it had a bias for distances, word vectors from the text and Muon.
+BEFORE = {
+    **{**TWO_LAYERS, "dropout": 0.0},
+    **{"position": "absolute", "init_embeddings": "random", "optimizer": "adamw"},
+}
 RECIPES = {
     "d2l": Recipe("D2L", "d2l"),
     "quick": QUICK,
-    "mask-15": QUICK.but("quick, 15 % masked", mlm_probability=0.15),
-    "mask-40": QUICK.but("quick, 40 % masked", mlm_probability=0.4),
-    "lr-half": QUICK.but("quick, learning rate 0.001", lr=1e-3),
-    "lr-double": QUICK.but("quick, learning rate 0.004", lr=4e-3),
+    "mask-15": QUICK.but("quick, 15 % masked", mlm_probability=0.15, final_mlm_probability=0.0),
+    "mask-30": QUICK.but("quick, 30 % masked to the end", final_mlm_probability=0.0),
+    "lr-half": QUICK.but("quick, learning rate 0.0015", lr=1.5e-3),
+    "lr-double": QUICK.but("quick, learning rate 0.006", lr=6e-3),
     "batch-32": QUICK.but("quick, batches of 32", batch_size=32),
     "batch-128": QUICK.but("quick, batches of 128", batch_size=128),
     "before": QUICK.but("quick of before", **BEFORE),
+    "two-layers": QUICK.but("quick with two layers", **TWO_LAYERS),
     "absolute": QUICK.but("quick, no bias for distances", position="absolute"),
     "no-vectors": QUICK.but("quick, random first word vectors", init_embeddings="random"),
     "adamw": QUICK.but("quick, AdamW for all weights", optimizer="adamw"),
-    "no-dropout": QUICK.but("quick, no dropout", dropout=0.0),
+    "dropout": QUICK.but("quick, dropout 0.1", dropout=0.1),
+    "decay": QUICK.but("quick, weight decay 0.01", weight_decay=0.01),
     "pre-norm": QUICK.but("quick, LayerNorm before the sub-layers", norm="pre"),
     "bias-zeros": QUICK.but("quick, decoder biases from zero", decoder_bias="zeros"),
     "warm-up-2": QUICK.but("quick, warm-up over 2 % of the run", warmup_ratio=0.02),
     "packed": QUICK.but("quick, packed pairs of 128", pairs="packed", max_seq_length=128, batch_size=32),
-    "4-layers": QUICK.but("quick, 4 layers", num_layers=4),
+    "3-layers": QUICK.but("quick, 3 layers", num_layers=3),
     "units-256": QUICK.but("quick, 256 units", units=256, num_heads=4, ffn_units=1024, lr=1e-3),
     "untied": QUICK.but("quick, a decoder with weights of its own", tied_decoder=False),
 }
