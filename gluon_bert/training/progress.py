@@ -228,15 +228,16 @@ class ProgressLogger(Callback):
         reached, line = window["mlm_loss"], references.unigram
         if self.best and "mlm_loss" in self.best.validation:
             reached, line = self.best.validation["mlm_loss"], references.validation_unigram
-        if reached < line:
+        below = round(line - reached, 2)
+        if below > 0:
             where = "on validation text " if self.best and "mlm_loss" in self.best.validation else ""
             lines.append(
-                f"The MLM loss {where}is {line - reached:.2f} nats below that of word frequencies: "
+                f"The MLM loss {where}is {below:.2f} nats below that of word frequencies: "
                 f"{reached:.3f} instead of {line:.3f}. The network has learned from the words around a mask."
             )
         else:
             lines.append(
-                f"The MLM loss, {reached:.3f}, is still above {line:.3f}. So far the model has at best "
+                f"The MLM loss, {reached:.3f}, is not yet below {line:.3f}. So far the model has at best "
                 "learned how frequent words are, not what surrounds them. This is how BERT begins. More "
                 f"steps are needed ({self._what_ended_it()})."
             )

@@ -116,7 +116,7 @@ def test_summary_names_the_best_evaluation(tmp_path):
         "(50.0 % correct), perplexity 20.1 (checkpoint best)"
     ) in report.summary([])
     # Its loss is below that of the words' frequencies, though the last one's is not.
-    assert "is still above" not in report.summary([])[-1]
+    assert "is not yet below" not in report.summary([])[-1]
     report, _ = message(tmp_path / "b", [5.0] * 3, validation=[4.4, 4.3, 4.2])
     assert "This was the best of 3 evaluations." in report.summary([])
     report, _ = message(tmp_path / "c", [5.0] * 3, validation=4.2)
@@ -152,12 +152,12 @@ def test_summary_has_d2l_lines_and_references(tmp_path):
 
 @pytest.mark.parametrize(
     ("training", "validation", "line"),
-    [(5.0, None, "4.000"), (3.9, None, None), (3.0, 3.6, "3.500"), (5.0, 3.4, None)],
+    [(5.0, None, "4.000"), (3.9, None, None), (3.0, 3.6, "3.500"), (5.0, 3.4, None), (3.998, None, "4.000")],
 )
-def test_summary_explains_a_loss_above_unigram(tmp_path, training, validation, line):
+def test_summary_explains_a_loss_not_below_unigram(tmp_path, training, validation, line):
     report, _ = message(tmp_path, [training], validation)
     last = report.summary([])[-1]
-    assert (f"is still above {line}" in last) if line else ("is still above" not in last)
+    assert (f"is not yet below {line}" in last) if line else ("is not yet below" not in last)
 
 
 def test_loss_below_word_frequencies_is_compared(tmp_path):
