@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from dev import finetune_transformers
 from dev.finetune_transformers import adamw, train_step
 from support.conversion import VOCAB_SIZE, WORDS, assert_bits, configured, converted
 from support.reference_bert import randomise
@@ -217,3 +218,21 @@ def test_tagger_with_one_label_is_refused(run_of, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     with pytest.raises(InputError, match="id2label must have two labels at least, got O"):
         read_huggingface(tmp_path / "theirs", lowercase=True)
+
+
+def test_transformers_is_fine_tuned_by_the_command(tmp_path, capsys):
+    transformers_model("tagging", configured("small"))
+    config = preset("bert-tiny").replace(
+        **vars(configured("small")), max_seq_length=13, tokenizer="wordpiece"
+    )
+    create_run(tmp_path / "run", config, WordPieceVocabulary([*SPECIAL_TOKENS, *WORDS]))
+    net = network({}, VOCAB_SIZE, config.model)
+    randomise(net, 3)
+    save_checkpoint(tmp_path / "run", net, step=7)
+    texts = tmp_path / "tags.conll"
+    texts.write_text("".join(f"{WORDS[i]} B-a\n{WORDS[i + 1]} O\n\n" for i in range(4)), "utf-8")
+    flags = ["--train", str(texts), "--validation", str(texts), "--epochs", "2"]
+    assert finetune_transformers.main([str(tmp_path / "run"), *flags]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in printed] == ["epoch 1", "epoch 2"]
+    assert all("f1 " in line for line in printed)

@@ -61,26 +61,26 @@ def compare(arguments: argparse.Namespace) -> int:
     files = TaskFiles(arguments.train, arguments.validation)
     format_ = task_format(files, "auto")
     rows = format_.read(files)
-    task = format_.infer_task(rows["--train"])
+    task = format_.infer_task(rows["train"])
     if not task.scores_tokens:
         raise InputError(f"--train {arguments.train}: must be a file for tagging or question answering")
     length = config.max_seq_length or before.config.data.max_seq_length
     reader = Tokenizer(before.vocab, length, Normalization.from_config(before.config.data))
-    data = {flag: format_.examples(its_rows, task, reader, flag) for flag, its_rows in rows.items()}
+    data = {name: format_.examples(its_rows, task, reader, name) for name, its_rows in rows.items()}
     print(describe(task, data), file=sys.stderr)
-    recipe = train_config(config, len(data["--train"]))
+    recipe = train_config(config, len(data["train"]))
     steps = iter(range(1, recipe.num_steps + 1))
     model = transformers_model(before, task, config)
     optimizer = adamw(model, recipe)
     for epoch in range(config.epochs):
         started = time.perf_counter()
         losses = [
-            train_step(model, optimizer, recipe, next(steps), data["--train"].batch(numbers.tolist(), length))
-            for numbers in data["--train"].batches(config.batch_size, config.seed, epoch)
+            train_step(model, optimizer, recipe, next(steps), data["train"].batch(numbers.tolist(), length))
+            for numbers in data["train"].batches(config.batch_size, config.seed, epoch)
         ]
         seconds = time.perf_counter() - started
         predictor = Predictor(TransformersNetwork(model), reader, task)
-        found = data["--validation"].metrics(data["--validation"].results(predictor))
+        found = data["validation"].metrics(data["validation"].results(predictor))
         loss = f"loss {np.mean(losses):.4f}"
         print(f"epoch {epoch + 1}: {loss}, {format_metrics(found)}, {seconds:.1f} s of training", flush=True)
     return 0
