@@ -91,6 +91,11 @@ class ModelConfig:
     )
 
 
+# The second segments of each objective's negative pairs: random ones, swapped ones, or none.
+# training/losses.py has the objectives' losses.
+NEGATIVE_PAIRS = {"mlm+nsp": "random", "mlm": "none", "mlm+sop": "swapped"}
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The text, and its preparation as masked pairs."""
@@ -194,7 +199,7 @@ class DataConfig:
         "mlm+nsp",
         "pretraining losses: masked words and next sentences (mlm+nsp), masked words only (mlm, as RoBERTa), "
         "or masked words and sentence order (mlm+sop, as ALBERT)",
-        choices=("mlm+nsp", "mlm", "mlm+sop"),
+        choices=tuple(NEGATIVE_PAIRS),
     )
     random_next_prob: float = option(
         0.5,
@@ -237,6 +242,11 @@ class DataConfig:
         at_least=0,
         may_change=True,
     )
+
+    @property
+    def negative_pairs(self) -> str:
+        """Return what the second segments of negative pairs are: random, swapped or none."""
+        return NEGATIVE_PAIRS[self.objective]
 
     @property
     def predict_unknown(self) -> bool:
@@ -562,7 +572,7 @@ def _data_contradictions(data: DataConfig) -> List[str]:
     if data.mask_token_rate + data.random_token_rate > 1 + 1e-9:
         problems.append(
             "mask_token_rate and random_token_rate must be at most 1 together, "
-            f"got {data.mask_token_rate} and {data.random_token_rate}."
+            f"got {data.mask_token_rate} and {data.random_token_rate}. Lower one of them."
         )
     if data.num_buckets > data.max_seq_length:
         problems.append(
@@ -594,7 +604,7 @@ def _without_effect(data: DataConfig) -> List[str]:
         "vocab_size": (builds_pieces, 'without tokenizer="wordpiece", or with vocab_file'),
         "short_seq_prob": (data.pairs == "packed", 'without pairs="packed"'),
         "max_ngram": (data.masking == "ngrams", 'without masking="ngrams"'),
-        "random_next_prob": (data.objective != "mlm", 'with objective="mlm"'),
+        "random_next_prob": (data.negative_pairs != "none", f'with objective="{data.objective}"'),
     }
     defaults = DataConfig()
     return [

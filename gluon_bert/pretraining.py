@@ -143,7 +143,7 @@ def resume(
 
     >>> run = resume("runs/quick", num_steps=20000)                                # doctest: +SKIP
     """
-    folder = _folder_of(run)
+    folder = run_folder(run)
     how = Execution(devices, **{name: options.pop(name) for name in Execution._fields if name in options})
     how = how._replace(tensorboard=how.tensorboard or (folder / TENSORBOARD).is_dir())
     how.check()
@@ -176,13 +176,18 @@ def resume(
             else:
                 log.info("resuming after step %d", snapshot.step)
             with _profiled(how.profile, placement.devices):
-                return _train(job, communicator, callbacks)
+                run = _train(job, communicator, callbacks)
+            if snapshot is not None and run.step == snapshot.step:
+                write_config(folder, before, recorded)  # no step was made with the new options
+            return run
 
 
-def _folder_of(run: Run | Path | str) -> Path:
+def run_folder(run: Run | Path | str) -> Path:
+    """Return the folder of a run to resume; raise InputError if it is none."""
     folder = run.folder if isinstance(run, Run) else Path(run)
     if folder is None or not (folder / CONFIG).is_file():
-        raise InputError(f"resume must be the folder of a run, got {folder}, which has no {CONFIG}.")
+        problem = f"has no {CONFIG}" if folder is not None and folder.is_dir() else "does not exist"
+        raise InputError(f"resume must be the folder of a run, got {folder}, which {problem}.")
     return folder
 
 

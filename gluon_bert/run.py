@@ -19,7 +19,7 @@ from .checkpoint import (
     find_checkpoint,
     read_checkpoint,
 )
-from .config import GROUPS, Config
+from .config import GROUPS, NEGATIVE_PAIRS, Config
 from .data.tokenizer import EncodedText, Tokenizer
 from .data.vocab import Normalization, Vocabulary
 from .data.wordpiece import WordPieceVocabulary, load_vocabulary
@@ -249,7 +249,9 @@ def read_environment(path: Path) -> dict[str, Any]:
 def _config_in(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as a run's configuration ({error})") from error
     if not isinstance(content, dict) or not GROUPS.keys() <= content.keys():
         raise InputError(f"{path}: must be a run's configuration with {', '.join(GROUPS)}")
@@ -269,7 +271,8 @@ def read_untrained(path: Path) -> tuple[str, ...]:
     content = _config_in(path)
     heads = checked_heads(content.get(UNTRAINED, []), path)
     data = content["data"]
-    masks_only = isinstance(data, dict) and data.get("objective") == "mlm"
+    objective = data.get("objective") if isinstance(data, dict) else None
+    masks_only = NEGATIVE_PAIRS.get(str(objective)) == "none"
     return tuple(dict.fromkeys([*heads, "pooler", "nsp"])) if masks_only else heads
 
 

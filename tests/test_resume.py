@@ -174,6 +174,8 @@ def test_resume_takes_more_steps(command, capsys):
     assert (
         "is finished, after step 12. Raise num_steps or max_minutes to continue." in capsys.readouterr().out
     )
+    assert pretrain.main(["--resume", str(folder), "--lr", "0.5"]) == 0
+    assert run.read_config(folder / "config.json").train.lr != 0.5  # since nothing was trained with it
     assert pretrain.main(["--resume", str(folder), "--num-steps", "18"]) == 0
     assert_same_run(longer, folder)
     assert run.read_config(folder / "config.json").train.num_steps == 18
@@ -315,6 +317,8 @@ def test_resume_without_a_run_is_refused(tmp_path, capsys):
         f"--resume must be the folder of a run, got {tmp_path}, which has no config.json"
         in capsys.readouterr().err
     )
+    assert pretrain.main(["--resume", str(tmp_path / "no")]) == 2
+    assert f"got {tmp_path / 'no'}, which does not exist." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

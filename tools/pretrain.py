@@ -136,7 +136,7 @@ def begin(arguments: argparse.Namespace, auto: bool = False) -> int:
 def resume(arguments: argparse.Namespace, folder: Path, auto: bool = False) -> int:
     """Continue a run from its latest checkpoint. auto: with the flags of its start."""
     from gluon_bert.checkpoint import CONFIG
-    from gluon_bert.pretraining import resume
+    from gluon_bert.pretraining import resume, run_folder
     from gluon_bert.run import read_config
 
     for name in () if auto else ("preset", "config", "output"):
@@ -144,8 +144,7 @@ def resume(arguments: argparse.Namespace, folder: Path, auto: bool = False) -> i
             raise InputError(
                 f"--{name} cannot be used with --resume, which continues {folder} as it was started."
             )
-    if not (folder / CONFIG).is_file():
-        raise InputError(f"--resume must be the folder of a run, got {folder}, which has no {CONFIG}.")
+    run_folder(folder)
     config = config_from(arguments, init_run(arguments) if auto else read_config(folder / CONFIG))
     resume(folder, devices_from(arguments), config=config, **execution_from(arguments))
     return 0

@@ -23,7 +23,7 @@ class Pairs:
     """Pairs of segments as spans of `Documents.tokens`.
 
     first, second: (N, 2) int64, where a segment starts and ends.
-    is_next: (N,) bool, whether the second follows the first. With the objective mlm+sop, the first follows
+    is_next: (N,) bool, whether the second follows the first. With swapped negative pairs the first follows
     the second in all other pairs.
     """
 
@@ -68,12 +68,12 @@ def _sentence_pairs(documents: Documents, config: DataConfig, rng: np.random.Gen
     a = np.flatnonzero(has_next)
     is_next = _labels(len(a), config, rng)
     b = a + 1
-    if config.objective == "mlm+nsp":
+    if config.negative_pairs == "random":
         negatives = _any_negatives if config.preparation == "d2l" else _matched_negatives
         b = np.where(is_next, b, negatives(documents, a, rng))
     spans = np.stack([documents.sentences[:-1], documents.sentences[1:]], axis=1)
     pairs = Pairs(spans[a], spans[b], is_next)
-    if config.objective == "mlm+sop":
+    if config.negative_pairs == "swapped":
         pairs = _swapped(pairs)
     if config.preparation == "d2l":
         return pairs.take(pairs.lengths() <= config.max_seq_length)
@@ -81,8 +81,8 @@ def _sentence_pairs(documents: Documents, config: DataConfig, rng: np.random.Gen
 
 
 def _labels(count: int, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
-    """Return (count,) bool: True for a pair in order; always True if only masked words are learnt."""
-    if config.objective == "mlm":
+    """Return (count,) bool: True for a pair in order; always True without negative pairs."""
+    if config.negative_pairs == "none":
         return np.ones(count, dtype=bool)
     return rng.random(count) >= config.random_next_prob
 
@@ -169,7 +169,7 @@ def _packed_pairs(documents: Documents, config: DataConfig, rng: np.random.Gener
     # Leave out pairs in which a segment has no word.
     filled = (np.diff(bounds) > 0).all(axis=1)
     bounds, start, middle, stop, is_next = (x[filled] for x in (bounds, start, middle, stop, is_next))
-    if config.objective != "mlm+nsp":
+    if config.negative_pairs != "random":
         pairs = Pairs(bounds[:, :2], bounds[:, 1:], is_next)
         return _truncated_at_random_ends(_swapped(pairs), room, rng)
     owner = np.searchsorted(documents.documents, start, side="right") - 1
@@ -201,7 +201,7 @@ def _packed(
     middle = sentence + 1 + (rng.random(num_sentences) * (stop - sentence - 1)).astype(np.int64)
     is_next = _labels(num_sentences, config, rng)
     # A random second segment is not the rest of the pair, so the rest is put back.
-    keeps_rest = is_next | alone if config.objective == "mlm+nsp" else np.ones(num_sentences, dtype=bool)
+    keeps_rest = is_next | alone if config.negative_pairs == "random" else np.ones(num_sentences, dtype=bool)
     following = np.where(keeps_rest, stop, middle)
     chosen = []
     at, follow = 0, following.data  # which gives Python's ints, faster than the array

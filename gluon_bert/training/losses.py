@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, Callable, Mapping, NamedTuple
 
 from .. import ops
+from ..errors import InputError
 from ..runtime import mx
 from .device_batch import DeviceBatch
 
@@ -52,8 +53,19 @@ class ShardLoss(NamedTuple):
         """Add the total to named losses: the sum of their shares."""
         if isinstance(losses, ShardLoss):
             return losses
+        if not isinstance(losses, Mapping) or not all(isinstance(each, LossSum) for each in losses.values()):
+            raise InputError(
+                f"loss must return a LossSum for each name, got {_types_of(losses)}. "
+                "Return {name: LossSum(sum, number, weight)}."
+            )
         first, *others = (loss.share for loss in losses.values())
         return cls(dict(losses), sum(others, first))
+
+
+def _types_of(losses: Any) -> str:
+    if not isinstance(losses, Mapping):
+        return type(losses).__name__
+    return ", ".join(f"{name}: {type(value).__name__}" for name, value in losses.items())
 
 
 # The type of a trainer's `loss`.
@@ -134,7 +146,7 @@ _TASK_LOSSES = {
 }
 
 
-# The loss function of each objective. A new one also needs a choice in DataConfig.objective.
+# The loss function of each objective. A new one also needs its pairs in config.NEGATIVE_PAIRS.
 OBJECTIVES: dict[str, LossFunction] = {
     "mlm+nsp": pretraining_loss,
     "mlm": mlm_only,

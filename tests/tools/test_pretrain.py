@@ -189,7 +189,7 @@ def test_bad_input_is_one_sentence_and_status_2(command, capsys, tmp_path, flags
 
 def test_missing_config_is_refused(tmp_path, capsys):
     assert pretrain.main(["--config", "/no/where.json", "--output", str(tmp_path / "run")]) == 2
-    assert "/no/where.json: cannot be read as a run's configuration" in capsys.readouterr().err
+    assert "/no/where.json: cannot be read (No such file or directory)" in capsys.readouterr().err
 
 
 def test_all_problems_are_reported_at_once(command, capsys):

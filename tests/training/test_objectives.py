@@ -9,7 +9,7 @@ from support import reference_bert as reference
 from support.runs import SMALL_SIZES
 from support.trainers import BERT, fit, small_data, trainer_on
 
-from gluon_bert.config import DataConfig
+from gluon_bert.config import NEGATIVE_PAIRS, DataConfig
 from gluon_bert.data.prepared import Documents
 from gluon_bert.data.sentence_pairs import draw_pairs
 from gluon_bert.data.vocab import Vocabulary
@@ -20,6 +20,7 @@ from gluon_bert.runtime import mx
 from gluon_bert.training.callbacks import Callback
 from gluon_bert.training.device_batch import split_and_load
 from gluon_bert.training.losses import (
+    OBJECTIVES,
     LossSum,
     ShardLoss,
     masked_lm,
@@ -55,6 +56,18 @@ def test_pairs_for_mlm_alone_are_all_in_order(pairs):
     found = drawn("mlm", pairs)
     assert found.is_next.all() and len(found) > 100
     assert (found.first[:, 1] <= found.second[:, 0]).all()
+
+
+def test_each_objective_has_losses_and_pairs():
+    assert OBJECTIVES.keys() == NEGATIVE_PAIRS.keys()
+
+
+@pytest.mark.parametrize("pairs", ["sentences", "packed"])
+@pytest.mark.parametrize("like", NEGATIVE_PAIRS)
+def test_new_objective_has_the_pairs_it_names(monkeypatch, pairs, like):
+    monkeypatch.setitem(NEGATIVE_PAIRS, "mine", NEGATIVE_PAIRS[like])
+    for mine, its in zip(vars(drawn("mine", pairs)).values(), vars(drawn(like, pairs)).values()):
+        np.testing.assert_array_equal(mine, its)
 
 
 @pytest.mark.parametrize("pairs", ["sentences", "packed"])
@@ -120,6 +133,15 @@ def test_unused_heads_keep_their_weights(data):
     for name, value in after.items():
         assert (value == before[name]).all() == name.startswith(("nsp.", "pooler.")), name
     assert "nsp.dense.weight" not in "".join(trainer.snapshot().optimizer)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "type_"), [(lambda loss: loss, "NDArray"), (lambda loss: {"mlm": loss}, "mlm: NDArray")]
+)
+def test_own_loss_of_another_type_is_refused(data, wrong, type_):
+    trainer = trainer_on(1, data, BERT, loss=lambda net, shard: wrong(shard.tokens.sum()))
+    with pytest.raises(InputError, match=f"loss must return a LossSum for each name, got {type_}. Return"):
+        trainer.step(next(iter(data.train)))
 
 
 def test_own_loss_reaches_metrics_and_callbacks(data):
