@@ -1,4 +1,4 @@
-"""A learned bias for the distance between two positions, added to attention scores. Contains no embeddings."""
+"""A learned bias for the distance between two positions, added to attention scores. Holds no embeddings."""
 
 from __future__ import annotations
 
