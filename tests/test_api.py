@@ -173,7 +173,7 @@ def test_a_corpus_may_be_a_string():
 
 
 def test_memory_estimate_can_be_ignored(text_file, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("gluon_bert.pretraining.machine_memory", lambda _: 1000)
+    monkeypatch.setattr("gluon_bert.training.memory_plan.machine_memory", lambda _: 1000)
     with pytest.raises(gb.InputError, match="ignore_memory_estimate"):
         gb.pretrain(config_for(text_file), output=tmp_path / "run", devices=[mx.cpu(0)])
     assert not (tmp_path / "run").exists()
