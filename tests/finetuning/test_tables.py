@@ -233,11 +233,12 @@ def test_csv_with_excels_separator_line_is_read(line, separator, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, name",
+    ("content", "name"),
     [
         (gzip.compress(b"text\tlabel\n"), "gzip"),
         (b"PK\3\4\xff", "a zip archive, which Excel's files are too"),
     ],
+    ids=["gzip", "zip"],  # those of xdist's workers must be equal, and gzip writes the time
 )
 def test_table_that_is_not_text_is_named(content, name, tmp_path):
     path = tmp_path / "t.csv"
