@@ -57,7 +57,7 @@ TOOLS = {
 }
 PROGRAMS = {path.name: re.findall(r"```python\n(.*?)```", text, re.S) for path, text in PAGES.items()}
 (EXPORTED,) = PROGRAMS["export-and-serving.md"]
-PRETRAINED, LOADED, TRAINED = PROGRAMS["python-api.md"]
+PRETRAINED, LOADED, TRAINED, SAVED = PROGRAMS["python-api.md"]
 (SCORED,) = PROGRAMS["scoring.md"]
 
 
@@ -73,6 +73,10 @@ def test_python_programs_run(text_file, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     exec(TRAINED.replace('corpus="wikitext-2"', small), names)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["1", "2"]
+    exec(SAVED, names)
+    assert names["snapshot"] is None and names["run"].step == 2
+    exec(SAVED.partition("\n")[2], names)  # again, without create_run
+    assert names["trainer"].state.step == 2 == names["run"].step
 
 
 @pytest.fixture(scope="module")
