@@ -105,6 +105,14 @@ def test_stop_after_each_step_resumes_bit_for_bit(command, stopping, capsys, fla
     assert f"stopped after step 11; --resume {stopped} continues" in capsys.readouterr().err
 
 
+def test_run_inside_its_corpus_folder_resumes(tmp_path):
+    (tmp_path / "text.txt").write_text(small_text(), "utf-8")
+    folder = tmp_path / "runs" / "one"
+    assert pretrain.main([*SMALL, "--corpus", str(tmp_path), "--output", str(folder)]) == 0
+    assert pretrain.main(["--resume", str(folder), "--num-steps", "14"]) == 0
+    assert run.load_run(folder).step == 14
+
+
 def test_resume_keeps_the_operators(command, stopping, capsys, monkeypatch):
     monkeypatch.setenv(ops.VARIABLE, "auto")  # and back to what it was
     _, undisturbed = command("--operators", "mxnet", name="undisturbed")

@@ -91,7 +91,7 @@ def text_files(path: Path) -> list[TextFile]:
     """Return the files of text at a path, in the order of their names.
 
     Raise InputError if there is none. WikiText's valid file is validation text for its train file. Its test
-    file is not read. The log counts the other files of a folder.
+    file is not read. Runs of this package in the folder are no text. The log counts the other files.
     """
     if not path.exists():
         raise InputError(
@@ -104,8 +104,11 @@ def text_files(path: Path) -> list[TextFile]:
     for name in (WIKITEXT_TRAIN, "wiki.train.raw"):
         if (path / name).is_file():
             return _with_its_valid_file(path / name)
+    runs = {config.parent for config in path.rglob("config.json") if (config.parent / "checkpoints").is_dir()}
     everything = [
-        file for file in sorted(path.rglob("*")) if not file.is_dir() and not _is_hidden(file, path)
+        file
+        for file in sorted(path.rglob("*"))
+        if not file.is_dir() and not _is_hidden(file, path) and runs.isdisjoint(file.parents)
     ]
     found = [file for file in everything if file.is_file() and _is_text(file)]
     left_out = [file for file in everything if file not in set(found)]
