@@ -120,7 +120,7 @@ def describe_wheel(info: Path) -> Wheel | None:
 def the_only_wheel(wheels: Sequence[Wheel]) -> Wheel | None:
     """Return the installed wheel after checking it, None for an MXNet without a wheel.
 
-    Raise InputError if there is no MXNet; if two wheels share the folder `mxnet/`, where the second
+    Raise InputError if MXNet is missing; if two wheels share the folder `mxnet/`, where the second
     overwrites the first; or if the library on disk is not from the wheel.
     """
     if len(wheels) > 1:

@@ -144,8 +144,7 @@ def resume(arguments: argparse.Namespace, folder: Path, auto: bool = False) -> i
             raise InputError(
                 f"--{name} cannot be used with --resume, which continues {folder} as it was started."
             )
-    run_folder(folder)
-    config = config_from(arguments, init_run(arguments) if auto else read_config(folder / CONFIG))
+    config = config_from(arguments, init_run(arguments) if auto else read_config(run_folder(folder) / CONFIG))
     resume(folder, devices_from(arguments), config=config, **execution_from(arguments))
     return 0
 

@@ -63,7 +63,7 @@ class TaggedText:
         """Return plain values: `words`, `tags`, and `entities` or, of plain tags, their `probabilities`.
 
         An entity has its place in characters, `start` and `end`, its `text`, and the mean of its words'
-        probabilities. If the caller gave words, the place is in words. Plain tags of running text have the
+        probabilities. If the caller gave words, the place counts words. Plain tags of running text have the
         places of the words, `starts` and `ends`.
         """
         content: dict[str, Any] = {"words": list(self.words), "tags": list(self.tags)}

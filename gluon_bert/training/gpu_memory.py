@@ -12,7 +12,7 @@ from ..config import Config, ModelConfig
 from ..errors import InputError
 from ..model.task import Task
 from ..runtime import mx
-from .resources import ActivationSizes, max_masked, parameter_count, settings_that_fit
+from .resources import ActivationSizes, largest_shard, parameter_count, settings_that_fit
 
 FLOAT, HALF = 4, 2  # bytes
 # MXNet's pool rounds large blocks up to a multiple of this size.
@@ -54,11 +54,8 @@ def estimate_gpu_memory(
     config: Config, vocab_size: int, num_gpus: int, num_workers: int = 1, task: Task | None = None
 ) -> GPUEstimate:
     """Estimate what each of a worker's GPUs takes. task: of a fine-tuned network."""
-    train, length = config.train, config.data.max_seq_length
-    share = -(-train.batch_size // num_workers)
-    micro_batch_size = min(train.micro_batch or share, share)
-    rows = -(-micro_batch_size // num_gpus)
-    sizes = ActivationSizes(config.model, vocab_size, rows * length, length, rows * max_masked(config, task))
+    train = config.train
+    micro_batch_size, sizes = largest_shard(config, vocab_size, num_gpus, num_workers, task)
     half = train.precision == "fp16"
     # The weights, their gradients and two states of the optimizer. With several GPUs the kvstore spreads its
     # copy of the weights, the sum, and the gradients of the other GPUs over all.

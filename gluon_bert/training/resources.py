@@ -90,11 +90,8 @@ def estimate_resources(
     """
     train, length = config.train, config.data.max_seq_length
     parameters = parameter_count(config.model, vocab_size, task)
-    share = -(-train.batch_size // num_workers)
-    micro_batch_size = min(train.micro_batch or share, share)
     num_masked = max_masked(config, task)
-    rows = -(-micro_batch_size // num_contexts)
-    shard = ActivationSizes(config.model, vocab_size, rows * length, length, rows * num_masked)
+    micro_batch_size, shard = largest_shard(config, vocab_size, num_contexts, num_workers, task)
     accumulates = train.micro_batch > 0
     floats = (
         compiled_floats(shard, train.recompute, accumulates, threads())
@@ -206,6 +203,17 @@ class ActivationSizes:
     tokens: int
     length: int
     num_masked: int
+
+
+def largest_shard(
+    config: Config, vocab_size: int, num_contexts: int, num_workers: int, task: Task | None
+) -> tuple[int, ActivationSizes]:
+    """Return the pairs of a worker's micro-batch, and the sizes of the largest part on one context."""
+    share = -(-config.train.batch_size // num_workers)
+    micro_batch_size = min(config.train.micro_batch or share, share)
+    rows, length = -(-micro_batch_size // num_contexts), config.data.max_seq_length
+    num_masked = rows * max_masked(config, task)
+    return micro_batch_size, ActivationSizes(config.model, vocab_size, rows * length, length, num_masked)
 
 
 def compiled_floats(shard: ActivationSizes, recompute: bool, accumulates: bool, num_threads: int) -> float:

@@ -179,14 +179,17 @@ def test_batch_pads_tags_and_counts_them():
 # Entities and metrics
 
 TAGS = st.sampled_from(["O", "B-a", "I-a", "B-b", "I-b"])
-SENTENCES = st.lists(st.lists(st.tuples(TAGS, TAGS), min_size=1, max_size=12), min_size=1, max_size=5)
+# The expected and the predicted tags of some sentences.
+BOTH_TAGS = st.lists(st.lists(st.tuples(TAGS, TAGS), min_size=1, max_size=12), min_size=1, max_size=5).map(
+    lambda sentences: [[[pair[i] for pair in pairs] for pairs in sentences] for i in range(2)]
+)
 
 
 @settings(max_examples=200, deadline=None)
-@given(sentences=SENTENCES)
-def test_entity_metrics_equal_seqeval(sentences):
+@given(both=BOTH_TAGS)
+def test_entity_metrics_equal_seqeval(both):
     seqeval = pytest.importorskip("seqeval.metrics", reason="needs the extra test-others")
-    expected, predicted = ([[pair[i] for pair in pairs] for pairs in sentences] for i in range(2))
+    expected, predicted = both
     found = entity_metrics(expected, predicted)
     named = {"f1": "f1_score", "precision": "precision_score", "recall": "recall_score"}
     for name, function in {**named, "accuracy": "accuracy_score"}.items():
@@ -201,10 +204,10 @@ def test_entity_metrics_equal_seqeval(sentences):
 
 
 @settings(max_examples=100, deadline=None)
-@given(sentences=SENTENCES)
-def test_plain_tag_metrics_equal_scikit_learn(sentences):
+@given(both=BOTH_TAGS)
+def test_plain_tag_metrics_equal_scikit_learn(both):
     metrics = pytest.importorskip("sklearn.metrics", reason="needs the extra test-others")
-    expected, predicted = ([[pair[i] for pair in pairs] for pairs in sentences] for i in range(2))
+    expected, predicted = both
     found = plain_tag_metrics(expected, predicted)
     flat = [[tag for tags in sentences for tag in tags] for sentences in (expected, predicted)]
     assert found["accuracy"] == pytest.approx(metrics.accuracy_score(*flat))

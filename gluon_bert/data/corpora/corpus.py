@@ -104,10 +104,15 @@ def text_files(path: Path) -> list[TextFile]:
     for name in (WIKITEXT_TRAIN, "wiki.train.raw"):
         if (path / name).is_file():
             return _with_its_valid_file(path / name)
-    runs = {config.parent for config in path.rglob("config.json") if (config.parent / "checkpoints").is_dir()}
+    inside = sorted(path.rglob("*"))
+    runs = {
+        file.parent
+        for file in inside
+        if file.name == "config.json" and (file.parent / "checkpoints").is_dir()
+    }
     everything = [
         file
-        for file in sorted(path.rglob("*"))
+        for file in inside
         if not file.is_dir() and not _is_hidden(file, path) and runs.isdisjoint(file.parents)
     ]
     found = [file for file in everything if file.is_file() and _is_text(file)]
