@@ -29,6 +29,11 @@ _PARAGRAPH_LINE = 200
 # If a larger share of the lines has several sentences or parts of sentences, a line is not a sentence.
 _FEW = 0.1
 
+# A long text is split into sentences in pieces of at most 5,000 characters. A piece ends where the text ends,
+# after a full stop or after a space. sentencex 0.6, the last version for Python 3.8, takes quadratic time for
+# quotation marks and brackets.
+_PIECE = re.compile(r".{1,5000}\Z|.{1,4998}(?:[.!?…] |[。！？।])|.{1,4999} |.{1,5000}")
+
 # WikiText's heading of an article, ` = Title = ` between blank lines; sections have two equals signs or more.
 _ARTICLE = re.compile(r"^ ?\n = [^=\n].* = $(?=\n ?\n)", re.M)
 _ENDS_A_SENTENCE = re.compile(r"[.!?…。！？।။។]['\"’”)\]」』]*\s*$")
@@ -141,7 +146,8 @@ def split_sentences(text: str, language: str) -> list[str]:
     if len(_SPACE_ENDS_A_SENTENCE.findall(text)) > len(text) / 2:
         return text.split()
     # White space other than single spaces makes some versions of sentencex fail.
-    return [sentence.strip() for sentence in sentencex.segment(language, " ".join(text.split()))]
+    pieces = _PIECE.findall(" ".join(text.split()))
+    return [sentence.strip() for piece in pieces for sentence in sentencex.segment(language, piece.strip())]
 
 
 def is_validation(document: Document, share: float) -> bool:

@@ -186,6 +186,19 @@ def test_split_sentences_thai_and_chinese():
     assert split_sentences("今天天气好。我们走。", "zh") == ["今天天气好。", "我们走。"]
 
 
+def test_split_sentences_long_text_is_that_of_its_parts():
+    sentences = [f"This is sentence {number}, said Mr. Brown." for number in range(1000)]
+    assert split_sentences(" ".join(sentences), "en") == sentences
+
+
+@pytest.mark.parametrize("repeated", ['"', "字", "word ", "(. "])
+def test_split_sentences_long_text_keeps_every_character(repeated):
+    text = repeated * 12_000
+    sentences = split_sentences(text, "en")
+    assert all(sentences)
+    assert "".join(sentences).replace(" ", "") == text.replace(" ", "")
+
+
 def test_chinese_words_are_characters(tmp_path):
     text = write(tmp_path / "t.txt", "今天天气好。我们走。\n\n" * 3)
     config = DataConfig(corpus=(str(text),), min_freq=1, validation_fraction=0.0)
