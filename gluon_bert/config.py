@@ -253,6 +253,13 @@ class DataConfig:
         """Return whether <unk> is a word to predict."""
         return self.preparation == "d2l"
 
+    def at(self, progress: float) -> DataConfig:
+        """Return the configuration with the share of masked tokens at a point of a run, from 0 to 1."""
+        if not self.final_mlm_probability:
+            return self
+        share = (1 - progress) * self.mlm_probability + progress * self.final_mlm_probability
+        return dataclasses.replace(self, mlm_probability=share, final_mlm_probability=0.0)
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from typing import Any, Callable, Iterator, Mapping, NamedTuple
@@ -138,17 +137,9 @@ class Loader:
         documents, pairs = self._part(drawing, number)
         # Pairs are numbered over all parts. Otherwise two parts would have the same masks.
         own = members + (number << 32)
+        config = self.config.at(min(1.0, self.progress()))
         noise = pair_noise(self.seed, drawing, own, length, num_draws(self.config))
-        return make_batch(documents, pairs.take(members), noise, self.vocab, self._config_now())
-
-    def _config_now(self) -> DataConfig:
-        """Return the configuration with the share of masked tokens at this point of the run."""
-        first, final = self.config.mlm_probability, self.config.final_mlm_probability
-        if not final:
-            return self.config
-        return dataclasses.replace(
-            self.config, mlm_probability=first + (final - first) * min(1.0, self.progress())
-        )
+        return make_batch(documents, pairs.take(members), noise, self.vocab, config)
 
     def _plan(self, epoch: int, number: int) -> list[tuple[np.ndarray, int]]:
         """Return the pairs of each batch of a part, and the length to which it is padded."""
@@ -207,9 +198,7 @@ def load_pretraining_data(config: DataConfig, batch_size: int, seed: int = 0) ->
             "dropped" if config.preparation == "d2l" else "truncated",
         )
     # One share of masked tokens in all evaluations, so that they can be compared.
-    share = config.final_mlm_probability or config.mlm_probability
-    fixed = dataclasses.replace(config, mlm_probability=share, final_mlm_probability=0.0)
-    validation = Loader(prepared.validation, prepared.vocab, fixed, batch_size, seed)
+    validation = Loader(prepared.validation, prepared.vocab, config.at(1.0), batch_size, seed)
     usable = prepared.validation.with_pairs() >= 2 and len(validation.pairs(0)) > 0
     if not usable:
         log.info("the validation text is too short for evaluations; increase validation_fraction")
