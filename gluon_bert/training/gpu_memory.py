@@ -5,14 +5,13 @@ The counts of arrays come from peaks of MXNet's memory pool on simulated GPUs (t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Sequence
 
-from ..config import Config, ModelConfig
+from ..config import ModelConfig
 from ..errors import InputError
-from ..model.task import Task
 from ..runtime import mx
-from .resources import ActivationSizes, largest_shard, parameter_count, settings_that_fit
+from .resources import ActivationSizes, Workload, largest_shard, settings_that_fit
 
 FLOAT, HALF = 4, 2  # bytes
 # MXNet's pool rounds large blocks up to a multiple of this size.
@@ -50,17 +49,15 @@ class GPUEstimate:
         return f"GPU memory in use: {_gigabytes(used)}, {_gigabytes(self.memory)} expected"
 
 
-def estimate_gpu_memory(
-    config: Config, vocab_size: int, num_gpus: int, num_workers: int = 1, task: Task | None = None
-) -> GPUEstimate:
-    """Estimate what each of a worker's GPUs takes. task: of a fine-tuned network."""
-    train = config.train
-    micro_batch_size, sizes = largest_shard(config, vocab_size, num_gpus, num_workers, task)
+def estimate_gpu_memory(work: Workload) -> GPUEstimate:
+    """Estimate what each of a worker's GPUs takes."""
+    config, train, num_gpus = work.config, work.config.train, work.num_devices
+    micro_batch_size, sizes = largest_shard(work)
     half = train.precision == "fp16"
     # The weights, their gradients and two states of the optimizer. With several GPUs the kvstore spreads its
     # copy of the weights, the sum, and the gradients of the other GPUs over all.
     copies = 4 + ((num_gpus + 1) / num_gpus if num_gpus > 1 else 0)
-    model = copies * _parameters(config.model, vocab_size, task)
+    model = copies * _parameters(work)
     if train.optimizer == "muon":
         # The encoder's matrices have one state less. A step allocates arrays of 3.4 times their size.
         model += 2.4 * config.model.num_layers * _matrices(config.model, FLOAT)
@@ -71,41 +68,28 @@ def estimate_gpu_memory(
     )
 
 
-def check_gpu_memory(
-    config: Config,
-    vocab_size: int,
-    num_gpus: int,
-    free: float,
-    num_workers: int = 1,
-    task: Task | None = None,
-) -> None:
+def check_gpu_memory(work: Workload, free: float) -> None:
     """Raise InputError, with settings that fit, if a run needs more than the free bytes of each GPU."""
-    expected = estimate_gpu_memory(config, vocab_size, num_gpus, num_workers, task).memory
+    expected = estimate_gpu_memory(work).memory
     if expected <= TOO_HIGH * free:
         return
     raise InputError(
-        f"the run needs about {_gigabytes(expected)} of each GPU with batch_size={config.train.batch_size} "
-        f"and max_seq_length={config.data.max_seq_length}, and {_gigabytes(free)} are free. "
-        + what_fits(config, vocab_size, num_gpus, free, num_workers, task)
+        f"the run needs about {_gigabytes(expected)} of each GPU with "
+        f"batch_size={work.config.train.batch_size} and max_seq_length={work.config.data.max_seq_length}, "
+        f"and {_gigabytes(free)} are free. {what_fits(work, free)}"
     )
 
 
-def what_fits(
-    config: Config,
-    vocab_size: int,
-    num_gpus: int,
-    free: float,
-    num_workers: int = 1,
-    task: Task | None = None,
-) -> str:
+def what_fits(work: Workload, free: float) -> str:
     """Return a sentence with settings that fit in the free bytes."""
 
     def memory(**changes: Any) -> float:
-        other = Config(config.model, config.data, replace(config.train, **changes))
-        return estimate_gpu_memory(other, vocab_size, num_gpus, num_workers, task).memory
+        return estimate_gpu_memory(work.with_train(**changes)).memory
 
-    most = estimate_gpu_memory(config, vocab_size, num_gpus, num_workers, task)
-    return settings_that_fit(memory, range(num_gpus, most.micro_batch_size + 1), min(free, most.memory))
+    most = estimate_gpu_memory(work)
+    return settings_that_fit(
+        memory, range(work.num_devices, most.micro_batch_size + 1), min(free, most.memory)
+    )
 
 
 def memory_of(contexts: Sequence[Any]) -> tuple[float, float]:
@@ -114,13 +98,14 @@ def memory_of(contexts: Sequence[Any]) -> tuple[float, float]:
     return float(min(free for free, _ in found)), float(max(total - free for free, total in found))
 
 
-def _parameters(model: ModelConfig, vocab_size: int, task: Task | None) -> float:
+def _parameters(work: Workload) -> float:
     """Return the bytes of all weights, each matrix in blocks of the pool."""
+    model, vocab_size, task = work.config.model, work.vocab_size, work.task
     c, f = model.units, model.ffn_units
     tables = [vocab_size * c] * (1 if model.tied_decoder or task else 2) + [model.max_positions * c]
     heads = [c * c] * (not task.scores_tokens if task else 2)
     matrices = tables + ([c * c] * 4 + [c * f] * 2) * model.num_layers + heads
-    rest = parameter_count(model, vocab_size, task) - sum(matrices)
+    rest = work.num_parameters - sum(matrices)
     return sum(_block(FLOAT * size) for size in matrices) + FLOAT * rest
 
 

@@ -13,7 +13,7 @@ from ..errors import InputError, OutOfGPUMemory, gpu_failure
 from ..model.task import Task
 from ..system import machine_memory, peak_memory
 from .gpu_memory import GPUEstimate, check_gpu_memory, estimate_gpu_memory, memory_of, what_fits
-from .resources import ResourceEstimate, check_memory, estimate_resources
+from .resources import ResourceEstimate, Workload, check_memory, estimate_resources
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +40,11 @@ class MemoryPlan:
         """Raise InputError, with settings that fit, if the memory is too small. ignore: only warn."""
         try:
             if self.on_gpus:
-                check_gpu_memory(*self._size, memory_of(self.devices)[0], self.num_workers, self.task)
+                check_gpu_memory(self._work, memory_of(self.devices)[0])
             else:
                 limit = machine_memory(self.devices)
                 if limit is not None:
-                    check_memory(*self._size, self._compiled, limit, self.num_workers, self.task)
+                    check_memory(self._work, self._compiled, limit)
         except InputError as error:
             if not ignore:
                 raise InputError(f"{error} To train anyway, use ignore_memory_estimate=True.") from error
@@ -76,20 +76,19 @@ class MemoryPlan:
             total = sum(memory_of(self.devices))
             raise OutOfGPUMemory(
                 f"the GPU is out of memory. Each has {total / 1e9:.1f} GB, and the run needs about "
-                f"{self._gpu_estimate().memory / 1e9:.1f} GB. "
-                + what_fits(*self._size, total, self.num_workers, self.task)
+                f"{self._gpu_estimate().memory / 1e9:.1f} GB. " + what_fits(self._work, total)
             ) from error
 
     @property
-    def _size(self) -> tuple[Config, int, int]:
-        return self.config, self.vocab_size, len(self.devices)
+    def _work(self) -> Workload:
+        return Workload(self.config, self.vocab_size, len(self.devices), self.num_workers, self.task)
 
     @property
     def _compiled(self) -> bool:
         return ops.compiled(self.devices)
 
     def _estimate(self) -> ResourceEstimate:
-        return estimate_resources(*self._size, self._compiled, self.num_workers, self.task)
+        return estimate_resources(self._work, self._compiled)
 
     def _gpu_estimate(self) -> GPUEstimate:
-        return estimate_gpu_memory(*self._size, self.num_workers, self.task)
+        return estimate_gpu_memory(self._work)

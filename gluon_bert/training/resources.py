@@ -27,6 +27,30 @@ SAFE = 0.9
 
 
 @dataclass(frozen=True)
+class Workload:
+    """A training, as far as its size depends on it.
+
+    num_devices: of each worker. task: of the network that is fine-tuned; None in pretraining.
+    """
+
+    config: Config
+    vocab_size: int
+    num_devices: int = 1
+    num_workers: int = 1
+    task: Task | None = None
+
+    def with_train(self, **changes: Any) -> Workload:
+        """Return a workload with changed options of the training."""
+        config = self.config
+        return replace(self, config=Config(config.model, config.data, replace(config.train, **changes)))
+
+    @property
+    def num_parameters(self) -> int:
+        """Return the number of weights of the network."""
+        return parameter_count(self.config.model, self.vocab_size, self.task)
+
+
+@dataclass(frozen=True)
 class ResourceEstimate:
     """The estimated size of a run; memory in bytes, for all contexts together.
 
@@ -76,66 +100,45 @@ class ResourceEstimate:
         return f"{count:,} {self.example}s" if count > 1 else f"one {self.example}"
 
 
-def estimate_resources(
-    config: Config,
-    vocab_size: int,
-    num_contexts: int,
-    compiled: bool,
-    num_workers: int = 1,
-    task: Task | None = None,
-) -> ResourceEstimate:
-    """Estimate the resources of one worker.
-
-    compiled: with the compiled operators instead of MXNet's. task: of a fine-tuned network.
-    """
-    train, length = config.train, config.data.max_seq_length
-    parameters = parameter_count(config.model, vocab_size, task)
-    num_masked = max_masked(config, task)
-    micro_batch_size, shard = largest_shard(config, vocab_size, num_contexts, num_workers, task)
-    accumulates = train.micro_batch > 0
+def estimate_resources(work: Workload, compiled: bool) -> ResourceEstimate:
+    """Estimate the resources of one worker. compiled: with the compiled operators instead of MXNet's."""
+    config, task = work.config, work.task
+    train, parameters, num_masked = config.train, work.num_parameters, max_masked(config, task)
+    micro_batch_size, shard = largest_shard(work)
     floats = (
-        compiled_floats(shard, train.recompute, accumulates, threads())
+        compiled_floats(shard, train.recompute, train.micro_batch > 0, threads())
         if compiled
         else mxnet_floats(shard, train.recompute)
     )
     # The optimizers keep two numbers per weight. With several contexts the kvstore has the weights, the sum
     # of the gradients, and a copy of the gradients of all contexts but one.
-    copies = 4 * num_contexts + (num_contexts + 1 if num_contexts > 1 else 0)
+    copies = 4 * work.num_devices + (work.num_devices + 1 if work.num_devices > 1 else 0)
     return ResourceEstimate(
         parameters,
         num_masked * train.batch_size,
-        flops_per_pair(config.model, vocab_size, length, num_masked),
+        flops_per_pair(config.model, work.vocab_size, config.data.max_seq_length, num_masked),
         micro_batch_size,
         float(FLOAT * parameters * copies),
-        FRAGMENTS * FLOAT * floats * num_contexts,
+        FRAGMENTS * FLOAT * floats * work.num_devices,
         float(FLOAT * parameters * 3),
         "text" if task and not task.pairs else "pair",
     )
 
 
-def check_memory(
-    config: Config,
-    vocab_size: int,
-    num_contexts: int,
-    compiled: bool,
-    limit: float,
-    num_workers: int = 1,
-    task: Task | None = None,
-) -> None:
+def check_memory(work: Workload, compiled: bool, limit: float) -> None:
     """Raise InputError, with settings that fit, if a worker needs more than `limit` bytes."""
 
     def memory(**changes: Any) -> float:
-        other = Config(config.model, config.data, replace(config.train, **changes))
-        return estimate_resources(other, vocab_size, num_contexts, compiled, num_workers, task).memory
+        return estimate_resources(work.with_train(**changes), compiled).memory
 
     if memory() <= limit:
         return
-    estimate = estimate_resources(config, vocab_size, num_contexts, compiled, num_workers, task)
-    advice = settings_that_fit(memory, range(num_contexts, estimate.micro_batch_size + 1), limit)
-    train = config.train
+    most = estimate_resources(work, compiled).micro_batch_size
+    advice = settings_that_fit(memory, range(work.num_devices, most + 1), limit)
     raise InputError(
-        f"the run needs about {_gigabytes(memory())} of memory with batch_size={train.batch_size} and "
-        f"max_seq_length={config.data.max_seq_length}, and the machine has {_gigabytes(limit)}. {advice}"
+        f"the run needs about {_gigabytes(memory())} of memory with "
+        f"batch_size={work.config.train.batch_size} and max_seq_length={work.config.data.max_seq_length}, "
+        f"and the machine has {_gigabytes(limit)}. {advice}"
     )
 
 
@@ -205,15 +208,14 @@ class ActivationSizes:
     num_masked: int
 
 
-def largest_shard(
-    config: Config, vocab_size: int, num_contexts: int, num_workers: int, task: Task | None
-) -> tuple[int, ActivationSizes]:
-    """Return the pairs of a worker's micro-batch, and the sizes of the largest part on one context."""
-    share = -(-config.train.batch_size // num_workers)
+def largest_shard(work: Workload) -> tuple[int, ActivationSizes]:
+    """Return the pairs of a worker's micro-batch, and the sizes of the largest part on one device."""
+    config = work.config
+    share = -(-config.train.batch_size // work.num_workers)
     micro_batch_size = min(config.train.micro_batch or share, share)
-    rows, length = -(-micro_batch_size // num_contexts), config.data.max_seq_length
-    num_masked = rows * max_masked(config, task)
-    return micro_batch_size, ActivationSizes(config.model, vocab_size, rows * length, length, num_masked)
+    rows, length = -(-micro_batch_size // work.num_devices), config.data.max_seq_length
+    num_masked = rows * max_masked(config, work.task)
+    return micro_batch_size, ActivationSizes(config.model, work.vocab_size, rows * length, length, num_masked)
 
 
 def compiled_floats(shard: ActivationSizes, recompute: bool, accumulates: bool, num_threads: int) -> float:

@@ -20,6 +20,7 @@ from gluon_bert.model.task import Task
 from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
 from gluon_bert.training.gpu_memory import estimate_gpu_memory
+from gluon_bert.training.resources import Workload
 from gluon_bert.training.resources import max_masked
 from gluon_bert.training.losses import pretraining_loss, task_loss
 from gluon_bert.training.trainer import Trainer
@@ -56,7 +57,7 @@ for precision in ("fp32", "fp16"):
     counts = json.loads(cudart.gpusim_counts())
     assert counts["faults"] == counts["missing"] == 0
     peak = max(device["peak"] for device in counts["devices"][:num_gpus])
-    found[precision] = [peak, estimate_gpu_memory(config, words, num_gpus, task=task).memory]
+    found[precision] = [peak, estimate_gpu_memory(Workload(config, words, num_gpus, task=task)).memory]
     gc.collect()
     mx.nd.waitall()
     for context in contexts:

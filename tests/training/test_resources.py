@@ -24,7 +24,13 @@ from gluon_bert.presets import PRESETS, preset
 from gluon_bert.system import machine_memory
 from gluon_bert.training import resources as plans
 from gluon_bert.training.gpu_memory import estimate_gpu_memory
-from gluon_bert.training.resources import check_memory, estimate_resources, flops_per_pair, max_masked
+from gluon_bert.training.resources import (
+    Workload,
+    check_memory,
+    estimate_resources,
+    flops_per_pair,
+    max_masked,
+)
 
 SMALL = [*SMALL_SIZES, "--batch-size", "64", "--num-steps", "2"]
 LARGE = preset("bert-large").replace(max_seq_length=512)
@@ -32,7 +38,7 @@ CPU = [SimpleNamespace(device_type="cpu")]
 
 
 def memory(config, num_contexts=1, compiled=True, vocab_size=30522, **changes):
-    return estimate_resources(config.replace(**changes), vocab_size, num_contexts, compiled).memory
+    return estimate_resources(Workload(config.replace(**changes), vocab_size, num_contexts), compiled).memory
 
 
 @pytest.mark.parametrize("model", VARIANTS.values(), ids=VARIANTS)
@@ -88,16 +94,18 @@ def test_micro_batch_and_recompute_take_less_memory():
         assert sizes == sorted(sizes) and twice == sorted(twice)
         assert all(less < more for less, more in zip(twice, sizes))
         assert memory(LARGE, 2, compiled) > memory(LARGE, 1, compiled)
-    assert estimate_resources(LARGE, 30522, 1, True).model == 16 * plans.parameter_count(LARGE.model, 30522)
+    work = Workload(LARGE, 30522)
+    assert estimate_resources(work, True).model == 16 * work.num_parameters
 
 
 def test_fp16_shrinks_activations_of_a_gpu():
-    kept = [
-        estimate_gpu_memory(LARGE.replace(precision=p, batch_size=64), 30522, 1) for p in ("fp32", "fp16")
-    ]
+    def estimated(precision, batch_size):
+        return estimate_gpu_memory(Workload(LARGE.replace(precision=precision, batch_size=batch_size), 30522))
+
+    kept = [estimated(precision, 64) for precision in ("fp32", "fp16")]
     assert 0.6 * kept[0].activations < kept[1].activations < 0.9 * kept[0].activations
     assert kept[0].model == kept[1].model
-    one = [estimate_gpu_memory(LARGE.replace(precision=p, batch_size=1), 30522, 1) for p in ("fp32", "fp16")]
+    one = [estimated(precision, 1) for precision in ("fp32", "fp16")]
     assert one[1].activations > one[0].activations  # the float16 copy of the weights
 
 
@@ -111,7 +119,7 @@ from gluon_bert.model.bert import BERTModel
 from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
 from gluon_bert.system import peak_memory
-from gluon_bert.training.resources import estimate_resources
+from gluon_bert.training.resources import Workload, estimate_resources
 from gluon_bert.training.trainer import Trainer
 
 config = preset("bert-mini").replace(batch_size=16, micro_batch=8, max_seq_length=128, recompute={recompute})
@@ -123,7 +131,7 @@ trainer = Trainer(net, config.train, [mx.cpu()])
 for seed in range(3):
     trainer.step(reference.random_batch([128] * 16, 128, 30522, seed))
     mx.nd.waitall()
-expected = estimate_resources(config, 30522, 1, ops.compiled([mx.cpu()]))
+expected = estimate_resources(Workload(config, 30522), ops.compiled([mx.cpu()]))
 print(peak_memory() - before, expected.model + expected.activations)
 """
 
@@ -146,7 +154,7 @@ def test_steps_take_about_the_estimated_memory(operators, recompute):
 
 def test_too_large_run_is_refused_with_what_fits():
     with pytest.raises(InputError) as refused:
-        check_memory(LARGE, 30522, 1, True, 24 * 2**30)
+        check_memory(Workload(LARGE, 30522), True, 24 * 2**30)
     message = str(refused.value)
     assert message.startswith("the run needs about ")
     assert "and the machine has 25.8 GB. Use micro_batch=" in message
@@ -154,18 +162,18 @@ def test_too_large_run_is_refused_with_what_fits():
     alone, twice = message.split("Use ")[1].rstrip(".").split(" or ")
     micro_batch, again = int(alone.split("=")[-1]), int(twice.split("=")[-1])
     assert twice == f"recompute=True with micro_batch={again}" and 1 <= micro_batch < again < 256
-    check_memory(LARGE.replace(micro_batch=micro_batch), 30522, 1, True, 24 * 2**30)
-    check_memory(LARGE.replace(micro_batch=again, recompute=True), 30522, 1, True, 24 * 2**30)
+    check_memory(Workload(LARGE.replace(micro_batch=micro_batch), 30522), True, 24 * 2**30)
+    check_memory(Workload(LARGE.replace(micro_batch=again, recompute=True), 30522), True, 24 * 2**30)
 
 
 def test_recompute_alone_or_nothing_may_fit():
     needed = memory(LARGE, batch_size=16, recompute=True)
     with pytest.raises(InputError, match=r"Use micro_batch=\d+ or recompute=True\.$"):
-        check_memory(LARGE.replace(batch_size=16), 30522, 1, True, needed / plans.SAFE + 1)
+        check_memory(Workload(LARGE.replace(batch_size=16), 30522), True, needed / plans.SAFE + 1)
     with pytest.raises(InputError, match="Use a smaller network or a smaller max_seq_length"):
-        check_memory(LARGE, 30522, 2, True, 4e9)
+        check_memory(Workload(LARGE, 30522, 2), True, 4e9)
     with pytest.raises(InputError, match=r"Use micro_batch=\d+\.$"):
-        check_memory(LARGE.replace(recompute=True), 30522, 1, True, 12e9)
+        check_memory(Workload(LARGE.replace(recompute=True), 30522), True, 12e9)
 
 
 def test_command_refuses_before_reading_or_writing(tmp_path, capsys, monkeypatch):
@@ -263,7 +271,7 @@ def test_peak_memory_is_that_of_the_system():
     assert system.peak_memory(files(**status)) == 2048 * 1024
     assert system.peak_memory(files()) is None
     assert system.peak_memory(files(**{"/proc/7/status": "VmHWM: 1 kB\n"}), process=7) == 1024
-    one = estimate_resources(preset("d2l"), 100, 1, True)
+    one = estimate_resources(Workload(preset("d2l"), 100), True)
     assert one.outcome(2e9).startswith("memory taken: 2.0 GB at the peak, ")
 
 

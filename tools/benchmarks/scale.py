@@ -25,6 +25,7 @@ from gluon_bert.presets import preset
 from gluon_bert.system import machine_memory
 from gluon_bert.training.resources import (
     FLOAT,
+    Workload,
     check_memory,
     flops_per_pair,
     max_masked,
@@ -114,8 +115,8 @@ def check_cases(rows: Sequence[ScaleCase], corpus: Path) -> None:
             if row.kvstore == "horovod":
                 horovod()
             if limit is not None:
-                compiled = ops.compiled(contexts)
-                check_memory(config, 1, row.contexts, compiled, limit / row.workers, row.workers)
+                work = Workload(config, 1, row.contexts, row.workers)
+                check_memory(work, ops.compiled(contexts), limit / row.workers)
         except InputError as error:
             problems.append(f"{row}: {error}")
     if problems:
