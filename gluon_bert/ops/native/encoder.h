@@ -60,7 +60,7 @@ class Encoder {
   void forward(float* encoded) {
     embed();
     PooledBuffer packed(PackedLayer<T>::size(net().units, net().ffn_units));
-    std::vector<Scratch> scratch = make_scratch();
+    std::vector<Scratch> scratch = make_scratch(false);
     for (int l = 0; l < num_layers(); ++l) {
 #pragma omp parallel num_threads(threads_)
       {
@@ -93,13 +93,13 @@ class Encoder {
     const size_t packed_size = PackedLayer<T>::size(net().units, net().ffn_units);
     PooledBuffer packed(packed_size), packed_forward(recompute ? packed_size : 0);
     PooledBuffer d_stream(num_tokens_ * ld()), sums((size_t)threads_ * sums_size());
-    std::vector<Scratch> scratch = make_scratch();
+    std::vector<Scratch> scratch = make_scratch(true);
     last_norm_backward(gradient, d_stream, sums, out);
     for (int l = num_layers() - 1; l >= 0; --l) {
 #pragma omp parallel num_threads(threads_)
       {
         LayerGradients own(sums + omp_get_thread_num() * sums_size(), call_);
-        std::fill_n(own.begin, sums_size(), 0.f);
+        own.clear_vectors();
         const PackedLayer<T> weights = pack(l, packed, false);
         const PackedLayer<T> forward_weights = recompute ? pack(l, packed_forward, true) : PackedLayer<T>();
         const EncoderLayer<T> layer(call_, l, stream(l), stream(l + 1));
@@ -196,11 +196,11 @@ class Encoder {
     }
   }
 
-  std::vector<Scratch> make_scratch() const {
+  std::vector<Scratch> make_scratch(bool backward) const {
     std::vector<Scratch> all;
     const long panel_elements = EncoderLayer<T>::panel_elements(call_, longest_, largest_chunk_);
     for (int i = 0; i < threads_; ++i) {
-      all.emplace_back(call_, largest_chunk_, longest_, panel_elements);
+      all.emplace_back(call_, largest_chunk_, longest_, panel_elements, backward);
       if (keep_ != Keep::kLayers) all.back().activations = Activations(largest_chunk_, call_);
     }
     return all;
@@ -246,7 +246,7 @@ class Encoder {
 #pragma omp parallel num_threads(threads_)
     {
       float* own = sums + omp_get_thread_num() * sums_size();
-      std::fill_n(own, sums_size(), 0.f);
+      std::fill_n(own, 2 * c, 0.f);
       each_chunk([&](const Chunk& chunk) {
         for (int row = chunk.first_row; row < chunk.last_row; ++row)
           for (int i = 0; i < call_.rows[row].length; ++i) {

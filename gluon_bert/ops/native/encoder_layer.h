@@ -182,23 +182,28 @@ struct Scratch {
   Activations activations;  // if not all layers' are kept
 
   Scratch() = default;
-  Scratch(const Call& call, long tokens, long longest, long panel_elements) {
+  Scratch(const Call& call, long tokens, long longest, long panel_elements, bool backward) {
     const long matrix = longest * stride(gluon_bert::panels((int)longest) * kCols);
     for (PooledBuffer* one : {&input, &after, &gradient}) *one = PooledBuffer(tokens * call.ld);
-    wide = PooledBuffer(tokens * call.ld_ffn);
-    qkv = PooledBuffer(tokens * call.ld_qkv);
-    for (PooledBuffer* one : {&scores, &dropped, &d_scores}) *one = PooledBuffer(matrix);
+    scores = PooledBuffer(matrix);
     panels = PooledBuffer(panel_elements);
     distances = PooledBuffer(2 * longest);
+    if (!backward) return;
+    wide = PooledBuffer(tokens * call.ld_ffn);
+    qkv = PooledBuffer(tokens * call.ld_qkv);
+    for (PooledBuffer* one : {&dropped, &d_scores}) *one = PooledBuffer(matrix);
   }
 };
 
 // A thread's own sums of a layer's gradients, one after another. The rows of weights are ld or ld_ffn apart.
 struct LayerGradients {
-  float *begin, *qkv, *qkv_bias, *output, *output_bias, *expand, *expand_bias, *project, *project_bias;
-  float *middle_gamma, *middle_beta, *after_gamma, *after_beta, *relative_bias;
+  float *qkv, *output, *expand, *project;
+  float *qkv_bias, *output_bias, *expand_bias, *project_bias;
+  float *middle_gamma, *middle_beta, *after_gamma, *after_beta, *relative_bias, *end;
+  // Whether the thread's first chunk is still to come. Its gradients of weights replace what the memory holds.
+  bool empty = true;
 
-  LayerGradients(float* data, const Call& call) : begin(data) {
+  LayerGradients(float* data, const Call& call) {
     const Network& net = call.net;
     const long c = net.units, f = net.ffn_units;
     auto next = [&data](long count) {
@@ -206,16 +211,19 @@ struct LayerGradients {
       data += count;
       return here;
     };
-    qkv = next(3 * c * call.ld), qkv_bias = next(3 * c), output = next(c * call.ld), output_bias = next(c);
-    expand = next(f * call.ld), expand_bias = next(f), project = next(c * call.ld_ffn), project_bias = next(c);
+    qkv = next(3 * c * call.ld), output = next(c * call.ld), expand = next(f * call.ld);
+    project = next(c * call.ld_ffn);
+    qkv_bias = next(3 * c), output_bias = next(c), expand_bias = next(f), project_bias = next(c);
     middle_gamma = next(c), middle_beta = next(c), after_gamma = next(c), after_beta = next(c);
-    relative_bias = next(net.relative * kNumBuckets * net.heads);
+    relative_bias = next(net.relative * kNumBuckets * net.heads), end = next(0);
   }
   static size_t size(const Call& call) {
     const size_t c = call.net.units, f = call.net.ffn_units;
     return (4 * c + f) * call.ld + c * call.ld_ffn + 9 * c + f +
            call.net.relative * kNumBuckets * call.net.heads + 16;
   }
+  void clear_vectors() const { std::fill(qkv_bias, end, 0.f); }
+  Start start() const { return empty ? kZero : kAdd; }
 };
 
 // Layer number `l` in one call. T: what products are made of, float or Bf16x2 (gemm.h).
@@ -269,6 +277,7 @@ class EncoderLayer {
     self_attention_backward(chunk, weights, gradient, sums, a, s);
     const Stream in{in_.values + chunk.first * call_.ld, in_.statistics + chunk.first};
     sub_layer_input_backward(chunk, in, n_.norm_after(l_), gradient, sums.after_gamma, sums.after_beta, s);
+    sums.empty = false;
   }
 
  private:
@@ -367,11 +376,13 @@ class EncoderLayer {
     const long ld = call_.ld, ld_ffn = call_.ld_ffn;
     call_.drop_rows(chunk, call_.dropout(l_, 2), gradient, s.after);
     for (int i = 0; i < tokens; ++i) activate(n_.activation, a.hidden + i * ld_ffn, f, s.wide + i * ld_ffn);
-    add_weight_gradient(tokens, c, f, s.after, ld, s.wide, ld_ffn, sums.project, sums.project_bias, panels_of(s));
+    add_weight_gradient(tokens, c, f, s.after, ld, s.wide, ld_ffn, sums.start(), sums.project, sums.project_bias,
+                        panels_of(s));
     multiply(tokens, f, c, {s.after, ld, 1}, weights.project, kZero, s.wide, ld_ffn);
     for (int i = 0; i < tokens; ++i) activate_backward(n_.activation, a.hidden + i * ld_ffn, f, s.wide + i * ld_ffn);
     normalize_middle(chunk, a, s.input);
-    add_weight_gradient(tokens, f, c, s.wide, ld_ffn, s.input, ld, sums.expand, sums.expand_bias, panels_of(s));
+    add_weight_gradient(tokens, f, c, s.wide, ld_ffn, s.input, ld, sums.start(), sums.expand, sums.expand_bias,
+                        panels_of(s));
     multiply(tokens, c, f, {s.wide, ld_ffn, 1}, weights.expand, kZero, s.after, ld);
   }
 
@@ -381,12 +392,14 @@ class EncoderLayer {
     const int c = n_.units, tokens = chunk.tokens;
     const long ld = call_.ld, ld_qkv = call_.ld_qkv;
     call_.drop_rows(chunk, call_.dropout(l_, 1), gradient, s.gradient);
-    add_weight_gradient(tokens, c, c, s.gradient, ld, a.context, ld, sums.output, sums.output_bias, panels_of(s));
+    add_weight_gradient(tokens, c, c, s.gradient, ld, a.context, ld, sums.start(), sums.output, sums.output_bias,
+                        panels_of(s));
     multiply(tokens, c, c, {s.gradient, ld, 1}, weights.output, kZero, s.after, ld);
     for (int row = chunk.first_row; row < chunk.last_row; ++row)
       for (int head = 0; head < n_.heads; ++head) attention_backward(row, head, chunk, a, sums, s);
     const float* input = normalized_input(chunk, s.input);
-    add_weight_gradient(tokens, 3 * c, c, s.qkv, ld_qkv, input, ld, sums.qkv, sums.qkv_bias, panels_of(s));
+    add_weight_gradient(tokens, 3 * c, c, s.qkv, ld_qkv, input, ld, sums.start(), sums.qkv, sums.qkv_bias,
+                        panels_of(s));
     multiply(tokens, c, 3 * c, {s.qkv, ld_qkv, 1}, weights.qkv, kZero, s.after, ld);
   }
 
@@ -406,12 +419,12 @@ class EncoderLayer {
     }
   }
 
-  // weight (outputs, inputs) += gradient^T * x; bias += the sum of the gradients. The rows of x and of weight are
-  // ld_x apart.
+  // weight (outputs, inputs) = start + gradient^T * x; bias += the sum of the gradients. The rows of x and of weight
+  // are ld_x apart.
   static void add_weight_gradient(int tokens, int outputs, int inputs, const float* gradient, long ld_gradient,
-                                  const float* x, long ld_x, float* weight, float* bias, T* room) {
+                                  const float* x, long ld_x, Start start, float* weight, float* bias, T* room) {
     multiply(outputs, inputs, tokens, {gradient, 1, ld_gradient}, right_side(x, ld_x, tokens, inputs, room),
-             kAdd, weight, ld_x);
+             start, weight, ld_x);
     for (int i = 0; i < tokens; ++i) add(gradient + i * ld_gradient, outputs, bias);
   }
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "bf16.h"
 
@@ -263,36 +264,59 @@ void pack_panel(Rows row, int depth, int columns, int p, Bf16x2* packed) {
   }
 }
 
-// Elements of a column that are packed together. The panel's rows for them stay in the first cache.
-constexpr int kStrip = 64;
+// Turns terms of a sum into elements.
+inline void to_elements(const float* x, int terms, float* out) { std::copy_n(x, terms, out); }
+inline void to_elements(const float* x, int terms, Bf16x2* out) { pack_neighbours(x, terms, out); }
 
-// Packs panel p of a right side that is the transpose of a matrix (columns x depth).
-template <class Rows>
-void pack_panel_transposed(Rows row, int depth, int columns, int p, float* packed) {
-  const int first = p * kCols, some = std::min(kCols, columns - first);
-  float* out = packed + packed_size<float>(first, depth);
-  if (some < kCols) std::fill(out, out + packed_size<float>(kCols, depth), 0.f);
-  for (int k = 0; k < depth; k += kStrip, out += kStrip * kCols) {
-    const int deep = std::min(kStrip, depth - k);
-    for (int j = 0; j < some; ++j) {
-      const float* x = row(first + j) + k;
-      for (int i = 0; i < deep; ++i) out[i * kCols + j] = x[i];
-    }
+// Exchanges two blocks of H x H elements across the diagonal of each block of 2 H x 2 H, in kLanes rows.
+template <int H, class V, int... J>
+inline __attribute__((always_inline)) void exchange_blocks(V* rows, std::integer_sequence<int, J...>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & H) continue;
+    const V x = rows[i], y = rows[i + H];
+#if defined(__clang__)
+    rows[i] = __builtin_shufflevector(x, y, (J & H ? kLanes + J - H : J)...);
+    rows[i + H] = __builtin_shufflevector(x, y, (J & H ? kLanes + J : J + H)...);
+#else
+    typedef Lanes<int>::Vector Numbers;
+    rows[i] = __builtin_shuffle(x, y, Numbers{(J & H ? kLanes + J - H : J)...});
+    rows[i + H] = __builtin_shuffle(x, y, Numbers{(J & H ? kLanes + J : J + H)...});
+#endif
   }
 }
 
-template <class Rows>
-void pack_panel_transposed(Rows row, int depth, int columns, int p, Bf16x2* packed) {
-  const int first = p * kCols, some = std::min(kCols, columns - first);
-  Bf16x2* out = packed + packed_size<Bf16x2>(first, depth);
-  Bf16x2 pairs[kStrip];
-  if (some < kCols) std::fill(out, out + packed_size<Bf16x2>(kCols, depth), 0);
-  for (int k = 0; k < depth; k += 2 * kStrip, out += kStrip * kCols) {
-    const int deep = std::min(2 * kStrip, depth - k);
-    for (int j = 0; j < some; ++j) {
-      pack_neighbours(row(first + j) + k, deep, pairs);
-      for (int i = 0; i < elements<Bf16x2>(deep); ++i) out[i * kCols + j] = pairs[i];
-    }
+// Transposes kLanes x kLanes elements. `some` rows of the result are stored.
+template <class T>
+inline void transpose_tile(const T* x, long ld, int some, T* out, long ld_out) {
+  typename Lanes<T>::Vector rows[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) rows[i] = *(const typename Lanes<T>::Unaligned*)(x + i * ld);
+  const std::make_integer_sequence<int, kLanes> columns;
+  if constexpr (kLanes > 8) exchange_blocks<8>(rows, columns);
+  exchange_blocks<4>(rows, columns);
+  exchange_blocks<2>(rows, columns);
+  exchange_blocks<1>(rows, columns);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (i < some) *(typename Lanes<T>::Unaligned*)(out + i * ld_out) = rows[i];
+}
+
+// Packs panel p of a right side that is the transpose of a matrix (columns x depth). A strip of the panel's rows
+// stays in the first cache while it is transposed.
+template <class T, class Rows>
+void pack_panel_transposed(Rows row, int depth, int columns, int p, T* packed) {
+  constexpr int kStrip = 64;
+  const int first = p * kCols, some = std::min(kCols, columns - first), all = elements<T>(depth);
+  T* out = packed + packed_size<T>(first, depth);
+  T strip[kCols * kStrip] = {};
+  for (int k = 0; k < all; k += kStrip, out += kStrip * kCols) {
+    const int deep = std::min(kStrip, all - k);
+    for (int j = 0; j < some; ++j)
+      to_elements(row(first + j) + terms<T>(k), std::min(terms<T>(kStrip), depth - terms<T>(k)), strip + j * kStrip);
+    for (int j = 0; j < kCols; j += kLanes)
+      for (int i = 0; i < deep; i += kLanes)
+        transpose_tile(strip + j * kStrip + i, kStrip, deep - i, out + i * kCols + j, kCols);
   }
 }
 
