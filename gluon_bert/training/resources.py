@@ -236,7 +236,7 @@ def compiled_floats(shard: ActivationSizes, recompute: bool, accumulates: bool, 
         + table
         + 2 * table * (shard.model.tied_decoder and not accumulates)
     )
-    tiles = shard.words * 304
+    tiles = shard.words * 336
     if not shard.num_masked:
         head = tiles = 0
     return float(stream + inner + passing + packed + head + tiles)

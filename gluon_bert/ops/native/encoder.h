@@ -310,16 +310,20 @@ class Encoder {
         reduce(sums, 0, c, out.first_norm[0], out.add);
         reduce(sums, c, c, out.first_norm[1], out.add);
       }
-#pragma omp for schedule(static)
-      for (int word = 0; word < (out.add ? 0 : net().words); ++word)
-        std::fill_n(out.token_embedding + (long)word * c, c, 0.f);
-#pragma omp for schedule(static)
-      for (int i = 0; i < (out.add ? 0 : net().positions); ++i)
-        std::fill_n(out.position_embedding + (long)i * c, c, 0.f);
+      if (!out.add) {
+        clear(out.token_embedding, (long)net().words * c);
+        clear(out.position_embedding, (long)net().positions * c);
+      }
 #pragma omp single
       if (!out.add) std::fill_n(out.token_type_embedding, 2 * c, 0.f);
       embedding_tables_backward(d_stream, out);
     }
+  }
+
+  // All threads call this together; each clears a part.
+  static void clear(float* data, long count) {
+    const long threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    std::fill(data + count * thread / threads, data + count * (thread + 1) / threads, 0.f);
   }
 
   // All threads call this together. Each has columns of its own of every table, since a word may be in any row.

@@ -1,6 +1,6 @@
 // The masked-language-model head with its loss: gather, dense layer, LayerNorm, decoder, cross-entropy.
 //
-// The scores of all words are never in memory at once. The threads divide the vocabulary. For kSlice masked
+// The scores of all words are never in memory at once. The threads divide the vocabulary. For a slice of masked
 // positions at a time they compute their scores, reduce the softmax's sums, and turn the scores into gradients.
 // So the gradients are ready with the loss. A tile has a row for each word and a column for each position, so the
 // decoder's weights are a left side and stay as they are. A tile of scores becomes powers of e while it is in the
@@ -82,9 +82,9 @@ class MaskedLoss {
   }
 
  private:
-  // Masked positions and words per tile of scores: both fill whole tiles and panels of products. The slice's
-  // vectors, a tile of scores and the tile's rows of the decoder fit a second cache.
-  static constexpr int kSlice = 288, kTile = 240;
+  // The most masked positions of a slice, and the words of a tile of scores: both fill whole tiles and panels of
+  // products. The slice's vectors, a tile of scores and the tile's rows of the decoder fit a second cache.
+  static constexpr int kSlice = 320, kTile = 240;
   static constexpr long kTileStride = stride(kSlice), kTileSize = kTile * kTileStride;
 
   // A softmax's sum over one thread's words: the highest score, and the sum of e^(score - highest).
@@ -130,6 +130,8 @@ class MaskedLoss {
   }
 
   void decode(float* loss, float* num_correct) {
+    // The slices are even. A short one would take the decoder's weights through the processor for little.
+    const int slice = kCols * even_part(panels(p_.count), kSlice / kCols);
     // Of this slice and the one before, which other threads may still read.
     std::vector<PartialSoftmax> partial_sums(2 * threads_);
     std::vector<double> losses(threads_ * 16), right(threads_ * 16);
@@ -148,8 +150,8 @@ class MaskedLoss {
       ThreadBuffers& own = rooms[thread];
       float log_sums[kSlice];
       int number = 0;
-      for (int first = 0; first < p_.count; first += kSlice, ++number) {
-        const int some = std::min(kSlice, p_.count - first);
+      for (int first = 0; first < p_.count; first += slice, ++number) {
+        const int some = std::min(slice, p_.count - first);
         PartialSoftmax* all = partial_sums.data() + number % 2 * threads;
         compute_scores(first, some, words, own, all[thread]);
 #pragma omp barrier
