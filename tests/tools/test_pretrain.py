@@ -382,7 +382,7 @@ def test_help_explains_every_field(capsys):
         for field in dataclasses.fields(group):
             assert flag_name(field.name) in text
     joined = " ".join(text.split())
-    assert "peak learning rate (demo: 0.002, d2l: 0.001, quick: 0.003, bert-*: 0.0001)" in joined
+    assert "peak learning rate (demo and quick: 0.003, d2l: 0.001, bert-*: 0.0001)" in joined
     assert "encoder layers (demo and d2l: 2, quick: 4, bert-*: by size)" in joined
     assert "rarer words become <unk> (5)" in joined
     for name in [*PRESETS, "--gpus", "--cpus", "--output", "--preset"]:
