@@ -263,7 +263,9 @@ def draw(
         axes.bar(places, means, width, label=name, color=f"C{i}", alpha=0.7)
         for place, task in zip(places, tasks):
             axes.plot([place] * len(values[task, name]), values[task, name], "k.", ms=4)
-    axes.set_xticks(range(len(tasks)), [TASKS[task].title.replace(", ", "\n") for task in tasks])
+    axes.set_xticks(
+        range(len(tasks)), [TASKS[task].title.replace(",", "").replace(" ", "\n") for task in tasks]
+    )
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
     with atomic_write(path, "wb") as file:
