@@ -175,7 +175,7 @@ def blimp_accuracy(network: Any, arguments: argparse.Namespace) -> float:
     from gluon_bert.inference.predictor import Predictor
 
     pairs = list(pairs_in(arguments.data / BLIMP, arguments.pairs or None))
-    return statistics.mean(each.correct for each in judge(Predictor.of(network), pairs))
+    return statistics.mean(float(each.correct) for each in judge(Predictor.of(network), pairs))
 
 
 def fine_tuned(network: Any, task: str, seed: int, arguments: argparse.Namespace) -> float:
