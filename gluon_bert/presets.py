@@ -63,7 +63,7 @@ _SMALL = _bert(2, 128, 64).replace(
 PRESETS: dict[str, Config] = {
     # The first run: it ends below the word frequencies of the text in this Python.
     # On two cores the compiled operators take less than two minutes.
-    "demo": _SMALL.replace(num_steps=1300, eval_every=200),
+    "demo": _SMALL.replace(num_steps=1100, eval_every=200),
     # D2L's section "Pretraining BERT": its model, its preparation of the data, its 50 steps.
     "d2l": Config(
         ModelConfig(),

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 NOTEBOOK = ROOT / "docs" / "pretraining-bert.ipynb"
 FEWER = {
-    "eval_every=100, log_every=10": "num_steps=4, eval_every=2, log_every=1, batch_size=8",
+    "num_steps=1300, eval_every=100, log_every=10": "num_steps=4, eval_every=2, log_every=1, batch_size=8",
     "epochs=5": "epochs=1",
 }
 
