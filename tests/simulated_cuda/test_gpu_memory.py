@@ -20,8 +20,7 @@ from gluon_bert.model.task import Task
 from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
 from gluon_bert.training.gpu_memory import estimate_gpu_memory
-from gluon_bert.training.resources import Workload
-from gluon_bert.training.resources import max_masked
+from gluon_bert.training.resources import Workload, max_masked
 from gluon_bert.training.losses import pretraining_loss, task_loss
 from gluon_bert.training.trainer import Trainer
 

@@ -94,8 +94,8 @@ def test_micro_batch_and_recompute_take_less_memory():
         assert sizes == sorted(sizes) and twice == sorted(twice)
         assert all(less < more for less, more in zip(twice, sizes))
         assert memory(LARGE, 2, compiled) > memory(LARGE, 1, compiled)
-    work = Workload(LARGE, 30522)
-    assert estimate_resources(work, True).model == 16 * work.num_parameters
+    model = estimate_resources(Workload(LARGE, 30522), True).model
+    assert model == 16 * plans.parameter_count(LARGE.model, 30522)
 
 
 def test_fp16_shrinks_activations_of_a_gpu():
