@@ -141,6 +141,23 @@ def adam_step(
     mx.nd.gluon_bert_adam(weight, gradient, mean, variance, scale, skip=int(skip), **values)
 
 
+def muon_step(
+    weights: Sequence[Any],
+    gradients: Sequence[Any],
+    momenta: Sequence[Any],
+    scale: Any,
+    skip: bool,
+    **step: float,
+) -> None:
+    """Take Muon's step of matrices in place.
+
+    scale, skip: as for `adam_step`. step: rate, decay and momentum, as native/muon.h describes.
+    """
+    values = {name: repr(float(value)) for name, value in step.items()}
+    arrays = [array for matrix in zip(weights, gradients, momenta) for array in matrix]
+    mx.nd.gluon_bert_muon(*arrays, scale, count=len(weights), skip=int(skip), **values)
+
+
 def peak_matmul_flops(repeats: int, bf16: bool = False) -> float:
     """Multiply matrices that stay in the caches, on all cores. Return the floating-point operations.
 

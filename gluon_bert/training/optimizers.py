@@ -218,17 +218,12 @@ class BERTAdam(_WithMoments):
         """Return the same by the compiled operator, with the gradient's factor."""
         mean, variance = state
         correction, epsilon = self._factors(self._index_update_count[index])
-        is_finite = self.is_finite.get(weight.context)
-        scale = self.factor.get(weight.context)
-        if scale is None:
-            scale = self._one(weight.context)
         ops.adam_step(
             weight,
             gradient,
             mean,
             variance,
-            scale if is_finite is None else scale * is_finite,
-            is_finite is not None,
+            *self._scale_and_skip(weight.context),
             rate=self._get_lr(index),
             correction=correction,
             beta1=self.beta1,
@@ -236,6 +231,14 @@ class BERTAdam(_WithMoments):
             epsilon=epsilon,
             decay=self._get_wd(index),
         )
+
+    def _scale_and_skip(self, context: Any) -> tuple[Any, bool]:
+        """Return the gradients' factor, (1,), and whether a non-finite one changes nothing."""
+        is_finite = self.is_finite.get(context)
+        scale = self.factor.get(context)
+        if scale is None:
+            scale = self._one(context)
+        return (scale, False) if is_finite is None else (scale * is_finite, True)
 
     def _step_together(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
         """Step parameters with the same number of updates by one operator."""
@@ -352,7 +355,7 @@ class Muon(AdamW):
         super().__init__(*args, **kwargs)
         self.matrices: frozenset[int] = frozenset()
         self.momentum = 0.95
-        # `update` gets all parameters at once, so that matrices of one shape are multiplied together.
+        # `update` gets all parameters at once, so that matrices are multiplied together.
         self.aggregate_num = 1_000_000
 
     def state_names(self, index: int) -> tuple[str, ...]:
@@ -360,18 +363,33 @@ class Muon(AdamW):
         return ("momentum",) if index in self.matrices else super().state_names(index)
 
     def _step_all(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
-        """Step the matrices of each shape together, and all other parameters as AdamW does."""
-        by_shape: dict[tuple[int, ...], list[Any]] = {}
-        others = []
+        """Step the matrices together, and all other parameters as AdamW does."""
+        matrices, others = [], []
         for each in zip(indices, weights, gradients, states):
-            if each[0] in self.matrices:
-                by_shape.setdefault(each[1].shape, []).append(each)
-            else:
-                others.append(each)
-        for matrices in by_shape.values():
-            self._step_matrices(*zip(*matrices))
+            (matrices if each[0] in self.matrices else others).append(each)
+        if ops.compiled([weights[0].context]):
+            step, key = self._compiled_step_matrices, lambda each: (self._get_lr(each[0]), self._get_wd(each[0]))
+        else:
+            step, key = self._step_matrices, lambda each: each[1].shape
+        groups: dict[tuple[Any, ...], list[Any]] = {}
+        for each in matrices:
+            groups.setdefault(key(each), []).append(each)
+        for group in groups.values():
+            step(*zip(*group))
         if others:
             super()._step_all(*zip(*others))
+
+    def _compiled_step_matrices(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
+        """Make one step of matrices of one learning rate and weight decay by the compiled operator."""
+        ops.muon_step(
+            weights,
+            gradients,
+            [momentum for (momentum,) in states],
+            *self._scale_and_skip(weights[0].context),
+            rate=self._get_lr(indices[0]),
+            decay=self._get_wd(indices[0]),
+            momentum=self.momentum,
+        )
 
     def _step_matrices(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
         """Make one step of matrices of one shape."""

@@ -4,7 +4,8 @@
 // the order of Network -> (B, T, C). gluon_bert_masked_loss: encoded (B, T, C), masked positions
 // (2, M), masked ids (M,), then the head's six parameters -> the sum of the losses (1,), num_correct (1,).
 // gluon_bert_adam: weight, gradient, mean, variance, of one shape, and the gradient's factor (1,) -> whether the step
-// was taken (1,); it changes weight, mean and variance. All are float32.
+// was taken (1,); it changes weight, mean and variance. gluon_bert_muon: weight, gradient and momentum of each of `count`
+// matrices, and the gradients' factor (1,) -> the same (1,); it changes weights and momenta. All are float32.
 //
 // Gradients overwrite MXNet's arrays, whatever request type MXNet has for them. With the attribute `add` the
 // parameters' gradients are added to the arrays instead.
@@ -18,6 +19,7 @@
 #include "adam.h"
 #include "encoder.h"
 #include "masked_loss.h"
+#include "muon.h"
 #include "mxnet/lib_api.h"
 
 using namespace mxnet::ext;
@@ -247,19 +249,31 @@ class HeadState : public CustomStatefulOp {
   std::unique_ptr<MaskedLoss<T>> loss_;
 };
 
-// Takes a step. If the attribute `skip` is set, a factor that is not finite leaves all as it was.
-MXReturnValue adam_forward(const Attributes& a, std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs,
-                           const OpResource&) {
+// Takes a step unless the attribute `skip` is set and the gradient's factor is not finite.
+template <class Step>
+MXReturnValue step_unless_skipped(const Attributes& a, std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs,
+                                  Step step) {
   return catch_errors([&] {
-    auto value = [&](const char* name) { return (float)number(a, name); };
-    Arrays next(inputs, 0);
-    float *weight = next.next(), *gradient = next.next(), *mean = next.next(), *variance = next.next();
-    const float scale = *next.next();
+    const float scale = *inputs->back().data<float>();
     const bool taken = std::isfinite(scale) || !whole(a, "skip");
     *outputs->at(0).data<float>() = taken;
-    if (!taken) return;
+    if (taken) step(scale);
+  });
+}
+
+MXReturnValue step_shape(const Attributes&, Shapes*, Shapes* outputs) {
+  outputs->at(0) = {1};
+  return MX_SUCCESS;
+}
+
+MXReturnValue adam_forward(const Attributes& a, std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs,
+                           const OpResource&) {
+  return step_unless_skipped(a, inputs, outputs, [&](float scale) {
+    auto value = [&](const char* name) { return (float)number(a, name); };
     const AdamStep step{value("rate"),  value("correction"), value("beta1"), value("beta2"), value("epsilon"),
                         value("decay"), scale};
+    Arrays next(inputs, 0);
+    float *weight = next.next(), *gradient = next.next(), *mean = next.next(), *variance = next.next();
     adam_step(step, (long)inputs->at(0).size(), gradient, weight, mean, variance);
   });
 }
@@ -269,13 +283,35 @@ MXReturnValue adam_counts(const Attributes&, int* inputs, int* outputs) {
   return MX_SUCCESS;
 }
 
-MXReturnValue adam_shape(const Attributes&, Shapes*, Shapes* outputs) {
-  outputs->at(0) = {1};
+MXReturnValue adam_changes(const Attributes&, std::vector<int>* inputs) {
+  *inputs = {0, 2, 3};
   return MX_SUCCESS;
 }
 
-MXReturnValue adam_changes(const Attributes&, std::vector<int>* inputs) {
-  *inputs = {0, 2, 3};
+MXReturnValue muon_forward(const Attributes& a, std::vector<MXTensor>* inputs, std::vector<MXTensor>* outputs,
+                           const OpResource&) {
+  return step_unless_skipped(a, inputs, outputs, [&](float scale) {
+    std::vector<MuonMatrix> matrices(whole(a, "count"));
+    Arrays next(inputs, 0);
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      const std::vector<int64_t>& shape = inputs->at(3 * i).shape;
+      MuonMatrix& m = matrices[i];
+      m.rows = (int)shape.at(0), m.columns = (int)shape.at(1);
+      m.weight = next.next(), m.gradient = next.next(), m.momentum = next.next();
+    }
+    muon_step({(float)number(a, "rate"), (float)number(a, "decay"), (float)number(a, "momentum"), scale}, matrices);
+  });
+}
+
+MXReturnValue muon_counts(const Attributes& a, int* inputs, int* outputs) {
+  *inputs = a.empty() ? 4 : 3 * whole(a, "count") + 1, *outputs = 1;
+  return MX_SUCCESS;
+}
+
+MXReturnValue muon_changes(const Attributes& a, std::vector<int>* inputs) {
+  inputs->clear();
+  for (int i = 0; i < (a.empty() ? 1 : whole(a, "count")); ++i)
+    for (int changed : {3 * i, 3 * i + 2}) inputs->push_back(changed);
   return MX_SUCCESS;
 }
 
@@ -305,9 +341,16 @@ REGISTER_OP(gluon_bert_masked_loss)
 REGISTER_OP(gluon_bert_adam)
     .setParseAttrs(adam_counts)
     .setInferType(float32)
-    .setInferShape(adam_shape)
+    .setInferShape(step_shape)
     .setMutateInputs(adam_changes)
     .setForward(adam_forward, "cpu");
+
+REGISTER_OP(gluon_bert_muon)
+    .setParseAttrs(muon_counts)
+    .setInferType(float32)
+    .setInferShape(step_shape)
+    .setMutateInputs(muon_changes)
+    .setForward(muon_forward, "cpu");
 
 MXReturnValue initialize(int version) {
   if (version >= 10700) return MX_SUCCESS;
