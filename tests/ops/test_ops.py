@@ -170,6 +170,23 @@ def test_seed_repeats_dropout_on_any_number_of_threads():
     assert_close(three, one)
 
 
+MUON = """
+import hashlib, json
+import numpy as np
+from gluon_bert import ops
+from gluon_bert.runtime import mx
+assert not ops.describe().startswith("MXNet")
+rng = np.random.default_rng(0)
+arrays = [[mx.nd.array(rng.normal(size=shape)) for shape in [(40, 40), (20, 70)] * 3] for _ in range(3)]
+ops.muon_step(*arrays, mx.nd.ones((1,)), False, rate=0.1, decay=0.1, momentum=0.9)
+print(json.dumps([hashlib.sha256(array.asnumpy().tobytes()).hexdigest() for array in arrays[0]]))
+"""
+
+
+def test_muon_step_is_the_same_on_any_number_of_threads():
+    assert run(MUON, OMP_NUM_THREADS="1") == run(MUON, OMP_NUM_THREADS="3")
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_peak_matmul_flops_grow_with_repeats(bf16):
     assert ops.peak_matmul_flops(2, bf16) == 2 * ops.peak_matmul_flops(1, bf16) > 1e6

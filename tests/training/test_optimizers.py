@@ -195,7 +195,10 @@ def expected_muon(config, num_steps):
 
 @pytest.mark.parametrize("num_contexts", [1, 2])
 @pytest.mark.parametrize("changes", [{}, {**OTHER, "momentum": 0.7}], ids=["defaults", "others"])
-def test_muon_steps_equal_those_of_numpy(num_contexts, changes):
+@pytest.mark.parametrize("operators", ["chosen", "mxnet"])
+def test_muon_steps_equal_those_of_numpy(num_contexts, changes, operators, monkeypatch):
+    if operators == "mxnet":
+        monkeypatch.setattr(ops, "compiled", lambda _: False)
     config = TrainConfig(optimizer="muon", lr=0.05, weight_decay=0.3, **{"epsilon": 1e-6, **changes})
     parameters, trainer = muon_on([mx.cpu(i) for i in range(num_contexts)], config)
     for step in (1, 2, 3, 4):
@@ -203,6 +206,27 @@ def test_muon_steps_equal_those_of_numpy(num_contexts, changes):
         for name, value in expected_muon(config, step).items():
             for array in parameters[name].list_data():
                 np.testing.assert_allclose(array.asnumpy(), value, rtol=0, atol=3e-5, err_msg=name)
+
+
+# Sides that do not fill the tiles of products, and all ways of the iterations: square, nearly, wide, tall.
+SIDES = [(33, 33), (130, 130), (70, 100), (100, 70), (30, 200), (200, 30), (1, 17), (17, 1)]
+
+
+def test_compiled_muon_equals_mxnets_for_all_shapes(monkeypatch):
+    if not ops.compiled([mx.cpu()]):
+        pytest.skip(f"the operators are {ops.describe()}")
+    found = []
+    for compiled in (True, False):
+        monkeypatch.setattr(ops, "compiled", lambda _, compiled=compiled: compiled)
+        rng = np.random.default_rng(0)
+        weights, gradients = ([mx.nd.array(rng.normal(size=shape)) for shape in SIDES] for _ in range(2))
+        optimizer = OPTIMIZERS["muon"](learning_rate=0.1, wd=0.01, beta1=0.9, beta2=0.99, epsilon=1e-6)
+        optimizer.matrices = frozenset(range(len(SIDES)))
+        updater = mx.optimizer.get_updater(optimizer)
+        updater(list(range(len(SIDES))), gradients, weights)
+        found.append([array.asnumpy() for array in (*weights, *(m for (m,) in updater.states.values()))])
+    for one, other in zip(*found):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5, err_msg=str(one.shape))
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
