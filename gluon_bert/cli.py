@@ -17,7 +17,7 @@ from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Set, Tuple, get_type_hints
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NoReturn, Sequence, Set, Tuple, get_type_hints
 
 from . import devices
 from .config import GROUPS, Config, FineTuneConfig, flag_name
@@ -25,6 +25,26 @@ from .errors import InputError, OutOfGPUMemory, Terminated, gpu_failure, one_lin
 from .presets import PRESETS
 
 TITLES = {"model": "network", "data": "text, pairs and masks", "train": "training"}
+
+
+# Messages of argparse, and what replaces them.
+_ARGPARSE_MESSAGES = (
+    (r"argument (\S+?)(?:/\S+)?: invalid int value: '(.*)'", r"\1 must be a whole number, got \2."),
+    (r"argument (\S+?)(?:/\S+)?: invalid float value: '(.*)'", r"\1 must be a number, got \2."),
+    (r"argument (\S+?)(?:/\S+)?: expected (?:at least )?one argument", r"\1 must have a value."),
+    (r"unrecognized arguments: (.*)", r"\1: unknown flags or values. --help lists those of this command."),
+    (r"the following arguments are required: (.*)", r"\1 must be given."),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors read as those of the library."""
+
+    def error(self, message: str) -> NoReturn:
+        for pattern, replacement in _ARGPARSE_MESSAGES:
+            message = re.sub(rf"^{pattern}$", replacement, message, flags=re.DOTALL)
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parser_of(
@@ -36,7 +56,7 @@ def parser_of(
     Without basic flags --help shows all.
     """
     forms = [f"python tools/{name}.py {form}" for form in usage.splitlines()]
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=name.rpartition("/")[2],
         usage=as_started("\n       ".join(forms)),
         description=description,
