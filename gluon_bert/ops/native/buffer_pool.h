@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
@@ -21,9 +22,11 @@ class BufferPool {
   float* acquire(size_t count, size_t* size) {
     std::lock_guard<std::mutex> lock(mutex_);
     auto found = free_.lower_bound(count);
-    if (found != free_.end() && found->first <= 2 * count + kSmall) return take(found, size);
-    // Frees the smaller blocks. Lengths differ, the longest come early, and small blocks would stay unused.
-    while (!free_.empty() && free_.begin()->first < count) std::free(take(free_.begin(), size));
+    if (found != free_.end() && found->first <= kWaste * count + kSmall) return take(found, size);
+    // A new block replaces the largest one that is too small. So the number of blocks stays what a step needs at
+    // once, and they grow until they serve the longest batches.
+    size_t ignored;
+    if (found != free_.begin()) std::free(take(std::prev(found), &ignored));
     *size = count + count / 8 + 64;
     *size = (*size + 15) / 16 * 16;
     void* block = std::aligned_alloc(64, *size * sizeof(float));
@@ -34,14 +37,11 @@ class BufferPool {
   void release(float* block, size_t size) {
     std::lock_guard<std::mutex> lock(mutex_);
     free_.emplace(size, block);
-    while (free_.size() > kMost) {
-      size_t ignored;
-      std::free(take(free_.begin(), &ignored));
-    }
   }
 
  private:
-  static constexpr size_t kSmall = 1 << 16, kMost = 16;
+  // A block may be this many times as large as asked, and larger by so many floats.
+  static constexpr size_t kWaste = 8, kSmall = 1 << 16;
 
   float* take(std::multimap<size_t, float*>::iterator entry, size_t* size) {
     float* block = entry->second;
@@ -58,7 +58,7 @@ class BufferPool {
 class PooledBuffer {
  public:
   PooledBuffer() = default;
-  explicit PooledBuffer(size_t count) : data_(BufferPool::instance().acquire(count + 64, &size_)) {}
+  explicit PooledBuffer(size_t count) { data_ = BufferPool::instance().acquire(count + 64, &size_); }
   PooledBuffer(PooledBuffer&& other) noexcept { swap(other); }
   PooledBuffer& operator=(PooledBuffer&& other) noexcept {
     swap(other);
