@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 from pathlib import Path
@@ -42,21 +41,6 @@ def peak_memory(read: Reader = Path.read_text, process: int | str = "self") -> f
     except OSError:
         return None
     return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for later arrays, where it is glibc.
-
-    New memory from the system costs a page fault every 4 KiB, in each step. docs/performance.md has figures.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)  # only larger blocks are mapped on their own
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # the end of the heap is not returned
-        mallopt(_M_ARENA_MAX, 1)  # new threads share the heap
 
 
 def _physical() -> list[float]:

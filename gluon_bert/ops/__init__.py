@@ -16,7 +16,6 @@ from typing import Any, Sequence
 from ..config import ModelConfig
 from ..errors import InputError, one_line
 from ..runtime import mx
-from ..system import keep_freed_memory
 from .build import BuildError, built_library
 
 # The environment variable that chooses the operators if no flag does.
@@ -251,7 +250,6 @@ def _unavailable_reason() -> str:
         return ""
     try:
         mx.library.load(str(built_library()), verbose=False)
-        keep_freed_memory()
     except (BuildError, mx.MXNetError, OSError) as error:
         reason = str(error) if isinstance(error, BuildError) else one_line(error)
         if asked == "compiled":

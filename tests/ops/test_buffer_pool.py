@@ -1,0 +1,65 @@
+"""The pool of the compiled operators, in a program of its own that counts its allocations."""
+
+import subprocess
+
+import pytest
+
+from gluon_bert.ops.build import FLAGS, SOURCES, BuildError, _compiler
+
+PROGRAM = """
+#include <cstdio>
+#include <vector>
+#include "buffer_pool.h"
+using gluon_bert::PooledBuffer;
+
+int allocations = 0;
+extern "C" void* __real_aligned_alloc(size_t, size_t);
+extern "C" void* __wrap_aligned_alloc(size_t line, size_t size) {
+  ++allocations;
+  return __real_aligned_alloc(line, size);
+}
+
+// A step holds five buffers at once, in proportion to its tokens.
+void step(size_t tokens) {
+  std::vector<PooledBuffer> held;
+  for (size_t units : {4096, 512, 512, 2048, 16}) held.emplace_back(units * tokens);
+}
+
+// Prints the allocations for a small buffer beside a large free one, for another one, and for rounds of steps.
+int main() {
+  { PooledBuffer large(1 << 20); }
+  for (int i = 0; i < 2; ++i) {
+    allocations = 0;
+    { PooledBuffer small(10); }
+    std::printf("%d ", allocations);
+  }
+  for (int i = 0; i < 4; ++i) {
+    allocations = 0;
+    for (size_t tokens : {1000, 4000, 3000, 1000, 4400, 2000}) step(tokens);
+    std::printf("%d ", allocations);
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def allocations(tmp_path_factory):
+    try:
+        compiler = _compiler()
+    except BuildError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("pool")
+    (folder / "pool.cc").write_text(PROGRAM, "utf-8")
+    flags = [each for each in FLAGS if each not in ("-shared", "-fPIC")]
+    command = [compiler, *flags, "-Wl,--wrap=aligned_alloc", f"-I{SOURCES}", "-o", "pool", "pool.cc"]
+    subprocess.run(command, cwd=folder, check=True)
+    return [int(count) for count in subprocess.check_output([str(folder / "pool")]).split()]
+
+
+def test_pool_gives_no_large_block_for_a_small_one_and_reuses_small_ones(allocations):
+    assert allocations[:2] == [1, 0]
+
+
+def test_pool_allocates_nothing_for_lengths_that_have_occurred(allocations):
+    first, *_, last = allocations[2:]
+    assert first >= 5 and last == 0
