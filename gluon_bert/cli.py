@@ -17,7 +17,19 @@ from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NoReturn, Sequence, Set, Tuple, get_type_hints
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    NoReturn,
+    Sequence,
+    Set,
+    Tuple,
+    get_type_hints,
+)
 
 from . import devices
 from .config import GROUPS, Config, FineTuneConfig, flag_name

@@ -364,16 +364,17 @@ class Muon(AdamW):
 
     def _step_all(self, indices: Any, weights: Any, gradients: Any, states: Any) -> None:
         """Step the matrices together, and all other parameters as AdamW does."""
-        matrices, others = [], []
+        matrices: list[Any] = []
+        others: list[Any] = []
         for each in zip(indices, weights, gradients, states):
             (matrices if each[0] in self.matrices else others).append(each)
-        if ops.compiled([weights[0].context]):
-            step, key = self._compiled_step_matrices, lambda each: (self._get_lr(each[0]), self._get_wd(each[0]))
-        else:
-            step, key = self._step_matrices, lambda each: each[1].shape
+        compiled = ops.compiled([weights[0].context])
+        step = self._compiled_step_matrices if compiled else self._step_matrices
         groups: dict[tuple[Any, ...], list[Any]] = {}
         for each in matrices:
-            groups.setdefault(key(each), []).append(each)
+            index, weight = each[:2]
+            key = (self._get_lr(index), self._get_wd(index)) if compiled else weight.shape
+            groups.setdefault(key, []).append(each)
         for group in groups.values():
             step(*zip(*group))
         if others:
