@@ -36,7 +36,7 @@ class BuildError(Exception):
 
 def built_library() -> Path:
     """Return the library's file; build it if the cache lacks it. Raise BuildError if that fails."""
-    compiler = _compiler()
+    compiler = find_compiler()
     header, source = _interface()
     folder = Path(mx.base.data_dir(), "gluon_bert", "operators").absolute()
     path = folder / f"{_key(compiler, header, source)}.so"
@@ -46,7 +46,8 @@ def built_library() -> Path:
     return path
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
+    """Return the path of a C++ compiler. Raise BuildError if there is none."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:

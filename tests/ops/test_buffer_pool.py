@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from gluon_bert.ops.build import FLAGS, SOURCES, BuildError, _compiler
+from gluon_bert.ops.build import FLAGS, SOURCES, BuildError, find_compiler
 
 PROGRAM = """
 #include <cstdio>
@@ -25,7 +25,7 @@ void step(size_t tokens) {
   for (size_t units : {4096, 512, 512, 2048, 16}) held.emplace_back(units * tokens);
 }
 
-// Prints the allocations for a small buffer beside a large free one, for another one, and for rounds of steps.
+// Prints the allocations for a small buffer beside a large free one, for another one, and for rounds.
 int main() {
   { PooledBuffer large(1 << 20); }
   for (int i = 0; i < 2; ++i) {
@@ -45,7 +45,7 @@ int main() {
 @pytest.fixture(scope="module")
 def allocations(tmp_path_factory):
     try:
-        compiler = _compiler()
+        compiler = find_compiler()
     except BuildError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("pool")

@@ -161,8 +161,8 @@ class Orthogonalizer {
   PooledBuffer x_, next_, packed_, gram_, square_, polynomial_, factor_, product_;
 };
 
-// momentum = momentum * itself + g and weight -= rate * (0.2 * sqrt(larger side) * O + decay * weight), where g = scale *
-// gradient, and O is the orthogonal factor of g + momentum * the new momentum.
+// m = momentum * m + g and weight -= rate * (0.2 * sqrt(larger side) * O + decay * weight), where g = scale * gradient,
+// and O is the orthogonal factor of g + momentum * m.
 inline void muon_step(const MuonStep& s, std::vector<MuonMatrix> matrices) {
   // Large ones first, so that the threads end together.
   std::stable_sort(matrices.begin(), matrices.end(),
