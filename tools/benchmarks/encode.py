@@ -42,13 +42,22 @@ BERT_PREFIX = "bert."
 Vectors = Callable[[Sequence[EncodedText]], np.ndarray]
 
 
-def plain(run: Run, folder: Path, stack: ExitStack) -> Vectors:
+class Setup(NamedTuple):
+    """What a baseline is made of. stack: ends the processes that it starts."""
+
+    run: Run
+    texts: Sequence[EncodedText]
+    folder: Path
+    stack: ExitStack
+
+
+def plain(setup: Setup) -> Vectors:
     """Use the hybridized network with batches in text order."""
-    network = GluonNetwork(run.net)
+    network = GluonNetwork(setup.run.net)
 
     def vectors(texts: Sequence[EncodedText]) -> np.ndarray:
         parts = (texts[i : i + PLAIN_BATCH] for i in range(0, len(texts), PLAIN_BATCH))
-        return np.concatenate([_means(network, part, run.config.data.max_seq_length) for part in parts])
+        return np.concatenate([_means(network, part, setup.run.config.data.max_seq_length) for part in parts])
 
     return vectors
 
@@ -63,13 +72,14 @@ def _vectors_by(predictor: Predictor) -> Vectors:
     return lambda texts: np.stack([answer.mean for answer in predictor.predict(texts)])
 
 
-def by_length(run: Run, folder: Path, stack: ExitStack) -> Vectors:
+def by_length(setup: Setup) -> Vectors:
     """Batch texts of similar length, as tools/encode.py does."""
-    return _vectors_by(Predictor.of(run))
+    return _vectors_by(Predictor.of(setup.run))
 
 
-def by_length_bf16(run: Run, folder: Path, stack: ExitStack) -> Vectors:
+def by_length_bf16(setup: Setup) -> Vectors:
     """Return the same with matrix products in bfloat16, on a copy of the network."""
+    run = setup.run
     check_precision("bf16", run.net.encoder.embeddings.tokens.weight.list_ctx())
     net = BERTModel(run.net.vocab_size, run.net.config)
     net.initialize(ctx=run.net.encoder.embeddings.tokens.weight.list_ctx())
@@ -79,15 +89,15 @@ def by_length_bf16(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     return _vectors_by(Predictor(GluonNetwork(net), run.reader))
 
 
-def exported(run: Run, folder: Path, stack: ExitStack) -> Vectors:
+def exported(setup: Setup) -> Vectors:
     """Export the symbol and load it with gluon.SymbolBlock."""
     from gluon_bert.export.exporter import export_mxnet, load_exported
 
-    export_mxnet(run, folder / "mxnet")
-    return _vectors_by(load_exported(folder / "mxnet").predictor)
+    export_mxnet(setup.run, setup.folder / "mxnet")
+    return _vectors_by(load_exported(setup.folder / "mxnet").predictor)
 
 
-def served(run: Run, folder: Path, stack: ExitStack) -> Vectors:
+def served(setup: Setup) -> Vectors:
     """Send requests of one text each to multi-model-server."""
     import requests
 
@@ -96,9 +106,9 @@ def served(run: Run, folder: Path, stack: ExitStack) -> Vectors:
 
     port, management_port = free_ports()
     settings = Settings(port=port, management_port=management_port)
-    server = stack.enter_context(serving(export_archive(run, folder / "mar"), settings))
-    session = stack.enter_context(requests.Session())
-    pool = stack.enter_context(ThreadPoolExecutor(CONNECTIONS))
+    server = setup.stack.enter_context(serving(export_archive(setup.run, setup.folder / "mar"), settings))
+    session = setup.stack.enter_context(requests.Session())
+    pool = setup.stack.enter_context(ThreadPoolExecutor(CONNECTIONS))
 
     def vector(text: EncodedText) -> Any:
         words = {"ids": text.ids[1:-1].tolist()}
@@ -112,23 +122,23 @@ def served(run: Run, folder: Path, stack: ExitStack) -> Vectors:
     return lambda texts: np.array(list(pool.map(vector, texts)), dtype=np.float32)
 
 
-def onnxruntime(run: Run, folder: Path, stack: ExitStack) -> Vectors:
+def onnxruntime(setup: Setup) -> Vectors:
     """Export the ONNX graph and run it with onnxruntime."""
-    from gluon_bert.export.evaluation_texts import validation_texts
+    from gluon_bert.export.evaluation_texts import NUM_TEXTS
     from gluon_bert.export.exporter import export_onnx, load_exported
 
-    export_onnx(run, folder / "onnx", "all", validation_texts(run))
-    return _vectors_by(load_exported(folder / "onnx").predictor)
+    export_onnx(setup.run, setup.folder / "onnx", "all", setup.texts[:NUM_TEXTS])
+    return _vectors_by(load_exported(setup.folder / "onnx").predictor)
 
 
-def transformers(run: Run, folder: Path, stack: ExitStack) -> Vectors:
+def transformers(setup: Setup) -> Vectors:
     """Use PyTorch transformers' BertModel with the run's weights."""
-    return _vectors_by(Predictor(TransformersNetwork(run.net), run.reader))
+    return _vectors_by(Predictor(TransformersNetwork(setup.run.net), setup.run.reader))
 
 
-def transformers_bf16(run: Run, folder: Path, stack: ExitStack) -> Vectors:
+def transformers_bf16(setup: Setup) -> Vectors:
     """Return the same with weights and activations in bfloat16."""
-    return _vectors_by(Predictor(TransformersNetwork(run.net, bf16=True), run.reader))
+    return _vectors_by(Predictor(TransformersNetwork(setup.run.net, bf16=True), setup.run.reader))
 
 
 class TransformersNetwork:
@@ -222,10 +232,10 @@ def run(arguments: argparse.Namespace) -> int:
     pretrained = load_run(arguments.run)
     texts = texts_of(pretrained, arguments)
     with TemporaryDirectory(prefix="gluon_bert-benchmark-") as folder, ExitStack() as stack:
-        works = {}
+        setup, works = Setup(pretrained, texts, Path(folder), stack), {}
         for name in names:
             print(f"preparing {name}", file=sys.stderr)
-            works[name] = ENCODERS[name][0](pretrained, Path(folder), stack)
+            works[name] = ENCODERS[name][0](setup)
         check_same_results({name: work(texts) for name, work in works.items()})
         results = in_rounds(
             {n: partial(work, texts) for n, work in works.items()}, arguments.rounds, len(texts)
