@@ -39,24 +39,45 @@ from .presets import PRESETS
 TITLES = {"model": "network", "data": "text, pairs and masks", "train": "training"}
 
 
-# Messages of argparse, and what replaces them.
-_ARGPARSE_MESSAGES = (
-    (r"argument (\S+?)(?:/\S+)?: invalid int value: '(.*)'", r"\1 must be a whole number, got \2."),
-    (r"argument (\S+?)(?:/\S+)?: invalid float value: '(.*)'", r"\1 must be a number, got \2."),
-    (r"argument (\S+?)(?:/\S+)?: expected (?:at least )?one argument", r"\1 must have a value."),
-    (r"unrecognized arguments: (.*)", r"\1: unknown flags or values. --help lists those of this command."),
-    (r"the following arguments are required: (.*)", r"\1 must be given."),
+# Messages of argparse after the name of the flag, and what replaces them.
+_VALUE_MESSAGES = (
+    (r"invalid int value: (['\"])(?P<value>.*)\1", "{name} must be a whole number, got {value}."),
+    (r"invalid float value: (['\"])(?P<value>.*)\1", "{name} must be a number, got {value}."),
+    (r"expected (at least )?one argument", "{name} must have a value, got none."),
+    (r"ignored explicit argument (['\"])(?P<value>.*)\1", "{name} must have no value, got {value}."),
+    (
+        r"invalid choice: (['\"])(?P<value>.*)\1 \(choose from (?P<choices>.*)\)",
+        "{name} must be one of {choices}, got {value}.",
+    ),
+    (r"not allowed with argument (?:\S+/)?(?P<value>\S+)", "{name} cannot be used with {value}."),
 )
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors read as those of the library."""
 
+    # The flag that lists all flags.
+    all_flags = "--help"
+
     def error(self, message: str) -> NoReturn:
-        for pattern, replacement in _ARGPARSE_MESSAGES:
-            message = re.sub(rf"^{pattern}$", replacement, message, flags=re.DOTALL)
         self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {self._reworded(message)}\n")
+
+    def _reworded(self, message: str) -> str:
+        unknown = re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL)
+        if unknown:
+            return f"flags must be those of this command, got {unknown[1]}. {self.all_flags} lists them."
+        missing = re.fullmatch(r"the following arguments are required: (.*)", message)
+        if missing:
+            return f"{missing[1]} must be given."
+        named = re.fullmatch(r"argument (?:\S+/)?(\S+): (.*)", message, re.DOTALL)
+        for pattern, sentence in _VALUE_MESSAGES if named else ():
+            found = re.fullmatch(pattern, named[2], re.DOTALL)
+            if found:
+                parts = found.groupdict()
+                value, choices = parts.get("value") or "''", parts.get("choices", "").replace("'", "")
+                return sentence.format(name=named[1], value=value, choices=choices)
+        return f"error: {message}"
 
 
 def parser_of(
@@ -82,6 +103,7 @@ def parser_of(
         parser.add_argument(
             "-h", "--help", action=_PrintHelp, const=shown, help="show the most important flags"
         )
+        parser.all_flags = "--help-all"
         parser.add_argument("--help-all", action=_PrintHelp, const=(), help="show all flags")
     return parser
 

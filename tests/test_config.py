@@ -160,5 +160,5 @@ def test_from_json_unknown_key_or_type_is_refused(content, message):
 
 
 def test_preset_unknown_name_lists_the_known():
-    with pytest.raises(InputError, match="preset must be one of demo, d2l, quick, bert-tiny"):
+    with pytest.raises(InputError, match="preset must be one of demo, d2l, quick, thorough, bert-tiny"):
         preset("bert-huge")

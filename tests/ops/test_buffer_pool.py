@@ -8,15 +8,22 @@ from gluon_bert.ops.build import FLAGS, SOURCES, BuildError, find_compiler
 
 PROGRAM = """
 #include <cstdio>
+#include <set>
 #include <vector>
 #include "buffer_pool.h"
 using gluon_bert::PooledBuffer;
 
 int allocations = 0;
+std::set<void*> blocks;
 extern "C" void* __real_aligned_alloc(size_t, size_t);
+extern "C" void __real_free(void*);
 extern "C" void* __wrap_aligned_alloc(size_t line, size_t size) {
   ++allocations;
-  return __real_aligned_alloc(line, size);
+  return *blocks.insert(__real_aligned_alloc(line, size)).first;
+}
+extern "C" void __wrap_free(void* block) {
+  blocks.erase(block);
+  __real_free(block);
 }
 
 // A step holds five buffers at once, in proportion to its tokens.
@@ -25,7 +32,8 @@ void step(size_t tokens) {
   for (size_t units : {4096, 512, 512, 2048, 16}) held.emplace_back(units * tokens);
 }
 
-// Prints the allocations for a small buffer beside a large free one, for another one, and for rounds.
+// Prints the allocations for a small buffer beside a large free one, and for another one. Then for each
+// round the allocations and the blocks that exist.
 int main() {
   { PooledBuffer large(1 << 20); }
   for (int i = 0; i < 2; ++i) {
@@ -36,7 +44,7 @@ int main() {
   for (int i = 0; i < 4; ++i) {
     allocations = 0;
     for (size_t tokens : {1000, 4000, 3000, 1000, 4400, 2000}) step(tokens);
-    std::printf("%d ", allocations);
+    std::printf("%d %zu ", allocations, blocks.size());
   }
 }
 """
@@ -51,7 +59,15 @@ def allocations(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pool")
     (folder / "pool.cc").write_text(PROGRAM, "utf-8")
     flags = [each for each in FLAGS if each not in ("-shared", "-fPIC")]
-    command = [compiler, *flags, "-Wl,--wrap=aligned_alloc", f"-I{SOURCES}", "-o", "pool", "pool.cc"]
+    command = [
+        compiler,
+        *flags,
+        "-Wl,--wrap=aligned_alloc,--wrap=free",
+        f"-I{SOURCES}",
+        "-o",
+        "pool",
+        "pool.cc",
+    ]
     subprocess.run(command, cwd=folder, check=True)
     return [int(count) for count in subprocess.check_output([str(folder / "pool")]).split()]
 
@@ -61,5 +77,9 @@ def test_pool_gives_no_large_block_for_a_small_one_and_reuses_small_ones(allocat
 
 
 def test_pool_allocates_nothing_for_lengths_that_have_occurred(allocations):
-    first, *_, last = allocations[2:]
-    assert first >= 5 and last == 0
+    assert allocations[2] >= 5
+    assert allocations[-2] == 0
+
+
+def test_pool_keeps_few_more_blocks_than_a_step_holds(allocations):
+    assert 5 <= allocations[-1] <= 8

@@ -166,9 +166,12 @@ def test_losses_fall(command):
         (["--min-freq", "100000"], "--min-freq must be smaller for"),
         (["--units", "many"], "pretrain: --units must be a whole number, got many."),
         (["--lr", "fast"], "pretrain: --lr must be a number, got fast."),
-        (["--units"], "pretrain: --units must have a value."),
-        (["--tied-decoder", "yes"], "pretrain: yes: unknown flags or values."),
-        (["--unitz", "4"], "pretrain: --unitz 4: unknown flags or values."),
+        (["--units", ""], "pretrain: --units must be a whole number, got ''."),
+        (["--units", "it's"], "pretrain: --units must be a whole number, got it's."),
+        (["--recompute=true"], "pretrain: --recompute must have no value, got true."),
+        (["--units"], "pretrain: --units must have a value, got none."),
+        (["--tied-decoder", "yes"], "pretrain: flags must be those of this command, got yes."),
+        (["--unitz", "4"], "got --unitz 4. --help-all lists them."),
         (
             ["--output", "/proc/nowhere/run"],
             "--output must be a folder that can be written, got /proc/nowhere/run",
@@ -384,8 +387,8 @@ def test_help_explains_every_field(capsys):
         for field in dataclasses.fields(group):
             assert flag_name(field.name) in text
     joined = " ".join(text.split())
-    assert "peak learning rate (demo and quick: 0.003, d2l: 0.001, bert-*: 0.0001)" in joined
-    assert "encoder layers (demo and d2l: 2, quick: 4, bert-*: by size)" in joined
+    assert "peak learning rate (demo and quick: 0.003, d2l: 0.001, thorough: 0.002, bert-*: 0.0001)" in joined
+    assert "encoder layers (demo and d2l: 2, quick and thorough: 4, bert-*: by size)" in joined
     assert "rarer words become <unk> (5)" in joined
     for name in [*PRESETS, "--gpus", "--cpus", "--output", "--preset"]:
         assert name in "".join(text.split())  # lines end behind the hyphens of names, too

@@ -209,7 +209,11 @@ def test_muon_steps_equal_those_of_numpy(num_contexts, changes, operators, monke
 
 
 # Sides that do not fill the tiles of products, and all ways of the iterations: square, nearly, wide, tall.
-SIDES = [(33, 33), (130, 130), (70, 100), (100, 70), (30, 200), (200, 30), (1, 17), (17, 1)]
+# The large ones take several blocks.
+SIDES = [
+    *((33, 33), (130, 130), (70, 100), (100, 70), (30, 200), (200, 30), (1, 17), (17, 1), (1, 1)),
+    *((128, 512), (512, 128), (300, 400), (400, 300)),
+]
 
 
 def test_compiled_muon_equals_mxnets_for_all_shapes(monkeypatch):
@@ -222,6 +226,8 @@ def test_compiled_muon_equals_mxnets_for_all_shapes(monkeypatch):
         weights, gradients = ([mx.nd.array(rng.normal(size=shape)) for shape in SIDES] for _ in range(2))
         optimizer = OPTIMIZERS["muon"](learning_rate=0.1, wd=0.01, beta1=0.9, beta2=0.99, epsilon=1e-6)
         optimizer.matrices = frozenset(range(len(SIDES)))
+        optimizer.set_lr_mult({0: 0.5, 3: 0.5})
+        optimizer.set_wd_mult({1: 0.0, 3: 3.0})
         updater = mx.optimizer.get_updater(optimizer)
         updater(list(range(len(SIDES))), gradients, weights)
         found.append([array.asnumpy() for array in (*weights, *(m for (m,) in updater.states.values()))])

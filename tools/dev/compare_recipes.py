@@ -89,6 +89,7 @@ BEFORE = {
 RECIPES = {
     "d2l": Recipe("D2L", "d2l"),
     "quick": QUICK,
+    "thorough": Recipe("the preset thorough", "thorough"),
     "mask-15": QUICK.but("quick, 15 % masked", mlm_probability=0.15, final_mlm_probability=0.0),
     "mask-30": QUICK.but("quick, 30 % masked to the end", final_mlm_probability=0.0),
     "lr-half": QUICK.but("quick, learning rate 0.0015", lr=1.5e-3),

@@ -23,8 +23,8 @@ class BufferPool {
     std::lock_guard<std::mutex> lock(mutex_);
     auto found = free_.lower_bound(count);
     if (found != free_.end() && found->first <= kWaste * count + kSmall) return take(found, size);
-    // A new block replaces the largest one that is too small. So the number of blocks stays what a step needs at
-    // once, and they grow until they serve the longest batches.
+    // A new block replaces the largest free one that is too small. So blocks grow until they serve the longest
+    // batches, and then no more are made.
     size_t ignored;
     if (found != free_.begin()) std::free(take(std::prev(found), &ignored));
     *size = count + count / 8 + 64;

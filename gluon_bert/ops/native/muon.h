@@ -24,10 +24,11 @@ struct MuonMatrix {
   float* momentum;
   int smaller() const { return std::min(rows, columns); }
   int larger() const { return std::max(rows, columns); }
+  double work() const { return (double)smaller() * smaller() * larger(); }
 };
 
-// Finds orthogonal factors by Newton-Schulz iterations: X becomes P X (or X P if it is tall), where P = a I + b G +
-// c G^2 and G = X X^T (or X^T X). G, P and their products are symmetric, so half of each is computed.
+// Finds orthogonal factors by Newton-Schulz iterations: X becomes P X, where P = a I + b G + c G^2 and G = X X^T. A tall
+// X becomes X P, where G = X^T X. G, P and their products are symmetric, so half of each is computed.
 class Orthogonalizer {
  public:
   // Sets aside memory for any of these matrices.
@@ -36,9 +37,10 @@ class Orthogonalizer {
     for (const MuonMatrix& m : matrices) {
       all = std::max(all, m.rows * (size_t)stride(m.columns));
       square = std::max(square, padded(m.smaller()) * (size_t)stride(m.smaller()));
-      packed = std::max(packed, (size_t)packed_size<float>(m.smaller(), m.larger()));
+      if (m.rows <= m.columns) packed = std::max(packed, (size_t)packed_size<float>(m.rows, m.columns));
     }
-    x_ = PooledBuffer(all), next_ = PooledBuffer(all), packed_ = PooledBuffer(packed);
+    // Packed transposes are used up before the next X is written.
+    for (PooledBuffer* one : {&x_, &next_}) *one = PooledBuffer(std::max(all, packed));
     for (PooledBuffer* one : {&gram_, &square_, &polynomial_, &factor_, &product_}) *one = PooledBuffer(square);
   }
 
@@ -109,7 +111,7 @@ class Orthogonalizer {
 
   void compute_gram() {
     const Right<float> right = tall() ? Right<float>{x_, ld_, kCols}
-                                      : pack_transposed<float>(x_, ld_, columns_, rows_, packed_);
+                                      : pack_transposed<float>(x_, ld_, columns_, rows_, next_);
     const Left<float> left = tall() ? Left<float>{x_, 1, ld_} : Left<float>{x_, ld_, 1};
     symmetric(left, right, larger_, gram_);
   }
@@ -158,17 +160,18 @@ class Orthogonalizer {
 
   int rows_, columns_, smaller_, larger_;
   long ld_, ld_square_;
-  PooledBuffer x_, next_, packed_, gram_, square_, polynomial_, factor_, product_;
+  PooledBuffer x_, next_, gram_, square_, polynomial_, factor_, product_;
 };
 
 // m = momentum * m + g and weight -= rate * (0.2 * sqrt(larger side) * O + decay * weight), where g = scale * gradient,
 // and O is the orthogonal factor of g + momentum * m.
 inline void muon_step(const MuonStep& s, std::vector<MuonMatrix> matrices) {
-  // Large ones first, so that the threads end together.
+  // Those with most work first, so that the threads end together.
   std::stable_sort(matrices.begin(), matrices.end(),
-                   [](const MuonMatrix& x, const MuonMatrix& y) { return x.larger() > y.larger(); });
+                   [](const MuonMatrix& x, const MuonMatrix& y) { return x.work() > y.work(); });
   const int count = (int)matrices.size(), threads = std::max(1, std::min(omp_get_max_threads(), count));
   std::vector<Orthogonalizer> rooms;
+  rooms.reserve(threads);
   for (int i = 0; i < threads; ++i) rooms.emplace_back(matrices);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int i = 0; i < count; ++i) rooms[omp_get_thread_num()].step(s, matrices[i]);

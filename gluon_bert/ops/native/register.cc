@@ -4,8 +4,8 @@
 // the order of Network -> (B, T, C). gluon_bert_masked_loss: encoded (B, T, C), masked positions
 // (2, M), masked ids (M,), then the head's six parameters -> the sum of the losses (1,), num_correct (1,).
 // gluon_bert_adam: weight, gradient, mean, variance, of one shape, and the gradient's factor (1,) -> whether the step
-// was taken (1,); it changes weight, mean and variance. gluon_bert_muon: weight, gradient and momentum of each of `count`
-// matrices, and the gradients' factor (1,) -> the same (1,); it changes weights and momenta. All are float32.
+// was taken (1,); it changes weight, mean and variance. gluon_bert_muon: weight, gradient and momentum of each of
+// `count` matrices, and the gradients' factor (1,) -> the same (1,); it changes weights and momenta. All are float32.
 //
 // Gradients overwrite MXNet's arrays, whatever request type MXNet has for them. With the attribute `add` the
 // parameters' gradients are added to the arrays instead.
@@ -295,6 +295,8 @@ MXReturnValue muon_forward(const Attributes& a, std::vector<MXTensor>* inputs, s
     Arrays next(inputs, 0);
     for (size_t i = 0; i < matrices.size(); ++i) {
       const std::vector<int64_t>& shape = inputs->at(3 * i).shape;
+      if (shape.size() != 2 || shape != inputs->at(3 * i + 1).shape || shape != inputs->at(3 * i + 2).shape)
+        throw std::invalid_argument("weight, gradient and momentum must be matrices of one shape");
       MuonMatrix& m = matrices[i];
       m.rows = (int)shape.at(0), m.columns = (int)shape.at(1);
       m.weight = next.next(), m.gradient = next.next(), m.momentum = next.next();
