@@ -70,13 +70,15 @@ class _Parser(argparse.ArgumentParser):
         missing = re.fullmatch(r"the following arguments are required: (.*)", message)
         if missing:
             return f"{missing[1]} must be given."
-        named = re.fullmatch(r"argument (?:\S+/)?(\S+): (.*)", message, re.DOTALL)
+        named = re.fullmatch(r"argument (\S+): (.*)", message, re.DOTALL)
         for pattern, sentence in _VALUE_MESSAGES if named else ():
             found = re.fullmatch(pattern, named[2], re.DOTALL)
             if found:
                 parts = found.groupdict()
                 value, choices = parts.get("value") or "''", parts.get("choices", "").replace("'", "")
-                return sentence.format(name=named[1], value=value, choices=choices)
+                names = named[1].split("/")  # such as -n/--num-workers
+                name = next((name for name in names if name.startswith("--")), names[0])
+                return sentence.format(name=name, value=value, choices=choices)
         return f"error: {message}"
 
 
