@@ -71,15 +71,20 @@ class _Parser(argparse.ArgumentParser):
         if missing:
             return f"{missing[1]} must be given."
         named = re.fullmatch(r"argument (\S+): (.*)", message, re.DOTALL)
-        for pattern, sentence in _VALUE_MESSAGES if named else ():
-            found = re.fullmatch(pattern, named[2], re.DOTALL)
-            if found:
-                parts = found.groupdict()
-                value, choices = parts.get("value") or "''", parts.get("choices", "").replace("'", "")
-                names = named[1].split("/")  # such as -n/--num-workers
-                name = next((name for name in names if name.startswith("--")), names[0])
-                return sentence.format(name=name, value=value, choices=choices)
-        return f"error: {message}"
+        return _reworded_problem(*named.groups()) if named else f"error: {message}"
+
+
+def _reworded_problem(names: str, problem: str) -> str:
+    """Return a sentence about a flag. names: such as -n/--workers."""
+    forms = names.split("/")
+    name = next((form for form in forms if form.startswith("--")), forms[0])
+    for pattern, sentence in _VALUE_MESSAGES:
+        found = re.fullmatch(pattern, problem, re.DOTALL)
+        if found:
+            parts = found.groupdict()
+            value, choices = parts.get("value") or "''", parts.get("choices", "").replace("'", "")
+            return sentence.format(name=name, value=value, choices=choices)
+    return f"{name}: {problem}"
 
 
 def parser_of(
