@@ -11,7 +11,7 @@ import ctypes
 import logging
 import os
 from functools import lru_cache
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from ..config import ModelConfig
 from ..errors import InputError, one_line
@@ -136,8 +136,7 @@ def adam_step(
     weight, gradient, mean, variance: of one shape. scale (1,): the gradient's factor. skip: do nothing if it
     is not finite. step: rate, correction, beta1, beta2, epsilon and decay, as native/adam.h describes.
     """
-    values = {name: repr(float(value)) for name, value in step.items()}
-    mx.nd.gluon_bert_adam(weight, gradient, mean, variance, scale, skip=int(skip), **values)
+    mx.nd.gluon_bert_adam(weight, gradient, mean, variance, scale, **_step_attributes(skip, step))
 
 
 def muon_step(
@@ -152,9 +151,8 @@ def muon_step(
 
     scale, skip: as for `adam_step`. step: rate, decay and momentum, as native/muon.h describes.
     """
-    values = {name: repr(float(value)) for name, value in step.items()}
     arrays = [array for matrix in zip(weights, gradients, momenta) for array in matrix]
-    mx.nd.gluon_bert_muon(*arrays, scale, count=len(weights), skip=int(skip), **values)
+    mx.nd.gluon_bert_muon(*arrays, scale, count=len(weights), **_step_attributes(skip, step))
 
 
 def peak_matmul_flops(repeats: int, bf16: bool = False) -> float:
@@ -200,11 +198,19 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(built_library()))
 
 
+def _step_attributes(skip: bool, step: Mapping[str, float]) -> dict[str, Any]:
+    return {"skip": int(skip), **{name: _all_digits(value) for name, value in step.items()}}
+
+
+def _all_digits(value: float) -> str:
+    """Return a number as text. MXNet would print six digits of a float."""
+    return repr(float(value))
+
+
 def _common(config: ModelConfig, parameters: Sequence[Any], bf16: bool) -> dict[str, Any]:
-    # repr, since MXNet would print six digits of a float.
     return {
         "activation": config.activation,
-        "epsilon": repr(config.norm_epsilon),
+        "epsilon": _all_digits(config.norm_epsilon),
         "keep": int(mx.autograd.is_recording()),
         "add": int(_accumulates(parameters)),
         "bf16": int(bf16),

@@ -93,16 +93,13 @@ class Orthogonalizer {
     }
     // The product of all iterations' P takes less time than X in each of them. G becomes P G P.
     compute_gram();
-    for (int i = 0; i < kIterations; ++i) {
+    compute_polynomial();
+    std::copy_n(polynomial_.get(), smaller_ * ld_square_, factor_.get());
+    for (int i = 1; i < kIterations; ++i) {
+      update_gram();
       compute_polynomial();
-      if (i == 0) {
-        std::swap(factor_, polynomial_);
-        update_gram(factor_);
-        continue;
-      }
       multiply_symmetric(polynomial_, factor_, product_);
       std::swap(factor_, product_);
-      if (i + 1 < kIterations) update_gram(polynomial_);
     }
     apply(factor_);
   }
@@ -122,9 +119,9 @@ class Orthogonalizer {
     for (int i = 0; i < smaller_; ++i) polynomial_[i * ld_square_ + i] += kA;
   }
 
-  void update_gram(const float* polynomial) {
-    multiply_symmetric(polynomial, gram_, product_);
-    multiply_symmetric(product_, polynomial, gram_);
+  void update_gram() {
+    multiply_symmetric(polynomial_, gram_, product_);
+    multiply_symmetric(product_, polynomial_, gram_);
   }
 
   // The product of two symmetric matrices that is symmetric, too.
