@@ -109,6 +109,9 @@ class Encoder(MixedPrecisionBlock):
 
     tokens (B, T), token_types (B, T) of 0 and 1, valid_length (B,), all float32 -> (B, T, C) float32. What
     is in tokens past a row's length changes nothing before it, and the vectors there mean nothing.
+
+    output_positions (2, N), rows above columns: the positions whose vectors the caller reads (default: all).
+    The vectors elsewhere mean nothing then. The compiled operators do not compute them in the last layer.
     """
 
     def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:
@@ -123,13 +126,18 @@ class Encoder(MixedPrecisionBlock):
             # In a pre-LayerNorm network the last residual sum is not normalized.
             self.norm: Any = layer_norm(config) if config.norm == "pre" else None
 
-    def forward(self, tokens: Any, token_types: Any, valid_length: Any) -> Any:
+    def forward(self, tokens: Any, token_types: Any, valid_length: Any, output_positions: Any = None) -> Any:
         """Compute with the compiled operators where possible, otherwise with `hybrid_forward`."""
         if ops.use_compiled(self, tokens):
-            recompute, bf16 = self._checkpointed is not None, self.precision == "bf16"
-            parameters = self._in_order()
             return ops.encode(
-                self._config, parameters, tokens, token_types, valid_length, recompute, bf16=bf16
+                self._config,
+                self._in_order(),
+                tokens,
+                token_types,
+                valid_length,
+                output_positions,
+                recompute=self._checkpointed is not None,
+                bf16=self.precision == "bf16",
             )
         if mx.autograd.is_recording() and (self._checkpointed is not None or self.precision == "fp16"):
             return self._layer_by_layer(tokens, token_types, valid_length)

@@ -76,22 +76,27 @@ def encode(
     tokens: Any,
     token_types: Any,
     valid_length: Any,
+    output_positions: Any = None,
     recompute: bool = False,
     bf16: bool = False,
 ) -> Any:
     """Compute `Encoder`: (B, T) tokens to (B, T, C) vectors. Vectors of padding are zeros.
 
-    parameters: the encoder's gluon Parameters in the order in which it uses them. recompute: the backward
+    parameters: the encoder's gluon Parameters in the order in which it uses them. output_positions: as for
+    `Encoder`; the vectors elsewhere are zeros, and their gradients are ignored. recompute: the backward
     pass computes each layer again, to the same bits, instead of keeping its values. bf16: matrix products,
     forward and backward, round their factors to bfloat16 and sum in float32. Other operations are float32.
     """
     rate = config.dropout if mx.autograd.is_training() else 0.0
     # The key comes from MXNet's generator, so MXNet's seed repeats the dropout.
     key = mx.nd.random.uniform if rate else mx.nd.zeros
+    select = output_positions is not None
     return mx.nd.gluon_bert_encoder(
         *(array.astype("float32", copy=False) for array in (tokens, token_types, valid_length)),
         key(shape=(2,), ctx=tokens.context),
+        output_positions if select else mx.nd.zeros((2, 1), ctx=tokens.context),
         *_arrays(parameters, tokens.context),
+        select=int(select),
         recompute=int(recompute),
         layers=config.num_layers,
         heads=config.num_heads,

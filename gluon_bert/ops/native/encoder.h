@@ -38,10 +38,12 @@ class Encoder {
     rebind(network, inputs);
     find_rows();
     if (keep == Keep::kLayers)
-      for (int i = 0; i < num_layers(); ++i) activations_.emplace_back(num_tokens_, call_);
-    for (int i = 0; i <= (keep == Keep::kNothing ? 1 : num_layers()); ++i) {
-      stream_.emplace_back(num_tokens_ * ld());
-      stream_statistics_.emplace_back(num_tokens_);
+      for (int l = 0; l < num_layers(); ++l) activations_.emplace_back(num_tokens_, num_queries(l), call_);
+    const int last = stream_number(num_layers());
+    for (int i = 0; i <= last; ++i) {
+      const long vectors = i == last ? num_queries(num_layers() - 1) : num_tokens_;
+      stream_.emplace_back(vectors * ld());
+      stream_statistics_.emplace_back(vectors);
     }
     if (network.embedding_norm) {
       embedded_ = PooledBuffer(num_tokens_ * ld());
@@ -56,7 +58,7 @@ class Encoder {
     call_.ld_qkv = stride(3 * network.units);
   }
 
-  // encoded (B, T, C): the vectors, and zeros on padding.
+  // encoded (B, T, C): the vectors, and zeros on padding and where the caller reads none.
   void forward(float* encoded) {
     embed();
     PooledBuffer packed(PackedLayer<T>::size(net().units, net().ffn_units));
@@ -65,9 +67,9 @@ class Encoder {
 #pragma omp parallel num_threads(threads_)
       {
         const PackedLayer<T> weights = pack(l, packed, true);
-        const EncoderLayer<T> layer(call_, l, stream(l), stream(l + 1));
+        const EncoderLayer<T> layer(call_, queries(l), l, stream(l), stream(l + 1));
 #pragma omp barrier
-        each_chunk([&](const Chunk& chunk) {
+        each_chunk(l, [&](const Chunk& chunk) {
           Scratch& own = scratch[omp_get_thread_num()];
           const ChunkActivations activations = activations_of(l, chunk, own);
           layer.compute_activations(chunk, weights, activations, own);
@@ -76,25 +78,27 @@ class Encoder {
       }
     }
     const Stream last = stream(num_layers());
-    const int columns = call_.in.columns, units = net().units;
+    const Queries& outputs = queries(num_layers() - 1);
+    const long row_size = (long)call_.in.columns * net().units;
 #pragma omp parallel for num_threads(threads_) schedule(static)
     for (int row = 0; row < call_.in.rows; ++row) {
-      const Row r = call_.rows[row];
-      float* out = encoded + (long)row * columns * units;
-      for (long token = r.first; token < r.first + r.length; ++token, out += units)
-        normalize(last.values + token * ld(), units, last.statistics[token], *net().norm_after(num_layers()), out);
-      std::memset(out, 0, sizeof(float) * (columns - r.length) * units);
+      std::fill_n(encoded + row * row_size, row_size, 0.f);
+      for (long i = outputs.rows[row].first; i < outputs.rows[row].first + outputs.rows[row].length; ++i)
+        normalize(last.values + i * ld(), net().units, last.statistics[i], *net().norm_after(num_layers()),
+                  encoded + row * row_size + (long)outputs.positions[i] * net().units);
     }
   }
 
-  // gradient: of encoded, (B, T, C).
+  // gradient: of encoded, (B, T, C). It is not read where the caller reads no vector.
   void backward(const float* gradient, const Gradients& out) {
     const bool recompute = keep_ == Keep::kStream;
     const size_t packed_size = PackedLayer<T>::size(net().units, net().ffn_units);
     PooledBuffer packed(packed_size), packed_forward(recompute ? packed_size : 0);
     PooledBuffer d_stream(num_tokens_ * ld()), sums((size_t)threads_ * sums_size());
+    PooledBuffer d_outputs(outputs_.all ? 0 : outputs_.positions.size() * ld());
+    auto d_out = [&](int l) -> float* { return queries(l).all ? d_stream : d_outputs; };
     std::vector<Scratch> scratch = make_scratch(true);
-    last_norm_backward(gradient, d_stream, sums, out);
+    last_norm_backward(gradient, d_out(num_layers() - 1), sums, out);
     for (int l = num_layers() - 1; l >= 0; --l) {
 #pragma omp parallel num_threads(threads_)
       {
@@ -102,13 +106,13 @@ class Encoder {
         own.clear_vectors();
         const PackedLayer<T> weights = pack(l, packed, false);
         const PackedLayer<T> forward_weights = recompute ? pack(l, packed_forward, true) : PackedLayer<T>();
-        const EncoderLayer<T> layer(call_, l, stream(l), stream(l + 1));
+        const EncoderLayer<T> layer(call_, queries(l), l, stream(l), stream(l + 1));
 #pragma omp barrier
-        each_chunk([&](const Chunk& chunk) {
+        each_chunk(l, [&](const Chunk& chunk) {
           Scratch& room = scratch[omp_get_thread_num()];
           const ChunkActivations activations = activations_of(l, chunk, room);
           if (recompute) layer.compute_activations(chunk, forward_weights, activations, room);
-          layer.backward(chunk, weights, d_stream, own, activations, room);
+          layer.backward(chunk, weights, d_out(l), d_stream, own, activations, room);
         });
 #pragma omp barrier
         scatter_gradients(sums, l, out);
@@ -128,16 +132,25 @@ class Encoder {
   long ld() const { return call_.ld; }
   size_t sums_size() const { return LayerGradients::size(call_); }
 
-  // Stream 0 enters the first layer; stream l leaves layer l - 1. Two of them take turns if nothing is kept.
+  // Stream 0 enters the first layer; stream l leaves layer l - 1.
   Stream stream(int l) {
-    const int i = keep_ == Keep::kNothing ? l > 0 : l;
+    const int i = stream_number(l);
     return {stream_[i], stream_statistics_[i].data()};
   }
 
-  ChunkActivations activations_of(int l, const Chunk& chunk, Scratch& s) {
-    if (keep_ == Keep::kLayers) return {activations_[l], chunk.first, call_};
-    return {s.activations, 0, call_};
+  // If nothing is kept, a layer's output replaces its input: chunk by chunk, so not where their sizes differ.
+  int stream_number(int l) const {
+    if (keep_ != Keep::kNothing) return l;
+    return (l > 0) + (l == num_layers() && !outputs_.all);
   }
+
+  ChunkActivations activations_of(int l, const Chunk& chunk, Scratch& s) {
+    if (keep_ == Keep::kLayers) return {activations_[l], chunk.first, chunk.first_query, call_};
+    return {s.activations, 0, 0, call_};
+  }
+
+  const Queries& queries(int l) const { return l == num_layers() - 1 ? outputs_ : tokens_; }
+  long num_queries(int l) const { return (long)queries(l).positions.size(); }
 
   // The gradients of the gamma and beta of the norm after stream l.
   float* const* gamma_after(const Gradients& out, int l) const {
@@ -160,27 +173,61 @@ class Encoder {
   }
 
   void find_rows() {
-    const int most = chunk_tokens();
     num_tokens_ = 0;
     for (int row = 0; row < call_.in.rows; ++row) {
-      const int known = length_of(row);
-      call_.rows.push_back({num_tokens_, known});
-      if (chunks_.empty() || chunks_.back().tokens + known > most)
-        chunks_.push_back({row, row, num_tokens_, 0});
-      chunks_.back().last_row = row + 1;
-      chunks_.back().tokens += known;
-      largest_chunk_ = std::max(largest_chunk_, chunks_.back().tokens);
-      longest_ = std::max(longest_, known);
-      num_tokens_ += known;
+      call_.rows.push_back({num_tokens_, length_of(row)});
+      longest_ = std::max(longest_, length_of(row));
+      num_tokens_ += length_of(row);
     }
+    tokens_ = queries_where([](int, int) { return true; });
+    tokens_.all = true;
+    outputs_ = call_.in.output_positions ? read_tokens() : tokens_;
+    chunks_ = chunks_of(tokens_), last_chunks_ = chunks_of(outputs_);
+    for (const Chunk& chunk : chunks_) largest_chunk_ = std::max(largest_chunk_, chunk.tokens);
     threads_ = std::max(1, std::min(omp_get_max_threads(), (int)chunks_.size()));
   }
 
-  // A thread always gets the same chunks, so that sums over threads repeat to the bit.
+  // The tokens at the positions that the caller reads. Positions outside the batch are clipped to it.
+  Queries read_tokens() const {
+    const int rows = call_.in.rows, columns = call_.in.columns, count = call_.in.num_outputs;
+    std::vector<char> read((size_t)rows * columns);
+    for (int i = 0; i < count; ++i)
+      read[id(call_.in.output_positions[i], rows) * columns + id(call_.in.output_positions[count + i], columns)] = true;
+    return queries_where([&](int row, int position) { return read[(size_t)row * columns + position]; });
+  }
+
+  template <class Condition>
+  Queries queries_where(Condition is_query) const {
+    Queries found{};
+    for (int row = 0; row < call_.in.rows; ++row) {
+      const long first = (long)found.positions.size();
+      for (int i = 0; i < call_.rows[row].length; ++i)
+        if (is_query(row, i)) found.positions.push_back(i);
+      found.rows.push_back({first, (int)((long)found.positions.size() - first)});
+    }
+    return found;
+  }
+
+  std::vector<Chunk> chunks_of(const Queries& queries) const {
+    const int most = chunk_tokens();
+    std::vector<Chunk> chunks;
+    for (int row = 0; row < call_.in.rows; ++row) {
+      const Row tokens = call_.rows[row], asked = queries.rows[row];
+      if (chunks.empty() || chunks.back().tokens + tokens.length > most)
+        chunks.push_back({row, row, tokens.first, 0, asked.first, 0});
+      Chunk& chunk = chunks.back();
+      chunk.last_row = row + 1;
+      chunk.tokens += tokens.length, chunk.queries += asked.length;
+    }
+    return chunks;
+  }
+
+  // A thread always gets the same chunks of a layer, so that sums over threads repeat to the bit.
   template <class Work>
-  void each_chunk(Work work) const {
-    const long count = (long)chunks_.size(), thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    for (long i = count * thread / threads; i < count * (thread + 1) / threads; ++i) work(chunks_[i]);
+  void each_chunk(int l, Work work) const {
+    const std::vector<Chunk>& chunks = l == num_layers() - 1 ? last_chunks_ : chunks_;
+    const long count = (long)chunks.size(), thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    for (long i = count * thread / threads; i < count * (thread + 1) / threads; ++i) work(chunks[i]);
   }
 
   // Adds up the threads' sums from `begin` on. All threads call this together; each does a part.
@@ -201,7 +248,7 @@ class Encoder {
     const long panel_elements = EncoderLayer<T>::panel_elements(call_, longest_, largest_chunk_);
     for (int i = 0; i < threads_; ++i) {
       all.emplace_back(call_, largest_chunk_, longest_, panel_elements, backward);
-      if (keep_ != Keep::kLayers) all.back().activations = Activations(largest_chunk_, call_);
+      if (keep_ != Keep::kLayers) all.back().activations = Activations(largest_chunk_, largest_chunk_, call_);
     }
     return all;
   }
@@ -239,7 +286,7 @@ class Encoder {
   static long id(float value, int count) { return value > 0 ? (long)std::min(value, (float)(count - 1)) : 0; }
 
   // From the gradient of `encoded` to that of the last stream.
-  void last_norm_backward(const float* gradient, float* d_stream, float* sums, const Gradients& out) {
+  void last_norm_backward(const float* gradient, float* d_out, float* sums, const Gradients& out) {
     const int c = net().units;
     const Stream last = stream(num_layers());
     const Norm norm = *net().norm_after(num_layers());
@@ -247,14 +294,13 @@ class Encoder {
     {
       float* own = sums + omp_get_thread_num() * sums_size();
       std::fill_n(own, 2 * c, 0.f);
-      each_chunk([&](const Chunk& chunk) {
-        for (int row = chunk.first_row; row < chunk.last_row; ++row)
-          for (int i = 0; i < call_.rows[row].length; ++i) {
-            const long token = call_.rows[row].first + i;
-            const float* d_encoded = gradient + ((long)row * call_.in.columns + i) * c;
-            normalize_backward(last.values + token * ld(), d_encoded, c, last.statistics[token], norm,
-                               d_stream + token * ld(), own, own + c);
-          }
+      each_chunk(num_layers() - 1, [&](const Chunk& chunk) {
+        outputs_.each(chunk, [&](long i, int row, int position) {
+          const long output = chunk.first_query + i;
+          const float* d_encoded = gradient + ((long)row * call_.in.columns + position) * c;
+          normalize_backward(last.values + output * ld(), d_encoded, c, last.statistics[output], norm,
+                             d_out + output * ld(), own, own + c);
+        });
       });
 #pragma omp barrier
       reduce(sums, 0, c, gamma_after(out, num_layers())[0], out.add);
@@ -299,9 +345,9 @@ class Encoder {
       if (net().embedding_norm) {
         float* own = sums + omp_get_thread_num() * sums_size();
         std::fill_n(own, 2 * c, 0.f);
-        each_chunk([&](const Chunk& chunk) {
+        each_chunk(0, [&](const Chunk& chunk) {
           float* gradient = d_stream + chunk.first * ld();
-          call_.drop_rows(chunk, call_.dropout(0), gradient, gradient);
+          call_.drop_rows(tokens_, chunk, call_.dropout(0), gradient, gradient);
           for (long token = chunk.first; token < chunk.first + chunk.tokens; ++token)
             normalize_backward(embedded_ + token * ld(), d_stream + token * ld(), c, embedded_statistics_[token],
                                net().first_norm, d_stream + token * ld(), own, own + c);
@@ -344,7 +390,8 @@ class Encoder {
   Keep keep_;
   int threads_ = 1, largest_chunk_ = 1, longest_ = 1;
   long num_tokens_ = 0;
-  std::vector<Chunk> chunks_;
+  Queries tokens_, outputs_;  // of the last layer: outputs_
+  std::vector<Chunk> chunks_, last_chunks_;
   std::vector<Activations> activations_;  // of each layer, if they are kept
   std::vector<PooledBuffer> stream_;      // between the layers, a vector per token
   std::vector<std::vector<Statistics>> stream_statistics_;

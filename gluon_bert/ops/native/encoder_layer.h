@@ -50,8 +50,10 @@ struct Network {
 
 struct Inputs {
   const float *tokens, *token_types, *valid_length;
-  int rows, columns;  // B, T
-  uint64_t key;       // of the dropout
+  int rows, columns;              // B, T
+  uint64_t key;                   // of the dropout
+  const float* output_positions;  // (2, N) rows above columns: the vectors that the caller reads; null: all
+  int num_outputs;                // N
 };
 
 // A row's real tokens, among the packed tokens of all rows.
@@ -60,11 +62,29 @@ struct Row {
   int length;
 };
 
-// Rows that one thread takes through a whole layer.
+// Rows that one thread takes through a whole layer: their tokens, and their queries.
 struct Chunk {
   int first_row, last_row;
   long first;
   int tokens;
+  long first_query;
+  int queries;
+};
+
+// The tokens whose vectors a layer computes, in the order of the packed tokens. They are all, or in the last layer
+// those that the caller reads.
+struct Queries {
+  bool all;
+  std::vector<Row> rows;       // each row's queries among the packed queries of all rows
+  std::vector<int> positions;  // of each query in its row
+
+  // Calls work(number, row, position) for each query of a chunk; its first query has number 0.
+  template <class Work>
+  void each(const Chunk& chunk, Work work) const {
+    for (int row = chunk.first_row; row < chunk.last_row; ++row)
+      for (long i = rows[row].first; i < rows[row].first + rows[row].length; ++i)
+        work(i - chunk.first_query, row, positions[i]);
+  }
 };
 
 // One call of the encoder: network, inputs, packed rows, and the distances of two tokens' vectors in memory.
@@ -85,12 +105,11 @@ struct Call {
   uint32_t weight_element(int row, int head, int query) const {
     return (uint32_t)((((long)row * net.heads + head) * in.columns + query) * in.columns);
   }
-  // out = x after dropout, a chunk's vectors.
-  void drop_rows(const Chunk& chunk, const Dropout& drop, const float* x, float* out) const {
-    long i = 0;
-    for (int row = chunk.first_row; row < chunk.last_row; ++row)
-      for (int position = 0; position < rows[row].length; ++position, ++i)
-        drop.apply(x + i * ld, net.units, element(row, position), out + i * ld);
+  // out = x after dropout, the vectors of a chunk's queries.
+  void drop_rows(const Queries& queries, const Chunk& chunk, const Dropout& drop, const float* x, float* out) const {
+    queries.each(chunk, [&](long i, int row, int position) {
+      drop.apply(x + i * ld, net.units, element(row, position), out + i * ld);
+    });
   }
 };
 
@@ -147,19 +166,19 @@ struct Stream {
   Statistics* statistics;
 };
 
-// A layer's inner values, a vector per token: query, key and value; attention's result; the sum after attention;
-// the hidden layer before its activation.
+// A layer's inner values. A vector per token: query, key and value. A vector per query: attention's result; the sum
+// after attention; the hidden layer before its activation.
 struct Activations {
   PooledBuffer qkv, context, middle, hidden;
   std::vector<Statistics> middle_statistics;
 
   Activations() = default;
-  Activations(long tokens, const Call& call)
+  Activations(long tokens, long queries, const Call& call)
       : qkv(tokens * call.ld_qkv),
-        context(tokens * call.ld),
-        middle(tokens * call.ld),
-        hidden(tokens * call.ld_ffn),
-        middle_statistics(tokens) {}
+        context(queries * call.ld),
+        middle(queries * call.ld),
+        hidden(queries * call.ld_ffn),
+        middle_statistics(queries) {}
 };
 
 // Those of a chunk.
@@ -167,18 +186,18 @@ struct ChunkActivations {
   float *qkv, *context, *middle, *hidden;
   Statistics* middle_statistics;
 
-  // The chunk's first token is token number `first` of all.
-  ChunkActivations(Activations& all, long first, const Call& call)
+  // The chunk's first token is token number `first` of all, and its first query is query number `query`.
+  ChunkActivations(Activations& all, long first, long query, const Call& call)
       : qkv(all.qkv + first * call.ld_qkv),
-        context(all.context + first * call.ld),
-        middle(all.middle + first * call.ld),
-        hidden(all.hidden + first * call.ld_ffn),
-        middle_statistics(all.middle_statistics.data() + first) {}
+        context(all.context + query * call.ld),
+        middle(all.middle + query * call.ld),
+        hidden(all.hidden + query * call.ld_ffn),
+        middle_statistics(all.middle_statistics.data() + query) {}
 };
 
 // A thread's working memory for a chunk.
 struct Scratch {
-  PooledBuffer input, after, gradient, wide, qkv, scores, dropped, d_scores, panels, distances;
+  PooledBuffer input, after, gradient, wide, qkv, scores, dropped, d_scores, panels, distances, queries;
   Activations activations;  // if not all layers' are kept
 
   Scratch() = default;
@@ -188,6 +207,7 @@ struct Scratch {
     scores = PooledBuffer(matrix);
     panels = PooledBuffer(panel_elements);
     distances = PooledBuffer(2 * longest);
+    queries = PooledBuffer(longest * stride(call.net.head_size()));
     if (!backward) return;
     wide = PooledBuffer(tokens * call.ld_ffn);
     qkv = PooledBuffer(tokens * call.ld_qkv);
@@ -230,8 +250,8 @@ struct LayerGradients {
 template <class T>
 class EncoderLayer {
  public:
-  EncoderLayer(const Call& call, int l, Stream in, Stream out)
-      : call_(call), n_(call.net), layer_(call.net.layers[l]), l_(l), in_(in), out_(out) {}
+  EncoderLayer(const Call& call, const Queries& queries, int l, Stream in, Stream out)
+      : call_(call), queries_(queries), n_(call.net), layer_(call.net.layers[l]), l_(l), in_(in), out_(out) {}
 
   // The elements of panels that a thread needs for attention and for the gradients of weights.
   static long panel_elements(const Call& call, int longest, int tokens) {
@@ -243,40 +263,42 @@ class EncoderLayer {
   // second call executes the same instructions and gives the same bits.
   __attribute__((noinline)) void compute_activations(const Chunk& chunk, const PackedLayer<T>& weights,
                                                      const ChunkActivations& a, Scratch& s) const {
-    const int c = n_.units, f = n_.ffn_units, tokens = chunk.tokens;
+    const int c = n_.units, f = n_.ffn_units;
     const float* input = normalized_input(chunk, s.input);
-    multiply(tokens, 3 * c, c, {input, call_.ld, 1}, weights.qkv, with_bias(weights.qkv_bias), a.qkv,
+    multiply(chunk.tokens, 3 * c, c, {input, call_.ld, 1}, weights.qkv, with_bias(weights.qkv_bias), a.qkv,
              call_.ld_qkv);
     for (int row = chunk.first_row; row < chunk.last_row; ++row)
       for (int head = 0; head < n_.heads; ++head) attention_forward(row, head, chunk, a, s);
-    multiply(tokens, c, c, {a.context, call_.ld, 1}, weights.output, with_bias(layer_.output.bias), s.after,
+    multiply(chunk.queries, c, c, {a.context, call_.ld, 1}, weights.output, with_bias(layer_.output.bias), s.after,
              call_.ld);
-    const float* residual = n_.pre ? in_.values + chunk.first * call_.ld : input;
+    const float* residual = vectors_of_queries(chunk, n_.pre ? in_.values + chunk.first * call_.ld : input, s.gradient);
     add_residual(chunk, call_.dropout(l_, 1), s.after, residual, a.middle, a.middle_statistics);
     normalize_middle(chunk, a, s.gradient);
-    multiply(tokens, f, c, {s.gradient, call_.ld, 1}, weights.expand, with_bias(layer_.expand.bias), a.hidden,
+    multiply(chunk.queries, f, c, {s.gradient, call_.ld, 1}, weights.expand, with_bias(layer_.expand.bias), a.hidden,
              call_.ld_ffn);
   }
 
   // Stream `out`, from the activations that `compute_activations` left; s.gradient still holds the normalized middle.
   void compute_output(const Chunk& chunk, const PackedLayer<T>& weights, const ChunkActivations& a, Scratch& s) const {
-    const int c = n_.units, f = n_.ffn_units, tokens = chunk.tokens;
-    multiply(tokens, c, f, {a.hidden, call_.ld_ffn, 1}, weights.project, with_bias(layer_.project.bias), s.after,
-             call_.ld, Activated{n_.activation});
+    multiply(chunk.queries, n_.units, n_.ffn_units, {a.hidden, call_.ld_ffn, 1}, weights.project,
+             with_bias(layer_.project.bias), s.after, call_.ld, Activated{n_.activation});
     add_residual(chunk, call_.dropout(l_, 2), s.after, n_.pre ? a.middle : s.gradient.get(),
-                 out_.values + chunk.first * call_.ld, out_.statistics + chunk.first);
+                 out_.values + chunk.first_query * call_.ld, out_.statistics + chunk.first_query);
   }
 
-  // d_stream holds the gradient of stream `out` and gets that of stream `in`.
-  void backward(const Chunk& chunk, const PackedLayer<T>& weights, float* d_stream, LayerGradients& sums,
+  // d_out holds the gradient of stream `out`, a vector per query. d_in gets that of stream `in`, a vector per token.
+  // They are the same memory if all tokens are queries. d_out becomes invalid.
+  void backward(const Chunk& chunk, const PackedLayer<T>& weights, float* d_out, float* d_in, LayerGradients& sums,
                 const ChunkActivations& a, Scratch& s) const {
-    float* gradient = d_stream + chunk.first * call_.ld;
+    float* gradient = d_out + chunk.first_query * call_.ld;
     feed_forward_backward(chunk, weights, gradient, sums, a, s);
-    sub_layer_input_backward(chunk, {a.middle, a.middle_statistics}, &n_.middle_norm(l_), gradient,
+    sub_layer_input_backward(chunk.queries, {a.middle, a.middle_statistics}, &n_.middle_norm(l_), gradient,
                              sums.middle_gamma, sums.middle_beta, s);
     self_attention_backward(chunk, weights, gradient, sums, a, s);
+    float* d_input = d_in + chunk.first * call_.ld;
+    if (!queries_.all) spread(chunk, gradient, d_input);
     const Stream in{in_.values + chunk.first * call_.ld, in_.statistics + chunk.first};
-    sub_layer_input_backward(chunk, in, n_.norm_after(l_), gradient, sums.after_gamma, sums.after_beta, s);
+    sub_layer_input_backward(chunk.tokens, in, n_.norm_after(l_), d_input, sums.after_gamma, sums.after_beta, s);
     sums.empty = false;
   }
 
@@ -293,108 +315,165 @@ class EncoderLayer {
     return out;
   }
 
+  // The vectors of the queries among those of a chunk's tokens: x itself, or copies in `room`.
+  const float* vectors_of_queries(const Chunk& chunk, const float* x, float* room) const {
+    if (queries_.all) return x;
+    queries_.each(chunk, [&](long i, int row, int position) {
+      std::copy_n(x + token_in(chunk, row, position) * call_.ld, n_.units, room + i * call_.ld);
+    });
+    return room;
+  }
+
+  // The inverse: the queries' vectors at their tokens, and zeros at the others.
+  void spread(const Chunk& chunk, const float* x, float* out) const {
+    std::fill_n(out, chunk.tokens * call_.ld, 0.f);
+    queries_.each(chunk, [&](long i, int row, int position) {
+      std::copy_n(x + i * call_.ld, n_.units, out + token_in(chunk, row, position) * call_.ld);
+    });
+  }
+
+  // The number of a token in its chunk.
+  long token_in(const Chunk& chunk, int row, int position) const {
+    return call_.rows[row].first - chunk.first + position;
+  }
+
   // The feed-forward network's input.
   void normalize_middle(const Chunk& chunk, const ChunkActivations& a, float* out) const {
-    for (int i = 0; i < chunk.tokens; ++i)
+    for (int i = 0; i < chunk.queries; ++i)
       normalize(a.middle + i * call_.ld, n_.units, a.middle_statistics[i], n_.middle_norm(l_), out + i * call_.ld);
   }
 
   // out = residual + dropout(x), and the statistics of each vector for the norm that follows.
   void add_residual(const Chunk& chunk, const Dropout& drop, float* x, const float* residual, float* out,
                     Statistics* found) const {
-    long i = 0;
-    for (int row = chunk.first_row; row < chunk.last_row; ++row)
-      for (int position = 0; position < call_.rows[row].length; ++position, ++i) {
-        const long at = i * call_.ld;
-        drop.apply(x + at, n_.units, call_.element(row, position), x + at);
-        for (int j = 0; j < n_.units; ++j) out[at + j] = residual[at + j] + x[at + j];
-        found[i] = statistics(out + at, n_.units, n_.epsilon);
-      }
+    queries_.each(chunk, [&](long i, int row, int position) {
+      const long at = i * call_.ld;
+      drop.apply(x + at, n_.units, call_.element(row, position), x + at);
+      for (int j = 0; j < n_.units; ++j) out[at + j] = residual[at + j] + x[at + j];
+      found[i] = statistics(out + at, n_.units, n_.epsilon);
+    });
   }
 
-  // The attention weights of a row's head, (length, length), without dropout. Returns their stride.
-  long attention_weights(const float* query, int head, int t, Scratch& s) const {
+  // A row's queries for one head: their vectors, ld apart, and their positions in the row.
+  struct HeadQueries {
+    const float* vectors;
+    long ld;
+    int count;
+    const int* positions;
+  };
+
+  // vectors: of all tokens of the row. Those of the queries are used in place, or copied to s.queries.
+  HeadQueries head_queries(int row, const float* vectors, Scratch& s) const {
+    const Row found = queries_.rows[row];
+    const int* positions = queries_.positions.data() + found.first;
+    if (queries_.all) return {vectors, call_.ld_qkv, found.length, positions};
+    const int d = n_.head_size();
+    for (int i = 0; i < found.length; ++i)
+      std::copy_n(vectors + positions[i] * call_.ld_qkv, d, s.queries + i * stride(d));
+    return {s.queries, stride(d), found.length, positions};
+  }
+
+  // The attention weights of a row's head, (queries, t), without dropout. Returns their stride.
+  long attention_weights(const HeadQueries& queries, const float* key, int head, int t, Scratch& s) const {
     const int d = n_.head_size(), padded = panels(t) * kCols;
     const long ld = stride(padded);
-    const Right<T> keys = pack_transposed(query + n_.units, call_.ld_qkv, d, t, panels_of(s));
-    multiply(t, padded, d, {query, call_.ld_qkv, 1}, keys, kZero, s.scores, ld);
+    const Right<T> keys = pack_transposed(key, call_.ld_qkv, d, t, panels_of(s));
+    multiply(queries.count, padded, d, {queries.vectors, queries.ld, 1}, keys, kZero, s.scores, ld);
     if (n_.relative)
-      add_relative_bias(layer_.relative_bias, n_.heads, head, t, attention_scale(), s.scores, ld, s.distances);
-    for (int i = 0; i < t; ++i) softmax(s.scores + i * ld, t, attention_scale());
+      add_relative_bias(relative_bias(head, t), queries.positions, queries.count, s.scores, ld, s.distances);
+    for (int i = 0; i < queries.count; ++i) softmax(s.scores + i * ld, t, attention_scale());
     return ld;
+  }
+
+  RelativeBias relative_bias(int head, int t) const {
+    return {layer_.relative_bias, n_.heads, head, t, attention_scale()};
   }
 
   float attention_scale() const { return 1 / std::sqrt((float)n_.head_size()); }
 
   void attention_forward(int row, int head, const Chunk& chunk, const ChunkActivations& a, Scratch& s) const {
     const int t = call_.rows[row].length, d = n_.head_size();
-    const long local = call_.rows[row].first - chunk.first;
-    const float* query = a.qkv + local * call_.ld_qkv + head * d;
+    const float* query = a.qkv + token_in(chunk, row, 0) * call_.ld_qkv + head * d;
     const float* value = query + 2 * n_.units;
-    const long ld = attention_weights(query, head, t, s);
+    const HeadQueries queries = head_queries(row, query, s);
+    const long ld = attention_weights(queries, query + n_.units, head, t, s);
     const Dropout drop = call_.dropout(l_, 0);
-    for (int i = 0; i < t; ++i)
-      drop.apply(s.scores + i * ld, t, call_.weight_element(row, head, i), s.scores + i * ld);
-    multiply(t, d, t, {s.scores, ld, 1}, right_side(value, call_.ld_qkv, t, d, panels_of(s)), kZero,
-             a.context + local * call_.ld + head * d, call_.ld);
+    for (int i = 0; i < queries.count; ++i)
+      drop.apply(s.scores + i * ld, t, call_.weight_element(row, head, queries.positions[i]), s.scores + i * ld);
+    multiply(queries.count, d, t, {s.scores, ld, 1}, right_side(value, call_.ld_qkv, t, d, panels_of(s)), kZero,
+             a.context + query_in(chunk, row) * call_.ld + head * d, call_.ld);
   }
+
+  // The number of a row's first query in its chunk.
+  long query_in(const Chunk& chunk, int row) const { return queries_.rows[row].first - chunk.first_query; }
 
   // The gradients of query, key and value, into s.qkv, from those of the context, in s.after.
   void attention_backward(int row, int head, const Chunk& chunk, const ChunkActivations& a, LayerGradients& sums,
                           Scratch& s) const {
     const int t = call_.rows[row].length, d = n_.head_size(), padded = panels(t) * kCols;
-    const long local = call_.rows[row].first - chunk.first, ld_qkv = call_.ld_qkv;
+    const long local = token_in(chunk, row, 0), ld_qkv = call_.ld_qkv;
     const float* query = a.qkv + local * ld_qkv + head * d;
-    const long ld = attention_weights(query, head, t, s);
     const float* key = query + n_.units;
     const float* value = key + n_.units;
-    const float* gradient = s.after + local * call_.ld + head * d;
+    const HeadQueries queries = head_queries(row, query, s);
+    const int count = queries.count;
+    const long ld = attention_weights(queries, key, head, t, s);
+    const float* gradient = s.after + query_in(chunk, row) * call_.ld + head * d;
     float* d_query = s.qkv + local * ld_qkv + head * d;
     const Dropout drop = call_.dropout(l_, 0);
-    for (int i = 0; i < t; ++i)
-      drop.apply(s.scores + i * ld, t, call_.weight_element(row, head, i), s.dropped + i * ld);
-    multiply(t, d, t, {s.dropped, 1, ld}, right_side(gradient, call_.ld, t, d, panels_of(s)), kZero,
+    auto first_weight = [&](int i) { return call_.weight_element(row, head, queries.positions[i]); };
+    for (int i = 0; i < count; ++i) drop.apply(s.scores + i * ld, t, first_weight(i), s.dropped + i * ld);
+    multiply(t, d, count, {s.dropped, 1, ld}, right_side(gradient, call_.ld, count, d, panels_of(s)), kZero,
              d_query + 2 * n_.units, ld_qkv);
     const Right<T> values = pack_transposed(value, ld_qkv, d, t, panels_of(s));
-    multiply(t, padded, d, {gradient, call_.ld, 1}, values, kZero, s.d_scores, ld);
-    for (int i = 0; i < t; ++i) {
+    multiply(count, padded, d, {gradient, call_.ld, 1}, values, kZero, s.d_scores, ld);
+    for (int i = 0; i < count; ++i) {
       float* row_gradient = s.d_scores + i * ld;
-      drop.apply(row_gradient, t, call_.weight_element(row, head, i), row_gradient);
+      drop.apply(row_gradient, t, first_weight(i), row_gradient);
       softmax_backward(s.scores + i * ld, t, attention_scale(), row_gradient);
     }
     if (n_.relative)
-      relative_bias_backward(s.d_scores, ld, n_.heads, head, t, attention_scale(), sums.relative_bias, s.distances);
-    multiply(t, d, t, {s.d_scores, ld, 1}, right_side(key, ld_qkv, t, d, panels_of(s)), kZero, d_query, ld_qkv);
-    multiply(t, d, t, {s.d_scores, 1, ld}, right_side(query, ld_qkv, t, d, panels_of(s)), kZero,
+      relative_bias_backward(relative_bias(head, t), queries.positions, count, s.d_scores, ld, sums.relative_bias,
+                             s.distances);
+    multiply(t, d, count, {s.d_scores, 1, ld}, right_side(queries.vectors, queries.ld, count, d, panels_of(s)), kZero,
              d_query + n_.units, ld_qkv);
+    const Right<T> keys = right_side(key, ld_qkv, t, d, panels_of(s));
+    if (queries_.all) {
+      multiply(t, d, t, {s.d_scores, ld, 1}, keys, kZero, d_query, ld_qkv);
+      return;
+    }
+    multiply(count, d, t, {s.d_scores, ld, 1}, keys, kZero, s.queries, stride(d));
+    for (int i = 0; i < t; ++i) std::fill_n(d_query + i * ld_qkv, d, 0.f);
+    for (int i = 0; i < count; ++i)
+      std::copy_n(s.queries + i * stride(d), d, d_query + queries.positions[i] * ld_qkv);
   }
 
   // The gradient of the feed-forward network's input, into s.after.
   void feed_forward_backward(const Chunk& chunk, const PackedLayer<T>& weights, const float* gradient,
                              LayerGradients& sums, const ChunkActivations& a, Scratch& s) const {
-    const int c = n_.units, f = n_.ffn_units, tokens = chunk.tokens;
+    const int c = n_.units, f = n_.ffn_units, count = chunk.queries;
     const long ld = call_.ld, ld_ffn = call_.ld_ffn;
-    call_.drop_rows(chunk, call_.dropout(l_, 2), gradient, s.after);
-    for (int i = 0; i < tokens; ++i) activate(n_.activation, a.hidden + i * ld_ffn, f, s.wide + i * ld_ffn);
-    add_weight_gradient(tokens, c, f, s.after, ld, s.wide, ld_ffn, sums.start(), sums.project, sums.project_bias,
+    call_.drop_rows(queries_, chunk, call_.dropout(l_, 2), gradient, s.after);
+    for (int i = 0; i < count; ++i) activate(n_.activation, a.hidden + i * ld_ffn, f, s.wide + i * ld_ffn);
+    add_weight_gradient(count, c, f, s.after, ld, s.wide, ld_ffn, sums.start(), sums.project, sums.project_bias,
                         panels_of(s));
-    multiply(tokens, f, c, {s.after, ld, 1}, weights.project, kZero, s.wide, ld_ffn);
-    for (int i = 0; i < tokens; ++i) activate_backward(n_.activation, a.hidden + i * ld_ffn, f, s.wide + i * ld_ffn);
+    multiply(count, f, c, {s.after, ld, 1}, weights.project, kZero, s.wide, ld_ffn);
+    for (int i = 0; i < count; ++i) activate_backward(n_.activation, a.hidden + i * ld_ffn, f, s.wide + i * ld_ffn);
     normalize_middle(chunk, a, s.input);
-    add_weight_gradient(tokens, f, c, s.wide, ld_ffn, s.input, ld, sums.start(), sums.expand, sums.expand_bias,
+    add_weight_gradient(count, f, c, s.wide, ld_ffn, s.input, ld, sums.start(), sums.expand, sums.expand_bias,
                         panels_of(s));
-    multiply(tokens, c, f, {s.wide, ld_ffn, 1}, weights.expand, kZero, s.after, ld);
+    multiply(count, c, f, {s.wide, ld_ffn, 1}, weights.expand, kZero, s.after, ld);
   }
 
   // The gradient of self-attention's input, into s.after.
   void self_attention_backward(const Chunk& chunk, const PackedLayer<T>& weights, const float* gradient,
                                LayerGradients& sums, const ChunkActivations& a, Scratch& s) const {
-    const int c = n_.units, tokens = chunk.tokens;
+    const int c = n_.units, tokens = chunk.tokens, count = chunk.queries;
     const long ld = call_.ld, ld_qkv = call_.ld_qkv;
-    call_.drop_rows(chunk, call_.dropout(l_, 1), gradient, s.gradient);
-    add_weight_gradient(tokens, c, c, s.gradient, ld, a.context, ld, sums.start(), sums.output, sums.output_bias,
+    call_.drop_rows(queries_, chunk, call_.dropout(l_, 1), gradient, s.gradient);
+    add_weight_gradient(count, c, c, s.gradient, ld, a.context, ld, sums.start(), sums.output, sums.output_bias,
                         panels_of(s));
-    multiply(tokens, c, c, {s.gradient, ld, 1}, weights.output, kZero, s.after, ld);
+    multiply(count, c, c, {s.gradient, ld, 1}, weights.output, kZero, s.after, ld);
     for (int row = chunk.first_row; row < chunk.last_row; ++row)
       for (int head = 0; head < n_.heads; ++head) attention_backward(row, head, chunk, a, sums, s);
     const float* input = normalized_input(chunk, s.input);
@@ -406,10 +485,10 @@ class EncoderLayer {
   // From the gradient of a sub-layer's input, in s.after, through the norm to that of the values x before it. The
   // residual goes around the sub-layer alone (post) or around the norm, too (pre). `gradient` is the residual's
   // and becomes the result.
-  void sub_layer_input_backward(const Chunk& chunk, Stream x, const Norm* norm, float* gradient, float* gamma,
-                                float* beta, Scratch& s) const {
+  void sub_layer_input_backward(int count, Stream x, const Norm* norm, float* gradient, float* gamma, float* beta,
+                                Scratch& s) const {
     const int c = n_.units;
-    for (int i = 0; i < chunk.tokens; ++i) {
+    for (int i = 0; i < count; ++i) {
       const long at = i * call_.ld;
       float* d_input = s.after + at;
       if (!n_.pre) add(gradient + at, c, d_input);
@@ -429,6 +508,7 @@ class EncoderLayer {
   }
 
   const Call& call_;
+  const Queries& queries_;
   const Network& n_;
   const Layer& layer_;
   int l_;

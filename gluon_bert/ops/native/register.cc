@@ -1,7 +1,7 @@
 // Registers the operators with MXNet: their inputs, their shapes, and the classes that compute them.
 //
-// gluon_bert_encoder: tokens (B, T), token_types (B, T), valid_length (B,), key (2,), then the encoder's parameters in
-// the order of Network -> (B, T, C). gluon_bert_masked_loss: encoded (B, T, C), masked positions
+// gluon_bert_encoder: tokens (B, T), token_types (B, T), valid_length (B,), key (2,), output positions (2, N), then the
+// encoder's parameters in the order of Network -> (B, T, C). Without the attribute `select` all positions are outputs. gluon_bert_masked_loss: encoded (B, T, C), masked positions
 // (2, M), masked ids (M,), then the head's six parameters -> the sum of the losses (1,), num_correct (1,).
 // gluon_bert_adam: weight, gradient, mean, variance, of one shape, and the gradient's factor (1,) -> whether the step
 // was taken (1,); it changes weight, mean and variance. gluon_bert_muon: weight, gradient and momentum of each of
@@ -78,7 +78,7 @@ MXReturnValue catch_errors(Work work) {
   }
 }
 
-constexpr int kEncoderInputs = 4;
+constexpr int kEncoderInputs = 5;
 
 int layer_parameters(const Attributes& a) { return 16 + whole(a, "relative"); }
 
@@ -152,6 +152,8 @@ class EncoderState : public CustomStatefulOp {
     in.rows = (int)tokens.shape.at(0), in.columns = (int)tokens.shape.at(1);
     const float* key = next.next();  // two numbers from 0 up to 1, of 24 bits each
     in.key = (uint64_t)(key[0] * (1 << 24)) << 24 | (uint64_t)(key[1] * (1 << 24));
+    in.output_positions = whole(a_, "select") ? next.next() : nullptr;
+    in.num_outputs = (int)arrays->at(first + kEncoderInputs - 1).shape.at(1);
     return in;
   }
 
