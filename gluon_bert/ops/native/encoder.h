@@ -55,7 +55,7 @@ class Encoder {
   void rebind(const Network& network, const Inputs& inputs) {
     call_.net = network, call_.in = inputs;
     call_.ld = stride(network.units), call_.ld_ffn = stride(network.ffn_units);
-    call_.ld_qkv = stride(3 * network.units);
+    call_.ld_kv = stride(2 * network.units);
   }
 
   // encoded (B, T, C): the vectors, and zeros on padding and where the caller reads none.

@@ -92,7 +92,7 @@ struct Call {
   Network net;
   Inputs in;
   std::vector<Row> rows;
-  long ld = 0, ld_ffn = 0, ld_qkv = 0;  // of vectors of C, F and 3 C numbers
+  long ld = 0, ld_ffn = 0, ld_kv = 0;  // of vectors of C, F and 2 C numbers
 
   // Places of dropout: 0 is on the embeddings; then each layer has three, the attention weights first.
   Dropout dropout(int place) const { return {net.dropout, in.key, (uint64_t)place}; }
@@ -116,12 +116,12 @@ struct Call {
 // A layer's weights in panels, for x * weight^T or, backward, for gradient * weight.
 template <class T>
 struct PackedLayer {
-  Right<T> qkv, output, expand, project;
-  const float* qkv_bias;  // (3 C,)
+  Right<T> query, key_value, output, expand, project;
+  const float* key_value_bias;  // (2 C,)
 
   // The elements that `pack` fills, forward or backward.
   static size_t size(int c, int f) {
-    return 3 * c + std::max(packed_size<T>(3 * c, c), packed_size<T>(c, 3 * c)) + packed_size<T>(c, c) +
+    return 2 * c + std::max(packed_size<T>(2 * c, c), packed_size<T>(c, 2 * c)) + 2 * packed_size<T>(c, c) +
            2 * std::max(packed_size<T>(f, c), packed_size<T>(c, f));
   }
 
@@ -142,17 +142,15 @@ struct PackedLayer {
       out += packed_size<T>(columns, depth);
       return packed;
     };
-    // Query, key and value are one matrix (3 C, C), and one bias.
+    // Key and value are one matrix (2 C, C), and one bias.
     float* bias = reinterpret_cast<float*>(out);
-    out += 3 * c;
-    if (mine()) {
-      const float* biases[] = {layer.query.bias, layer.key.bias, layer.value.bias};
-      for (int i = 0; i < 3; ++i) std::copy_n(biases[i], c, bias + i * c);
-    }
-    const float* three[] = {layer.query.weight, layer.key.weight, layer.value.weight};
+    out += 2 * c;
+    if (mine()) std::copy_n(layer.value.bias, c, std::copy_n(layer.key.bias, c, bias));
     PackedLayer packed;
-    packed.qkv_bias = bias;
-    packed.qkv = pack_one([&](int i) { return three[i / c] + i % c * (long)c; }, 3 * c, c);
+    packed.key_value_bias = bias;
+    packed.key_value = pack_one(
+        [&](int i) { return (i < c ? layer.key : layer.value).weight + i % c * (long)c; }, 2 * c, c);
+    packed.query = pack_one(rows_of(layer.query.weight, c), c, c);
     packed.output = pack_one(rows_of(layer.output.weight, c), c, c);
     packed.expand = pack_one(rows_of(layer.expand.weight, c), f, c);
     packed.project = pack_one(rows_of(layer.project.weight, f), c, f);
@@ -166,15 +164,16 @@ struct Stream {
   Statistics* statistics;
 };
 
-// A layer's inner values. A vector per token: query, key and value. A vector per query: attention's result; the sum
-// after attention; the hidden layer before its activation.
+// A layer's inner values. A vector per token: key and value. A vector per query: the query; attention's result; the
+// sum after attention; the hidden layer before its activation.
 struct Activations {
-  PooledBuffer qkv, context, middle, hidden;
+  PooledBuffer key_value, query, context, middle, hidden;
   std::vector<Statistics> middle_statistics;
 
   Activations() = default;
   Activations(long tokens, long queries, const Call& call)
-      : qkv(tokens * call.ld_qkv),
+      : key_value(tokens * call.ld_kv),
+        query(queries * call.ld),
         context(queries * call.ld),
         middle(queries * call.ld),
         hidden(queries * call.ld_ffn),
@@ -183,21 +182,22 @@ struct Activations {
 
 // Those of a chunk.
 struct ChunkActivations {
-  float *qkv, *context, *middle, *hidden;
+  float *key_value, *query, *context, *middle, *hidden;
   Statistics* middle_statistics;
 
-  // The chunk's first token is token number `first` of all, and its first query is query number `query`.
-  ChunkActivations(Activations& all, long first, long query, const Call& call)
-      : qkv(all.qkv + first * call.ld_qkv),
-        context(all.context + query * call.ld),
-        middle(all.middle + query * call.ld),
-        hidden(all.hidden + query * call.ld_ffn),
-        middle_statistics(all.middle_statistics.data() + query) {}
+  // The chunk's first token is token number `first` of all, and its first query is query number `first_query`.
+  ChunkActivations(Activations& all, long first, long first_query, const Call& call)
+      : key_value(all.key_value + first * call.ld_kv),
+        query(all.query + first_query * call.ld),
+        context(all.context + first_query * call.ld),
+        middle(all.middle + first_query * call.ld),
+        hidden(all.hidden + first_query * call.ld_ffn),
+        middle_statistics(all.middle_statistics.data() + first_query) {}
 };
 
 // A thread's working memory for a chunk.
 struct Scratch {
-  PooledBuffer input, after, gradient, wide, qkv, scores, dropped, d_scores, panels, distances, queries;
+  PooledBuffer input, after, gradient, wide, d_query, d_key_value, scores, dropped, d_scores, panels, distances;
   Activations activations;  // if not all layers' are kept
 
   Scratch() = default;
@@ -207,10 +207,10 @@ struct Scratch {
     scores = PooledBuffer(matrix);
     panels = PooledBuffer(panel_elements);
     distances = PooledBuffer(2 * longest);
-    queries = PooledBuffer(longest * stride(call.net.head_size()));
     if (!backward) return;
     wide = PooledBuffer(tokens * call.ld_ffn);
-    qkv = PooledBuffer(tokens * call.ld_qkv);
+    d_query = PooledBuffer(tokens * call.ld);
+    d_key_value = PooledBuffer(tokens * call.ld_kv);
     for (PooledBuffer* one : {&dropped, &d_scores}) *one = PooledBuffer(matrix);
   }
 };
@@ -265,8 +265,10 @@ class EncoderLayer {
                                                      const ChunkActivations& a, Scratch& s) const {
     const int c = n_.units, f = n_.ffn_units;
     const float* input = normalized_input(chunk, s.input);
-    multiply(chunk.tokens, 3 * c, c, {input, call_.ld, 1}, weights.qkv, with_bias(weights.qkv_bias), a.qkv,
-             call_.ld_qkv);
+    multiply(chunk.tokens, 2 * c, c, {input, call_.ld, 1}, weights.key_value, with_bias(weights.key_value_bias),
+             a.key_value, call_.ld_kv);
+    multiply(chunk.queries, c, c, {vectors_of_queries(chunk, input, s.after), call_.ld, 1}, weights.query,
+             with_bias(layer_.query.bias), a.query, call_.ld);
     for (int row = chunk.first_row; row < chunk.last_row; ++row)
       for (int head = 0; head < n_.heads; ++head) attention_forward(row, head, chunk, a, s);
     multiply(chunk.queries, c, c, {a.context, call_.ld, 1}, weights.output, with_bias(layer_.output.bias), s.after,
@@ -337,6 +339,9 @@ class EncoderLayer {
     return call_.rows[row].first - chunk.first + position;
   }
 
+  // The number of a row's first query in its chunk.
+  long query_in(const Chunk& chunk, int row) const { return queries_.rows[row].first - chunk.first_query; }
+
   // The feed-forward network's input.
   void normalize_middle(const Chunk& chunk, const ChunkActivations& a, float* out) const {
     for (int i = 0; i < chunk.queries; ++i)
@@ -354,98 +359,80 @@ class EncoderLayer {
     });
   }
 
-  // A row's queries for one head: their vectors, ld apart, and their positions in the row.
-  struct HeadQueries {
-    const float* vectors;
-    long ld;
-    int count;
+  // One head of a row: its keys, values and queries, and the queries' positions in the row.
+  struct Head {
+    int number, row, length, queries;
+    const float *key, *value, *query;
     const int* positions;
   };
 
-  // vectors: of all tokens of the row. Those of the queries are used in place, or copied to s.queries.
-  HeadQueries head_queries(int row, const float* vectors, Scratch& s) const {
-    const Row found = queries_.rows[row];
-    const int* positions = queries_.positions.data() + found.first;
-    if (queries_.all) return {vectors, call_.ld_qkv, found.length, positions};
-    const int d = n_.head_size();
-    for (int i = 0; i < found.length; ++i)
-      std::copy_n(vectors + positions[i] * call_.ld_qkv, d, s.queries + i * stride(d));
-    return {s.queries, stride(d), found.length, positions};
+  Head head_of(int number, int row, const Chunk& chunk, const ChunkActivations& a) const {
+    const Row queries = queries_.rows[row];
+    const long column = number * n_.head_size();
+    const float* key = a.key_value + token_in(chunk, row, 0) * call_.ld_kv + column;
+    const float* query = a.query + query_in(chunk, row) * call_.ld + column;
+    return {number, row, call_.rows[row].length, queries.length, key, key + n_.units, query,
+            queries_.positions.data() + queries.first};
   }
 
-  // The attention weights of a row's head, (queries, t), without dropout. Returns their stride.
-  long attention_weights(const HeadQueries& queries, const float* key, int head, int t, Scratch& s) const {
-    const int d = n_.head_size(), padded = panels(t) * kCols;
+  // The attention weights of a head, (queries, length), without dropout. Returns their stride.
+  long attention_weights(const Head& head, Scratch& s) const {
+    const int d = n_.head_size(), padded = panels(head.length) * kCols;
     const long ld = stride(padded);
-    const Right<T> keys = pack_transposed(key, call_.ld_qkv, d, t, panels_of(s));
-    multiply(queries.count, padded, d, {queries.vectors, queries.ld, 1}, keys, kZero, s.scores, ld);
-    if (n_.relative)
-      add_relative_bias(relative_bias(head, t), queries.positions, queries.count, s.scores, ld, s.distances);
-    for (int i = 0; i < queries.count; ++i) softmax(s.scores + i * ld, t, attention_scale());
+    const Right<T> keys = pack_transposed(head.key, call_.ld_kv, d, head.length, panels_of(s));
+    multiply(head.queries, padded, d, {head.query, call_.ld, 1}, keys, kZero, s.scores, ld);
+    if (n_.relative) add_relative_bias(relative_bias(head), head.positions, head.queries, s.scores, ld, s.distances);
+    for (int i = 0; i < head.queries; ++i) softmax(s.scores + i * ld, head.length, attention_scale());
     return ld;
   }
 
-  RelativeBias relative_bias(int head, int t) const {
-    return {layer_.relative_bias, n_.heads, head, t, attention_scale()};
+  RelativeBias relative_bias(const Head& head) const {
+    return {layer_.relative_bias, n_.heads, head.number, head.length, attention_scale()};
   }
 
   float attention_scale() const { return 1 / std::sqrt((float)n_.head_size()); }
 
-  void attention_forward(int row, int head, const Chunk& chunk, const ChunkActivations& a, Scratch& s) const {
-    const int t = call_.rows[row].length, d = n_.head_size();
-    const float* query = a.qkv + token_in(chunk, row, 0) * call_.ld_qkv + head * d;
-    const float* value = query + 2 * n_.units;
-    const HeadQueries queries = head_queries(row, query, s);
-    const long ld = attention_weights(queries, query + n_.units, head, t, s);
+  // out = x after dropout, attention weights of a head.
+  void drop_weights(const Head& head, const float* x, long ld, float* out) const {
     const Dropout drop = call_.dropout(l_, 0);
-    for (int i = 0; i < queries.count; ++i)
-      drop.apply(s.scores + i * ld, t, call_.weight_element(row, head, queries.positions[i]), s.scores + i * ld);
-    multiply(queries.count, d, t, {s.scores, ld, 1}, right_side(value, call_.ld_qkv, t, d, panels_of(s)), kZero,
-             a.context + query_in(chunk, row) * call_.ld + head * d, call_.ld);
+    for (int i = 0; i < head.queries; ++i)
+      drop.apply(x + i * ld, head.length, call_.weight_element(head.row, head.number, head.positions[i]), out + i * ld);
   }
 
-  // The number of a row's first query in its chunk.
-  long query_in(const Chunk& chunk, int row) const { return queries_.rows[row].first - chunk.first_query; }
+  void attention_forward(int row, int number, const Chunk& chunk, const ChunkActivations& a, Scratch& s) const {
+    const int d = n_.head_size();
+    const Head head = head_of(number, row, chunk, a);
+    const long ld = attention_weights(head, s);
+    drop_weights(head, s.scores, ld, s.scores);
+    const Right<T> values = right_side(head.value, call_.ld_kv, head.length, d, panels_of(s));
+    multiply(head.queries, d, head.length, {s.scores, ld, 1}, values, kZero,
+             a.context + query_in(chunk, row) * call_.ld + number * d, call_.ld);
+  }
 
-  // The gradients of query, key and value, into s.qkv, from those of the context, in s.after.
-  void attention_backward(int row, int head, const Chunk& chunk, const ChunkActivations& a, LayerGradients& sums,
+  // The gradients of query, key and value, into s.d_query and s.d_key_value, from those of the context, in s.after.
+  void attention_backward(int row, int number, const Chunk& chunk, const ChunkActivations& a, LayerGradients& sums,
                           Scratch& s) const {
-    const int t = call_.rows[row].length, d = n_.head_size(), padded = panels(t) * kCols;
-    const long local = token_in(chunk, row, 0), ld_qkv = call_.ld_qkv;
-    const float* query = a.qkv + local * ld_qkv + head * d;
-    const float* key = query + n_.units;
-    const float* value = key + n_.units;
-    const HeadQueries queries = head_queries(row, query, s);
-    const int count = queries.count;
-    const long ld = attention_weights(queries, key, head, t, s);
-    const float* gradient = s.after + query_in(chunk, row) * call_.ld + head * d;
-    float* d_query = s.qkv + local * ld_qkv + head * d;
-    const Dropout drop = call_.dropout(l_, 0);
-    auto first_weight = [&](int i) { return call_.weight_element(row, head, queries.positions[i]); };
-    for (int i = 0; i < count; ++i) drop.apply(s.scores + i * ld, t, first_weight(i), s.dropped + i * ld);
-    multiply(t, d, count, {s.dropped, 1, ld}, right_side(gradient, call_.ld, count, d, panels_of(s)), kZero,
-             d_query + 2 * n_.units, ld_qkv);
-    const Right<T> values = pack_transposed(value, ld_qkv, d, t, panels_of(s));
-    multiply(count, padded, d, {gradient, call_.ld, 1}, values, kZero, s.d_scores, ld);
-    for (int i = 0; i < count; ++i) {
-      float* row_gradient = s.d_scores + i * ld;
-      drop.apply(row_gradient, t, first_weight(i), row_gradient);
-      softmax_backward(s.scores + i * ld, t, attention_scale(), row_gradient);
-    }
+    const int d = n_.head_size(), padded = panels(call_.rows[row].length) * kCols;
+    const Head head = head_of(number, row, chunk, a);
+    const int t = head.length, count = head.queries;
+    const long ld_kv = call_.ld_kv, ld_query = call_.ld, at_query = query_in(chunk, row) * ld_query + number * d;
+    const float* gradient = s.after + at_query;
+    float* d_key = s.d_key_value + token_in(chunk, row, 0) * ld_kv + number * d;
+    const long ld = attention_weights(head, s);
+    drop_weights(head, s.scores, ld, s.dropped);
+    multiply(t, d, count, {s.dropped, 1, ld}, right_side(gradient, ld_query, count, d, panels_of(s)), kZero,
+             d_key + n_.units, ld_kv);
+    const Right<T> values = pack_transposed(head.value, ld_kv, d, t, panels_of(s));
+    multiply(count, padded, d, {gradient, ld_query, 1}, values, kZero, s.d_scores, ld);
+    drop_weights(head, s.d_scores, ld, s.d_scores);
+    for (int i = 0; i < count; ++i) softmax_backward(s.scores + i * ld, t, attention_scale(), s.d_scores + i * ld);
     if (n_.relative)
-      relative_bias_backward(relative_bias(head, t), queries.positions, count, s.d_scores, ld, sums.relative_bias,
+      relative_bias_backward(relative_bias(head), head.positions, count, s.d_scores, ld, sums.relative_bias,
                              s.distances);
-    multiply(t, d, count, {s.d_scores, 1, ld}, right_side(queries.vectors, queries.ld, count, d, panels_of(s)), kZero,
-             d_query + n_.units, ld_qkv);
-    const Right<T> keys = right_side(key, ld_qkv, t, d, panels_of(s));
-    if (queries_.all) {
-      multiply(t, d, t, {s.d_scores, ld, 1}, keys, kZero, d_query, ld_qkv);
-      return;
-    }
-    multiply(count, d, t, {s.d_scores, ld, 1}, keys, kZero, s.queries, stride(d));
-    for (int i = 0; i < t; ++i) std::fill_n(d_query + i * ld_qkv, d, 0.f);
-    for (int i = 0; i < count; ++i)
-      std::copy_n(s.queries + i * stride(d), d, d_query + queries.positions[i] * ld_qkv);
+    multiply(count, d, t, {s.d_scores, ld, 1}, right_side(head.key, ld_kv, t, d, panels_of(s)), kZero,
+             s.d_query + at_query, ld_query);
+    multiply(t, d, count, {s.d_scores, 1, ld}, right_side(head.query, ld_query, count, d, panels_of(s)), kZero, d_key,
+             ld_kv);
   }
 
   // The gradient of the feed-forward network's input, into s.after.
@@ -468,8 +455,8 @@ class EncoderLayer {
   // The gradient of self-attention's input, into s.after.
   void self_attention_backward(const Chunk& chunk, const PackedLayer<T>& weights, const float* gradient,
                                LayerGradients& sums, const ChunkActivations& a, Scratch& s) const {
-    const int c = n_.units, tokens = chunk.tokens, count = chunk.queries;
-    const long ld = call_.ld, ld_qkv = call_.ld_qkv;
+    const int c = n_.units, count = chunk.queries;
+    const long ld = call_.ld, ld_kv = call_.ld_kv;
     call_.drop_rows(queries_, chunk, call_.dropout(l_, 1), gradient, s.gradient);
     add_weight_gradient(count, c, c, s.gradient, ld, a.context, ld, sums.start(), sums.output, sums.output_bias,
                         panels_of(s));
@@ -477,9 +464,16 @@ class EncoderLayer {
     for (int row = chunk.first_row; row < chunk.last_row; ++row)
       for (int head = 0; head < n_.heads; ++head) attention_backward(row, head, chunk, a, sums, s);
     const float* input = normalized_input(chunk, s.input);
-    add_weight_gradient(tokens, 3 * c, c, s.qkv, ld_qkv, input, ld, sums.start(), sums.qkv, sums.qkv_bias,
-                        panels_of(s));
-    multiply(tokens, c, 3 * c, {s.qkv, ld_qkv, 1}, weights.qkv, kZero, s.after, ld);
+    add_weight_gradient(count, c, c, s.d_query, ld, vectors_of_queries(chunk, input, s.gradient), ld, sums.start(),
+                        sums.qkv, sums.qkv_bias, panels_of(s));
+    add_weight_gradient(chunk.tokens, 2 * c, c, s.d_key_value, ld_kv, input, ld, sums.start(), sums.qkv + c * ld,
+                        sums.qkv_bias + c, panels_of(s));
+    multiply(chunk.tokens, c, 2 * c, {s.d_key_value, ld_kv, 1}, weights.key_value, kZero, s.after, ld);
+    if (queries_.all) return multiply(count, c, c, {s.d_query, ld, 1}, weights.query, kAdd, s.after, ld);
+    multiply(count, c, c, {s.d_query, ld, 1}, weights.query, kZero, s.gradient, ld);
+    queries_.each(chunk, [&](long i, int row, int position) {
+      add(s.gradient + i * ld, c, s.after + token_in(chunk, row, position) * ld);
+    });
   }
 
   // From the gradient of a sub-layer's input, in s.after, through the norm to that of the values x before it. The
