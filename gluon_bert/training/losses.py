@@ -96,7 +96,9 @@ def mlm_and_sentence_order(net: Any, shard: DeviceBatch) -> ShardLoss:
 
 def task_loss(net: Any, shard: DeviceBatch) -> ShardLoss:
     """Return the loss of a fine-tuned network (`BERTForTask`) on one shard, by the kind of its task."""
-    scores = net.scores(net.encoder(shard.tokens, shard.token_types, shard.valid_length))
+    inputs = (shard.tokens, shard.token_types, shard.valid_length)
+    encoded = net.encoder(*inputs) if net.task.scores_tokens else net.encoder(*inputs, _cls_positions(shard))
+    scores = net.scores(encoded)
     return ShardLoss.of({"task": _TASK_LOSSES[net.task.kind](net, scores, shard)})
 
 
@@ -167,15 +169,20 @@ def _masked_lm_and_pairs(net: Any, shard: DeviceBatch, name: str) -> ShardLoss:
 
 
 def encode_for_heads(net: Any, shard: DeviceBatch) -> Any:
-    """Encode a shard, (B, T, C). Only the vectors of <cls> and of the masked tokens mean anything.
+    """Encode a shard for the heads of pretraining, (B, T, C).
 
-    This saves the last layer most of its work.
+    Only the vectors of <cls> and of the masked tokens mean anything. That saves most of the last layer.
     """
-    rows = mx.nd.arange(len(shard.tokens), ctx=shard.tokens.context)
-    read = mx.nd.stack(rows, mx.nd.zeros_like(rows))
+    read = _cls_positions(shard)
     if len(shard.masked_ids):
         read = mx.nd.concat(read, shard.masked_positions, dim=1)
     return net.encoder(shard.tokens, shard.token_types, shard.valid_length, read)
+
+
+def _cls_positions(shard: DeviceBatch) -> Any:
+    """Return the first position of each row, (2, B), rows above columns."""
+    rows = mx.nd.arange(len(shard.tokens), ctx=shard.tokens.context)
+    return mx.nd.stack(rows, mx.nd.zeros_like(rows))
 
 
 def masked_lm(net: Any, encoded: Any, shard: DeviceBatch) -> LossSum:

@@ -116,7 +116,13 @@ def estimate_resources(work: Workload, compiled: bool) -> ResourceEstimate:
     return ResourceEstimate(
         parameters,
         num_masked * train.batch_size,
-        flops_per_pair(config.model, work.vocab_size, config.data.max_seq_length, num_masked),
+        flops_per_pair(
+            config.model,
+            work.vocab_size,
+            config.data.max_seq_length,
+            num_masked,
+            num_outputs(num_masked, compiled, task),
+        ),
         micro_batch_size,
         float(FLOAT * parameters * copies),
         FRAGMENTS * FLOAT * floats * work.num_devices,
@@ -186,12 +192,30 @@ def max_masked(config: Config, task: Task | None = None) -> int:
     return min(max(1, count), words)
 
 
-def flops_per_pair(model: ModelConfig, vocab_size: int, length: int, num_masked: int) -> float:
-    """Return the FLOPs of the matrix products for a pair: forward, and twice as many backward."""
+def flops_per_pair(
+    model: ModelConfig, vocab_size: int, length: int, num_masked: int, num_outputs: int | None = None
+) -> float:
+    """Return the FLOPs of the matrix products for a pair: forward, and twice as many backward.
+
+    num_outputs: the vectors that the last layer computes (default: all).
+    """
     c, f = model.units, model.ffn_units
-    layer = length * (2 * (4 * c * c + 2 * c * f) + 4 * length * c)
+
+    def layer(queries: int) -> int:
+        of_token, of_query = 4 * c * c, 4 * c * c + 4 * c * f + 4 * length * c
+        return length * of_token + queries * of_query
+
+    layers = (model.num_layers - 1) * layer(length) + layer(length if num_outputs is None else num_outputs)
     heads = num_masked * 2 * (c * c + c * vocab_size) + 2 * c * c
-    return 3.0 * (model.num_layers * layer + heads)
+    return 3.0 * (layers + heads)
+
+
+def num_outputs(num_masked: int, compiled: bool, task: Task | None = None) -> int | None:
+    """Return how many vectors of a pair the last layer computes in training; None: all.
+
+    The compiled operators compute those that the heads read: of <cls> and of the masked tokens.
+    """
+    return None if not compiled or (task and task.scores_tokens) else num_masked + 1
 
 
 @dataclass(frozen=True)
@@ -199,6 +223,7 @@ class ActivationSizes:
     """The sizes of a micro-batch on one context.
 
     words: vocabulary size. tokens: tokens in all rows. length: tokens per row. num_masked: masked tokens.
+    num_outputs: the vectors that the compiled operators compute in the last layer.
     """
 
     model: ModelConfig
@@ -206,6 +231,7 @@ class ActivationSizes:
     tokens: int
     length: int
     num_masked: int
+    num_outputs: int
 
 
 def largest_shard(work: Workload) -> tuple[int, ActivationSizes]:
@@ -214,19 +240,26 @@ def largest_shard(work: Workload) -> tuple[int, ActivationSizes]:
     share = -(-config.train.batch_size // work.num_workers)
     micro_batch_size = min(config.train.micro_batch or share, share)
     rows, length = -(-micro_batch_size // work.num_devices), config.data.max_seq_length
-    num_masked = rows * max_masked(config, work.task)
-    return micro_batch_size, ActivationSizes(config.model, work.vocab_size, rows * length, length, num_masked)
+    num_masked = max_masked(config, work.task)
+    outputs = num_outputs(num_masked, True, work.task) or length
+    sizes = ActivationSizes(
+        config.model, work.vocab_size, rows * length, length, rows * num_masked, rows * outputs
+    )
+    return micro_batch_size, sizes
 
 
 def compiled_floats(shard: ActivationSizes, recompute: bool, accumulates: bool, num_threads: int) -> float:
     """Return the peak memory of the compiled operators in floats, from the arrays in ops/native."""
     c, f, layers = shard.model.units, shard.model.ffn_units, shard.model.num_layers
     table, matrices = shard.words * c, 4 * c * c + 2 * c * f
-    stream = (layers + 1 + shard.model.embedding_norm) * c * shard.tokens
+    stream = (layers + shard.model.embedding_norm) * c * shard.tokens + 2 * c * shard.num_outputs
     wide = c >= 256 and min(512, shard.tokens // num_threads + 1)
     chunk = max(128, shard.length, wide)
     scratch = (12 * c + 2 * f) * chunk + 3 * chunk * chunk
-    inner = 0 if recompute else layers * (5 * c + f) * shard.tokens
+    of_query = 3 * c + f
+    layer = (2 * c + of_query) * shard.tokens
+    last = 2 * c * shard.tokens + of_query * shard.num_outputs
+    inner = 0 if recompute else (layers - 1) * layer + last
     # The encoder's output, its gradients from both heads and their sum; the gradient of the stream.
     passing = 5 * c * shard.tokens
     packed = matrices * (1 + recompute) + num_threads * (matrices + scratch)

@@ -258,7 +258,7 @@ def test_finetuning_starts_from_the_encoder_with_its_loss(before):
 def loss_of(task, scores, targets):
     """The task loss of a network with these scores, as the mean over the batch."""
     net = SimpleNamespace(encoder=lambda *_: None, scores=lambda _: mx.nd.array(scores), task=task)
-    arrays = dict.fromkeys(("tokens", "token_types", "valid_length"))
+    arrays = dict.fromkeys(("tokens", "token_types", "valid_length"), mx.nd.zeros((2, 3)))
     shard = DeviceBatch({**arrays, "targets": mx.nd.array(targets)}, 2, 0, 0, 1 / 2, 0.0)
     return task_loss(net, shard).total.asscalar()
 

@@ -1,7 +1,6 @@
 """The compiled operators: equal to MXNet's own and to NumPy, chosen, built and described."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from support.compiled_operators import (
     assert_same,
     compiled,
     network,
+    run,
     step,
     tolerance_for,
 )
@@ -150,17 +150,6 @@ def assert_close(ours, theirs):
     """Sums in another order; in bfloat16 some numbers are then rounded to the other side."""
     np.testing.assert_allclose(ours[:2], theirs[:2], rtol=1e-5)
     np.testing.assert_allclose(ours[2], theirs[2], rtol=2e-4)
-
-
-def run(code, **variables):
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    return json.loads(done.stdout.decode().splitlines()[-1])
 
 
 def test_seed_repeats_dropout_on_any_number_of_threads():

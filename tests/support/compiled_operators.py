@@ -1,9 +1,14 @@
 """Networks and training steps by the compiled operators and by MXNet's own, to compare them."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from gluon_bert import ops
 from gluon_bert.config import ModelConfig
@@ -89,3 +94,15 @@ def to_bf16(x):
     """x in float64, rounded to 8 bits, ties to the even one; there are no numbers beyond float32's."""
     fraction, exponent = np.frexp(np.asarray(x, np.float64))
     return np.ldexp(np.rint(fraction * 256), exponent - 8)
+
+
+def run(code, **variables):
+    """Run a Python program with these environment variables; return what its last line has in JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(done.stdout.decode().splitlines()[-1])

@@ -20,6 +20,7 @@ from gluon_bert import checkpoint, run, system
 from gluon_bert.data.loader import load_pretraining_data
 from gluon_bert.errors import InputError
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.model.task import Task
 from gluon_bert.presets import PRESETS, preset
 from gluon_bert.system import machine_memory
 from gluon_bert.training import resources as plans
@@ -30,6 +31,7 @@ from gluon_bert.training.resources import (
     estimate_resources,
     flops_per_pair,
     max_masked,
+    num_outputs,
 )
 
 SMALL = [*SMALL_SIZES, "--batch-size", "64", "--num-steps", "2"]
@@ -63,6 +65,22 @@ def test_flops_equal_the_published():
     assert flops_per_pair(base, 30522, 128, 0) / 3 == pytest.approx(22.5e9, rel=0.02)
     decoder = flops_per_pair(base, 30522, 128, 10) - flops_per_pair(base, 30522, 128, 0)
     assert decoder == 10 * 6 * (768 * 768 + 768 * 30522)
+
+
+def test_flops_of_few_outputs_lack_the_other_queries_of_the_last_layer():
+    """Its query, output and feed-forward matrices, and both products of attention."""
+    base = preset("bert-base").model
+    whole, few = (flops_per_pair(base, 30522, 128, 0, outputs) for outputs in (None, 28))
+    of_query = 2 * (2 * 768 * 768 + 2 * 768 * 3072) + 2 * 2 * 128 * 768
+    assert whole - few == 100 * 3 * of_query
+    assert flops_per_pair(base, 30522, 128, 0, 128) == whole
+
+
+def test_num_outputs_counts_cls_and_masked_tokens_of_compiled_operators():
+    tagging, classes = (Task(kind, False, ("a", "b")) for kind in ("tagging", "classification"))
+    assert num_outputs(19, compiled=True) == 20
+    assert num_outputs(0, compiled=True, task=classes) == 1
+    assert num_outputs(19, compiled=False) is num_outputs(0, compiled=True, task=tagging) is None
 
 
 @pytest.mark.parametrize("preparation", ["bert", "d2l"])
@@ -116,6 +134,7 @@ sys.path.insert(0, "tests")
 from support import reference_bert as reference
 from gluon_bert import ops
 from gluon_bert.model.bert import BERTModel
+from gluon_bert.model.task import Task
 from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
 from gluon_bert.system import peak_memory

@@ -55,6 +55,8 @@ BASELINES = {
     "d2l": BaselineSpec("d2l_train.py", ("CORPUS",), "d2l"),
     "pytorch": BaselineSpec("pytorch_train.py", ("BATCHES", "fp32"), "pytorch"),
     "pytorch-bf16": BaselineSpec("pytorch_train.py", ("BATCHES", "bf16"), "pytorch"),
+    "pytorch-all": BaselineSpec("pytorch_train.py", ("BATCHES", "fp32", "all"), "pytorch"),
+    "pytorch-all-bf16": BaselineSpec("pytorch_train.py", ("BATCHES", "bf16", "all"), "pytorch"),
     "pytorch-compile": BaselineSpec("pytorch_train.py", ("BATCHES", "fp32", "compile"), "pytorch"),
     "pytorch-compile-bf16": BaselineSpec("pytorch_train.py", ("BATCHES", "bf16", "compile"), "pytorch"),
     "transformers": BaselineSpec("transformers_train.py", ("BATCHES", "fp32"), "transformers"),

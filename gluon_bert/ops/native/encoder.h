@@ -69,7 +69,7 @@ class Encoder {
         const PackedLayer<T> weights = pack(l, packed, true);
         const EncoderLayer<T> layer(call_, queries(l), l, stream(l), stream(l + 1));
 #pragma omp barrier
-        each_chunk(l, [&](const Chunk& chunk) {
+        each_chunk(chunks(l), [&](const Chunk& chunk) {
           Scratch& own = scratch[omp_get_thread_num()];
           const ChunkActivations activations = activations_of(l, chunk, own);
           layer.compute_activations(chunk, weights, activations, own);
@@ -108,7 +108,7 @@ class Encoder {
         const PackedLayer<T> forward_weights = recompute ? pack(l, packed_forward, true) : PackedLayer<T>();
         const EncoderLayer<T> layer(call_, queries(l), l, stream(l), stream(l + 1));
 #pragma omp barrier
-        each_chunk(l, [&](const Chunk& chunk) {
+        each_chunk(chunks(l), [&](const Chunk& chunk) {
           Scratch& room = scratch[omp_get_thread_num()];
           const ChunkActivations activations = activations_of(l, chunk, room);
           if (recompute) layer.compute_activations(chunk, forward_weights, activations, room);
@@ -150,6 +150,7 @@ class Encoder {
   }
 
   const Queries& queries(int l) const { return l == num_layers() - 1 ? outputs_ : tokens_; }
+  const std::vector<Chunk>& chunks(int l) const { return l == num_layers() - 1 ? last_chunks_ : chunks_; }
   long num_queries(int l) const { return (long)queries(l).positions.size(); }
 
   // The gradients of the gamma and beta of the norm after stream l.
@@ -224,8 +225,7 @@ class Encoder {
 
   // A thread always gets the same chunks of a layer, so that sums over threads repeat to the bit.
   template <class Work>
-  void each_chunk(int l, Work work) const {
-    const std::vector<Chunk>& chunks = l == num_layers() - 1 ? last_chunks_ : chunks_;
+  void each_chunk(const std::vector<Chunk>& chunks, Work work) const {
     const long count = (long)chunks.size(), thread = omp_get_thread_num(), threads = omp_get_num_threads();
     for (long i = count * thread / threads; i < count * (thread + 1) / threads; ++i) work(chunks[i]);
   }
@@ -294,7 +294,7 @@ class Encoder {
     {
       float* own = sums + omp_get_thread_num() * sums_size();
       std::fill_n(own, 2 * c, 0.f);
-      each_chunk(num_layers() - 1, [&](const Chunk& chunk) {
+      each_chunk(last_chunks_, [&](const Chunk& chunk) {
         outputs_.each(chunk, [&](long i, int row, int position) {
           const long output = chunk.first_query + i;
           const float* d_encoded = gradient + ((long)row * call_.in.columns + position) * c;
@@ -345,7 +345,7 @@ class Encoder {
       if (net().embedding_norm) {
         float* own = sums + omp_get_thread_num() * sums_size();
         std::fill_n(own, 2 * c, 0.f);
-        each_chunk(0, [&](const Chunk& chunk) {
+        each_chunk(chunks_, [&](const Chunk& chunk) {
           float* gradient = d_stream + chunk.first * ld();
           call_.drop_rows(tokens_, chunk, call_.dropout(0), gradient, gradient);
           for (long token = chunk.first; token < chunk.first + chunk.tokens; ++token)
@@ -390,7 +390,7 @@ class Encoder {
   Keep keep_;
   int threads_ = 1, largest_chunk_ = 1, longest_ = 1;
   long num_tokens_ = 0;
-  Queries tokens_, outputs_;  // of the last layer: outputs_
+  Queries tokens_, outputs_;  // the last layer's are outputs_
   std::vector<Chunk> chunks_, last_chunks_;
   std::vector<Activations> activations_;  // of each layer, if they are kept
   std::vector<PooledBuffer> stream_;      // between the layers, a vector per token

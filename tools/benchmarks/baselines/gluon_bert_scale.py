@@ -18,7 +18,7 @@ from typing import Any, Iterator
 import numpy as np
 from gluon_bert_train import finished_step, flop, peak_matmul
 
-from gluon_bert import devices
+from gluon_bert import devices, ops
 from gluon_bert.config import Config
 from gluon_bert.data.batch import Batch
 from gluon_bert.data.loader import load_pretraining_data
@@ -57,7 +57,9 @@ def main(case: dict[str, Any], benchmark: int, path: Path, kvstore: str) -> None
             "seconds": seconds,
             "pairs": sum(map(len, taken)),
             "tokens": sum(int(batch.valid_length.sum()) for batch in taken),
-            "flop": sum(flop(batch, config.model, len(data.vocab)) for batch in taken),
+            "flop": sum(
+                flop(batch, config.model, len(data.vocab), ops.compiled(contexts)) for batch in taken
+            ),
             "peak_matmul_flops": products,
             "parts": parts,
             "load_balance": dict(zip(("tokens", "predictions"), trainer.load_balance.shares())),

@@ -20,7 +20,7 @@ from gluon_bert.data.loader import Loader, load_pretraining_data
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.runtime import mx
 from gluon_bert.training.metrics import Meter, Metrics
-from gluon_bert.training.resources import flops_per_pair
+from gluon_bert.training.resources import flops_per_pair, num_outputs
 from gluon_bert.training.trainer import Trainer
 
 
@@ -37,7 +37,9 @@ def prepare() -> tuple[Iterator[Step], dict[str, Any]]:
     details = {
         "software": f"{runtime.versions()['mxnet']}, operators: {ops.describe(contexts)}, "
         f"precision {precision}",
-        "flop_per_pair": flop(next(data.train.epoch(0)), config.model, len(data.vocab))
+        "flop_per_pair": flop(
+            next(data.train.epoch(0)), config.model, len(data.vocab), ops.compiled(contexts)
+        )
         / config.train.batch_size,
         "peak_matmul": peak_matmul(precision),
     }
@@ -61,11 +63,14 @@ def finished_step(trainer: Any, batch: Batch) -> Metrics:
     return means
 
 
-def flop(batch: Batch, model: ModelConfig, vocab_size: int) -> float:
-    """Return the FLOPs of a step on this batch, without padding."""
+def flop(batch: Batch, model: ModelConfig, vocab_size: int, compiled: bool) -> float:
+    """Return the FLOPs of a step on this batch, without padding. compiled: by the compiled operators."""
     predictions = np.bincount(batch.masked_positions[0], minlength=len(batch))
     of_rows = zip(batch.valid_length.tolist(), predictions.tolist())
-    return sum(flops_per_pair(model, vocab_size, length, count) for length, count in of_rows)
+    return sum(
+        flops_per_pair(model, vocab_size, length, count, num_outputs(count, compiled))
+        for length, count in of_rows
+    )
 
 
 def peak_matmul(precision: str) -> dict[str, float]:

@@ -1,6 +1,8 @@
 """The baselines pytorch, pytorch-compile and both in bf16: the same network in PyTorch, optimized.
 
-Arguments: the file of prepared batches, fp32 or bf16, and optionally `compile` for torch.compile.
+Arguments: the file of prepared batches, fp32 or bf16, and optionally `compile` for torch.compile, or `all`.
+With `all` the last layer computes all vectors, as published code does. Otherwise it computes those that the
+heads read.
 
 It reads prepared batches, so it spends no time on them. It sorts a batch by length and encodes groups of rows
 padded to their own longest row. Dropout draws 16 bits per element. The decoder scores masked words only, in
@@ -35,7 +37,7 @@ POSITIONS, EPSILON = MODEL["max_positions"], MODEL["norm_epsilon"]
 GROUP_ROWS, GROUPS, SLICE = 64, 8, 512
 # bf16: products in bf16; sums, weights and losses in float32.
 LOW = {"fp32": None, "bf16": torch.bfloat16}[sys.argv[2]]
-COMPILE = sys.argv[3:] == ["compile"]
+COMPILE, ALL = (sys.argv[3:] == [word] for word in ("compile", "all"))
 activation = {"relu": F.relu, "gelu": F.gelu}[MODEL["activation"]]
 
 
@@ -57,13 +59,15 @@ class Layer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(UNITS, EPSILON), nn.LayerNorm(UNITS, EPSILON)
         self.expand, self.project = nn.Linear(UNITS, FFN_UNITS), nn.Linear(FFN_UNITS, UNITS)
 
-    def forward(self, x: Any, mask: Any) -> Any:
-        """(B, T, C), (B, 1, 1, T) -> (B, T, C)."""
+    def forward(self, x: Any, mask: Any, read: Any = None) -> Any:
+        """(B, T, C), (B, 1, 1, T) -> (B, T, C), or (N, C) if N positions are read."""
         batch, length, _ = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, HEADS, UNITS // HEADS).permute(2, 0, 3, 1, 4)
         # On a CPU scaled_dot_product_attention computes the same, but draws dropout more slowly.
         weights = dropout(torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask, -1))
         found = (weights @ v).transpose(1, 2).reshape(x.shape)
+        if read is not None:
+            x, found = x[read], found[read]
         x = self.norm1(x + dropout(self.output(found)))
         return self.norm2(x + dropout(self.project(activation(self.expand(x)))))
 
@@ -98,24 +102,27 @@ class Network(nn.Module):
                     nn.init.xavier_uniform_(part)
         nn.init.uniform_(self.positions, *(sign * (6 / (UNITS * (POSITIONS + 1))) ** 0.5 for sign in (-1, 1)))
 
-    def encode(self, tokens: Any, segments: Any, lengths: Any) -> Any:
-        """(B, T), (B, T), (B,) -> (B, T, C)."""
+    def encode(self, tokens: Any, segments: Any, lengths: Any, read: Any) -> Any:
+        """(B, T), (B, T), (B,), and the rows and columns of N positions -> (N, C)."""
         length = tokens.shape[1]
         mask = -1e9 * (torch.arange(length) >= lengths[:, None])[:, None, None]
         x = self.tokens(tokens) + self.segments(segments) + self.positions[:, :length]
         if self.embedding_norm:
             x = dropout(self.embedding_norm(x))
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x, mask)
-        return x
+        return last(x, mask)[read] if ALL else last(x, mask, read)
 
     def forward(self, groups: list[Any], labels: Any, is_next: Any) -> tuple[Any, Any]:
         """Return the mean MLM and NSP losses of a grouped batch."""
         masked, first = [], []
         for tokens, segments, lengths, rows, positions in groups:
-            encoded = self.encode(tokens, segments, lengths)
-            masked.append(encoded[rows, positions])
-            first.append(encoded[:, 0])
+            firsts = torch.arange(len(tokens))
+            read = torch.cat([firsts, rows]), torch.cat([torch.zeros_like(firsts), positions])
+            encoded = self.encode(tokens, segments, lengths, read)
+            first.append(encoded[: len(tokens)])
+            masked.append(encoded[len(tokens) :])
         ready = self.norm(activation(self.transform(torch.cat(masked))))
         if LOW is None:
             mlm = SlicedLoss.apply(ready, self.decoder.weight, self.decoder.bias, labels) / len(labels)
