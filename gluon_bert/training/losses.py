@@ -3,7 +3,7 @@
 A loss function takes the network and a `DeviceBatch`. It returns its named losses and their total:
 
 >>> def mlm_only(net, shard):                                                       # doctest: +SKIP
-...     encoded = net.encoder(shard.tokens, shard.token_types, shard.valid_length)
+...     encoded = encode_for_heads(net, shard)
 ...     return {"mlm": masked_lm(net, encoded, shard)}
 """
 

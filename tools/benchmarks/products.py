@@ -46,8 +46,8 @@ def shapes(name: str, tokens: int) -> list[Shape]:
     model = preset(name).model
     c, f = model.units, model.ffn_units
     return [
-        Shape("query, key, value", tokens, 3 * c, c),
-        Shape("output", tokens, c, c),
+        Shape("key, value", tokens, 2 * c, c),
+        Shape("query, output", tokens, c, c),
         Shape("expand", tokens, f, c),
         Shape("project", tokens, c, f),
         Shape("gradient of output", c, c, tokens, True),

@@ -69,7 +69,7 @@ class Encoder {
         const PackedLayer<T> weights = pack(l, packed, true);
         const EncoderLayer<T> layer(call_, queries(l), l, stream(l), stream(l + 1));
 #pragma omp barrier
-        each_chunk(chunks(l), [&](const Chunk& chunk) {
+        each_chunk([&](const Chunk& chunk) {
           Scratch& own = scratch[omp_get_thread_num()];
           const ChunkActivations activations = activations_of(l, chunk, own);
           layer.compute_activations(chunk, weights, activations, own);
@@ -108,7 +108,7 @@ class Encoder {
         const PackedLayer<T> forward_weights = recompute ? pack(l, packed_forward, true) : PackedLayer<T>();
         const EncoderLayer<T> layer(call_, queries(l), l, stream(l), stream(l + 1));
 #pragma omp barrier
-        each_chunk(chunks(l), [&](const Chunk& chunk) {
+        each_chunk([&](const Chunk& chunk) {
           Scratch& room = scratch[omp_get_thread_num()];
           const ChunkActivations activations = activations_of(l, chunk, room);
           if (recompute) layer.compute_activations(chunk, forward_weights, activations, room);
@@ -145,12 +145,11 @@ class Encoder {
   }
 
   ChunkActivations activations_of(int l, const Chunk& chunk, Scratch& s) {
-    if (keep_ == Keep::kLayers) return {activations_[l], chunk.first, chunk.first_query, call_};
+    if (keep_ == Keep::kLayers) return {activations_[l], chunk.first, queries(l).first(chunk), call_};
     return {s.activations, 0, 0, call_};
   }
 
   const Queries& queries(int l) const { return l == num_layers() - 1 ? outputs_ : tokens_; }
-  const std::vector<Chunk>& chunks(int l) const { return l == num_layers() - 1 ? last_chunks_ : chunks_; }
   long num_queries(int l) const { return (long)queries(l).positions.size(); }
 
   // The gradients of the gamma and beta of the norm after stream l.
@@ -174,17 +173,22 @@ class Encoder {
   }
 
   void find_rows() {
+    const int most = chunk_tokens();
     num_tokens_ = 0;
     for (int row = 0; row < call_.in.rows; ++row) {
-      call_.rows.push_back({num_tokens_, length_of(row)});
-      longest_ = std::max(longest_, length_of(row));
-      num_tokens_ += length_of(row);
+      const int known = length_of(row);
+      call_.rows.push_back({num_tokens_, known});
+      if (chunks_.empty() || chunks_.back().tokens + known > most)
+        chunks_.push_back({row, row, num_tokens_, 0});
+      chunks_.back().last_row = row + 1;
+      chunks_.back().tokens += known;
+      largest_chunk_ = std::max(largest_chunk_, chunks_.back().tokens);
+      longest_ = std::max(longest_, known);
+      num_tokens_ += known;
     }
     tokens_ = queries_where([](int, int) { return true; });
     tokens_.all = true;
     outputs_ = call_.in.output_positions ? read_tokens() : tokens_;
-    chunks_ = chunks_of(tokens_), last_chunks_ = chunks_of(outputs_);
-    for (const Chunk& chunk : chunks_) largest_chunk_ = std::max(largest_chunk_, chunk.tokens);
     threads_ = std::max(1, std::min(omp_get_max_threads(), (int)chunks_.size()));
   }
 
@@ -209,25 +213,11 @@ class Encoder {
     return found;
   }
 
-  std::vector<Chunk> chunks_of(const Queries& queries) const {
-    const int most = chunk_tokens();
-    std::vector<Chunk> chunks;
-    for (int row = 0; row < call_.in.rows; ++row) {
-      const Row tokens = call_.rows[row], asked = queries.rows[row];
-      if (chunks.empty() || chunks.back().tokens + tokens.length > most)
-        chunks.push_back({row, row, tokens.first, 0, asked.first, 0});
-      Chunk& chunk = chunks.back();
-      chunk.last_row = row + 1;
-      chunk.tokens += tokens.length, chunk.queries += asked.length;
-    }
-    return chunks;
-  }
-
-  // A thread always gets the same chunks of a layer, so that sums over threads repeat to the bit.
+  // A thread always gets the same chunks, so that sums over threads repeat to the bit.
   template <class Work>
-  void each_chunk(const std::vector<Chunk>& chunks, Work work) const {
-    const long count = (long)chunks.size(), thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    for (long i = count * thread / threads; i < count * (thread + 1) / threads; ++i) work(chunks[i]);
+  void each_chunk(Work work) const {
+    const long count = (long)chunks_.size(), thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    for (long i = count * thread / threads; i < count * (thread + 1) / threads; ++i) work(chunks_[i]);
   }
 
   // Adds up the threads' sums from `begin` on. All threads call this together; each does a part.
@@ -294,9 +284,9 @@ class Encoder {
     {
       float* own = sums + omp_get_thread_num() * sums_size();
       std::fill_n(own, 2 * c, 0.f);
-      each_chunk(last_chunks_, [&](const Chunk& chunk) {
+      each_chunk([&](const Chunk& chunk) {
         outputs_.each(chunk, [&](long i, int row, int position) {
-          const long output = chunk.first_query + i;
+          const long output = outputs_.first(chunk) + i;
           const float* d_encoded = gradient + ((long)row * call_.in.columns + position) * c;
           normalize_backward(last.values + output * ld(), d_encoded, c, last.statistics[output], norm,
                              d_out + output * ld(), own, own + c);
@@ -345,7 +335,7 @@ class Encoder {
       if (net().embedding_norm) {
         float* own = sums + omp_get_thread_num() * sums_size();
         std::fill_n(own, 2 * c, 0.f);
-        each_chunk(chunks_, [&](const Chunk& chunk) {
+        each_chunk([&](const Chunk& chunk) {
           float* gradient = d_stream + chunk.first * ld();
           call_.drop_rows(tokens_, chunk, call_.dropout(0), gradient, gradient);
           for (long token = chunk.first; token < chunk.first + chunk.tokens; ++token)
@@ -391,7 +381,7 @@ class Encoder {
   int threads_ = 1, largest_chunk_ = 1, longest_ = 1;
   long num_tokens_ = 0;
   Queries tokens_, outputs_;  // the last layer's are outputs_
-  std::vector<Chunk> chunks_, last_chunks_;
+  std::vector<Chunk> chunks_;
   std::vector<Activations> activations_;  // of each layer, if they are kept
   std::vector<PooledBuffer> stream_;      // between the layers, a vector per token
   std::vector<std::vector<Statistics>> stream_statistics_;

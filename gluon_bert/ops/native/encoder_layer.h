@@ -62,13 +62,11 @@ struct Row {
   int length;
 };
 
-// Rows that one thread takes through a whole layer: their tokens, and their queries.
+// Rows that one thread takes through a whole layer.
 struct Chunk {
   int first_row, last_row;
   long first;
   int tokens;
-  long first_query;
-  int queries;
 };
 
 // The tokens whose vectors a layer computes, in the order of the packed tokens. They are all, or in the last layer
@@ -78,12 +76,18 @@ struct Queries {
   std::vector<Row> rows;       // each row's queries among the packed queries of all rows
   std::vector<int> positions;  // of each query in its row
 
+  // The number of a chunk's first query, and how many it has.
+  long first(const Chunk& chunk) const { return rows[chunk.first_row].first; }
+  int count(const Chunk& chunk) const {
+    const Row last = rows[chunk.last_row - 1];
+    return (int)(last.first + last.length - first(chunk));
+  }
   // Calls work(number, row, position) for each query of a chunk; its first query has number 0.
   template <class Work>
   void each(const Chunk& chunk, Work work) const {
     for (int row = chunk.first_row; row < chunk.last_row; ++row)
       for (long i = rows[row].first; i < rows[row].first + rows[row].length; ++i)
-        work(i - chunk.first_query, row, positions[i]);
+        work(i - first(chunk), row, positions[i]);
   }
 };
 
@@ -263,38 +267,39 @@ class EncoderLayer {
   // second call executes the same instructions and gives the same bits.
   __attribute__((noinline)) void compute_activations(const Chunk& chunk, const PackedLayer<T>& weights,
                                                      const ChunkActivations& a, Scratch& s) const {
-    const int c = n_.units, f = n_.ffn_units;
+    const int c = n_.units, f = n_.ffn_units, queries = queries_.count(chunk);
     const float* input = normalized_input(chunk, s.input);
     multiply(chunk.tokens, 2 * c, c, {input, call_.ld, 1}, weights.key_value, with_bias(weights.key_value_bias),
              a.key_value, call_.ld_kv);
-    multiply(chunk.queries, c, c, {vectors_of_queries(chunk, input, s.after), call_.ld, 1}, weights.query,
+    multiply(queries, c, c, {vectors_of_queries(chunk, input, s.after), call_.ld, 1}, weights.query,
              with_bias(layer_.query.bias), a.query, call_.ld);
     for (int row = chunk.first_row; row < chunk.last_row; ++row)
       for (int head = 0; head < n_.heads; ++head) attention_forward(row, head, chunk, a, s);
-    multiply(chunk.queries, c, c, {a.context, call_.ld, 1}, weights.output, with_bias(layer_.output.bias), s.after,
+    multiply(queries, c, c, {a.context, call_.ld, 1}, weights.output, with_bias(layer_.output.bias), s.after,
              call_.ld);
     const float* residual = vectors_of_queries(chunk, n_.pre ? in_.values + chunk.first * call_.ld : input, s.gradient);
     add_residual(chunk, call_.dropout(l_, 1), s.after, residual, a.middle, a.middle_statistics);
     normalize_middle(chunk, a, s.gradient);
-    multiply(chunk.queries, f, c, {s.gradient, call_.ld, 1}, weights.expand, with_bias(layer_.expand.bias), a.hidden,
+    multiply(queries, f, c, {s.gradient, call_.ld, 1}, weights.expand, with_bias(layer_.expand.bias), a.hidden,
              call_.ld_ffn);
   }
 
   // Stream `out`, from the activations that `compute_activations` left; s.gradient still holds the normalized middle.
   void compute_output(const Chunk& chunk, const PackedLayer<T>& weights, const ChunkActivations& a, Scratch& s) const {
-    multiply(chunk.queries, n_.units, n_.ffn_units, {a.hidden, call_.ld_ffn, 1}, weights.project,
+    const long first = queries_.first(chunk);
+    multiply(queries_.count(chunk), n_.units, n_.ffn_units, {a.hidden, call_.ld_ffn, 1}, weights.project,
              with_bias(layer_.project.bias), s.after, call_.ld, Activated{n_.activation});
     add_residual(chunk, call_.dropout(l_, 2), s.after, n_.pre ? a.middle : s.gradient.get(),
-                 out_.values + chunk.first_query * call_.ld, out_.statistics + chunk.first_query);
+                 out_.values + first * call_.ld, out_.statistics + first);
   }
 
   // d_out holds the gradient of stream `out`, a vector per query. d_in gets that of stream `in`, a vector per token.
   // They are the same memory if all tokens are queries. d_out becomes invalid.
   void backward(const Chunk& chunk, const PackedLayer<T>& weights, float* d_out, float* d_in, LayerGradients& sums,
                 const ChunkActivations& a, Scratch& s) const {
-    float* gradient = d_out + chunk.first_query * call_.ld;
+    float* gradient = d_out + queries_.first(chunk) * call_.ld;
     feed_forward_backward(chunk, weights, gradient, sums, a, s);
-    sub_layer_input_backward(chunk.queries, {a.middle, a.middle_statistics}, &n_.middle_norm(l_), gradient,
+    sub_layer_input_backward(queries_.count(chunk), {a.middle, a.middle_statistics}, &n_.middle_norm(l_), gradient,
                              sums.middle_gamma, sums.middle_beta, s);
     self_attention_backward(chunk, weights, gradient, sums, a, s);
     float* d_input = d_in + chunk.first * call_.ld;
@@ -340,11 +345,11 @@ class EncoderLayer {
   }
 
   // The number of a row's first query in its chunk.
-  long query_in(const Chunk& chunk, int row) const { return queries_.rows[row].first - chunk.first_query; }
+  long query_in(const Chunk& chunk, int row) const { return queries_.rows[row].first - queries_.first(chunk); }
 
   // The feed-forward network's input.
   void normalize_middle(const Chunk& chunk, const ChunkActivations& a, float* out) const {
-    for (int i = 0; i < chunk.queries; ++i)
+    for (int i = 0; i < queries_.count(chunk); ++i)
       normalize(a.middle + i * call_.ld, n_.units, a.middle_statistics[i], n_.middle_norm(l_), out + i * call_.ld);
   }
 
@@ -438,7 +443,7 @@ class EncoderLayer {
   // The gradient of the feed-forward network's input, into s.after.
   void feed_forward_backward(const Chunk& chunk, const PackedLayer<T>& weights, const float* gradient,
                              LayerGradients& sums, const ChunkActivations& a, Scratch& s) const {
-    const int c = n_.units, f = n_.ffn_units, count = chunk.queries;
+    const int c = n_.units, f = n_.ffn_units, count = queries_.count(chunk);
     const long ld = call_.ld, ld_ffn = call_.ld_ffn;
     call_.drop_rows(queries_, chunk, call_.dropout(l_, 2), gradient, s.after);
     for (int i = 0; i < count; ++i) activate(n_.activation, a.hidden + i * ld_ffn, f, s.wide + i * ld_ffn);
@@ -455,7 +460,7 @@ class EncoderLayer {
   // The gradient of self-attention's input, into s.after.
   void self_attention_backward(const Chunk& chunk, const PackedLayer<T>& weights, const float* gradient,
                                LayerGradients& sums, const ChunkActivations& a, Scratch& s) const {
-    const int c = n_.units, count = chunk.queries;
+    const int c = n_.units, count = queries_.count(chunk);
     const long ld = call_.ld, ld_kv = call_.ld_kv;
     call_.drop_rows(queries_, chunk, call_.dropout(l_, 1), gradient, s.gradient);
     add_weight_gradient(count, c, c, s.gradient, ld, a.context, ld, sums.start(), sums.output, sums.output_bias,
