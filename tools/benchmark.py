@@ -32,7 +32,8 @@ baselines (each in its own process):
   mxnet         this package with MXNet's own operators
   d2l           the code of Dive into Deep Learning, d2l 0.17.6 on MXNet
   pytorch       the same network in PyTorch, optimized; pytorch-bf16: in bf16
-  pytorch-compile       the same by torch.compile; pytorch-compile-bf16: in bf16
+  pytorch-all           the last layer computes all vectors, as published code does; pytorch-all-bf16: in bf16
+  pytorch-compile       pytorch by torch.compile; pytorch-compile-bf16: in bf16
   transformers  BertForPreTraining as its users run it; transformers-bf16: in bf16
 d2l, pytorch and transformers get environments of their own below MXNet's data folder at first use.
 d2l needs --preset d2l, transformers another preset.

@@ -110,8 +110,9 @@ class Encoder(MixedPrecisionBlock):
     tokens (B, T), token_types (B, T) of 0 and 1, valid_length (B,), all float32 -> (B, T, C) float32. What
     is in tokens past a row's length changes nothing before it, and the vectors there mean nothing.
 
-    output_positions (2, N), rows above columns: the positions whose vectors the caller reads (default: all).
-    The vectors elsewhere mean nothing then. The compiled operators do not compute them in the last layer.
+    An optional fourth input is output_positions (2, N), rows above columns: the positions whose vectors
+    the caller reads. The vectors elsewhere mean nothing then, and their gradients are ignored. The compiled
+    operators do not compute them in the last layer.
     """
 
     def __init__(self, vocab_size: int, config: ModelConfig, **kwargs: Any) -> None:

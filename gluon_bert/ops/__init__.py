@@ -90,13 +90,14 @@ def encode(
     rate = config.dropout if mx.autograd.is_training() else 0.0
     # The key comes from MXNet's generator, so MXNet's seed repeats the dropout.
     key = mx.nd.random.uniform if rate else mx.nd.zeros
-    select = output_positions is not None
+    reads_all = output_positions is None
+    positions = mx.nd.zeros((2, 1), ctx=tokens.context) if reads_all else output_positions
     return mx.nd.gluon_bert_encoder(
         *(array.astype("float32", copy=False) for array in (tokens, token_types, valid_length)),
         key(shape=(2,), ctx=tokens.context),
-        output_positions if select else mx.nd.zeros((2, 1), ctx=tokens.context),
+        positions.astype("float32", copy=False),
         *_arrays(parameters, tokens.context),
-        select=int(select),
+        select=int(not reads_all),
         recompute=int(recompute),
         layers=config.num_layers,
         heads=config.num_heads,

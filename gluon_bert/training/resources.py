@@ -193,11 +193,11 @@ def max_masked(config: Config, task: Task | None = None) -> int:
 
 
 def flops_per_pair(
-    model: ModelConfig, vocab_size: int, length: int, num_masked: int, num_outputs: int | None = None
+    model: ModelConfig, vocab_size: int, length: int, num_masked: int, outputs: int | None = None
 ) -> float:
     """Return the FLOPs of the matrix products for a pair: forward, and twice as many backward.
 
-    num_outputs: the vectors that the last layer computes (default: all).
+    outputs: the number of vectors that the last layer computes (default: all).
     """
     c, f = model.units, model.ffn_units
 
@@ -205,7 +205,7 @@ def flops_per_pair(
         of_token, of_query = 4 * c * c, 4 * c * c + 4 * c * f + 4 * length * c
         return length * of_token + queries * of_query
 
-    layers = (model.num_layers - 1) * layer(length) + layer(length if num_outputs is None else num_outputs)
+    layers = (model.num_layers - 1) * layer(length) + layer(length if outputs is None else outputs)
     heads = num_masked * 2 * (c * c + c * vocab_size) + 2 * c * c
     return 3.0 * (layers + heads)
 
@@ -309,4 +309,5 @@ def _gigabytes(count: float) -> str:
 
 
 def _flops(count: float) -> str:
-    return f"{count / 1e12:,.1f} TFLOPs" if count >= 1e12 else f"{count / 1e9:,.1f} GFLOPs"
+    unit, name = (1e12, "T") if count >= 1e12 else (1e9, "G") if count >= 1e9 else (1e6, "M")
+    return f"{count / unit:,.1f} {name}FLOPs"

@@ -12,7 +12,7 @@ from gluon_bert.model.classifier import BERTForTask
 from gluon_bert.model.task import Task
 from gluon_bert.runtime import mx
 from gluon_bert.training.device_batch import split_and_load
-from gluon_bert.training.losses import task_loss
+from gluon_bert.training.losses import pretraining_loss, task_loss
 
 __all__ = ["compiled"]  # a fixture for all tests here, too
 
@@ -102,6 +102,54 @@ def test_positions_outside_the_batch_are_clipped(shard):
     np.testing.assert_array_equal(encode(net, shard, outside).asnumpy(), encode(net, shard, inside).asnumpy())
 
 
+def test_empty_rows_and_empty_positions_give_zeros(shard):
+    net = network(BERT)
+    shard.valid_length[1:3] = 0
+    mask = outputs_mask()
+    mask[1:3] = 0
+    expected = encode(net, shard).asnumpy() * mask
+    np.testing.assert_array_equal(encode(net, shard, POSITIONS).asnumpy(), expected)
+    with mx.util.np_shape():  # which allows empty arrays
+        assert not encode(net, shard, np.zeros((2, 0))).asnumpy().any()
+
+
+def test_positions_of_another_type_are_cast(shard):
+    net = network(BERT)
+    inputs = (shard.tokens, shard.token_types, shard.valid_length)
+    found = net.encoder(*inputs, mx.nd.array(POSITIONS, dtype="int32")).asnumpy()
+    np.testing.assert_array_equal(found, encode(net, shard, POSITIONS).asnumpy())
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (3, 2), (4,)])
+def test_positions_of_another_shape_are_refused(shard, shape):
+    with pytest.raises(mx.MXNetError, match=r"output_positions must be of shape \(2, N\)"):
+        encode(network(BERT), shard, np.zeros(shape)).wait_to_read()
+
+
+@pytest.mark.parametrize("num_contexts", [1, 3])
+def test_heads_get_the_losses_and_gradients_of_the_whole_encoder(net, num_contexts, monkeypatch):
+    """Also on contexts without rows of their own, whose gradients are zero."""
+    contexts = [mx.cpu(i) for i in range(num_contexts)]
+    net.collect_params().reset_ctx(contexts)
+    shards = split_and_load(reference.random_batch([9, 12], 12, 50), contexts)
+
+    def step():
+        mx.random.seed(5)
+        with mx.autograd.record():
+            totals = [pretraining_loss(net, shard).total for shard in shards]
+        mx.autograd.backward(totals)
+        parameters = net.collect_params().items()
+        gradients = {(name, i): p.grad(c).asnumpy() for name, p in parameters for i, c in enumerate(contexts)}
+        return [total.asnumpy() for total in totals], gradients
+
+    found = step()
+    operator = ops.encode
+    monkeypatch.setattr(
+        ops, "encode", lambda *arrays, **settings: operator(*arrays[:5], **settings)
+    )  # without positions
+    assert_same(found, step())
+
+
 INFERENCE = """
 import json, sys
 sys.path[:0] = ["tests"]
@@ -109,8 +157,8 @@ import dataclasses
 import numpy as np
 from gluon_bert.runtime import mx
 from support import reference_bert as reference
-from support.compiled_operators import BERT, network
-net = network(dataclasses.replace(BERT, num_layers=4))
+from support.compiled_operators import VARIANTS, network
+net = network(dataclasses.replace(VARIANTS[%r], num_layers=%d))
 batch = reference.random_batch([40, 9, 33, 64] * 20, 64, 50)
 arrays = (batch.tokens, batch.token_types, batch.valid_length)
 inputs = [mx.nd.array(each, dtype="float32") for each in arrays]
@@ -122,9 +170,10 @@ print(json.dumps([np.array_equal(each[tuple(positions)], whole[tuple(positions)]
 """
 
 
-def test_inference_on_several_threads_gives_the_vectors_of_the_whole_encoder():
+@pytest.mark.parametrize(("name", "num_layers"), [("bert", 4), ("relative-pre", 2), ("pre", 1)])
+def test_inference_on_several_threads_gives_the_vectors_of_the_whole_encoder(name, num_layers):
     """Nothing is kept, so a layer's output may replace its input, but not the last layer's."""
-    assert run(INFERENCE, OMP_NUM_THREADS="3") == [True] * 5
+    assert run(INFERENCE % (name, num_layers), OMP_NUM_THREADS="3") == [True] * 5
 
 
 def test_mxnets_operators_give_the_vectors_at_output_positions(shard, monkeypatch):

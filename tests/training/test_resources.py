@@ -134,7 +134,6 @@ sys.path.insert(0, "tests")
 from support import reference_bert as reference
 from gluon_bert import ops
 from gluon_bert.model.bert import BERTModel
-from gluon_bert.model.task import Task
 from gluon_bert.presets import preset
 from gluon_bert.runtime import mx
 from gluon_bert.system import peak_memory

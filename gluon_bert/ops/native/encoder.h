@@ -188,7 +188,7 @@ class Encoder {
     }
     tokens_ = queries_where([](int, int) { return true; });
     tokens_.all = true;
-    outputs_ = call_.in.output_positions ? read_tokens() : tokens_;
+    outputs_ = call_.in.select ? read_tokens() : tokens_;
     threads_ = std::max(1, std::min(omp_get_max_threads(), (int)chunks_.size()));
   }
 
@@ -383,7 +383,7 @@ class Encoder {
   Queries tokens_, outputs_;  // the last layer's are outputs_
   std::vector<Chunk> chunks_;
   std::vector<Activations> activations_;  // of each layer, if they are kept
-  std::vector<PooledBuffer> stream_;      // between the layers, a vector per token
+  std::vector<PooledBuffer> stream_;      // between the layers
   std::vector<std::vector<Statistics>> stream_statistics_;
   PooledBuffer embedded_;
   std::vector<Statistics> embedded_statistics_;

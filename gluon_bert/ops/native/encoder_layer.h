@@ -50,10 +50,12 @@ struct Network {
 
 struct Inputs {
   const float *tokens, *token_types, *valid_length;
-  int rows, columns;              // B, T
-  uint64_t key;                   // of the dropout
-  const float* output_positions;  // (2, N) rows above columns: the vectors that the caller reads; null: all
-  int num_outputs;                // N
+  int rows, columns;  // B, T
+  uint64_t key;       // of the dropout
+  // If `select`, the positions whose vectors the caller reads, (2, N) rows above columns. Otherwise it reads all.
+  bool select;
+  const float* output_positions;
+  int num_outputs;  // N
 };
 
 // A row's real tokens, among the packed tokens of all rows.
@@ -162,7 +164,8 @@ struct PackedLayer {
   }
 };
 
-// Values between two layers, before their norm: a vector per token, and each vector's statistics.
+// Values between two layers, before their norm: a vector per token, and each vector's statistics. The last layer's
+// output has a vector per query.
 struct Stream {
   float* values;
   Statistics* statistics;

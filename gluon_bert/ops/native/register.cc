@@ -1,8 +1,9 @@
 // Registers the operators with MXNet: their inputs, their shapes, and the classes that compute them.
 //
 // gluon_bert_encoder: tokens (B, T), token_types (B, T), valid_length (B,), key (2,), output positions (2, N), then the
-// encoder's parameters in the order of Network -> (B, T, C). Without the attribute `select` all positions are outputs. gluon_bert_masked_loss: encoded (B, T, C), masked positions
-// (2, M), masked ids (M,), then the head's six parameters -> the sum of the losses (1,), num_correct (1,).
+// encoder's parameters in the order of Network -> (B, T, C). Without the attribute `select` all positions are outputs.
+// gluon_bert_masked_loss: encoded (B, T, C), masked positions (2, M), masked ids (M,), then the head's six parameters ->
+// the sum of the losses (1,), num_correct (1,).
 // gluon_bert_adam: weight, gradient, mean, variance, of one shape, and the gradient's factor (1,) -> whether the step
 // was taken (1,); it changes weight, mean and variance. gluon_bert_muon: weight, gradient and momentum of each of
 // `count` matrices, and the gradients' factor (1,) -> the same (1,); it changes weights and momenta. All are float32.
@@ -98,6 +99,11 @@ MXReturnValue encoder_shape(const Attributes&, Shapes* inputs, Shapes* outputs) 
     MX_ERROR_MSG << "tokens must have at most " << positions << " columns (max_positions), got " << length;
     return MX_FAIL;
   }
+  const std::vector<unsigned int>& output_positions = inputs->at(kEncoderInputs - 1);
+  if (output_positions.size() != 2 || output_positions[0] != 2) {
+    MX_ERROR_MSG << "output_positions must be of shape (2, N), rows above columns";
+    return MX_FAIL;
+  }
   outputs->at(0) = {inputs->at(0).at(0), length, inputs->at(kEncoderInputs).at(1)};
   return MX_SUCCESS;
 }
@@ -152,7 +158,7 @@ class EncoderState : public CustomStatefulOp {
     in.rows = (int)tokens.shape.at(0), in.columns = (int)tokens.shape.at(1);
     const float* key = next.next();  // two numbers from 0 up to 1, of 24 bits each
     in.key = (uint64_t)(key[0] * (1 << 24)) << 24 | (uint64_t)(key[1] * (1 << 24));
-    in.output_positions = whole(a_, "select") ? next.next() : nullptr;
+    in.output_positions = next.next(), in.select = whole(a_, "select");
     in.num_outputs = (int)arrays->at(first + kEncoderInputs - 1).shape.at(1);
     return in;
   }

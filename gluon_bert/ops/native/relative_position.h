@@ -27,8 +27,8 @@ struct RelativeBias {
   float scale;
 };
 
-// scores (count, t) with stride ld, before they are multiplied by the scale, += the biases / scale. positions: of the
-// rows' queries. room: 2 t floats. The row of <cls> has one bias for all keys, which softmax ignores.
+// scores (count, t) with stride ld, before they are multiplied by the scale, += the biases / scale. positions: of
+// the queries in their row. room: 2 t floats. The row of <cls> has one bias for all keys, which softmax ignores.
 inline void add_relative_bias(const RelativeBias& bias, const int* positions, int count, float* scores, long ld,
                               float* room) {
   const float factor = kBiasScale / bias.scale;

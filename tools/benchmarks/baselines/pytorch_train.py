@@ -2,7 +2,7 @@
 
 Arguments: the file of prepared batches, fp32 or bf16, and optionally `compile` for torch.compile, or `all`.
 With `all` the last layer computes all vectors, as published code does. Otherwise it computes those that the
-heads read.
+heads read, after attention of all tokens.
 
 It reads prepared batches, so it spends no time on them. It sorts a batch by length and encodes groups of rows
 padded to their own longest row. Dropout draws 16 bits per element. The decoder scores masked words only, in
