@@ -108,7 +108,6 @@ RECIPES = {
     "warm-up-2": QUICK.but("quick, warm-up over 2 % of the run", warmup_ratio=0.02),
     "packed": QUICK.but("quick, packed pairs of 128", pairs="packed", max_seq_length=128, batch_size=32),
     "3-layers": QUICK.but("quick, 3 layers", num_layers=3),
-    "units-256": QUICK.but("quick, 256 units", units=256, num_heads=4, ffn_units=1024, lr=1e-3),
     "untied": QUICK.but("quick, a decoder with weights of its own", tied_decoder=False),
 }
 
