@@ -75,7 +75,7 @@ PRESETS: dict[str, Config] = {
     # The recipe that learned most of WikiText-2 in half an hour on two cores: docs/results.md.
     "quick": _QUICK,
     # The recipe that learned most of WikiText-2 in two hours on one core: docs/results.md.
-    "thorough": _QUICK.replace(units=256, num_heads=4, ffn_units=1024, dropout=0.1, lr=2e-3, num_steps=6600),
+    "thorough": _QUICK.replace(units=256, num_heads=4, ffn_units=1024, dropout=0.1, lr=2e-3, num_steps=7200),
     "bert-tiny": _bert(2, 128, 256),
     "bert-mini": _bert(4, 256, 256),
     "bert-small": _bert(4, 512, 256),
