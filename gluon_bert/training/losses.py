@@ -96,9 +96,8 @@ def mlm_and_sentence_order(net: Any, shard: DeviceBatch) -> ShardLoss:
 
 def task_loss(net: Any, shard: DeviceBatch) -> ShardLoss:
     """Return the loss of a fine-tuned network (`BERTForTask`) on one shard, by the kind of its task."""
-    inputs = (shard.tokens, shard.token_types, shard.valid_length)
-    encoded = net.encoder(*inputs) if net.task.scores_tokens else net.encoder(*inputs, _cls_positions(shard))
-    scores = net.scores(encoded)
+    read = None if net.task.scores_tokens else _cls_positions(shard)
+    scores = net.scores(net.encoder(shard.tokens, shard.token_types, shard.valid_length, read))
     return ShardLoss.of({"task": _TASK_LOSSES[net.task.kind](net, scores, shard)})
 
 

@@ -78,14 +78,13 @@ class Encoder {
       }
     }
     const Stream last = stream(num_layers());
-    const Queries& outputs = queries(num_layers() - 1);
     const long row_size = (long)call_.in.columns * net().units;
 #pragma omp parallel for num_threads(threads_) schedule(static)
     for (int row = 0; row < call_.in.rows; ++row) {
       std::fill_n(encoded + row * row_size, row_size, 0.f);
-      for (long i = outputs.rows[row].first; i < outputs.rows[row].first + outputs.rows[row].length; ++i)
+      for (long i = outputs_.rows[row].first; i < outputs_.rows[row].first + outputs_.rows[row].length; ++i)
         normalize(last.values + i * ld(), net().units, last.statistics[i], *net().norm_after(num_layers()),
-                  encoded + row * row_size + (long)outputs.positions[i] * net().units);
+                  encoded + row * row_size + (long)outputs_.positions[i] * net().units);
     }
   }
 
