@@ -15,10 +15,10 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Iterator, Mapping
+from uuid import uuid4
 
 from .errors import InputError
 
@@ -40,20 +40,17 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     text_options: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
+    aside = _temporary_path(path)
     try:
-        with Path(name).open(mode, **text_options) as file:
+        with aside.open(mode.replace("w", "x"), **text_options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private. The result gets the permissions of any new file.
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
+        aside.replace(path)
         sync(path.parent)
     except BaseException:
-        with suppress(FileNotFoundError):  # it has its name already
-            Path(name).unlink()
+        with suppress(FileNotFoundError):  # not created yet, or it has its name already
+            aside.unlink()
         raise
 
 
@@ -65,24 +62,48 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
-    try:
+    with temporary_folder(path) as aside:
         yield aside
-        aside.chmod(0o777 & ~_umask())
         for written in [*aside.rglob("*"), aside]:
             sync(written)
         if replace and path.exists():
-            # For a moment neither has the name: a folder cannot take that of one that is not empty.
-            before = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
-            path.replace(before)
-            aside.replace(path)
-            shutil.rmtree(before)
+            _exchange(path, aside)
         else:
             aside.replace(path)
         sync(path.parent)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Create a hidden folder beside a path, and remove it when the block ends."""
+    folder = _temporary_path(path)
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(path: Path, new: Path) -> None:
+    """Give a folder's name to a new folder and remove the old one; if that fails, the old one keeps it."""
+    old = _temporary_path(path)
+    try:
+        # For a moment neither has the name: a folder cannot take that of one that is not empty.
+        path.replace(old)
+        new.replace(path)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        if not path.exists():
+            old.replace(path)
         raise
+    shutil.rmtree(old)
+
+
+def _temporary_path(path: Path) -> Path:
+    """Return a new name beside a path, as `remove_temporary_files` knows them.
+
+    The caller knows the name before the file exists, so a signal at any moment leaves no file.
+    """
+    return path.parent / f".{path.name}.{uuid4().hex[:12]}.part"
 
 
 def check_new_folder(folder: Path, option: str = "output") -> None:
@@ -203,12 +224,6 @@ def decode_utf8(content: bytes, where: str, first_line: int = 1) -> str:
             f"{where}, line {line}: byte {content[error.start]:#04x} is not UTF-8. Convert the file, as in "
             "iconv -f WINDOWS-1252 -t UTF-8"
         ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

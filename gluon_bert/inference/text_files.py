@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import IO, Iterator, NamedTuple
 import numpy as np
 
 from ..errors import InputError
-from ..fileio import atomic_write, decode_utf8
+from ..fileio import atomic_write, decode_utf8, temporary_folder
 from .predictor import Prediction
 
 # Between the two texts of a pair.
@@ -143,8 +142,8 @@ class _Growing:
 @contextmanager
 def vector_file(path: Path, token_vectors: bool = False) -> Iterator[VectorFile]:
     """Open an .npz for vectors. It appears when the block ends without an error."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        vectors = VectorFile(Path(scratch), token_vectors)
+    with temporary_folder(path) as scratch:
+        vectors = VectorFile(scratch, token_vectors)
         yield vectors
         with atomic_write(path, "wb") as file:
             vectors.write(file)

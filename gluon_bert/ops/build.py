@@ -10,8 +10,8 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+from ..fileio import temporary_folder
 from ..runtime import mx
 
 SOURCES = Path(__file__).with_name("native")
@@ -95,8 +95,8 @@ def _build(compiler: str, header: Path, source: Path, path: Path) -> None:
     """Compile in a temporary folder beside the library's place, and move the finished library there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-            library = Path(folder, path.name)
+        with temporary_folder(path) as folder:
+            library = folder / path.name
             sources = [str(SOURCES / "register.cc"), str(source)]
             flags = [*FLAGS, f"-Wl,--version-script={EXPORTS}", f"-I{header.parent.parent}"]
             command = [compiler, *flags, "-o", str(library), *sources]
