@@ -99,6 +99,7 @@ setup(
         "test-others": [
             "torch>=2",
             "transformers>=4.30",
+            "ctranslate2>=4",
             *GOOGLE,
             "pandas",
             "ipython",

@@ -48,9 +48,12 @@ baselines:
   encode        as in tools/encode.py: batches of texts of similar length; encode-bf16: in bf16
   exported      the same with the exported symbol in gluon.SymbolBlock
   served        one text per request to multi-model-server, 8 connections (extra serve, Java)
-  onnxruntime   the exported ONNX graph (extra onnx)
+  onnxruntime   the exported ONNX graph (extra onnx); onnxruntime-int8: dense layers in int8, calibrated on
+                the texts
   transformers  PyTorch transformers' BertModel with the same weights (torch, transformers);
                 transformers-bf16: its weights and activations in bf16
+  ctranslate2   CTranslate2's Encoder with the same weights (torch, transformers, ctranslate2);
+                ctranslate2-int8: dense layers in int8
 """
 
 PREPARE = """\

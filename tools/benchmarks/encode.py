@@ -16,15 +16,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
+from benchmarks.engines import CTranslate2Network, TransformersNetwork
 
 from gluon_bert import runtime
-from gluon_bert.conversion.converter import to_foreign_names
-from gluon_bert.conversion.huggingface import bert_config
-from gluon_bert.conversion.weight_names import HUGGINGFACE
-from gluon_bert.data.tokenizer import EncodedText, PaddedBatch, pad
+from gluon_bert.data.tokenizer import EncodedText, pad
 from gluon_bert.errors import InputError
 from gluon_bert.fileio import write_json
-from gluon_bert.inference.predictor import GluonNetwork, Outputs, Predictor
+from gluon_bert.inference.predictor import GluonNetwork, Predictor
 from gluon_bert.model.bert import BERTModel
 from gluon_bert.model.parameters import set_weights, weights_of
 from gluon_bert.model.precision import check_precision
@@ -35,9 +33,6 @@ PLAIN_BATCH = 64
 
 # Connections to the server, and therefore simultaneous requests.
 CONNECTIONS = 8
-
-# The prefix of BertModel's parameters in transformers' BertForPreTraining.
-BERT_PREFIX = "bert."
 
 Vectors = Callable[[Sequence[EncodedText]], np.ndarray]
 
@@ -131,6 +126,14 @@ def onnxruntime(setup: Setup) -> Vectors:
     return _vectors_by(load_exported(setup.folder / "onnx").predictor)
 
 
+def onnxruntime_int8(setup: Setup) -> Vectors:
+    """Return the same with dense layers in int8, calibrated on the texts."""
+    from gluon_bert.export.exporter import export_onnx_int8, load_exported
+
+    export_onnx_int8(setup.run, setup.folder / "onnx-int8", "all", setup.texts)
+    return _vectors_by(load_exported(setup.folder / "onnx-int8").predictor)
+
+
 def transformers(setup: Setup) -> Vectors:
     """Use PyTorch transformers' BertModel with the run's weights."""
     return _vectors_by(Predictor(TransformersNetwork(setup.run.net), setup.run.reader))
@@ -141,41 +144,20 @@ def transformers_bf16(setup: Setup) -> Vectors:
     return _vectors_by(Predictor(TransformersNetwork(setup.run.net, bf16=True), setup.run.reader))
 
 
-class TransformersNetwork:
-    """A backend of transformers.BertModel, without masked words and next sentences."""
+def ctranslate2(setup: Setup) -> Vectors:
+    """Convert the run for CTranslate2, by way of its files for transformers."""
+    return _ctranslate2(setup, "float32")
 
-    def __init__(self, net: Any, bf16: bool = False) -> None:
-        import torch
-        from transformers import BertConfig, BertModel
 
-        config = net.config
-        if config.norm != "post":
-            raise InputError(
-                "--against transformers needs norm post, got pre: its BertModel has no pre-LayerNorm"
-            )
-        self._torch = torch
-        torch.set_num_threads(int(runtime.versions()["threads"]))
-        self._model = BertModel(BertConfig(**bert_config(config, net.vocab_size))).eval()
-        if not config.embedding_norm:
-            self._model.embeddings.LayerNorm = torch.nn.Identity()
-        arrays = to_foreign_names(weights_of(net), HUGGINGFACE)
-        weights = {
-            name[len(BERT_PREFIX) :]: torch.from_numpy(array)
-            for name, array in arrays.items()
-            if name.startswith(BERT_PREFIX)
-        }
-        self._model.load_state_dict(weights, strict=True)
-        if bf16:
-            self._model = self._model.to(torch.bfloat16)
+def ctranslate2_int8(setup: Setup) -> Vectors:
+    """Return the same with weights of dense layers in int8."""
+    return _ctranslate2(setup, "int8")
 
-    def __call__(self, texts: PaddedBatch) -> Outputs:
-        """Return the outputs as arrays."""
-        torch = self._torch
-        tokens, segments = (torch.from_numpy(array).long() for array in (texts.tokens, texts.token_types))
-        real = torch.arange(tokens.shape[1]) < torch.from_numpy(texts.valid_length)[:, None]
-        with torch.inference_mode():
-            found = self._model(input_ids=tokens, token_type_ids=segments, attention_mask=real)
-        return Outputs(found.last_hidden_state.float().numpy(), found.pooler_output.float().numpy())
+
+def _ctranslate2(setup: Setup, compute_type: str) -> Vectors:
+    folder = setup.folder / f"ctranslate2-{compute_type}"
+    folder.mkdir()
+    return _vectors_by(Predictor(CTranslate2Network(setup.run, folder, compute_type), setup.run.reader))
 
 
 # Baselines in the order of their turns, with the packages that they need.
@@ -186,14 +168,17 @@ ENCODERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "exported": (exported, ()),
     "served": (served, ("mms", "model_archiver")),
     "onnxruntime": (onnxruntime, ("onnx", "onnxruntime")),
+    "onnxruntime-int8": (onnxruntime_int8, ("onnx", "onnxruntime")),
     "transformers": (transformers, ("torch", "transformers")),
     "transformers-bf16": (transformers_bf16, ("torch", "transformers")),
+    "ctranslate2": (ctranslate2, ("torch", "transformers", "ctranslate2")),
+    "ctranslate2-int8": (ctranslate2_int8, ("torch", "transformers", "ctranslate2")),
 }
 
 
 def installed() -> list[str]:
     """Return the baselines in float32 whose packages are installed."""
-    return [name for name in ENCODERS if not missing(name) and not name.endswith("bf16")]
+    return [name for name in ENCODERS if not missing(name) and precision_of(name) == "fp32"]
 
 
 def missing(name: str) -> list[str]:
@@ -201,9 +186,14 @@ def missing(name: str) -> list[str]:
     return [package for package in ENCODERS[name][1] if importlib.util.find_spec(package) is None]
 
 
-# The largest difference between correct vectors in single precision, and in bfloat16, whose factors are
-# rounded to 2^-9 of their size. Vectors have numbers of about 1.
-TOLERANCE, BF16_TOLERANCE = 1e-3, 0.1
+def precision_of(name: str) -> str:
+    """Return the precision of a baseline: fp32, bf16 or int8."""
+    return next((each for each in TOLERANCES if name.endswith(f"-{each}")), "fp32")
+
+
+# The largest difference between correct vectors, whose numbers are about 1. bfloat16 rounds factors to 2^-9
+# of their size, int8 to 2^-8 of the largest one of a row.
+TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.3}
 
 
 class Result(NamedTuple):
@@ -291,7 +281,7 @@ def check_same_results(vectors_by_name: Mapping[str, np.ndarray]) -> None:
     (first, expected), *others = vectors_by_name.items()
     for name, vectors in others:
         difference = float(np.abs(vectors - expected).max())
-        if not difference <= (BF16_TOLERANCE if name.endswith("bf16") else TOLERANCE):
+        if not difference <= TOLERANCES[precision_of(name)]:
             raise InputError(f"the vectors of {name} differ by {difference:.1e} from those of {first}")
 
 
