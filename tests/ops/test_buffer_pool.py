@@ -1,10 +1,7 @@
 """The pool of the compiled operators, in a program of its own that counts its allocations."""
 
-import subprocess
-
 import pytest
-
-from gluon_bert.ops.build import FLAGS, SOURCES, BuildError, find_compiler
+from support.programs import compiled_program
 
 PROGRAM = """
 #include <cstdio>
@@ -52,24 +49,8 @@ int main() {
 
 @pytest.fixture(scope="module")
 def allocations(tmp_path_factory):
-    try:
-        compiler = find_compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("pool")
-    (folder / "pool.cc").write_text(PROGRAM, "utf-8")
-    flags = [each for each in FLAGS if each not in ("-shared", "-fPIC")]
-    command = [
-        compiler,
-        *flags,
-        "-Wl,--wrap=aligned_alloc,--wrap=free",
-        f"-I{SOURCES}",
-        "-o",
-        "pool",
-        "pool.cc",
-    ]
-    subprocess.run(command, cwd=folder, check=True)
-    return [int(count) for count in subprocess.check_output([str(folder / "pool")]).split()]
+    run = compiled_program(tmp_path_factory.mktemp("pool"), PROGRAM, "-Wl,--wrap=aligned_alloc,--wrap=free")
+    return [int(count) for count in run().split()]
 
 
 def test_pool_gives_no_large_block_for_a_small_one_and_reuses_small_ones(allocations):

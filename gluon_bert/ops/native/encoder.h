@@ -13,6 +13,7 @@
 #include "buffer_pool.h"
 #include "elementwise.h"
 #include "encoder_layer.h"
+#include "even_runs.h"
 #include "gemm.h"
 
 namespace gluon_bert {
@@ -121,8 +122,10 @@ class Encoder {
   }
 
  private:
-  // Tokens of a chunk. A layer's activations of kChunk tokens fit a second cache if it has fewer than kWide units.
-  static constexpr int kChunk = 128, kLargestChunk = 512, kWide = 256;
+  // The most tokens of a chunk of several rows. A layer's activations of kChunk tokens fit a second cache if it has
+  // fewer than kWide units. Those of a wider layer do not, so its chunks are larger: then the weights' gradients pass
+  // through the processor less often. There is a thread for kFewest tokens on average, so that adding up its sums pays.
+  static constexpr int kChunk = 128, kLargestChunk = 512, kWide = 256, kFewest = 64;
   // The places of the norms and of the distances' biases among a layer's parameters.
   static constexpr int kNorm1 = 8, kNorm2 = 14, kRelativeBias = 16;
 
@@ -157,38 +160,38 @@ class Encoder {
     return &out.layers[l - 1][kNorm2];
   }
 
-  // Chunks are larger where a layer's activations of a small one do not fit the second cache either: then the
-  // weights' gradients pass through the processor less often. But there are some for each thread.
-  int chunk_tokens() const {
-    if (net().units < kWide) return kChunk;
-    long tokens = 0;
-    for (int row = 0; row < call_.in.rows; ++row) tokens += length_of(row);
-    return (int)std::min(std::max(tokens / omp_get_max_threads() + 1, (long)kChunk), (long)kLargestChunk);
-  }
-
   int length_of(int row) const {
     const float length = call_.in.valid_length[row];
     return length > 0 ? (int)std::min(length, (float)call_.in.columns) : 0;  // also of NaN
   }
 
   void find_rows() {
-    const int most = chunk_tokens();
-    num_tokens_ = 0;
     for (int row = 0; row < call_.in.rows; ++row) {
-      const int known = length_of(row);
-      call_.rows.push_back({num_tokens_, known});
-      if (chunks_.empty() || chunks_.back().tokens + known > most)
-        chunks_.push_back({row, row, num_tokens_, 0});
-      chunks_.back().last_row = row + 1;
-      chunks_.back().tokens += known;
-      largest_chunk_ = std::max(largest_chunk_, chunks_.back().tokens);
-      longest_ = std::max(longest_, known);
-      num_tokens_ += known;
+      call_.rows.push_back({num_tokens_, length_of(row)});
+      longest_ = std::max(longest_, call_.rows[row].length);
+      num_tokens_ += call_.rows[row].length;
     }
+    find_chunks();
     tokens_ = queries_where([](int, int) { return true; });
     tokens_.all = true;
     outputs_ = call_.in.select ? read_tokens() : tokens_;
-    threads_ = std::max(1, std::min(omp_get_max_threads(), (int)chunks_.size()));
+  }
+
+  // Divides the rows among the threads, and the rows of each thread into chunks.
+  void find_chunks() {
+    std::vector<int> lengths;
+    for (const Row& row : call_.rows) lengths.push_back(row.length);
+    const int room = std::max(longest_, net().units < kWide ? kChunk : kLargestChunk);
+    const int threads = std::min(omp_get_max_threads(), (int)std::max(1L, num_tokens_ / kFewest));
+    first_chunk_ = {0};
+    for (Run own : even_runs(lengths, {0, call_.in.rows}, threads)) {
+      for (Run rows : even_runs(lengths, own, (int)filled_runs(lengths, own, room).size())) {
+        chunks_.push_back({rows.first, rows.last, call_.rows[rows.first].first, (int)tokens_of(lengths, rows)});
+        largest_chunk_ = std::max(largest_chunk_, chunks_.back().tokens);
+      }
+      first_chunk_.push_back((int)chunks_.size());
+    }
+    threads_ = (int)first_chunk_.size() - 1;
   }
 
   // The tokens at the positions that the caller reads. Positions outside the batch are clipped to it.
@@ -212,11 +215,12 @@ class Encoder {
     return found;
   }
 
-  // A thread always gets the same chunks, so that sums over threads repeat to the bit.
+  // Runs this thread's chunks. They are the same each time, so that sums over threads repeat to the bit.
   template <class Work>
   void each_chunk(Work work) const {
-    const long count = (long)chunks_.size(), thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    for (long i = count * thread / threads; i < count * (thread + 1) / threads; ++i) work(chunks_[i]);
+    // OpenMP may give fewer threads.
+    for (int part = omp_get_thread_num(); part < threads_; part += omp_get_num_threads())
+      for (int i = first_chunk_[part]; i < first_chunk_[part + 1]; ++i) work(chunks_[i]);
   }
 
   // Adds up the threads' sums from `begin` on. All threads call this together; each does a part.
@@ -381,6 +385,7 @@ class Encoder {
   long num_tokens_ = 0;
   Queries tokens_, outputs_;  // the last layer's are outputs_
   std::vector<Chunk> chunks_;
+  std::vector<int> first_chunk_;  // of each thread, and their number
   std::vector<Activations> activations_;  // of each layer, if they are kept
   std::vector<PooledBuffer> stream_;      // between the layers
   std::vector<std::vector<Statistics>> stream_statistics_;
