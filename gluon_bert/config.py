@@ -299,6 +299,13 @@ class TrainConfig:
         at_most=1e6,
         may_change=True,
     )
+    nsp_weight: float = option(
+        1.0,
+        "weight of the next-sentence loss, or with --objective mlm+sop of the sentence-order loss, in the "
+        "total; that of the MLM loss is 1",
+        at_least=0.0,
+        at_most=100.0,
+    )
     lr: float = option(1e-3, "peak learning rate", at_least=0.0, at_most=1e3, may_change=True)
     schedule: str = option(
         "constant",
@@ -488,6 +495,8 @@ class Config:
             problems.append("extend_vocab has no effect without vocab_file=FILE or init=RUN.")
         if self.train.lr == 0:
             problems.append("lr must be above 0, got 0.0.")
+        if self.train.nsp_weight != 1 and not has_labelled_pairs(self.data.objective):
+            problems.append(f'nsp_weight has no effect with objective="{self.data.objective}".')
         if problems:
             raise InputError("\n".join(problems))
 
@@ -596,6 +605,11 @@ def _data_contradictions(data: DataConfig) -> List[str]:
     return problems + _without_effect(data)
 
 
+def has_labelled_pairs(objective: str) -> bool:
+    """Return whether an objective learns which pairs are negative; true of an unknown one."""
+    return NEGATIVE_PAIRS.get(objective) != "none"
+
+
 def _without_effect(data: DataConfig) -> List[str]:
     """Return a sentence for each option that was changed and has no effect with the others."""
     builds_pieces = data.tokenizer == "wordpiece" and not data.vocab_file
@@ -611,7 +625,7 @@ def _without_effect(data: DataConfig) -> List[str]:
         "vocab_size": (builds_pieces, 'without tokenizer="wordpiece", or with vocab_file'),
         "short_seq_prob": (data.pairs == "packed", 'without pairs="packed"'),
         "max_ngram": (data.masking == "ngrams", 'without masking="ngrams"'),
-        "random_next_prob": (data.negative_pairs != "none", f'with objective="{data.objective}"'),
+        "random_next_prob": (has_labelled_pairs(data.objective), f'with objective="{data.objective}"'),
     }
     defaults = DataConfig()
     return [

@@ -38,7 +38,7 @@ from .run import Run, check_new_run, create_run, read_config, read_environment, 
 from .training import checks
 from .training.callbacks import Callback, TrainerLike
 from .training.checkpointer import AsyncCheckpointer, ReadOnlyCheckpointer, format_checkpoint_timing
-from .training.losses import OBJECTIVES
+from .training.losses import objective_loss
 from .training.memory_plan import MemoryPlan
 from .training.plots import References
 from .training.profiling import device_utilization
@@ -365,7 +365,7 @@ def _trainer(job: _Job, communicator: Communicator, callbacks: Sequence[Callback
             job.net,
             job.config.train,
             job.placement.devices,
-            loss=OBJECTIVES[job.config.data.objective],
+            loss=objective_loss(job.config.data.objective, job.config.train.nsp_weight),
             communicator=communicator,
             callbacks=callbacks,
         )

@@ -155,6 +155,20 @@ OBJECTIVES: dict[str, LossFunction] = {
 }
 
 
+def objective_loss(objective: str, nsp_weight: float = 1.0) -> LossFunction:
+    """Return the loss function of an objective. nsp_weight: of the loss of its pairs in the total."""
+    loss = OBJECTIVES[objective]
+    if nsp_weight == 1:
+        return loss
+
+    def weighted(net: Any, shard: DeviceBatch) -> ShardLoss:
+        losses = loss(net, shard).losses
+        shares = [each.share * (1 if name == "mlm" else nsp_weight) for name, each in losses.items()]
+        return ShardLoss(losses, sum(shares[1:], shares[0]))
+
+    return weighted
+
+
 def _masked_lm_and_pairs(net: Any, shard: DeviceBatch, name: str) -> ShardLoss:
     encoded = encode_for_heads(net, shard)
     scores = net.nsp(net.pooler(encoded))

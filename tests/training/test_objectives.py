@@ -9,7 +9,7 @@ from support import reference_bert as reference
 from support.runs import SMALL_SIZES
 from support.trainers import BERT, fit, small_data, trainer_on
 
-from gluon_bert.config import NEGATIVE_PAIRS, DataConfig
+from gluon_bert.config import NEGATIVE_PAIRS, Config, DataConfig
 from gluon_bert.data.prepared import Documents
 from gluon_bert.data.sentence_pairs import draw_pairs
 from gluon_bert.data.vocab import Vocabulary
@@ -26,6 +26,7 @@ from gluon_bert.training.losses import (
     masked_lm,
     mlm_and_sentence_order,
     mlm_only,
+    objective_loss,
     pretraining_loss,
 )
 
@@ -113,6 +114,45 @@ def test_mlm_only_equals_pretraining_loss_without_nsp(data):
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         np.testing.assert_allclose(gradient, theirs[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("objective", ["mlm+nsp", "mlm+sop"])
+def test_nsp_weight_scales_the_gradients_of_the_pairs_alone(data, objective):
+    whole, none, fifth = (gradients(objective_loss(objective, weight), 1, data) for weight in (1.0, 0.0, 0.2))
+    assert np.abs(whole["nsp.dense.weight"]).max() > 0
+    for name, gradient in fifth.items():
+        expected = none[name] + 0.2 * (whole[name] - none[name])
+        scale = max(np.abs(whole[name]).max(), 1e-2)
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+def test_nsp_weight_leaves_the_reported_losses_alone(data):
+    trainer = trainer_on(1, data, BERT)
+    (shard,) = split_and_load(next(data.train.epoch(0)), [mx.cpu()])
+    plain, weighted = (objective_loss("mlm+nsp", weight)(trainer.net, shard) for weight in (1.0, 0.5))
+    for name, loss in plain.losses.items():
+        assert weighted.losses[name].value.asscalar() == loss.value.asscalar()
+    mlm, nsp = (loss.share.asscalar() for loss in plain.losses.values())
+    assert weighted.total.asscalar() == pytest.approx(mlm + nsp / 2, rel=1e-6)
+
+
+def test_command_trains_with_the_nsp_weight(command):
+    _, plain = command("--lr", "0.1", name="plain")
+    _, halved = command("--lr", "0.1", "--nsp-weight", "0.5", name="halved")
+    first, other = (json.loads((run / "log.jsonl").read_text().splitlines()[0]) for run in (plain, halved))
+    assert first["nsp_loss"] != other["nsp_loss"]
+
+
+def test_nsp_weight_without_pairs_is_refused():
+    with pytest.raises(InputError, match='nsp_weight has no effect with objective="mlm"'):
+        Config().replace(objective="mlm", nsp_weight=0.5).check()
+    with pytest.raises(InputError, match=r"nsp_weight must be at least 0\.0, got nan"):
+        Config().replace(nsp_weight=float("nan")).check()
+
+
+def test_unknown_objective_is_refused():
+    with pytest.raises(InputError, match=r"^objective must be one of mlm\+nsp, mlm, mlm\+sop, got foo.$"):
+        Config().replace(objective="foo", random_next_prob=0.3, nsp_weight=0.5).check()
 
 
 @pytest.mark.parametrize("changes", [{"num_devices": 3}, {"num_devices": 1, "micro_batch": 3}])
