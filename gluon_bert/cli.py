@@ -204,7 +204,10 @@ def device(arguments: argparse.Namespace) -> Any:
     numbers = devices.parse_gpus(arguments.gpus)
     if len(numbers) > 1:
         raise InputError(f"--gpus must be one GPU for this command, got {arguments.gpus}.")
-    return devices.contexts(numbers)[0]
+    try:
+        return devices.contexts(numbers)[0]
+    except InputError as error:  # which may advise --cpus, and this command has none
+        raise InputError(re.sub(r"(use )?cpus=1", "omit --gpus", str(error))) from error
 
 
 def run(main: Callable[[List[str]], int]) -> None:

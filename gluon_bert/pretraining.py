@@ -148,6 +148,10 @@ def resume(
     how = how._replace(tensorboard=how.tensorboard or (folder / TENSORBOARD).is_dir())
     how.check()
     before, recorded = read_config(folder / CONFIG), read_environment(folder / CONFIG)
+    if "finetuned" in recorded:
+        raise InputError(
+            f"resume must be a pretraining run, got {folder}, which was fine-tuned. Resume it with finetune."
+        )
     config = (config or before).replace(**options)
     config.check()
     check_changes(before, config, str(folder))
@@ -331,10 +335,8 @@ def _train(job: _Job, communicator: Communicator, callbacks: Sequence[Callback])
         raise
     was_finished = job.snapshot is not None and trainer.state.step == job.snapshot.step
     if was_finished:
-        print(
-            f"{output} is finished, after step {job.snapshot.step}. Raise num_steps or max_minutes to "
-            "continue."
-        )
+        step = job.snapshot.step
+        log.info("%s is finished, after step %d. Raise num_steps or max_minutes to continue.", output, step)
     print("\n".join(progress.summary(devices)))
     if not was_finished:
         samples.show()

@@ -114,11 +114,11 @@ class Run:
         {"label", "probabilities"} of classes, {"score"}, {"words", "tags", "entities"} of words, or
         {"answer", "start", "end", "score"} of a pair of a question and its context.
         """
-        inputs = (task_input(self.task, self.reader, *_pair(each)) for each in texts)
+        inputs = (task_input(self.task, self.reader, *_pair(each)) for each in _listed(texts))
         return [result.to_json() for result in predict_tasks(Predictor.of(self), inputs)]
 
     def _predict(self, texts: Iterable[Text]) -> Iterator[Prediction]:
-        return Predictor.of(self).predict(map(self._encoded, texts))
+        return Predictor.of(self).predict(map(self._encoded, _listed(texts)))
 
     def _encoded(self, text: Text) -> EncodedText:
         return self.reader.text(*_pair(text), truncate=True)
@@ -158,8 +158,20 @@ class Run:
         )
 
 
+def _listed(texts: Iterable[Text]) -> Iterable[Text]:
+    """Return the texts; raise InputError if they are one string, which would be read as its characters."""
+    if isinstance(texts, str):
+        raise InputError(f"texts must be a list of texts, got the string {texts!r}. Put it in a list.")
+    return texts
+
+
 def _pair(text: Text) -> tuple[str, str | None]:
-    return (text, None) if isinstance(text, str) else text
+    if isinstance(text, str):
+        return text, None
+    if not isinstance(text, (tuple, list)) or [type(each) for each in text] != [str, str]:
+        raise InputError(f"a text must be a string or a pair of strings, got {text!r}.")
+    first, second = text
+    return first, second
 
 
 def check_new_run(folder: Path, option: str = "output") -> None:

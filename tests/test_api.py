@@ -155,6 +155,11 @@ def test_encode_poolings_are_those_of_the_token_vectors(run):
             np.testing.assert_allclose(found, pool(vectors[: len(text)]), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(run.encode(texts, normalize=True), axis=1), 1, rtol=1e-6)
     assert run.encode([]).shape == (0, 16)
+    with pytest.raises(gb.InputError, match="texts must be a list of texts, got the string 'a crane'"):
+        run.encode("a crane")
+    for wrong in (3, ("a", "b", "c"), ("a", None)):
+        with pytest.raises(gb.InputError, match="a text must be a string or a pair of strings, got"):
+            run.encode([wrong])
     with pytest.raises(gb.InputError, match="pooling must be one of mean, cls, max, got 'sum'"):
         run.encode(texts, pooling="sum")
 

@@ -29,6 +29,7 @@ from dev import (
     soak,
 )
 
+from gluon_bert.config import changeable
 from gluon_bert.presets import PRESETS
 from gluon_bert.serving.server import free_ports
 
@@ -227,6 +228,12 @@ def test_named_presets_files_and_pictures_exist():
             if section and not target.startswith("https://"):
                 titles = re.findall(r"^#+ (.+)$", (page.parent / path).read_text("utf-8"), re.M)
                 assert section in [title.lower().replace(" ", "-") for title in titles], target
+
+
+def test_fields_that_a_resumed_run_may_change_are_listed():
+    page = (ROOT / "docs" / "pretraining.md").read_text("utf-8")
+    section = page.partition("\n## Resume\n")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"`([a-z_]+)`", section)) == sorted(changeable())
 
 
 def test_named_test_files_exist():

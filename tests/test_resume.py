@@ -179,9 +179,8 @@ def test_resume_takes_more_steps(command, capsys):
     _, folder = command(*flags)
     capsys.readouterr()
     assert pretrain.main(["--resume", str(folder)]) == 0
-    assert (
-        "is finished, after step 12. Raise num_steps or max_minutes to continue." in capsys.readouterr().out
-    )
+    shown = capsys.readouterr().err
+    assert "is finished, after step 12. Raise --num-steps or --max-minutes to continue." in shown
     assert pretrain.main(["--resume", str(folder), "--lr", "0.5"]) == 0
     assert run.read_config(folder / "config.json").train.lr != 0.5  # since nothing was trained with it
     assert pretrain.main(["--resume", str(folder), "--num-steps", "18"]) == 0

@@ -225,6 +225,8 @@ def compare(
     from gluon_bert.inference.similarity import similar_pairs, similar_texts
     from gluon_bert.inference.text_output import format_similar
 
+    if ask == "similar" and len(lines) < 2:
+        raise InputError(f"--similar must have at least two texts, got {len(lines)}.")
     apart = ask == "similarity"  # then each text of a pair has an embedding
     for line in lines:
         if apart and line.second is None:

@@ -17,7 +17,7 @@ from gluon_bert.cli import (
     run,
     shown,
 )
-from gluon_bert.config import FineTuneConfig, check_group
+from gluon_bert.config import FineTuneConfig, check_group, flag_name
 from gluon_bert.errors import InputError
 from gluon_bert.finetuning.tables import QUOTING
 from gluon_bert.model.task import KINDS
@@ -95,7 +95,11 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="the column of the texts, or the two columns of pairs (found by their names)",
     )
-    rows.add_argument("--label", metavar="COLUMN", help="the column of labels or scores (label or score)")
+    rows.add_argument(
+        "--label",
+        metavar="COLUMN",
+        help="the column of labels or scores (label, score, gold_label or is_duplicate)",
+    )
     rows.add_argument("--header", action=OnOff, default=True, help="the first line names the columns (on)")
     rows.add_argument(
         "--quoting",
@@ -137,8 +141,7 @@ def finetune(arguments: argparse.Namespace) -> int:
     from gluon_bert.finetuning import finetune as finetuning
 
     if arguments.resume is not None:
-        if arguments.run is not None:
-            raise InputError("RUN must be omitted with --resume, which names the run.")
+        check_nothing_else(arguments)
         ignore = arguments.ignore_memory_estimate
         finetuning.resume_finetuning(
             arguments.resume, devices=devices_of(arguments), ignore_memory_estimate=ignore
@@ -170,6 +173,21 @@ def finetune(arguments: argparse.Namespace) -> int:
         **options,
     )
     return 0
+
+
+def check_nothing_else(arguments: argparse.Namespace) -> None:
+    """Raise InputError if a flag is given that has no effect with --resume."""
+    if arguments.run is not None:
+        raise InputError("RUN must be omitted with --resume, which names the run.")
+    allowed = {"resume", "gpus", "cpus", "ignore_memory_estimate"}
+    defaults = vars(parser().parse_args([]))
+    given = [n for n, value in vars(arguments).items() if value != defaults.get(n) and n not in allowed]
+    if given:
+        flags = ", ".join(map(flag_name, given))
+        raise InputError(
+            f"{flags} must be omitted with --resume, which continues with the options of the start. Start a "
+            "new fine-tuning to change them."
+        )
 
 
 def devices_of(arguments: argparse.Namespace) -> list[Any]:

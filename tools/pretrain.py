@@ -189,7 +189,7 @@ def new_folder(arguments: argparse.Namespace) -> Path:
     """Return the folder of a new run: --output, or the next free number in runs/."""
     if arguments.output is not None:
         return Path(arguments.output)
-    if arguments.kvstore != "device":
+    if arguments.kvstore in ("dist_sync", "horovod"):
         raise InputError(f"--kvstore {arguments.kvstore} needs --output, the run's folder for all workers.")
     name = arguments.preset or (DEFAULT if arguments.config is None else "repeat")
     candidates = (Path("runs", f"{name}-{number}") for number in count(1))

@@ -155,7 +155,7 @@ def _config_of(options: Mapping[str, Any]) -> FineTuneConfig:
 def _check_run(before: Run, config: FineTuneConfig) -> None:
     """Raise InputError if the run cannot be fine-tuned with these options."""
     if before.task:
-        raise InputError("the run was fine-tuned already. Name its pretraining run.")
+        raise InputError(f"RUN must be a pretraining run, got {before.folder}, which was fine-tuned already.")
     positions = before.config.model.max_positions
     if config.max_seq_length and not 8 <= config.max_seq_length <= positions:
         raise InputError(

@@ -80,6 +80,9 @@ def choose_columns(
             problems.append(
                 f"{role} {path}: text_columns must name the column with the texts, or both of pairs; {there}"
             )
+    if len(set(texts)) < len(texts) or label in texts:
+        named = ", ".join(map(repr, [*texts, label]))
+        problems.append(f"{role} {path}: text_columns and label must be distinct columns, got {named}")
     if label is None:
         label = next((known for known in LABEL_COLUMNS if known in names and known not in texts), None)
         if label is None:
@@ -181,8 +184,7 @@ class _Table:
         self._path, self._ending = path, path.suffix.lower()
         if self._ending not in ENDINGS:
             raise InputError(
-                f"{role} {path}: must end in {', '.join(ENDINGS)}, which is its format; got "
-                f"{path.suffix or 'no ending'!r}"
+                f"{role} {path}: must end in .tsv, .csv or .jsonl, got {path.suffix or 'no ending'!r}"
             )
         lines = text_lines(path, role)
         # Excel begins a CSV file with a line such as "sep=;".

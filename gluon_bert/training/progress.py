@@ -238,15 +238,16 @@ class ProgressLogger(Callback):
         else:
             lines.append(
                 f"The MLM loss, {reached:.3f}, is not yet below {line:.3f}. So far the model has at best "
-                "learned how frequent words are, not what surrounds them. This is how BERT begins. More "
-                f"steps are needed ({self._what_ended_it()})."
+                "learned how frequent words are, not what surrounds them. This is how BERT begins. "
+                f"Train {self._longer()}."
             )
         return lines
 
-    def _what_ended_it(self) -> str:
+    def _longer(self) -> str:
+        """Return what would let the run go on, by what ended it."""
         if self.best and self.best.out_of_patience(self._config.patience):
-            return "patience"
-        return "num_steps" if self.step == self._config.num_steps else "max_minutes"
+            return "with more patience"
+        return "for more steps" if self.step == self._config.num_steps else "for more minutes"
 
 
 def _label(name: str) -> str:

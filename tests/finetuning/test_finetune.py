@@ -27,7 +27,7 @@ from gluon_bert.finetuning.dataset import Examples
 from gluon_bert.finetuning.finetune import check_validation, init_from_pretrained
 from gluon_bert.finetuning.finetune import finetune as finetune_run
 from gluon_bert.finetuning.sentences import examples, infer_task
-from gluon_bert.finetuning.tables import TableRow
+from gluon_bert.finetuning.tables import TableRow, choose_columns
 from gluon_bert.inference.predictor import GluonNetwork, Predictor
 from gluon_bert.inference.task_inputs import Sentence
 from gluon_bert.model.task import Task
@@ -414,7 +414,9 @@ def test_tuned_run_is_refused_as_a_pretrained_one(command, before, tmp_path, cap
     _, folder = command("classes", "--epochs", "1")
     tables = ["--train", str(tmp_path / "train.jsonl"), "--validation", str(tmp_path / "dev.jsonl")]
     assert finetune.main([str(folder), *tables]) == 2
-    assert "was fine-tuned already" in capsys.readouterr().err
+    assert f"RUN must be a pretraining run, got {folder}" in capsys.readouterr().err
+    assert pretrain.main(["--resume", str(folder)]) == 2
+    assert f"--resume must be a pretraining run, got {folder}" in capsys.readouterr().err
     assert pretrain.main(["--init", str(folder), "--output", str(tmp_path / "x")]) == 2
     assert "--init must be a pretraining run" in capsys.readouterr().err
     (folder / "config.json").write_text(
@@ -422,6 +424,25 @@ def test_tuned_run_is_refused_as_a_pretrained_one(command, before, tmp_path, cap
     )
     with pytest.raises(InputError, match="'task' must be a task that this gluon_bert wrote"):
         load_run(folder)
+
+
+def test_flags_that_resume_ignores_are_refused(tmp_path, capsys):
+    flags = ["--epochs", "9", "--train", "nofile", "--output", str(tmp_path / "new"), "--no-header"]
+    assert finetune.main(["--resume", str(tmp_path), *flags]) == 2
+    refused = "--output, --train, --header, --epochs must be omitted with --resume"
+    assert refused in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "columns", [("text", "text"), ("label", "label"), (("text", "text"), "label"), ("label", None)]
+)
+def test_columns_that_are_not_distinct_are_refused(tmp_path, columns):
+    path = tmp_path / "t.tsv"
+    path.write_text("text\tlabel\na\tb\n", "utf-8")
+    texts, label = columns
+    texts = (texts,) if isinstance(texts, str) else texts
+    with pytest.raises(InputError, match=r"must be distinct columns|label must name the column"):
+        choose_columns(path, "train", True, texts, label)
 
 
 def test_command_runs_in_a_process(before, tmp_path):

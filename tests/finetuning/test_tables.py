@@ -100,7 +100,7 @@ def test_read_table_for_prediction_needs_no_label(tmp_path):
         ("t.tsv", "text\tclass\na\tb\n", ["label must name the column with the labels; it has"]),
         ("t.tsv", "text\tlabel\n", ["must have a line for each text, got none"]),
         ("t.tsv", "", ["t.tsv: is empty"]),
-        ("t.txt", "a", ["must end in .tsv, .csv, .jsonl, which is its format; got '.txt'"]),
+        ("t.txt", "a", ["must end in .tsv, .csv or .jsonl, got '.txt'"]),
     ],
 )  # fmt: skip
 def test_read_table_broken_line_is_named(name, content, message, tmp_path):

@@ -180,11 +180,19 @@ def test_contradicting_flags_are_refused(run_folder, sentences, tmp_path, capsys
         capsys, run_folder, "--fill-mask", "a " * 20 + "<mask>"
     )
     assert "text 1: must be a pair" in message(capsys, run_folder, "--next", "a crane")
+    assert "--similar must have at least two texts, got 1" in message(
+        capsys, run_folder, "--similar", "3", "a crane"
+    )
     assert "text 1: 32 tokens" in message(capsys, run_folder, "a " * 30, "--too-long", "error")
     assert "text 1: each text of the pair must have at least one word" in message(capsys, run_folder, "a ||")
     assert "texts must be given" in message(capsys, run_folder)
     assert "--input must be omitted with texts" in message(capsys, run_folder, "a", "--input", sentences)
     assert "--top must be at least 1, got 0" in message(capsys, run_folder, "a", "--top", "0")
+
+
+def test_missing_gpu_is_refused_without_advising_a_flag_that_is_missing(run_folder, capsys):
+    shown = message(capsys, run_folder, "a crane", "--gpus", "0")
+    assert "--gpus 0 needs" in shown and "or omit --gpus" in shown and "cpus" not in shown
 
 
 def test_output_problems_are_reported_at_once(run_folder, tmp_path, capsys):

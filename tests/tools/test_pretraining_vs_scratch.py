@@ -1,11 +1,14 @@
 """tools/dev/pretraining_vs_scratch.py: its task, samples and command."""
 
 import json
+import subprocess
+import sys
 
 import pretrain
 import pytest
+from conftest import ROOT
 from dev import pretraining_vs_scratch
-from dev.wikitext_sections import KINDS, sample, section_rows
+from dev.pretraining_vs_scratch import KINDS, sample, section_rows
 from support.runs import SMALL_SIZES
 
 from gluon_bert.errors import InputError
@@ -100,3 +103,14 @@ def test_study_refuses_bad_flags(capsys):
         "--lr must be above 0",
     ):
         assert sentence in printed
+
+
+def test_command_runs_as_a_script(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "dev" / "pretraining_vs_scratch.py"),
+        str(tmp_path / "none"),
+    ]
+    done = subprocess.run([*command, "--corpus", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

@@ -127,7 +127,7 @@ def test_summary_names_patience(tmp_path):
     report, _ = message(tmp_path / "a", [5.0] * 3, [4.4, 4.5, 4.6], patience=2, eval_every=1)
     ended = "The run ended after step 3: 2 evaluations in a row did not improve on the best (patience 2)."
     assert ended in report.summary([])
-    assert report.summary([])[-1].endswith("More steps are needed (patience).")
+    assert report.summary([])[-1].endswith("Train with more patience.")
     report, _ = message(tmp_path / "b", [5.0] * 3, [4.4, 4.5, 4.6], patience=3, eval_every=1)
     assert not [line for line in report.summary([]) if "ended" in line]
 
@@ -137,7 +137,7 @@ def test_timed_run_shows_the_expected_steps(tmp_path, screen):
     changes = {"num_steps": 0, "max_minutes": 1.0}
     report, shown = message(tmp_path, [5.0, 4.5], screen=screen, **changes)
     assert "2/~10" in shown
-    assert report.summary([])[-1].endswith("More steps are needed (max_minutes).")
+    assert report.summary([])[-1].endswith("Train for more minutes.")
 
 
 def test_summary_has_d2l_lines_and_references(tmp_path):

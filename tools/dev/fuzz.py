@@ -332,12 +332,22 @@ def fuzz(arguments: argparse.Namespace) -> int:
     folder = Path(tempfile.mkdtemp(prefix="gluon_bert.fuzz."))
     try:
         if arguments.input is not None:
-            readable = read(arguments.target, folder, arguments.input.read_bytes())
+            readable = read(arguments.target, folder, bytes_of(arguments.input))
             print("valid" if readable else "refused with an InputError")
             return 0
         return search(arguments.target, arguments.minutes, arguments.keep or folder / "kept", folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def bytes_of(path: Path) -> bytes:
+    """Return the content of a file; raise InputError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"--input must be a file that can be read, got {path} ({error.strerror})."
+        ) from error
 
 
 def search(name: str, minutes: float, kept: Path, folder: Path) -> int:

@@ -71,7 +71,7 @@ class Corpus:
             for chunk in read_chunks(file.path, config.text_format, config.language):
                 if config.text_format == "auto" and chunk.text_format not in self.guessed:
                     self.guessed[chunk.text_format] = file.path
-                    log.info("%s: read as %s (text_format changes that)", file.path, chunk.text_format)
+                    log.info("%s is read as %s (text_format changes that)", file.path, chunk.text_format)
                 yield chunk._replace(validation=file.validation)
 
     def fingerprint(self) -> str:
